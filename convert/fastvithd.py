@@ -107,8 +107,19 @@ class Reparameterizable(nn.Module):
 class MobileOneConv(Reparameterizable):
     """k x k convolution, 1 x 1 convolution and identity, each with BatchNorm, summed; then squeeze-excite and GELU where asked for."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, *, se_dim: int = 0,
-                 activation: bool = True, conv_branch: bool = True, train_form: bool = False) -> None:
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        *,
+        se_dim: int = 0,
+        activation: bool = True,
+        conv_branch: bool = True,
+        train_form: bool = False,
+    ) -> None:
         super().__init__()
         self.se = SqueezeExcite(c_out, se_dim) if se_dim else None
         self.activation = activation
@@ -122,8 +133,11 @@ class MobileOneConv(Reparameterizable):
                 self.conv_kxk = nn.ModuleList([ConvBN(c_in, c_out, kernel, stride, groups)])
                 if kernel > 1:
                     self.conv_scale = ConvBN(c_in, c_out, 1, stride, groups)
-        self._install(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups),
-                      ("conv_kxk", "conv_scale", "identity"), train_form=train_form)
+        self._install(
+            nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups),
+            ("conv_kxk", "conv_scale", "identity"),
+            train_form=train_form,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.reparam_conv is not None:
@@ -320,8 +334,9 @@ class Downsample(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, *, train_form: bool = False) -> None:
         super().__init__()
-        self.proj = nn.Sequential(LargeKernelConv(c_in, c_out, train_form=train_form),
-                                  MobileOneConv(c_out, c_out, 1, train_form=train_form))
+        self.proj = nn.Sequential(
+            LargeKernelConv(c_in, c_out, train_form=train_form), MobileOneConv(c_out, c_out, 1, train_form=train_form)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
@@ -335,8 +350,11 @@ class Stage(nn.Module):
         dim = config.dims[index]
         self.downsample = Downsample(config.dims[index - 1], dim, train_form=train_form) if index else None
         self.pos_emb = PositionalConv(dim, train_form=train_form) if index >= 3 else None
-        block = (lambda: AttentionBlock(dim, config.mlp_ratio)) if index >= 3 else (
-            lambda: RepMixerBlock(dim, config.mlp_ratio, train_form=train_form))
+        block = (
+            (lambda: AttentionBlock(dim, config.mlp_ratio))
+            if index >= 3
+            else (lambda: RepMixerBlock(dim, config.mlp_ratio, train_form=train_form))
+        )
         self.blocks = nn.Sequential(*[block() for _ in range(config.depths[index])])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -360,8 +378,9 @@ class FastViTHD(nn.Module):
             MobileOneConv(first, first, 1, train_form=train_form),
         )
         self.stages = nn.Sequential(*[Stage(index, config, train_form=train_form) for index in range(5)])
-        self.final_conv = MobileOneConv(config.dims[4], config.out_dim, 3, groups=config.dims[4], se_dim=config.se_dim,
-                                        train_form=train_form)
+        self.final_conv = MobileOneConv(
+            config.dims[4], config.out_dim, 3, groups=config.dims[4], se_dim=config.se_dim, train_form=train_form
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.final_conv(self.stages(self.stem(pixel_values)))

@@ -1,0 +1,309 @@
+"""checkpoint -> model directory: the whole conversion, written beside its final name, checked, and only then put in place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fastvlm_edge.convert.checkpoint import Checkpoint, load_projector, load_vision, open_checkpoint
+from fastvlm_edge.convert.decoder import CANDIDATES, build_decoder
+from fastvlm_edge.convert.decoder_weights import write_decoder_weights
+from fastvlm_edge.convert.fastvithd import STRIDE
+from fastvlm_edge.convert.graph import GraphBuilder, WeightsFile
+from fastvlm_edge.convert.parity import check_parity, check_probe, probe_activations, stored_pictures
+from fastvlm_edge.convert.precision import FLOAT_TYPES, NUMPY_NAMES, PrecisionPlan, WeightType, on_cpu, precision_plan
+from fastvlm_edge.convert.text import TextAssets, read_text
+from fastvlm_edge.convert.vision import build_vision
+from fastvlm_edge.convert.vision_weights import write_vision_weights
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.manifest import MANIFEST_NAME, DecoderSpec, FileRecord, Manifest, Source, TextSpec, VisionSpec, sha256
+from fastvlm_edge.progress import Progress, SilentProgress
+from fastvlm_edge.version import __version__
+
+IMAGE_SIZES = range(256, 1536 + 1, STRIDE)
+DEFAULT_CONTEXT = 4096
+MIN_ANSWER = 64
+"""Positions that a context must leave beside the picture."""
+
+
+def convert(
+    checkpoint: str,
+    output: Path,
+    *,
+    precision: str = "fp32",
+    image_size: int | None = None,
+    geometry: str = "pad",
+    context: int | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Convert a checkpoint (a folder or a hub id) into the model directory `output`.
+
+    `image_size` in pixels is the checkpoint's own unless given; `context` in positions is 4096, or what the LLM was trained for if less.
+    `output` must not exist, unless `force` replaces a model directory. Nothing is left behind when anything fails.
+    Raises FastVLMError for everything a user can mend.
+    """
+    progress = progress or SilentProgress()
+    plan = precision_plan(precision)
+    if geometry not in ("pad", "crop"):
+        raise FastVLMError(f"unknown geometry {geometry!r}; choose pad or crop")
+    output = Path(os.path.abspath(output))
+    _check_output(output, force)
+    progress.stage("open")
+    source = open_checkpoint(checkpoint)
+    image_size = _image_size(source, image_size)
+    context = _context(source, context, (image_size // STRIDE) ** 2)
+    text = read_text(source)
+    _check_space(source, plan, output.parent)
+    with _beside(output, force) as directory:
+        hashing = _Hashing(source)
+        try:
+            manifest = _write(source, text, plan, image_size, geometry, context, directory, progress)
+            progress.stage("hash")
+            files = {
+                path.name: FileRecord(sha256(path), path.stat().st_size)
+                for path in sorted(directory.iterdir())
+                if path.name != MANIFEST_NAME
+            }
+            manifest = replace(manifest, files=files, source=replace(manifest.source, files=hashing.result()))
+        finally:
+            hashing.stop()
+        manifest.write(directory)
+        for path in directory.iterdir():
+            _sync(path)
+    progress.done()
+    return manifest
+
+
+def _write(
+    source: Checkpoint,
+    text: TextAssets,
+    plan: PrecisionPlan,
+    image_size: int,
+    geometry: str,
+    context: int,
+    directory: Path,
+    progress: Progress,
+) -> Manifest:
+    """Write graphs, weights and tokenizer into `directory`, check them, and return the manifest, still without hashes."""
+    shape, hidden = source.text, source.text.hidden
+    dtype = NUMPY_NAMES[plan.decoder]
+    tokens = (image_size // STRIDE) ** 2
+    candidates = min(CANDIDATES, shape.vocab)
+    manifest = Manifest(
+        name=source.name,
+        toolkit_version=__version__,
+        source=Source(source.location, source.layout, {}),
+        precision=plan.name,
+        plan=plan.describe(),
+        vision=VisionSpec(image_size, geometry, tokens, hidden, dtype),
+        decoder=DecoderSpec(shape.layers, shape.kv_heads, shape.head_dim, hidden, shape.vocab, context, candidates, dtype),
+        text=TextSpec(text.system_prompt, text.stop_ids, text.token_count),
+        files={},
+    )
+    text.write_tokenizer(directory / "tokenizer.json")
+
+    progress.stage("vision", len(plan.vision))
+    encoder, projector = load_vision(source), load_projector(source)
+    with _weights(directory / "vision.weights") as weights:
+        write_vision_weights(encoder, projector, plan, weights, progress.advance)
+    for name, graph_plan in _graphs("vision", plan):
+        graph = GraphBuilder("vision", weights)
+        build_vision(graph, source.vision, hidden, image_size, graph_plan)
+        graph.save(directory / name)
+
+    progress.stage("probe activations")
+    pictures = stored_pictures(image_size, geometry)
+    largest, features = probe_activations(encoder, projector, pictures)
+    check_probe(largest, plan)
+    del encoder, projector
+
+    progress.stage("decoder", shape.layers + 2)
+    with _weights(directory / "decoder.weights") as weights:
+        write_decoder_weights(source, plan, weights, progress.advance)
+    for name, graph_plan in _graphs("decoder", plan):
+        graph = GraphBuilder("decoder", weights)
+        build_decoder(graph, shape, graph_plan)
+        graph.save(directory / name)
+
+    progress.stage("verify", shape.layers)
+    written = {path.name: FileRecord("", path.stat().st_size) for path in directory.iterdir()}
+    figures = check_parity(directory, replace(manifest, files=written), source, pictures, features, progress.advance)
+    return replace(manifest, parity=figures, activations={"largest": largest, "pictures": len(pictures)})
+
+
+def _graphs(part: str, plan: PrecisionPlan) -> Iterator[tuple[str, PrecisionPlan]]:
+    """The graph files of one part: one for every backend, and one more for the CPU where that lacks a type of the plan."""
+    yield f"{part}.onnx", plan
+    if on_cpu(plan) != plan:
+        yield f"{part}.cpu.onnx", on_cpu(plan)
+
+
+@contextmanager
+def _weights(path: Path) -> Iterator[WeightsFile]:
+    weights = WeightsFile(path)
+    try:
+        yield weights
+    finally:
+        weights.close()
+
+
+# What was asked for -------------------------------------------------------------------------------------------------------------
+
+
+def _image_size(source: Checkpoint, asked: int | None) -> int:
+    size = asked or source.image_size
+    if size != source.image_size and size not in IMAGE_SIZES:
+        raise FastVLMError(
+            f"image size {size} is not supported; choose 256 to 1536 in steps of 64 ({source.name} was trained at {source.image_size})"
+        )
+    return size
+
+
+def _context(source: Checkpoint, asked: int | None, tokens: int) -> int:
+    limit = source.text.max_positions
+    context = min(DEFAULT_CONTEXT, limit) if asked is None else asked
+    if context > limit:
+        raise FastVLMError(f"a context of {context} is more than the {limit} positions that {source.name} was trained for; lower --context")
+    if context < tokens + MIN_ANSWER:
+        raise FastVLMError(
+            f"a context of {context} is too small for a picture of {tokens} tokens and a conversation; "
+            f"give at least {tokens + MIN_ANSWER}, or a smaller --image-size"
+        )
+    return context
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """Refuse what cannot become a model directory, before any work."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists():
+        if not (output.is_dir() and (output / MANIFEST_NAME).is_file()):
+            raise FastVLMError(f"{output} exists and is no model directory; choose another name")
+        if not force:
+            raise FastVLMError(f"{output} exists; add --force to replace it, or choose another name")
+    if output.parent.exists() and not os.access(output.parent, os.W_OK):
+        raise FastVLMError(f"{output.parent} is not writable; choose another place for the model directory")
+
+
+def _check_space(source: Checkpoint, plan: PrecisionPlan, folder: Path) -> None:
+    """Compare what will be written with what is free, before any work."""
+    needed = estimated_bytes(source, plan)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise FastVLMError(
+            f"the model directory needs about {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free; make room there"
+        )
+
+
+def estimated_bytes(source: Checkpoint, plan: PrecisionPlan) -> int:
+    """Size of the weights that the plan makes of a checkpoint, without padding to pages."""
+    total = 0.0
+    for name in source.names():
+        count = float(np.prod(source.shape(name), dtype=np.float64))
+        if name.startswith(("vision.", "projector.")):
+            total += count * _bytes_each(plan.vision_weights, plan.vision["stage3"])
+        elif name == "llm.embed_tokens.weight":
+            total += count * _bytes_each(plan.embedding, plan.decoder)
+            if source.text.tied and plan.head.bits:
+                total += count * _bytes_each(plan.head, plan.decoder)
+        else:
+            total += count * _bytes_each(plan.head if name == "lm_head.weight" else plan.body, plan.decoder)
+    return int(total)
+
+
+def _bytes_each(weights: WeightType, kind: str) -> float:
+    if not weights.bits:
+        return np.dtype(FLOAT_TYPES[kind]).itemsize
+    return weights.bits / 8 + (4 / weights.block if weights.block else 0)
+
+
+# Files --------------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _beside(output: Path, force: bool) -> Iterator[Path]:
+    """A folder beside `output` that takes its name when the block ends well and is gone when it does not."""
+    marker = f".{output.name}.partial-"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for stale in output.parent.glob(f"{marker}*"):
+            if not _is_running(stale.name.removeprefix(marker)):
+                shutil.rmtree(stale, ignore_errors=True)
+        partial = output.parent / f"{marker}{os.getpid()}"
+        partial.mkdir()
+    except OSError as error:
+        raise FastVLMError(
+            f"{output.parent} cannot be written to ({error.strerror}); choose another place for the model directory"
+        ) from None
+    try:
+        try:
+            yield partial
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise FastVLMError(
+                    f"the disk of {output.parent} is full; nothing was left there. Make room, or choose another place"
+                ) from None
+            raise FastVLMError(f"{output} could not be written ({error}); nothing was left there") from error
+        if force and output.exists():
+            old = output.parent / f"{marker}{os.getpid()}-old"
+            output.rename(old)
+            partial.rename(output)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _is_running(pid: str) -> bool:
+    return not pid.isdigit() or Path(f"/proc/{pid}").exists()
+
+
+def _sync(path: Path) -> None:
+    """Make sure that a file is on the disk before the folder gets its name."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+class _Hashing:
+    """Hashes the checkpoint's files in the background: reading 15 GB takes a while."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self._source = source
+        self._hashes: dict[str, str] = {}
+        self._error: Exception | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._hashes = self._source.hash_files(self._watch)
+        except Exception as error:
+            self._error = error
+
+    def _watch(self, _done: int, _total: int) -> None:
+        if self._stopped:
+            raise InterruptedError
+
+    def result(self) -> dict[str, str]:
+        self._thread.join()
+        if self._error:
+            raise self._error
+        return self._hashes
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._thread.join()

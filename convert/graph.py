@@ -1,0 +1,192 @@
+"""A small builder for ONNX graphs whose weights go straight to a file beside them, tensor by tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
+
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.version import __version__
+
+OPSET = 21
+IR_VERSION = 10
+ALIGNMENT = 4096
+"""Offset of a tensor in the weights file: a page, so that it can be mapped into memory where it lies."""
+
+_ELEMENT_TYPES: dict[Any, int] = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
+    np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(ml_dtypes.int4): TensorProto.INT4,
+    np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(np.bool_): TensorProto.BOOL,
+}
+Array = npt.NDArray[Any]
+
+
+def element_type(dtype: npt.DTypeLike) -> int:
+    """The ONNX element type of a numpy (or ml_dtypes) type."""
+    return _ELEMENT_TYPES[np.dtype(dtype)]
+
+
+def to_bytes(array: Array) -> bytes | memoryview:
+    """Little-endian bytes as ONNX stores them; two 4-bit values share a byte, the first in the low half."""
+    if array.dtype == ml_dtypes.int4:
+        flat = array.reshape(-1).astype(np.int8)
+        if flat.size % 2:
+            flat = np.append(flat, np.int8(0))
+        return ((flat[0::2] & 15) | (flat[1::2] << 4)).astype(np.uint8).tobytes()
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """Where a tensor lies in the weights file."""
+
+    offset: int
+    bytes: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+class WeightsFile:
+    """The `.weights` file of one or more graphs: tensors one after another, each at a page border, each name once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO = path.open("wb")
+        self.entries: dict[str, WeightEntry] = {}
+
+    def add(self, name: str, array: Array) -> None:
+        """Append a tensor."""
+        if name in self.entries:
+            raise ValueError(f"{name} is in {self.path.name} already")
+        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+        offset = self._file.tell()
+        data = to_bytes(array)
+        self._file.write(data)
+        self.entries[name] = WeightEntry(offset, len(data), array.dtype, array.shape)
+
+    def proto(self, name: str) -> TensorProto:
+        """The initializer that points at a tensor of this file."""
+        entry = self.entries[name]
+        tensor = TensorProto(name=name, data_type=element_type(entry.dtype), dims=entry.shape, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", self.path.name), ("offset", str(entry.offset)), ("length", str(entry.bytes))):
+            tensor.external_data.add(key=key, value=value)
+        return tensor
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class GraphBuilder:
+    """Nodes in order of use. Names are paths such as `/layers.0/attn/qkv/MatMul`; a node's output carries the node's name."""
+
+    def __init__(self, name: str, weights: WeightsFile) -> None:
+        self.name = name
+        self.weights = weights
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+        self._names: set[str] = set()
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def input(self, name: str, dtype: npt.DTypeLike, shape: list[int | str]) -> str:
+        self.inputs.append(helper.make_tensor_value_info(name, element_type(dtype), shape))
+        return name
+
+    def output(self, name: str, value: str, dtype: npt.DTypeLike, shape: list[int | str]) -> None:
+        """Give `value` out under `name`."""
+        self.nodes.append(helper.make_node("Identity", [value], [name], name=f"/outputs/{name}"))
+        self.outputs.append(helper.make_tensor_value_info(name, element_type(dtype), shape))
+
+    def node(self, op: str, inputs: list[str], path: str, **attributes: Any) -> str:
+        """One node of `op` with one output, named `path`/`op` after its place in the model."""
+        return self.split(op, inputs, path, 1, **attributes)[0]
+
+    def split(self, op: str, inputs: list[str], path: str, count: int, **attributes: Any) -> list[str]:
+        """One node with `count` outputs."""
+        name = f"{path}/{op}"
+        if name in self._names:
+            raise ValueError(f"two nodes are named {name}")
+        self._names.add(name)
+        outputs = [f"{name}_output_{i}" for i in range(count)]
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=name, **attributes))
+        return outputs
+
+    def constant(self, value: Any, dtype: npt.DTypeLike) -> str:
+        """A small constant, kept inside the graph; equal ones are shared."""
+        array = np.asarray(value, dtype=dtype)
+        key = (array.dtype.name, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"/constants/{len(self._constants)}"
+            self._constants[key] = name
+            self._initializers[name] = _inline(name, array)
+        return self._constants[key]
+
+    def ints(self, *values: int) -> str:
+        """A one-dimensional int64 constant: axes, shapes, split sizes."""
+        return self.constant(values, np.int64)
+
+    def weight(self, name: str) -> str:
+        """The initializer of a tensor in the weights file."""
+        if name not in self._initializers:
+            self._initializers[name] = self.weights.proto(name)
+        return name
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """The stored type of a tensor in the weights file."""
+        return self.weights.entries[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in the weights file."""
+        return self.weights.entries[name].shape
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is stored as integers with scales beside it."""
+        return f"{name}.scale" in self.weights.entries
+
+    def dequantized(self, name: str, path: str, axis: int = 1) -> str:
+        """The `DequantizeLinear` of a tensor stored as integers: scales [outputs] along `axis`, or [inputs / block, outputs] by block."""
+        values, scales = self.weights.entries[name], self.weights.entries[f"{name}.scale"]
+        blocked = len(scales.shape) > 1
+        attributes = {"axis": 0, "block_size": values.shape[0] // scales.shape[0]} if blocked else {"axis": axis}
+        return self.node("DequantizeLinear", [self.weight(name), self.weight(f"{name}.scale")], path, **attributes)
+
+    def model(self) -> onnx.ModelProto:
+        """The finished model, checked by ONNX's own checker except for the weights, which stay on disk."""
+        graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, list(self._initializers.values()))
+        return helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="fastvlm-edge",
+            producer_version=__version__,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the graph beside its weights."""
+        path.write_bytes(self.model().SerializeToString())
+
+
+def _inline(name: str, array: Array) -> TensorProto:
+    return TensorProto(name=name, data_type=element_type(array.dtype), dims=array.shape, raw_data=bytes(to_bytes(array)))
+
+
+def cast_weight(name: str, array: Array, dtype: npt.DTypeLike) -> Array:
+    """`array` in the float type `dtype`; raises FastVLMError where a value does not fit (FP16 ends at 65504)."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if np.dtype(dtype) == np.float16 and not np.isfinite(cast).all():
+        largest = float(np.abs(array.astype(np.float32)).max())
+        raise FastVLMError(f"{name} holds {largest:g}, more than FP16's 65504; convert with --precision bf16 or int8 instead")
+    return cast

@@ -1,0 +1,171 @@
+"""The check that every conversion ends with: the new graphs, in the runtime that will run them, against the PyTorch source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fastvlm_edge.backends.ort import OrtBackend
+from fastvlm_edge.convert.checkpoint import Checkpoint
+from fastvlm_edge.convert.fastvithd import ConvBN, FastViTHD, LayerScale, image_tokens
+from fastvlm_edge.convert.precision import VISION_STAGES, PrecisionPlan
+from fastvlm_edge.convert.reference import reference_logits
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.manifest import Manifest
+from fastvlm_edge.preprocess import preprocess
+from fastvlm_edge.prompt import ChatTemplate
+from fastvlm_edge.tokenizer import TextTokenizer
+
+PICTURES = ("astronaut.jpg", "coffee.jpg")
+"""NASA's portrait of Eileen Collins (public domain) and a coffee cup by Rachel Michetti (CC0), as scikit-image ships them."""
+QUESTION = "What do you see in this picture? Answer in one short sentence."
+ANSWER = "The picture shows a person or a thing in front of a plain background, in 1 or 2 colours."
+LOGIT_COUNT = 24
+"""Positions at the end of the stored conversation whose logits are compared."""
+FP16_MAX = 65504.0
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a precision may lose before the conversion is refused: smallest cosines, and smallest share of equal greedy tokens."""
+
+    features: float
+    logits: float
+    greedy: float
+
+
+BOUNDS = {
+    "fp32": Bounds(features=0.99999, logits=0.99999, greedy=0.95),
+    "fp16": Bounds(features=0.999, logits=0.999, greedy=0.75),
+    "bf16": Bounds(features=0.99, logits=0.99, greedy=0.5),
+    "int8": Bounds(features=0.95, logits=0.97, greedy=0.5),
+    "int4": Bounds(features=0.95, logits=0.75, greedy=0.0),
+}
+"""Wide enough for random weights, whose logits lie close together; a broken graph falls far below. The manifest has what was found."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far `found` is from `expected`."""
+
+    cosine: float
+    largest: float
+    """Largest absolute difference."""
+    relative: float
+    """Norm of the difference over the norm of the expected values."""
+
+
+def compare(found: Float32, expected: Float32) -> Difference:
+    """Compare two arrays of one shape, in double precision."""
+    a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    difference = a - b
+    return Difference(
+        cosine=float(a @ b) / norms if norms else float(not difference.any()),
+        largest=float(np.abs(difference).max()),
+        relative=float(np.linalg.norm(difference) / max(float(np.linalg.norm(b)), 1e-30)),
+    )
+
+
+def stored_pictures(image_size: int, geometry: str) -> list[Float32]:
+    """pixel_values [1, 3, image_size, image_size] of the pictures that come with the toolkit."""
+    folder = Path(str(files("fastvlm_edge.convert"))) / "pictures"
+    return [preprocess(folder / name, image_size, geometry) for name in PICTURES]
+
+
+def probe_activations(encoder: FastViTHD, projector: nn.Sequential, pictures: Sequence[Float32]) -> tuple[dict[str, float], list[Float32]]:
+    """The largest magnitude in every stage, and the image features [1, tokens, hidden] of every picture, in FP32.
+
+    Looked at is what the folded graph computes: behind BatchNorm and layer scale, not before them.
+    """
+    largest = dict.fromkeys(VISION_STAGES, 0.0)
+
+    def watch(stage: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+            largest[stage] = max(largest[stage], float(output.abs().max()))
+
+        return hook
+
+    parts = [encoder.stem, *encoder.stages, encoder.final_conv, projector]
+    handles = []
+    for stage, part in zip(VISION_STAGES, parts, strict=True):
+        for name, module in part.named_modules():
+            folded = name.endswith(("fc2", "token_mixer.proj", "mlp.conv.conv")) and stage.startswith("stage")
+            if not folded and (isinstance(module, (nn.Conv2d, nn.Linear, ConvBN, LayerScale)) or not name or ".blocks" in f".{name}"):
+                handles.append(module.register_forward_hook(watch(stage)))
+    try:
+        with torch.inference_mode():
+            features = [projector(image_tokens(encoder(torch.from_numpy(picture)))).numpy() for picture in pictures]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest, features
+
+
+def check_probe(largest: dict[str, float], plan: PrecisionPlan) -> None:
+    """Refuse a plan that computes a stage in FP16 whose activations do not fit."""
+    for stage, value in largest.items():
+        if plan.vision[stage] == "fp16" and value > FP16_MAX:
+            raise FastVLMError(
+                f"the largest activation of {stage} is {value:.0f}, more than FP16's {FP16_MAX:.0f}; convert with --precision bf16 or fp32"
+            )
+
+
+def check_parity(
+    directory: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    pictures: Sequence[Float32],
+    expected: Sequence[Float32],
+    advance: Callable[[], None],
+) -> dict[str, Any]:
+    """Run the graphs of `directory` and compare: features of each picture, then logits along a stored conversation about the first.
+
+    The decoder gets its prompt in two chunks through the cache, and PyTorch the same features, so that each graph is judged by itself.
+    Returns the figures for the manifest; raises FastVLMError where they are beyond BOUNDS. `advance` is called once a layer.
+    """
+    bounds = BOUNDS[manifest.precision]
+    backend = OrtBackend(directory, manifest)
+    try:
+        encoded = [backend.encode(picture) for picture in pictures]
+        worst = min((compare(got.numpy()[None], want) for got, want in zip(encoded, expected, strict=True)), key=lambda d: d.cosine)
+        tokenizer = TextTokenizer(directory / "tokenizer.json")
+        template = ChatTemplate(tokenizer, manifest)
+        ids = [*template.opening(), *template.turn(QUESTION, (encoded[0].rows,)), *tokenizer.encode(ANSWER)]
+        split = len(ids) - min(LOGIT_COUNT, len(ids) // 2) - 3
+        wanted = list(range(split, len(ids)))[-LOGIT_COUNT:]
+        backend.step(ids[:split], (encoded[0],))
+        out = backend.step(ids[split:], (encoded[0],), logit_positions=[position - split for position in wanted], want_logits=True)
+        assert out.logits is not None
+        logits = out.logits.copy()
+    finally:
+        backend.close()
+    reference = reference_logits(checkpoint, ids, encoded[0].numpy(), wanted, advance)
+    difference = compare(logits, reference)
+    greedy = float((logits.argmax(1) == reference.argmax(1)).mean())
+    figures = {
+        "image_features": asdict(worst),
+        "logits": {**asdict(difference), "greedy_agreement": greedy, "positions": len(wanted)},
+        "bounds": asdict(bounds),
+    }
+    for what, value, bound in (
+        ("the cosine of the image features", worst.cosine, bounds.features),
+        ("the cosine of the logits", difference.cosine, bounds.logits),
+        ("the share of equal greedy tokens", greedy, bounds.greedy),
+    ):
+        if not value >= bound:
+            raise FastVLMError(
+                f"the {manifest.precision} graphs do not agree with PyTorch: {what} is {value:.5f}, at least {bound} is needed; "
+                "nothing was written. Try --precision fp32, and report it if that fails too"
+            )
+    return figures

@@ -1,0 +1,98 @@
+"""Precision plans: which type every stage of the model computes and is stored in (`--precision`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from fastvlm_edge.errors import FastVLMError
+
+FLOAT_TYPES: dict[str, npt.DTypeLike] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+VISION_STAGES = ("stem", "stage1", "stage2", "stage3", "stage4", "stage5", "final_conv", "projector")
+
+
+@dataclass(frozen=True)
+class WeightType:
+    """How the weights of a stage are stored: a float type as they are, or integers with scales.
+
+    `bits` is 0 for plain floats. `block` is the number of consecutive inputs that share a scale, 0 for one scale an output channel.
+    """
+
+    bits: int = 0
+    block: int = 0
+
+    def __str__(self) -> str:
+        return f"int{self.bits}" + (f"/{self.block}" if self.block else "") if self.bits else "plain"
+
+
+PLAIN = WeightType()
+INT8_CHANNEL = WeightType(bits=8)
+INT4_BLOCK = WeightType(bits=4, block=32)
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """The types of one conversion. Float fields hold a key of FLOAT_TYPES: the type that is computed in."""
+
+    name: str
+    vision: dict[str, str]
+    """Float type of each of VISION_STAGES."""
+    decoder: str
+    """Float type of the decoder's activations, KV cache and image features."""
+    vision_weights: WeightType = PLAIN
+    body: WeightType = PLAIN
+    head: WeightType = PLAIN
+    embedding: WeightType = PLAIN
+
+    def describe(self) -> dict[str, str]:
+        """Flat form for the manifest: stage -> computing type, and the stored type where that is another one."""
+        plan = {f"vision.{stage}": _both(kind, self.vision_weights) for stage, kind in self.vision.items()}
+        for stage in ("embedding", "body", "head"):
+            plan[f"decoder.{stage}"] = _both(self.decoder, getattr(self, stage))
+        return plan
+
+
+def _both(kind: str, weights: WeightType) -> str:
+    return f"{weights} -> {kind}" if weights.bits else kind
+
+
+def _uniform(kind: str) -> dict[str, str]:
+    return dict.fromkeys(VISION_STAGES, kind)
+
+
+# FP16 holds 65504 at most. Others measured 55,000 to 250,000 behind the downsampling into stage 5, so that stage and all behind it
+# stay in FP32 (6 to 7 % of the multiply-accumulates); conversion probes the real figures of each checkpoint.
+_FP16_VISION = {**_uniform("fp16"), "stage5": "fp32", "final_conv": "fp32", "projector": "fp32"}
+
+PLANS = {
+    plan.name: plan
+    for plan in (
+        PrecisionPlan("fp32", _uniform("fp32"), "fp32"),
+        PrecisionPlan("fp16", _FP16_VISION, "fp16"),
+        PrecisionPlan("bf16", _uniform("bf16"), "bf16"),
+        PrecisionPlan("int8", _uniform("fp32"), "fp32", INT8_CHANNEL, INT8_CHANNEL, INT8_CHANNEL, INT8_CHANNEL),
+        PrecisionPlan("int4", _uniform("fp32"), "fp32", INT8_CHANNEL, INT4_BLOCK, INT8_CHANNEL, INT8_CHANNEL),
+    )
+}
+
+
+def precision_plan(name: str) -> PrecisionPlan:
+    """The plan called `name`; raises FastVLMError with the names there are."""
+    if name not in PLANS:
+        raise FastVLMError(f"unknown precision {name!r}; choose one of {', '.join(PLANS)}")
+    return PLANS[name]
+
+
+def on_cpu(plan: PrecisionPlan) -> PrecisionPlan:
+    """The plan that onnxruntime's CPU provider computes with the same stored weights.
+
+    It has no BF16 kernels (MatMul, Add, Conv, Softmax: onnxruntime 1.31), so BF16 becomes FP32 there; every other type stays.
+    """
+    wide = {stage: "fp32" if kind == "bf16" else kind for stage, kind in plan.vision.items()}
+    changes = {f.name: getattr(plan, f.name) for f in fields(plan)}
+    return PrecisionPlan(**{**changes, "vision": wide, "decoder": "fp32" if plan.decoder == "bf16" else plan.decoder})

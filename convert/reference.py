@@ -1,0 +1,102 @@
+"""The PyTorch source that every conversion is checked against: Qwen2 in FP32, one layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvlm_edge.convert.checkpoint import Checkpoint, TextConfig
+
+ROWS = 8192
+"""Rows of the head that are multiplied at a time."""
+
+
+@torch.inference_mode()
+def reference_logits(
+    checkpoint: Checkpoint,
+    input_ids: Sequence[int],
+    image_features: npt.NDArray[np.float32],
+    logit_positions: Sequence[int],
+    advance: Callable[[], None],
+) -> npt.NDArray[np.float32]:
+    """Logits [len(logit_positions), vocab] of one causal pass; an id of `vocab + k` is row k of image_features [rows, hidden].
+
+    `advance` is called once a layer. Written from the Qwen2 report (arXiv 2407.10671): pre-norm RMSNorm, rotary embedding on halves,
+    grouped-query attention with biases on q, k and v, SwiGLU.
+    """
+    text = checkpoint.text
+    ids = np.asarray(input_ids)
+    hidden = torch.empty(1, len(ids), text.hidden)
+    for position, token in enumerate(ids):
+        row = (
+            image_features[token - text.vocab]
+            if token >= text.vocab
+            else checkpoint.tensor_rows("llm.embed_tokens.weight", token, token + 1)[0]
+        )
+        hidden[0, position] = _torch(row)
+    cos, sin = _rotary(text, len(ids))
+    for layer in range(text.layers):
+        hidden = _layer(_Layer(checkpoint, layer), text, hidden, cos, sin)
+        advance()
+    hidden = _rms_norm(hidden[0, list(logit_positions)], _torch(checkpoint.tensor("llm.norm.weight")), text.rms_norm_eps)
+    rows = range(0, text.vocab, ROWS)
+    parts = [hidden @ _torch(checkpoint.tensor_rows(checkpoint.head_name, row, min(row + ROWS, text.vocab))).T for row in rows]
+    return torch.cat(parts, dim=1).numpy()
+
+
+class _Layer:
+    """The weights of one layer, read when they are asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int) -> None:
+        self.checkpoint = checkpoint
+        self.prefix = f"llm.layers.{layer}"
+
+    def __call__(self, name: str) -> Tensor:
+        return _torch(self.checkpoint.tensor(f"{self.prefix}.{name}"))
+
+
+def _layer(weight: _Layer, text: TextConfig, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """hidden [1, seq, hidden] -> the same."""
+    x = _rms_norm(hidden, weight("input_layernorm.weight"), text.rms_norm_eps)
+    q, k, v = (
+        F.linear(x, weight(f"self_attn.{part}_proj.weight"), weight(f"self_attn.{part}_proj.bias"))
+        .unflatten(2, (-1, text.head_dim))
+        .transpose(1, 2)
+        for part in "qkv"
+    )  # [1, heads or kv_heads, seq, head_dim]
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    hidden = hidden + F.linear(attended.transpose(1, 2).flatten(2), weight("self_attn.o_proj.weight"))
+    x = _rms_norm(hidden, weight("post_attention_layernorm.weight"), text.rms_norm_eps)
+    gate = F.silu(F.linear(x, weight("mlp.gate_proj.weight")))
+    return hidden + F.linear(gate * F.linear(x, weight("mlp.up_proj.weight")), weight("mlp.down_proj.weight"))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _rotary(text: TextConfig, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [length, head_dim]."""
+    frequency = text.rope_theta ** (-torch.arange(0, text.head_dim, 2, dtype=torch.float64) / text.head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency).repeat(1, 2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _torch(array: npt.NDArray[Any]) -> Tensor:
+    """A float32 tensor of any stored float type."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16).float()
+    return torch.from_numpy(array.astype(np.float32))

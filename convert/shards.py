@@ -1,0 +1,187 @@
+"""The tensors of a set of safetensors files: headers are read at once, data one tensor (or a few rows) at a time.
+
+Files are read, not mapped, so the memory of a conversion is that of the tensors it holds. Nothing here knows what a tensor means.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from fastvlm_edge.errors import FastVLMError
+
+INDEX_NAME = "model.safetensors.index.json"
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+}
+MAX_HEADER = 100_000_000
+LFS_MARK = b"version https://git-lfs.github.com/spec/"
+FINITE_BLOCK = 1 << 22
+EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: `start` is the first byte in `path`."""
+
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+    kind: str
+    """safetensors dtype: a key of DTYPES, or one that this toolkit does not read."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return DTYPES[self.kind]
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder: those of its index, or the single one.
+
+    Raises FastVLMError that names a missing shard, a damaged index, or several files without an index.
+    """
+    index = directory / INDEX_NAME
+    if index.is_file():
+        refuse_lfs_pointer(index)
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FastVLMError(f"{index} is damaged ({error}); copy or download it again") from None
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise FastVLMError(f"{directory / missing[0]} is missing ({len(missing)} of {len(names)} shards that {INDEX_NAME} names); "
+                               "download the whole checkpoint again")
+        return [directory / name for name in names]
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    found = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    if len(found) > 1:
+        raise FastVLMError(f"{directory} has {len(found)} safetensors files but no {INDEX_NAME} that says how they belong together; "
+                           "download the whole checkpoint again")
+    return found
+
+
+def read_shards(directory: Path, files: Sequence[Path]) -> dict[str, Entry]:
+    """Every tensor of `files` by name, in file order.
+
+    Raises FastVLMError that names a truncated or damaged file, a tensor found twice, or one that the index names and no shard holds.
+    """
+    entries: dict[str, Entry] = {}
+    for path in files:
+        for name, entry in read_header(path).items():
+            if name in entries:
+                raise FastVLMError(f"tensor {name} stands twice, in {entries[name].path.name} and in {path.name} of {directory}; "
+                                   "download the checkpoint again into an empty folder")
+            entries[name] = entry
+    index = directory / INDEX_NAME
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for name, shard in weight_map.items():
+            if name not in entries or entries[name].path.name != shard:
+                raise FastVLMError(f"{index} says that tensor {name} is in {shard}, but it is not; download the checkpoint again")
+    return entries
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file (8-byte little-endian header length, JSON header, data), its size checked.
+
+    Raises FastVLMError that names the file when it is a git-LFS pointer, is cut short, or has no valid header.
+    """
+    refuse_lfs_pointer(path)
+    size = path.stat().st_size
+    again = "copy or download it again"
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise FastVLMError(f"{path} is cut short or is not safetensors: {size} bytes, and its header alone should have {length}; "
+                               f"{again}")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+        items = {name: (item["dtype"], tuple(item["shape"]), *item["data_offsets"]) 
+                 for name, item in header.items() if name != "__metadata__"}
+    except DuplicateError as error:
+        raise FastVLMError(f"tensor {error} stands twice in the header of {path}; {again}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FastVLMError(f"the header of {path} is damaged ({error}); {again}") from None
+    entries = {}
+    for name, (kind, shape, start, end) in items.items():
+        if 8 + length + end > size:
+            raise FastVLMError(f"{path} is cut short: {size} bytes, and tensor {name} ends at byte {8 + length + end}; {again}")
+        if kind in DTYPES and end - start != math.prod(shape) * DTYPES[kind].itemsize:
+            raise FastVLMError(f"the header of {path} is damaged: {name} {list(shape)} {kind} cannot have {end - start} bytes; {again}")
+        entries[name] = Entry(path, 8 + length + start, shape, kind)
+    return entries
+
+
+class DuplicateError(Exception):
+    """A key that stands twice in a JSON object."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise DuplicateError(key)
+        out[key] = value
+    return out
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise FastVLMError when `path` is the small text file that git leaves in place of a large one."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_MARK)) == LFS_MARK:
+            raise FastVLMError(f"{path} is a git-LFS pointer, not the file itself; run `git lfs pull` in that folder, or give the hub id")
+
+
+def read_tensor(name: str, entry: Entry, rows: tuple[int, int] | None = None) -> npt.NDArray[Any]:
+    """A tensor as a new array, or only its rows [start, stop) along the first axis.
+
+    Raises FastVLMError when the file has changed size since its header was read, IndexError when the rows are out of range.
+    """
+    shape = entry.shape
+    offset = entry.start
+    if rows is not None:
+        start, stop = rows
+        if not (shape and 0 <= start <= stop <= shape[0]):
+            raise IndexError(f"rows {start} to {stop} of {name}, which has shape {list(shape)}")
+        offset += start * math.prod(shape[1:]) * entry.dtype.itemsize
+        shape = (stop - start, *shape[1:])
+    array = np.empty(shape, entry.dtype)
+    if array.size:
+        with entry.path.open("rb") as file:
+            file.seek(offset)
+            view = array.reshape(-1).view(np.uint8).data
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise FastVLMError(f"{entry.path} ends inside tensor {name}; copy or download it again")
+                done += count
+    return array
+
+
+def first_non_finite(array: npt.NDArray[Any]) -> int | None:
+    """Flat index of the first NaN or infinity, None when there is none. Works on the bits, in blocks, with little memory."""
+    mask = EXPONENT.get(array.dtype.itemsize, {}).get(array.dtype.name)
+    if mask is None:
+        return None
+    bits: npt.NDArray[Any] = array.reshape(-1).view(f"u{array.dtype.itemsize}")
+    for start in range(0, bits.size, FINITE_BLOCK):
+        bad = (bits[start:start + FINITE_BLOCK] & mask) == mask
+        if bad.any():
+            return start + int(bad.argmax())
+    return None
