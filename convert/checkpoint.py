@@ -5,6 +5,7 @@ Opening reads headers and json only. Weights come one tensor at a time, under th
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,8 +42,19 @@ Progress = Callable[[int, int], None]
 EMBEDDING, HEAD = "llm.embed_tokens.weight", "lm_head.weight"
 COMPARE_ROWS = 4096
 HASH_BLOCK = 1 << 24
-SIDE_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "model.safetensors.index.json",
-              "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 
 
 @dataclass
@@ -106,8 +118,10 @@ class Checkpoint:
             value = float(array[tuple(index)])
             if index:
                 index[0] += first_row
-            raise FastVLMError(f"tensor {name} of {self.directory} holds {value} at {index}: these weights are broken; download the "
-                               "checkpoint again, or use another training step")
+            raise FastVLMError(
+                f"tensor {name} of {self.directory} holds {value} at {index}: these weights are broken; download the "
+                "checkpoint again, or use another training step"
+            )
         return array
 
     @property
@@ -163,15 +177,16 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
     shapes = {name: entry.shape for name, entry in found.items()}
     vision = vision_structure(shapes, where)
     train_form = is_train_form(shapes)
-    text = text_structure(shapes, settings, where, tied=False)
+    text = text_structure(shapes, settings, where)
     expected = expected_shapes(vision, text, train_form=train_form)
     check_shapes(shapes, expected, stored, where)
     notes = [*settings.notes, *_contradictions(settings, vision, text)]
     tied = _is_tied(found, settings, where, notes)
-    text = text_structure(shapes, settings, where, tied=tied)
+    text = dataclasses.replace(text, tied=tied)
     if settings.image_token_id is not None and not 0 <= settings.image_token_id < text.vocab:
-        raise FastVLMError(f"{where} has image token {settings.image_token_id}, but the embedding has {text.vocab} rows; "
-                           "correct config.json")
+        raise FastVLMError(
+            f"{where} has image token {settings.image_token_id}, but the embedding has {text.vocab} rows; correct config.json"
+        )
     return Checkpoint(
         location=location,
         name=directory.resolve().name if Path(location).expanduser().is_dir() else location.rpartition("/")[2],
@@ -191,19 +206,31 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
 
 def _check_types(entries: dict[str, Entry], where: str) -> None:
     """Raise FastVLMError for quantised or exotic types; int64 is for BatchNorm counters and buffers only."""
-    bad = [f"{name} ({entry.kind})" for name, entry in entries.items()
-           if entry.kind not in DTYPES or (entry.kind == "I64" and not name.endswith(("num_batches_tracked", "position_ids")))]
+    bad = [
+        f"{name} ({entry.kind})"
+        for name, entry in entries.items()
+        if entry.kind not in DTYPES or (entry.kind == "I64" and not name.endswith(("num_batches_tracked", "position_ids")))
+    ]
     if bad:
-        raise FastVLMError(f"{where} holds tensors of types that are not read: {listing(bad)}; start from a checkpoint in "
-                           "bfloat16, float16 or float32")
+        raise FastVLMError(
+            f"{where} holds tensors of types that are not read: {listing(bad)}; start from a checkpoint in bfloat16, float16 or float32"
+        )
 
 
 def _contradictions(settings: Settings, vision: FastViTHDConfig, text: TextConfig) -> list[str]:
     """One note for each size that config.json gives otherwise than the tensors do."""
-    actual = {"out_dim": vision.out_dim, "hidden": text.hidden, "layers": text.layers, "intermediate": text.intermediate,
-              "vocab": text.vocab}
-    return [f"config.json says {claim} for {key}, the tensors have {actual[key]}; took {actual[key]}"
-            for key, claim in settings.claims.items() if key in actual and claim != actual[key]]
+    actual = {
+        "out_dim": vision.out_dim,
+        "hidden": text.hidden,
+        "layers": text.layers,
+        "intermediate": text.intermediate,
+        "vocab": text.vocab,
+    }
+    return [
+        f"config.json says {claim} for {key}, the tensors have {actual[key]}; took {actual[key]}"
+        for key, claim in settings.claims.items()
+        if key in actual and claim != actual[key]
+    ]
 
 
 def _is_tied(found: dict[str, Entry], settings: Settings, where: str, notes: list[str]) -> bool:
@@ -211,8 +238,10 @@ def _is_tied(found: dict[str, Entry], settings: Settings, where: str, notes: lis
     head = found.get(HEAD)
     if head is None:
         if settings.tied is False:
-            raise FastVLMError(f"{where} lacks tensor {HEAD}, and config.json says that the head is not tied to the embedding; download "
-                               "the checkpoint again, or, if it is tied, correct tie_word_embeddings")
+            raise FastVLMError(
+                f"{where} lacks tensor {HEAD}, and config.json says that the head is not tied to the embedding; download "
+                "the checkpoint again, or, if it is tied, correct tie_word_embeddings"
+            )
         if settings.tied is None:
             notes.append(f"no {HEAD} and no tie_word_embeddings in config.json; took the embedding as the head")
         return True
@@ -224,8 +253,10 @@ def _is_tied(found: dict[str, Entry], settings: Settings, where: str, notes: lis
             equal = False
             break
     if settings.tied is not None and settings.tied != equal:
-        notes.append(f"config.json says tie_word_embeddings {str(settings.tied).lower()}, but {HEAD} is "
-                     f"{'bit-equal to' if equal else 'not'} the embedding; took the tensors")
+        notes.append(
+            f"config.json says tie_word_embeddings {str(settings.tied).lower()}, but {HEAD} is "
+            f"{'bit-equal to' if equal else 'not'} the embedding; took the tensors"
+        )
     return equal
 
 
@@ -258,7 +289,10 @@ def load_projector(checkpoint: Checkpoint) -> torch.nn.Sequential:
     hidden = checkpoint.text.hidden
     with torch.device("meta"):
         layers = torch.nn.Sequential(torch.nn.Linear(checkpoint.vision.out_dim, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, hidden))
-    state = {f"{position}.{part}": torch.from_numpy(checkpoint.tensor(f"projector.linear_{index}.{part}").astype(np.float32, copy=False))
-             for index, position in ((1, 0), (2, 2)) for part in ("weight", "bias")}
+    state = {
+        f"{position}.{part}": torch.from_numpy(checkpoint.tensor(f"projector.linear_{index}.{part}").astype(np.float32, copy=False))
+        for index, position in ((1, 0), (2, 2))
+        for part in ("weight", "bias")
+    }
     layers.load_state_dict(state, assign=True)
     return layers.eval().requires_grad_(False)

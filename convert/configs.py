@@ -21,8 +21,20 @@ IMAGE_TOKEN_ID = 151646
 IMAGE_SEQ_LENGTH = 576
 ROPE_THETA = 10_000.0
 TIMM_ARCHITECTURES = ("fastvit_mci3", "fastvit_mci4")
-TIMM_ARGUMENTS = {"inference_mode", "layers", "embed_dims", "mlp_ratios", "cls_ratio", "num_classes", "global_pool", "in_chans",
-                  "drop_rate", "drop_path_rate", "proj_drop_rate", "layer_scale_init_value"}
+TIMM_ARGUMENTS = {
+    "inference_mode",
+    "layers",
+    "embed_dims",
+    "mlp_ratios",
+    "cls_ratio",
+    "num_classes",
+    "global_pool",
+    "in_chans",
+    "drop_rate",
+    "drop_path_rate",
+    "proj_drop_rate",
+    "layer_scale_init_value",
+}
 """Arguments of timm's FastVit that a FastViTHD may set: widths, which the tensors repeat, and what inference does not see.
 The remaining ones (activation, mixers, kernel sizes, strides) change the computation."""
 
@@ -71,11 +83,14 @@ def read_settings(directory: Path) -> Settings:
     config = read_json(path)
     kind = config.get("model_type")
     if kind not in ("llava_qwen2", "fast_vlm"):
-        raise FastVLMError(f"{path} has model_type {kind!r}, which is no FastVLM; this toolkit reads llava_qwen2 (Apple's) and fast_vlm "
-                           "(transformers')")
+        raise FastVLMError(
+            f"{path} has model_type {kind!r}, which is no FastVLM; this toolkit reads llava_qwen2 (Apple's) and fast_vlm (transformers')"
+        )
     if "quantization_config" in config or "quantization" in config:
-        raise FastVLMError(f"{directory} is a quantised checkpoint; start from the bfloat16, float16 or float32 one and let "
-                           "`convert --precision` quantise it")
+        raise FastVLMError(
+            f"{directory} is a quantised checkpoint; start from the bfloat16, float16 or float32 one and let "
+            "`convert --precision` quantise it"
+        )
     try:
         return _native(directory, config) if kind == "fast_vlm" else _apple(directory, config)
     except (TypeError, ValueError, AttributeError) as error:
@@ -97,13 +112,26 @@ def _apple(directory: Path, config: Mapping[str, Any]) -> Settings:
     if "anyres" in aspect or "highres" in aspect:
         raise FastVLMError(f"{path} has image_aspect_ratio {aspect!r}: pictures cut into tiles are not supported, only 'pad' and 'square'")
     claims = {"mm_hidden_size": "out_dim", **TEXT_CLAIMS}
-    return _settings(path, config, layout="hub" if "auto_map" in config else "apple", tied=config.get("tie_word_embeddings"),
-                     image_size=int(size), image_token_id=None, eos=(config,),
-                     claims={ours: config[key] for key, ours in claims.items() if config.get(key) is not None}, notes=[])
+    return _settings(
+        path,
+        config,
+        layout="hub" if "auto_map" in config else "apple",
+        tied=config.get("tie_word_embeddings"),
+        image_size=int(size),
+        image_token_id=None,
+        eos=(config,),
+        claims={ours: config[key] for key, ours in claims.items() if config.get(key) is not None},
+        notes=[],
+    )
 
 
-TEXT_CLAIMS = {"hidden_size": "hidden", "num_hidden_layers": "layers", "intermediate_size": "intermediate", "vocab_size": "vocab",
-               "num_key_value_heads": "kv_heads"}
+TEXT_CLAIMS = {
+    "hidden_size": "hidden",
+    "num_hidden_layers": "layers",
+    "intermediate_size": "intermediate",
+    "vocab_size": "vocab",
+    "num_key_value_heads": "kv_heads",
+}
 
 
 def _native(directory: Path, config: Mapping[str, Any]) -> Settings:
@@ -118,8 +146,9 @@ def _native(directory: Path, config: Mapping[str, Any]) -> Settings:
     _require(path, vision, "architecture", TIMM_ARCHITECTURES)
     arguments = vision.get("model_args") or {}
     for key in sorted(set(arguments) - TIMM_ARGUMENTS):
-        raise FastVLMError(f"{path} sets vision_config.model_args.{key} to {arguments[key]!r}, which makes it another "
-                           "encoder than FastViTHD")
+        raise FastVLMError(
+            f"{path} sets vision_config.model_args.{key} to {arguments[key]!r}, which makes it another encoder than FastViTHD"
+        )
     _require(path, arguments, "in_chans", (3,))
     _require(path, config, "projector_hidden_act", ("gelu",))
     _require(path, config, "multimodal_projector_bias", (True,))
@@ -131,8 +160,17 @@ def _native(directory: Path, config: Mapping[str, Any]) -> Settings:
     claims = {ours: text[key] for key, ours in TEXT_CLAIMS.items() if text.get(key) is not None}
     if vision.get("hidden_size") is not None:
         claims["out_dim"] = vision["hidden_size"]
-    return _settings(path, text, layout="native", tied=any(ties) if ties else None, image_size=_native_image_size(directory, config, notes),
-                     image_token_id=IMAGE_TOKEN_ID if token is None else int(token), eos=(config, text), claims=claims, notes=notes)
+    return _settings(
+        path,
+        text,
+        layout="native",
+        tied=any(ties) if ties else None,
+        image_size=_native_image_size(directory, config, notes),
+        image_token_id=IMAGE_TOKEN_ID if token is None else int(token),
+        eos=(config, text),
+        claims=claims,
+        notes=notes,
+    )
 
 
 def _native_image_size(directory: Path, config: Mapping[str, Any], notes: list[str]) -> int:
@@ -156,8 +194,18 @@ def _native_image_size(directory: Path, config: Mapping[str, Any], notes: list[s
     return from_length
 
 
-def _settings(path: Path, text: Mapping[str, Any], *, layout: str, tied: bool | None, image_size: int, image_token_id: int | None,
-              eos: tuple[Mapping[str, Any], ...], claims: dict[str, int], notes: list[str]) -> Settings:
+def _settings(
+    path: Path,
+    text: Mapping[str, Any],
+    *,
+    layout: str,
+    tied: bool | None,
+    image_size: int,
+    image_token_id: int | None,
+    eos: tuple[Mapping[str, Any], ...],
+    claims: dict[str, int],
+    notes: list[str],
+) -> Settings:
     """The part that the layouts share. `text` holds the Qwen2 keys."""
     _require(path, text, "hidden_act", ("silu",))
     if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or ()):

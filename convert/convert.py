@@ -212,7 +212,7 @@ def estimated_bytes(source: Checkpoint, plan: PrecisionPlan) -> int:
     for name in source.names():
         count = float(np.prod(source.shape(name), dtype=np.float64))
         if name.startswith(("vision.", "projector.")):
-            total += count * _bytes_each(plan.vision_weights, plan.vision["stage3"])
+            total += count * _bytes_each(plan.vision_weights, plan.vision[_vision_stage(name)])
         elif name == "llm.embed_tokens.weight":
             total += count * _bytes_each(plan.embedding, plan.decoder)
             if source.text.tied and plan.head.bits:
@@ -220,6 +220,11 @@ def estimated_bytes(source: Checkpoint, plan: PrecisionPlan) -> int:
         else:
             total += count * _bytes_each(plan.head if name == "lm_head.weight" else plan.body, plan.decoder)
     return int(total)
+
+
+def _vision_stage(name: str) -> str:
+    part, _, rest = name.removeprefix("vision.").partition(".")
+    return f"stage{int(rest[0]) + 1}" if part == "stages" else part
 
 
 def _bytes_each(weights: WeightType, kind: str) -> float:

@@ -57,6 +57,7 @@ class ConvBN(nn.Module):
 
 def fold_batch_norm(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Fold `bn` into the bias-free convolution `weight` [out, in/groups, k, k] that feeds it."""
+    assert bn.running_mean is not None and bn.running_var is not None
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     return weight * scale.reshape(-1, 1, 1, 1), bn.bias - bn.running_mean * scale
 
@@ -151,13 +152,13 @@ class MobileOneConv(Reparameterizable):
 
     def fused(self) -> tuple[Tensor, Tensor]:
         _, c_out, kernel, _, groups = self._shape
-        pairs = [conv.fused() for conv in self.conv_kxk or ()]
+        pairs = [conv.fused() for conv in self.conv_kxk or () if isinstance(conv, ConvBN)]
         if self.conv_scale is not None:
             weight, bias = self.conv_scale.fused()
             pairs.append((pad_kernel(weight, kernel), bias))
         if self.identity is not None:
             pairs.append(fold_batch_norm(identity_kernel(c_out, groups, kernel).to(self.identity.weight), self.identity))
-        return sum(w for w, _ in pairs), sum(b for _, b in pairs)  # type: ignore[return-value]
+        return torch.stack([weight for weight, _ in pairs]).sum(0), torch.stack([bias for _, bias in pairs]).sum(0)
 
 
 class RepMixer(Reparameterizable):

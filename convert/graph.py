@@ -44,7 +44,7 @@ def to_bytes(array: Array) -> bytes | memoryview:
         if flat.size % 2:
             flat = np.append(flat, np.int8(0))
         return ((flat[0::2] & 15) | (flat[1::2] << 4)).astype(np.uint8).tobytes()
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 @dataclass(frozen=True)

@@ -51,30 +51,38 @@ def _download(name: str, revision: str | None) -> Path:
             RevisionNotFoundError,
         )
     except ImportError:
-        raise FastVLMError(f"{name} is not a folder here, and a hub id needs huggingface_hub: "
-                           "pip install 'fastvlm-edge[convert]'") from None
+        raise FastVLMError(
+            f"{name} is not a folder here, and a hub id needs huggingface_hub: pip install 'fastvlm-edge[convert]'"
+        ) from None
     where = name if revision is None else f"{name} at revision {revision}"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except GatedRepoError:
-        raise FastVLMError(f"{where} is gated on the hub: accept its conditions on its page there, then log in with: "
-                           "hf auth login") from None
+        raise FastVLMError(
+            f"{where} is gated on the hub: accept its conditions on its page there, then log in with: hf auth login"
+        ) from None
     except RepositoryNotFoundError:
-        raise FastVLMError(f"{name} is no folder here and no public hub repository; check the name, or, if it is private, run: "
-                           "hf auth login") from None
+        raise FastVLMError(
+            f"{name} is no folder here and no public hub repository; check the name, or, if it is private, run: hf auth login"
+        ) from None
     except RevisionNotFoundError:
         raise FastVLMError(f"{name} has no revision {revision!r} on the hub; check the branch, tag or commit") from None
     except LocalEntryNotFoundError:
         if _offline():
-            raise FastVLMError(f"{where} is not complete in the local hub cache and HF_HUB_OFFLINE forbids a download; unset it, or give a "
-                               "folder") from None
-        raise FastVLMError(f"{name} is no folder here, the hub cannot be reached, and the local cache does not hold all of it; check the "
-                           "network, or give a folder") from None
+            raise FastVLMError(
+                f"{where} is not complete in the local hub cache and HF_HUB_OFFLINE forbids a download; unset it, or give a folder"
+            ) from None
+        raise FastVLMError(
+            f"{name} is no folder here, the hub cannot be reached, and the local cache does not hold all of it; check the "
+            "network, or give a folder"
+        ) from None
     except HfHubHTTPError as error:
         raise FastVLMError(f"the hub refused {where} ({_first_line(error)}); try again, or give a folder") from None
     except Exception as error:  # the hub client raises whatever its HTTP library of the day raises: a user never sees a traceback
-        raise FastVLMError(f"{where} cannot be downloaded ({type(error).__name__}: {_first_line(error)}); check the network and the space "
-                           "on disk, or give a folder") from None
+        raise FastVLMError(
+            f"{where} cannot be downloaded ({type(error).__name__}: {_first_line(error)}); check the network and the space "
+            "on disk, or give a folder"
+        ) from None
 
 
 def _offline() -> bool:

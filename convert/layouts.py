@@ -93,15 +93,17 @@ class TextConfig:
 
 def find_weights(directory: Path) -> list[Path]:
     """The safetensors files of a folder that looks like a checkpoint. Raises FastVLMError that says what the folder is instead."""
-    if any(directory.glob("*.mlpackage")) or any(directory.glob("*.mlmodelc")) or (directory / "weights.npz").is_file():
-        raise FastVLMError(f"{directory} is an export for CoreML or MLX, which holds no encoder weights to read; give the checkpoint that "
-                           "it was made from")
     weights = weight_files(directory)
+    exported = any(directory.glob("*.mlpackage")) or any(directory.glob("*.mlmodelc")) or (directory / "weights.npz").is_file()
+    if not weights and exported:
+        raise FastVLMError(f"{directory} is an export for CoreML or MLX, not a checkpoint; give the checkpoint that it was made from")
     if not weights and ((directory / "adapter_config.json").is_file() or any(directory.glob("adapter_model.*"))):
         raise FastVLMError(f"{directory} holds a LoRA adapter only; merge it into its base model, save that, and give the result")
     if not weights and any(directory.glob("pytorch_model*.bin")):
-        raise FastVLMError(f"{directory} has its weights in pytorch_model*.bin, which can run code when opened; convert it to safetensors "
-                           "first: load it with its own code and save_pretrained(..., safe_serialization=True)")
+        raise FastVLMError(
+            f"{directory} has its weights in pytorch_model*.bin, which can run code when opened; convert it to safetensors "
+            "first: load it with its own code and save_pretrained(..., safe_serialization=True)"
+        )
     if not weights and (directory / "mm_projector.bin").is_file():
         raise FastVLMError(f"{directory} holds only a projector (mm_projector.bin); give the folder of a whole FastVLM checkpoint")
     if not (directory / "config.json").is_file():
@@ -118,7 +120,7 @@ def canonical_name(name: str, layout: str) -> str | None:
     """The canonical form of a stored name, None for one that belongs to no part of a FastVLM checkpoint."""
     for stored, canonical in NATIVE_PARTS if layout == "native" else APPLE_PARTS:
         if name.startswith(stored):
-            rest = name[len(stored):]
+            rest = name[len(stored) :]
             if canonical == "vision.":
                 rest = re.sub(r"\.pos_enc\.", ".pe.", rest) if layout == "native" else _apple_vision_name(rest)
             return canonical + rest
@@ -148,8 +150,9 @@ def canonical_names(stored: Iterable[str], layout: str, where: str) -> dict[str,
         if canonical is None:
             unknown.append(name)
         elif canonical in names:
-            raise FastVLMError(f"{where} holds the same tensor twice, as {names[canonical]} and as {name}; remove one, or "
-                                   "download it again")
+            raise FastVLMError(
+                f"{where} holds the same tensor twice, as {names[canonical]} and as {name}; remove one, or download it again"
+            )
         else:
             names[canonical] = name
     parts = {name.partition(".")[0] for name in names}
@@ -158,11 +161,14 @@ def canonical_names(stored: Iterable[str], layout: str, where: str) -> dict[str,
     if any(name.endswith((".scales", ".weight_scale", ".weight_scale_inv", ".qweight")) for name in (*unknown, *names)):
         raise FastVLMError(f"{where} is a quantised export (it has scales beside the weights); start from the bfloat16 checkpoint")
     if "vision" not in parts:
-        raise FastVLMError(f"{where} has no vision tower in its weights, only {listing(sorted(parts) or unknown)}; a FastVLM checkpoint "
-                           "holds the encoder, the projector and the language model")
+        raise FastVLMError(
+            f"{where} has no vision tower in its weights, only {listing(sorted(parts) or unknown)}; a FastVLM checkpoint "
+            "holds the encoder, the projector and the language model (an MLX export does not)"
+        )
     if "llm" not in parts:
-        raise FastVLMError(f"{where} has no language model in its weights, only {listing(sorted(parts))}; give the whole "
-                           "FastVLM checkpoint")
+        raise FastVLMError(
+            f"{where} has no language model in its weights, only {listing(sorted(parts))}; give the whole FastVLM checkpoint"
+        )
     if unknown:
         raise FastVLMError(f"{where} holds tensors that are no part of FastVLM: {listing(unknown)}")
     return names
@@ -175,6 +181,7 @@ def is_train_form(names: Iterable[str]) -> bool:
 
 def vision_structure(shapes: Shapes, where: str) -> FastViTHDConfig:
     """Depths and widths of the encoder. Raises FastVLMError when a tensor that tells them is missing or they fit no FastViTHD."""
+
     def rows(*candidates: str) -> int:
         name = next((f"vision.{name}" for name in candidates if f"vision.{name}" in shapes), None)
         if name is None or not shapes[name]:
@@ -190,14 +197,23 @@ def vision_structure(shapes: Shapes, where: str) -> FastViTHDConfig:
     if len(ratios) != 1 or not ratios.copy().pop().is_integer():
         raise FastVLMError(f"{where} has an encoder whose MLPs widen {dims} to {tuple(first)}; one whole ratio in every stage is supported")
     try:
-        return FastViTHDConfig(depths, dims, int(ratios.pop()), rows("final_conv.reparam_conv.weight", "final_conv.conv_kxk.0.conv.weight"),
-                               rows("final_conv.se.fc1.weight"))
+        return FastViTHDConfig(
+            depths,
+            dims,
+            int(ratios.pop()),
+            rows("final_conv.reparam_conv.weight", "final_conv.conv_kxk.0.conv.weight"),
+            rows("final_conv.se.fc1.weight"),
+        )
     except ValueError as error:
         raise FastVLMError(f"{where} has an encoder that is no FastViTHD: {error}") from None
 
 
-def text_structure(shapes: Shapes, settings: Settings, where: str, *, tied: bool) -> TextConfig:
-    """Sizes of the decoder. Raises FastVLMError when the head count of the config does not fit the q, k and v projections."""
+def text_structure(shapes: Shapes, settings: Settings, where: str) -> TextConfig:
+    """Sizes of the decoder; `tied` is left False, since that is a question of values.
+
+    Raises FastVLMError when the head count of the config does not fit the q, k and v projections.
+    """
+
     def shape(name: str) -> tuple[int, int]:
         found = shapes.get(name)
         if found is None or len(found) != 2:
@@ -211,13 +227,29 @@ def text_structure(shapes: Shapes, settings: Settings, where: str, *, tied: bool
     head_dim = settings.head_dim or hidden // max(heads, 1)
     kv_heads = k_rows // max(head_dim, 1)
     if heads * head_dim != q_rows or kv_heads * head_dim != k_rows or not kv_heads or heads % kv_heads:
-        raise FastVLMError(f"{where} says {heads} attention heads of {head_dim}, but the q and k projections have {q_rows} and {k_rows} "
-                           "rows; correct num_attention_heads (and head_dim) in config.json")
+        raise FastVLMError(
+            f"{where} says {heads} attention heads of {head_dim}, but the q and k projections have {q_rows} and {k_rows} "
+            "rows; correct num_attention_heads (and head_dim) in config.json"
+        )
     if settings.claims.get("kv_heads", kv_heads) != kv_heads:
-        raise FastVLMError(f"{where} says {settings.claims['kv_heads']} key-value heads, but {k_rows} rows of k at {head_dim} a head make "
-                           f"{kv_heads}; correct num_attention_heads and num_key_value_heads in config.json")
-    return TextConfig(layers, hidden, heads, kv_heads, head_dim, shape("llm.layers.0.mlp.gate_proj.weight")[0], vocab, settings.rope_theta,
-                      settings.rms_norm_eps, settings.max_positions, "llm.layers.0.self_attn.q_proj.bias" in shapes, tied)
+        raise FastVLMError(
+            f"{where} says {settings.claims['kv_heads']} key-value heads, but {k_rows} rows of k at {head_dim} a head make "
+            f"{kv_heads}; correct num_attention_heads and num_key_value_heads in config.json"
+        )
+    return TextConfig(
+        layers,
+        hidden,
+        heads,
+        kv_heads,
+        head_dim,
+        shape("llm.layers.0.mlp.gate_proj.weight")[0],
+        vocab,
+        settings.rope_theta,
+        settings.rms_norm_eps,
+        settings.max_positions,
+        "llm.layers.0.self_attn.q_proj.bias" in shapes,
+        tied=False,
+    )
 
 
 def expected_shapes(vision: FastViTHDConfig, text: TextConfig, *, train_form: bool) -> dict[str, tuple[int, ...]]:
@@ -252,10 +284,14 @@ def check_shapes(found: Shapes, expected: Shapes, stored: Mapping[str, str], whe
     """
     unknown = [stored[name] for name in found if name not in expected]
     missing = [name for name in expected if name not in found and name != "lm_head.weight" and not OPTIONAL.fullmatch(name)]
-    wrong = [f"{stored[name]} {list(shape)} instead of {list(expected[name])}" for name, shape in found.items()
-             if name in expected and tuple(shape) != tuple(expected[name])]
-    problems = [f"{what}: {listing(names)}" for what, names in
-                (("missing", missing), ("of the wrong shape", wrong), ("unknown", unknown)) if names]
+    wrong = [
+        f"{stored[name]} {list(shape)} instead of {list(expected[name])}"
+        for name, shape in found.items()
+        if name in expected and tuple(shape) != tuple(expected[name])
+    ]
+    problems = [
+        f"{what}: {listing(names)}" for what, names in (("missing", missing), ("of the wrong shape", wrong), ("unknown", unknown)) if names
+    ]
     if problems:
         raise FastVLMError(f"{where} does not hold the tensors of a FastVLM; {'; '.join(problems)}; download the checkpoint again")
 

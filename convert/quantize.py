@@ -72,5 +72,5 @@ def _scale(weight: npt.NDArray[np.float32], axes: tuple[int, ...], bits: int) ->
 def _round(weight: npt.NDArray[np.float32], scale: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.generic]:
     rounded = np.rint(weight / scale)
     np.clip(rounded, SMALLEST[bits], LARGEST[bits], out=rounded)
-    values = rounded.astype(np.int8)
+    values: npt.NDArray[np.generic] = rounded.astype(np.int8)
     return values if bits == 8 else values.astype(ml_dtypes.int4)

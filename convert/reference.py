@@ -67,7 +67,7 @@ def _layer(weight: _Layer, text: TextConfig, hidden: Tensor, cos: Tensor, sin: T
     x = _rms_norm(hidden, weight("input_layernorm.weight"), text.rms_norm_eps)
     q, k, v = (
         F.linear(x, weight(f"self_attn.{part}_proj.weight"), weight(f"self_attn.{part}_proj.bias"))
-        .unflatten(2, (-1, text.head_dim))
+        .view(*x.shape[:2], -1, text.head_dim)
         .transpose(1, 2)
         for part in "qkv"
     )  # [1, heads or kv_heads, seq, head_dim]

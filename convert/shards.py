@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -51,26 +52,30 @@ def weight_files(directory: Path) -> list[Path]:
 
     Raises FastVLMError that names a missing shard, a damaged index, or several files without an index.
     """
-    index = directory / INDEX_NAME
-    if index.is_file():
-        refuse_lfs_pointer(index)
+    index_path = directory / INDEX_NAME
+    if index_path.is_file():
+        refuse_lfs_pointer(index_path)
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
+            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({"" + name for name in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FastVLMError(f"{index} is damaged ({error}); copy or download it again") from None
+            raise FastVLMError(f"{index_path} is damaged ({error}); copy or download it again") from None
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
-            raise FastVLMError(f"{directory / missing[0]} is missing ({len(missing)} of {len(names)} shards that {INDEX_NAME} names); "
-                               "download the whole checkpoint again")
+            raise FastVLMError(
+                f"{directory / missing[0]} is missing ({len(missing)} of {len(names)} shards that {INDEX_NAME} names); "
+                "download the whole checkpoint again"
+            )
         return [directory / name for name in names]
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
     found = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter_"))
     if len(found) > 1:
-        raise FastVLMError(f"{directory} has {len(found)} safetensors files but no {INDEX_NAME} that says how they belong together; "
-                           "download the whole checkpoint again")
+        raise FastVLMError(
+            f"{directory} has {len(found)} safetensors files but no {INDEX_NAME} that says how they belong together; "
+            "download the whole checkpoint again"
+        )
     return found
 
 
@@ -83,15 +88,17 @@ def read_shards(directory: Path, files: Sequence[Path]) -> dict[str, Entry]:
     for path in files:
         for name, entry in read_header(path).items():
             if name in entries:
-                raise FastVLMError(f"tensor {name} stands twice, in {entries[name].path.name} and in {path.name} of {directory}; "
-                                   "download the checkpoint again into an empty folder")
+                raise FastVLMError(
+                    f"tensor {name} stands twice, in {entries[name].path.name} and in {path.name} of {directory}; "
+                    "download the checkpoint again into an empty folder"
+                )
             entries[name] = entry
-    index = directory / INDEX_NAME
-    if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    index_path = directory / INDEX_NAME
+    if index_path.is_file():
+        weight_map: dict[str, str] = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
         for name, shard in weight_map.items():
             if name not in entries or entries[name].path.name != shard:
-                raise FastVLMError(f"{index} says that tensor {name} is in {shard}, but it is not; download the checkpoint again")
+                raise FastVLMError(f"{index_path} says that tensor {name} is in {shard}, but it is not; download the checkpoint again")
     return entries
 
 
@@ -106,25 +113,33 @@ def read_header(path: Path) -> dict[str, Entry]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise FastVLMError(f"{path} is cut short or is not safetensors: {size} bytes, and its header alone should have {length}; "
-                               f"{again}")
+            raise FastVLMError(
+                f"{path} is cut short or is not safetensors: {size} bytes, and its header alone should have {length}; {again}"
+            )
         raw = file.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
-        items = {name: (item["dtype"], tuple(item["shape"]), *item["data_offsets"]) 
-                 for name, item in header.items() if name != "__metadata__"}
+        items = {name: _read_item(item) for name, item in header.items() if name != "__metadata__"}
     except DuplicateError as error:
         raise FastVLMError(f"tensor {error} stands twice in the header of {path}; {again}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FastVLMError(f"the header of {path} is damaged ({error}); {again}") from None
     entries = {}
     for name, (kind, shape, start, end) in items.items():
+        if not 0 <= start <= end or min(shape, default=0) < 0:
+            raise FastVLMError(f"the header of {path} is damaged: {name} {list(shape)} lies at {start} to {end}; {again}")
         if 8 + length + end > size:
             raise FastVLMError(f"{path} is cut short: {size} bytes, and tensor {name} ends at byte {8 + length + end}; {again}")
         if kind in DTYPES and end - start != math.prod(shape) * DTYPES[kind].itemsize:
             raise FastVLMError(f"the header of {path} is damaged: {name} {list(shape)} {kind} cannot have {end - start} bytes; {again}")
         entries[name] = Entry(path, 8 + length + start, shape, kind)
     return entries
+
+
+def _read_item(item: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, first byte and end of one header item. Raises ValueError, KeyError or TypeError."""
+    start, end = map(index, item["data_offsets"])
+    return str(item["dtype"]), tuple(map(index, item["shape"])), start, end
 
 
 class DuplicateError(Exception):
@@ -150,7 +165,7 @@ def refuse_lfs_pointer(path: Path) -> None:
 def read_tensor(name: str, entry: Entry, rows: tuple[int, int] | None = None) -> npt.NDArray[Any]:
     """A tensor as a new array, or only its rows [start, stop) along the first axis.
 
-    Raises FastVLMError when the file has changed size since its header was read, IndexError when the rows are out of range.
+    Raises FastVLMError when the file has gone or become shorter since its header was read, IndexError when the rows are out of range.
     """
     shape = entry.shape
     offset = entry.start
@@ -161,16 +176,19 @@ def read_tensor(name: str, entry: Entry, rows: tuple[int, int] | None = None) ->
         offset += start * math.prod(shape[1:]) * entry.dtype.itemsize
         shape = (stop - start, *shape[1:])
     array = np.empty(shape, entry.dtype)
-    if array.size:
+    if not array.size:
+        return array
+    view = array.reshape(-1).view(np.uint8).data
+    done = 0
+    try:
         with entry.path.open("rb") as file:
             file.seek(offset)
-            view = array.reshape(-1).view(np.uint8).data
-            done = 0
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise FastVLMError(f"{entry.path} ends inside tensor {name}; copy or download it again")
+            while count := file.readinto(view[done:]):
                 done += count
+    except OSError as error:
+        raise FastVLMError(f"{entry.path} cannot be read ({error})") from None
+    if done < len(view):
+        raise FastVLMError(f"{entry.path} ends inside tensor {name}; copy or download it again")
     return array
 
 
@@ -181,7 +199,7 @@ def first_non_finite(array: npt.NDArray[Any]) -> int | None:
         return None
     bits: npt.NDArray[Any] = array.reshape(-1).view(f"u{array.dtype.itemsize}")
     for start in range(0, bits.size, FINITE_BLOCK):
-        bad = (bits[start:start + FINITE_BLOCK] & mask) == mask
+        bad = (bits[start : start + FINITE_BLOCK] & mask) == mask
         if bad.any():
             return start + int(bad.argmax())
     return None

@@ -19,9 +19,7 @@ SYSTEM_PROMPT = "You are a helpful assistant."
 IMAGE_TOKEN = "<image>"
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>")
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """How Qwen2 cuts text before byte-level BPE: a constant of the vocabulary, as in the tokenizer.json files of Qwen2."""
 
 
@@ -62,15 +60,19 @@ def read_text(checkpoint: Checkpoint) -> TextAssets:
     tokenizer.no_padding()
     for token in PROMPT_TOKENS:
         if tokenizer.token_to_id(token) is None:
-            raise FastVLMError(f"the tokenizer of {directory} has no token {token}, which every FastVLM conversation needs; use the "
-                               "tokenizer files that came with the checkpoint")
+            raise FastVLMError(
+                f"the tokenizer of {directory} has no token {token}, which every FastVLM conversation needs; use the "
+                "tokenizer files that came with the checkpoint"
+            )
     image = checkpoint.image_token_id
     image = tokenizer.token_to_id(IMAGE_TOKEN) if image is None else image
     ids = tokenizer.get_vocab(with_added_tokens=True)
     token, largest = max(ids.items(), key=lambda item: item[1])
     if largest >= vocab:
-        raise FastVLMError(f"the tokenizer of {directory} gives {token!r} the id {largest}, but the embedding has {vocab} rows; use the "
-                           "tokenizer files that came with the checkpoint")
+        raise FastVLMError(
+            f"the tokenizer of {directory} gives {token!r} the id {largest}, but the embedding has {vocab} rows; use the "
+            "tokenizer files that came with the checkpoint"
+        )
     stops = {*checkpoint.eos_ids, *(number for name in STOP_TOKENS if (number := tokenizer.token_to_id(name)) is not None)}
     if max(stops) >= vocab:
         raise FastVLMError(f"{directory} has the end-of-sequence id {max(stops)}, but the embedding has {vocab} rows; correct eos_token_id")
@@ -89,8 +91,9 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         return tokenizer
     missing = [name for name in ("vocab.json", "merges.txt") if not (directory / name).is_file()]
     if missing:
-        raise FastVLMError(f"{directory} has no tokenizer: neither tokenizer.json nor {' and '.join(missing)}; download the whole "
-                           "checkpoint")
+        raise FastVLMError(
+            f"{directory} has no tokenizer: neither tokenizer.json nor {' and '.join(missing)}; download the whole checkpoint"
+        )
     return build_tokenizer(directory)
 
 
@@ -98,7 +101,10 @@ def build_tokenizer(directory: Path) -> Tokenizer:
     """Qwen2's byte-level BPE from `vocab.json`, `merges.txt` and the added tokens of `added_tokens.json` or `tokenizer_config.json`."""
     vocab = read_json(directory / "vocab.json")
     refuse_lfs_pointer(directory / "merges.txt")
-    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    try:
+        lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    except ValueError as error:
+        raise FastVLMError(f"{directory / 'merges.txt'} is damaged ({error}); copy or download it again") from None
     if lines[0].startswith("#version"):
         del lines[0]
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if left]
@@ -107,17 +113,21 @@ def build_tokenizer(directory: Path) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises plain Exception
         raise FastVLMError(f"vocab.json and merges.txt of {directory} do not fit together ({error}); download both again") from None
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     for number, token in sorted(_added_tokens(directory).items()):
         tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != number:
-            raise FastVLMError(f"the added token {token.content!r} of {directory} should have the id {number}, but the vocabulary puts it "
-                               f"at {tokenizer.token_to_id(token.content)}; use the tokenizer files that came with the checkpoint")
+            raise FastVLMError(
+                f"the added token {token.content!r} of {directory} should have the id {number}, but the vocabulary puts it "
+                f"at {tokenizer.token_to_id(token.content)}; use the tokenizer files that came with the checkpoint"
+            )
     return tokenizer
 
 
@@ -132,6 +142,7 @@ def _added_tokens(directory: Path) -> dict[int, AddedToken]:
             flags = {flag: bool(token.get(flag, False)) for flag in ("special", "lstrip", "rstrip", "single_word", "normalized")}
             found[int(key)] = AddedToken(token["content"], **flags)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FastVLMError(f"the added tokens of {directory} are damaged ({error}); download tokenizer_config.json and "
-                           "added_tokens.json again") from None
+        raise FastVLMError(
+            f"the added tokens of {directory} are damaged ({error}); download tokenizer_config.json and added_tokens.json again"
+        ) from None
     return found

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from fastvlm_edge.convert.fastvithd import (
     HEAD_DIM,
     Attention,
+    AttentionBlock,
     ConvFFN,
     FastViTHD,
     LayerScale,
     MobileOneConv,
     Reparameterizable,
+    RepMixerBlock,
+    Stage,
     fold_batch_norm,
 )
 from fastvlm_edge.convert.graph import WeightsFile, cast_weight
@@ -41,17 +44,20 @@ def write_vision_weights(
         store.reparameterized(f"vision.stem.{index}", conv, "stem")
     advance()
     for index, stage in enumerate(encoder.stages):
+        assert isinstance(stage, Stage)
         name, key = f"vision.stages.{index}", VISION_STAGES[index + 1]
         for path, module in stage.named_modules():
             if isinstance(module, Reparameterizable):
                 store.reparameterized(f"{name}.{path}", module, key)
         for number, block in enumerate(stage.blocks):
             path = f"{name}.blocks.{number}"
-            if index >= 3:
+            if isinstance(block, AttentionBlock):
                 store.floats(f"{path}.norm.weight", block.norm.weight, key)
                 store.floats(f"{path}.norm.bias", block.norm.bias, key)
                 store.attention(f"{path}.token_mixer", block.token_mixer, block.layer_scale_1, key)
-            store.feed_forward(f"{path}.mlp", block.mlp, block.layer_scale_2 if index >= 3 else block.layer_scale, key)
+                store.feed_forward(f"{path}.mlp", block.mlp, block.layer_scale_2, key)
+            elif isinstance(block, RepMixerBlock):
+                store.feed_forward(f"{path}.mlp", block.mlp, block.layer_scale, key)
         advance()
     store.reparameterized("vision.final_conv", encoder.final_conv, "final_conv")
     assert encoder.final_conv.se is not None
@@ -60,6 +66,7 @@ def write_vision_weights(
         store.convolution(f"vision.final_conv.se.{part}", conv.weight, conv.bias, "final_conv")
     advance()
     for part, linear in (("linear_1", projector[0]), ("linear_2", projector[2])):
+        assert isinstance(linear, nn.Linear)
         store.linear(f"projector.{part}", linear.weight, linear.bias, "projector")
     advance()
 

@@ -1,0 +1,36 @@
+"""FastVLM on the edge: load a model directory and ask about pictures, without PyTorch.
+
+Names are imported when they are first used, so that `convert` and `--version` do not load the runtime.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.version import __version__
+
+if TYPE_CHECKING:
+    from fastvlm_edge.chat import Chat
+    from fastvlm_edge.reply import Reply, Timings
+    from fastvlm_edge.sampling import SamplingParams
+    from fastvlm_edge.vlm import EncodedImage, FastVLM, ReplyStream
+
+__all__ = ["Chat", "EncodedImage", "FastVLM", "FastVLMError", "Reply", "ReplyStream", "SamplingParams", "Timings", "__version__"]
+
+_HOMES = {
+    "Chat": "chat",
+    "EncodedImage": "vlm",
+    "FastVLM": "vlm",
+    "Reply": "reply",
+    "ReplyStream": "vlm",
+    "SamplingParams": "sampling",
+    "Timings": "reply",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,42 @@
+# Everything that development needs. `make setup` creates .venv; every other target runs in it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test test-slow lint bench clean
+
+setup: $(READY)
+
+# timm is only a reference to compare with; it names torchvision as a need, which it does not have for this model.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) --editable ".[convert,test,bench]"
+	$(PIP) --no-deps timm
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python examples/demo/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+# mypy sees the folders under the names they are installed by.
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed && mkdir -p build/typed
+	cp -r fastvlm_edge build/typed/ && cp -r convert engines calib build/typed/fastvlm_edge/
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fastvlm_edge
+
+bench: $(READY)
+	$(BIN)/python benchmarks/cpu.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

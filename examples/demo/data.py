@@ -1,0 +1,112 @@
+"""Training batches, drawn on the fly: pictures, packed questions, and targets of the auxiliary heads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from language import Prompter, stack_rows
+from model import CHARACTERS, DENSE_STRIDE, GLYPHS, MOST, SLOTS, TINTS, Packed
+from picture import COLOURS, SHAPES, Mark, Scene
+from scenes import OBJECT_KINDS, make_scene
+from tokenizers import Tokenizer
+from torch import Tensor
+
+GLYPH_INDEX = {name: index for index, name in enumerate(GLYPHS)}
+TINT_INDEX = {name: index for index, name in enumerate(TINTS)}
+CHARACTER_INDEX = {name: index for index, name in enumerate(CHARACTERS)}
+QUESTIONS_A_PICTURE = 4
+WARM_UP_PICTURES = 30_000
+"""Distortions grow to their full strength over the first this many pictures."""
+
+
+@dataclass
+class Batch:
+    """Everything for one step. Shapes: pixels [n, 3, H, W] uint8, glyphs and tints [n, H/16, W/16], slots [n, SLOTS], counts [n, 12]."""
+
+    pixels: Tensor
+    packed: list[tuple[Tensor, Packed]]
+    """Question rows with the pictures [rows] they are about; short and long rows apart, so that little is spent on padding."""
+    glyphs: Tensor
+    tints: Tensor
+    slots: Tensor
+    counts: Tensor
+    """-1 where counting makes no sense (pictures to be read)."""
+
+
+def cell_targets(marks: list[Mark], rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Character or shape, and colour, of every cell whose middle lies in the box of a mark, and of the cell that its centre is in."""
+    glyphs, tints = np.zeros((rows, columns), np.int64), np.zeros((rows, columns), np.int64)
+    for mark in marks:
+        top, bottom = (round((mark.y + half * mark.height) / DENSE_STRIDE) for half in (-0.42, 0.42))
+        left, right = (round((mark.x + half * mark.width) / DENSE_STRIDE) for half in (-0.42, 0.42))
+        row, column = int(mark.y // DENSE_STRIDE), int(mark.x // DENSE_STRIDE)
+        for area in (
+            np.s_[max(0, top) : max(0, bottom), max(0, left) : max(0, right)],
+            np.s_[max(0, row) : max(0, row + 1), max(0, column) : max(0, column + 1)],
+        ):
+            glyphs[area] = GLYPH_INDEX[mark.name]
+            tints[area] = TINT_INDEX[mark.colour]
+    return glyphs, tints
+
+
+def slot_targets(text: str) -> np.ndarray:
+    """The text's characters in order, then nothing."""
+    slots = np.zeros(SLOTS, dtype=np.int64)
+    for index, character in enumerate(text[:SLOTS]):
+        slots[index] = CHARACTER_INDEX[character]
+    return slots
+
+
+def count_targets(scene: Scene) -> np.ndarray:
+    """How many objects there are of each shape, of each colour, and in all; -1 for pictures that are read."""
+    if scene.kind not in OBJECT_KINDS:
+        return np.full(len(SHAPES) + len(COLOURS) + 1, -1, dtype=np.int64)
+    names, colours = [mark.name for mark in scene.marks], [mark.colour for mark in scene.marks]
+    counts = [*(names.count(shape) for shape in SHAPES), *(colours.count(colour) for colour in COLOURS), len(names)]
+    return np.minimum(np.array(counts, dtype=np.int64), MOST - 1)
+
+
+def _pack_rows(rows: Sequence[np.ndarray], pictures: list[int]) -> tuple[Tensor, Packed]:
+    stacked = torch.from_numpy(stack_rows([rows[index] for index in pictures]))
+    return torch.tensor(pictures), Packed(*stacked.unbind(1))
+
+
+def collate(scenes: list[Scene], prompter: Prompter) -> Batch:
+    cells = [cell_targets(scene.marks, scene.image.height // DENSE_STRIDE, scene.image.width // DENSE_STRIDE) for scene in scenes]
+    rows = [prompter.pack(scene.questions) for scene in scenes]
+    short = [index for index, scene in enumerate(scenes) if len(scene.questions) == 1]
+    long = [index for index, scene in enumerate(scenes) if len(scene.questions) > 1]
+    return Batch(
+        pixels=torch.from_numpy(np.stack([np.asarray(scene.image) for scene in scenes])).permute(0, 3, 1, 2),
+        packed=[_pack_rows(rows, pictures) for pictures in (short, long) if pictures],
+        glyphs=torch.from_numpy(np.stack([glyphs for glyphs, _ in cells])),
+        tints=torch.from_numpy(np.stack([tints for _, tints in cells])),
+        slots=torch.from_numpy(np.stack([slot_targets(scene.text) for scene in scenes])),
+        counts=torch.from_numpy(np.stack([count_targets(scene) for scene in scenes])),
+    )
+
+
+def draw_batches(
+    tokenizer: Tokenizer, *, seed: int, start: int, batch: int, rank: int, ranks: int, image_size: int, visual_tokens: int
+) -> Iterator[Batch]:
+    """This rank's share of the training batches from picture `start` on, without end; the pictures of a batch are dealt out in turn."""
+    prompter = Prompter(tokenizer, visual_tokens)
+    for first in itertools.count(start, batch):
+        yield collate(
+            [
+                make_scene(
+                    "train",
+                    seed,
+                    picture,
+                    size=image_size,
+                    difficulty=min(1.0, 0.3 + 0.7 * picture / WARM_UP_PICTURES),
+                    questions=QUESTIONS_A_PICTURE,
+                )
+                for picture in range(first + rank, first + batch, ranks)
+            ],
+            prompter,
+        )

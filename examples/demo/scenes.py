@@ -1,0 +1,145 @@
+"""Scene generator of the demo: pictures of what edge devices look at, with questions whose answers are known.
+
+It feeds training, calibration and evaluation; the three splits never share a random stream. As a command it writes a folder of pictures:
+
+    python examples/demo/scenes.py --seed 1 --count 200 --out pictures
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+from meters import draw_dial, draw_meter
+from objects import ask_objects, draw_objects
+from picture import Canvas, Colour, Question, Scene, pick_weighted
+from signs import draw_label, draw_sign
+
+SIZE = 192
+SPLITS = ("train", "calibration", "heldout")
+KIND_WEIGHTS = {"reading": 0.44, "dial": 0.07, "sign": 0.06, "label": 0.07, "count": 0.12, "colour": 0.08, "shape": 0.08, "position": 0.08}
+KINDS = tuple(KIND_WEIGHTS)
+OBJECT_KINDS = ("count", "colour", "shape", "position")
+
+
+def scene_rng(split: str, seed: int, index: int) -> np.random.Generator:
+    """The random stream of one picture. The split's name is part of the entropy, so equal seeds of two splits are unrelated.
+
+    Raises ValueError for an unknown split or a negative number.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if seed < 0 or index < 0:
+        raise ValueError(f"seed and index must not be negative, got seed {seed} and index {index}")
+    return np.random.default_rng([zlib.crc32(split.encode()), seed, index])
+
+
+def make_scene(
+    split: str,
+    seed: int,
+    index: int,
+    *,
+    size: int | tuple[int, int] = SIZE,
+    kind: str | None = None,
+    difficulty: float = 1.0,
+    max_digits: int = 4,
+    questions: int = 1,
+) -> Scene:
+    """Draw picture `index` of a split and ask up to `questions` different questions about it.
+
+    Args:
+        size: pixels of the square picture, or (width, height), at least 64 each.
+        kind: one of KINDS; drawn by KIND_WEIGHTS when None.
+        difficulty: 0..1, scales blur, noise, light and perspective; below 1 only for the start of training.
+        max_digits: longest reading, for the start of training.
+        questions: only scenes of shapes have more than one; the first question is of the scene's own kind.
+    """
+    rng = scene_rng(split, seed, index)
+    width, height = (size, size) if isinstance(size, int) else size
+    if min(width, height) < 64:
+        raise ValueError(f"pictures are at least 64 px wide and high, got {width} x {height}")
+    if kind is not None and kind not in KIND_WEIGHTS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    kind = pick_weighted(rng, KIND_WEIGHTS) if kind is None else kind
+    canvas = Canvas(rng, width, height, _background(rng, kind), difficulty)
+    if kind in OBJECT_KINDS:
+        draw_objects(canvas)
+        image = canvas.finish()
+        asked = _ask_several(rng, canvas, kind, questions)
+        return Scene(image, asked[0].kind, "", canvas.marks, asked)
+    if kind == "reading":
+        text, asked = draw_meter(canvas, max_digits)
+    else:
+        text, asked = {"dial": draw_dial, "sign": draw_sign, "label": draw_label}[kind](canvas)
+    return Scene(canvas.finish(), kind, text, canvas.marks, asked)
+
+
+def _background(rng: np.random.Generator, kind: str) -> Colour:
+    """A muted colour; behind shapes it is light or dark grey, so that each of their colours stands out."""
+    if kind in OBJECT_KINDS:
+        level = rng.integers(198, 238) if rng.random() < 0.7 else rng.integers(22, 62)
+        spread = 10
+    else:
+        level, spread = rng.integers(30, 225), 32
+    return tuple(int(part) for part in np.clip(level + rng.integers(-spread, spread + 1, 3), 0, 255))  # type: ignore[return-value]
+
+
+def _ask_several(rng: np.random.Generator, canvas: Canvas, kind: str, questions: int) -> list[Question]:
+    """Questions about shapes, the first of the given kind, the others of the kinds in turn, none twice."""
+    asked: dict[str, Question] = {}
+    start = OBJECT_KINDS.index(kind)
+    for turn in range(questions):
+        question = ask_objects(rng, canvas.marks, canvas.width, canvas.height, OBJECT_KINDS[(start + turn) % len(OBJECT_KINDS)])
+        asked.setdefault(question.prompt, question)
+    return list(asked.values())
+
+
+def write_scenes(out: Path, *, split: str, seed: int, count: int, size: int | tuple[int, int] = SIZE) -> None:
+    """Write `count` PNG files and `questions.jsonl` (`image`, `prompt`, `answer`, `kind`) into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    digits = max(5, len(str(count)))
+    with open(out / "questions.jsonl", "w", encoding="utf-8") as lines:
+        for index in range(count):
+            scene = make_scene(split, seed, index, size=size)
+            name = f"{index:0{digits}d}.png"
+            scene.image.save(out / name, compress_level=4)
+            question = scene.questions[0]
+            row = {"image": name, "prompt": question.prompt, "answer": question.answer, "kind": question.kind}
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if (index + 1) % 100 == 0 or index + 1 == count:
+                print(f"\r{index + 1}/{count} pictures", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """`192` or `256x192` (width x height)."""
+    parts = [int(part) for part in text.lower().split("x")]
+    if len(parts) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a size like 192 nor one like 256x192")
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Draw scenes with questions and answers.")
+    parser.add_argument("--seed", type=int, required=True, help="number of the series; one series is the same on every machine")
+    parser.add_argument("--count", type=int, required=True, help="how many pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the PNG files and questions.jsonl")
+    parser.add_argument("--split", choices=SPLITS, default="heldout", help="default: %(default)s")
+    parser.add_argument("--size", type=parse_size, default=SIZE, help="pixels, as 192 or 256x192; default: %(default)s")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        parser.error(f"--count must be at least 1, got {args.count}")
+    try:
+        write_scenes(args.out, split=args.split, seed=args.seed, count=args.count, size=args.size)
+    except (OSError, ValueError) as error:
+        print(f"scenes: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""Train the demo checkpoint on a CPU: pictures made on the fly, resumable, safe to kill at any moment.
+
+    python examples/demo/train.py --work DIR --pictures 500000
+    python examples/demo/train.py --work DIR --export examples/demo/checkpoint
+
+Beside the language-model loss on the answers there are two auxiliary ones (`model.DemoVision`): the dense head learns characters and shapes
+an order of magnitude sooner than the answers alone would teach them, and the summary head brings them into the visual tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from checkpoint import config_dict, export_checkpoint, save_state
+from data import Batch, draw_batches
+from evaluate import answer_scenes, score
+from kernels import load_kernels
+from language import Prompter, build_tokenizer
+from model import DemoConfig, DemoModel
+from scenes import make_scene
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CHECK_SEED = 1
+"""Held-out seed of the checks during training; `evaluate.py` reports on another one."""
+CHECK_COUNT = 400
+LOG_EVERY = 50
+STATE_SECONDS = 180.0
+PROCESS_SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+"""Environment of the training processes. The allocator keeps what was freed: page faults on fresh memory cost a tenth of a step."""
+BACKGROUND_WEIGHT = 0.1
+"""Nine cells in ten are background."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The schedule counts pictures, so it can be stretched later."""
+
+    pictures: int
+    batch: int = 32
+    peak_rate: float = 2e-3
+    last_rate: float = 2e-5
+    rise: int = 6_000
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    average: float = 0.999
+    seed: int = 0
+    check_every: int = 24_000
+
+
+@dataclass
+class Trainer:
+    """Everything that a saved state restores. `averaged` is the moving average of the weights: what is checked and exported."""
+
+    model: DemoModel
+    averaged: DemoModel
+    optimizer: torch.optim.Optimizer
+    tokenizer: Tokenizer
+    seen: int = 0
+    steps: int = 0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "tokenizer": self.tokenizer.to_str(),
+            "config": config_dict(self.model.config),
+            "seen": self.seen,
+            "steps": self.steps,
+        }
+
+
+def build_trainer(config: DemoConfig, tokenizer: Tokenizer, recipe: Recipe) -> Trainer:
+    torch.manual_seed(recipe.seed)
+    model = DemoModel(config)
+    model.vision.to(memory_format=torch.channels_last)
+    averaged = DemoModel(config)
+    averaged.load_state_dict(model.state_dict())
+    averaged.eval().requires_grad_(False)
+    averaged.vision.to(memory_format=torch.channels_last)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.98), fused=True)
+    return Trainer(model, averaged, optimizer, tokenizer)
+
+
+def load_trainer(path: Path, recipe: Recipe) -> Trainer:
+    """The trainer of a state that `save_state` wrote."""
+    state = torch.load(path, weights_only=True)
+    config = DemoConfig(**state["config"])
+    trainer = build_trainer(config, Tokenizer.from_str(state["tokenizer"]), recipe)
+    trainer.model.load_state_dict(state["model"])
+    trainer.averaged.load_state_dict(state["averaged"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.seen, trainer.steps = state["seen"], state["steps"]
+    return trainer
+
+
+def learning_rate(recipe: Recipe, seen: int) -> float:
+    """Linear rise, then half a cosine down to `last_rate` at `pictures`."""
+    if seen < recipe.rise:
+        return recipe.peak_rate * (seen + recipe.batch) / (recipe.rise + recipe.batch)
+    share = min(1.0, (seen - recipe.rise) / max(1, recipe.pictures - recipe.rise))
+    return recipe.last_rate + (recipe.peak_rate - recipe.last_rate) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def losses(model: DemoModel, batch: Batch) -> dict[str, Tensor]:
+    """The terms of the loss, each a mean cross entropy, weighted to be added up."""
+    pixels = batch.pixels.to(torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        seen = model.vision(pixels)
+        logits = torch.cat([model.logits(packed, seen.features[pictures]) for pictures, packed in batch.packed])
+    labels = torch.cat([packed.labels[packed.labels >= 0] for _, packed in batch.packed])
+    glyph_weight, tint_weight = _foreground_weight(seen.glyphs.shape[1]), _foreground_weight(seen.tints.shape[1])
+    read = batch.counts[:, 0] < 0
+    return {
+        "answer": F.cross_entropy(logits.float(), labels),
+        "glyph": F.cross_entropy(seen.glyphs.float(), batch.glyphs, weight=glyph_weight),
+        "tint": 0.5 * F.cross_entropy(seen.tints.float(), batch.tints, weight=tint_weight),
+        "slot": F.cross_entropy(seen.slots[read].float().flatten(0, 1), batch.slots[read].flatten()),
+        "count": 0.5 * F.cross_entropy(seen.counts[~read].float().flatten(0, 1), batch.counts[~read].flatten()),
+    }
+
+
+def _foreground_weight(classes: int) -> Tensor:
+    weight = torch.ones(classes)
+    weight[0] = BACKGROUND_WEIGHT
+    return weight
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Mean of the gradients over all processes, as one transfer."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def step(trainer: Trainer, recipe: Recipe, batch: Batch) -> dict[str, float]:
+    """One update. Returns the terms of the loss."""
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = learning_rate(recipe, trainer.seen)
+    terms = losses(trainer.model, batch)
+    total = torch.stack([term for term in terms.values() if term.isfinite()]).sum()
+    total.backward()
+    average_gradients(trainer.model)
+    nn.utils.clip_grad_norm_(trainer.model.parameters(), recipe.clip)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    trainer.seen += recipe.batch
+    trainer.steps += 1
+    follow = 1 - min(recipe.average, (1 + trainer.steps) / (10 + trainer.steps))
+    with torch.no_grad():
+        for target, source in zip(trainer.averaged.state_dict().values(), trainer.model.state_dict().values(), strict=True):
+            if target.is_floating_point():
+                target.lerp_(source, follow)
+    return {name: float(term.detach()) for name, term in terms.items()}
+
+
+def check(trainer: Trainer, scenes: list[Any], prompter: Prompter) -> str:
+    """Exact match of the averaged weights on a few held-out scenes, as one line."""
+    pairs = []
+    for start in range(0, len(scenes), 100):
+        part = scenes[start : start + 100]
+        pairs += list(zip(part, answer_scenes(trainer.averaged, prompter, part), strict=True))
+    return "  ".join(f"{kind} {100 * row['exact_match']:.0f}" for kind, row in score(pairs).items())
+
+
+def train(trainer: Trainer, recipe: Recipe, work: Path, *, rank: int, ranks: int) -> None:
+    """Train up to `recipe.pictures`; the process of rank 0 writes `state.pt` and `log.txt` into `work`."""
+    config = trainer.model.config
+    batches = draw_batches(
+        trainer.tokenizer,
+        seed=recipe.seed,
+        start=trainer.seen,
+        batch=recipe.batch,
+        rank=rank,
+        ranks=ranks,
+        image_size=config.image_size,
+        visual_tokens=config.visual_tokens,
+    )
+    if rank:
+        while trainer.seen < recipe.pictures:
+            step(trainer, recipe, next(batches))
+        return
+    prompter = Prompter(trainer.tokenizer, config.visual_tokens)
+    held_out = [make_scene("heldout", CHECK_SEED, index, size=config.image_size) for index in range(CHECK_COUNT)]
+    with open(work / "log.txt", "a", encoding="utf-8", buffering=1) as log:
+
+        def say(text: str) -> None:
+            line = f"{time.strftime('%H:%M:%S')} {trainer.seen:>8} {text}"
+            print(line, file=log)
+            print(line, file=sys.stderr, flush=True)
+
+        say(f"start: {recipe}, {config}, {ranks} processes")
+        begun, begun_at, saved = time.monotonic(), trainer.seen, time.monotonic()
+        sums: dict[str, float] = {}
+        while trainer.seen < recipe.pictures:
+            for name, value in step(trainer, recipe, next(batches)).items():
+                sums[name] = sums.get(name, 0.0) + value
+            if trainer.steps % LOG_EVERY == 0:
+                means = "  ".join(f"{name} {total / LOG_EVERY:.3f}" for name, total in sums.items())
+                speed = (trainer.seen - begun_at) / (time.monotonic() - begun)
+                say(f"{means}  rate {learning_rate(recipe, trainer.seen):.2e}  {speed:.1f} pictures/s")
+                sums.clear()
+                begun, begun_at = time.monotonic(), trainer.seen
+            if trainer.seen % recipe.check_every < recipe.batch:
+                say(f"check: {check(trainer, held_out, prompter)}")
+            if time.monotonic() - saved > STATE_SECONDS:
+                save_state(work / "state.pt", trainer.state())
+                saved = time.monotonic()
+        save_state(work / "state.pt", trainer.state())
+        say(f"done: {check(trainer, held_out, prompter)}")
+
+
+def run_rank(rank: int, ranks: int, recipe: Recipe, work: Path, meeting: str) -> None:
+    """One training process on one core: it draws its own share of the pictures, and only the gradients are exchanged.
+
+    Two processes of one thread do a quarter more than one process of two threads, and lose less when other programs want the cores.
+    """
+    torch.set_num_threads(1)
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    train(open_trainer(work, recipe), recipe, work, rank=rank, ranks=ranks)
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def open_trainer(work: Path, recipe: Recipe) -> Trainer:
+    """The saved training in `work`, or a new one."""
+    state = work / "state.pt"
+    if state.exists():
+        return load_trainer(state, recipe)
+    config = DemoConfig()
+    return build_trainer(config, build_tokenizer(config.vocab), recipe)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Train the demo checkpoint; resumes from --work by itself.")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the training state and the log")
+    parser.add_argument("--pictures", type=int, help="train until this many pictures were seen; may be raised later")
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step; default: %(default)s")
+    parser.add_argument("--rate", type=float, default=Recipe.peak_rate, help="highest learning rate; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one a core, which is the default (%(default)s)")
+    parser.add_argument("--export", type=Path, help="at the end write the checkpoint into this folder")
+    args = parser.parse_args(argv)
+    state = args.work / "state.pt"
+    if args.pictures is None and not args.export:
+        parser.error("give --pictures to train, --export to write the checkpoint, or both")
+    if args.pictures is None and not state.exists():
+        parser.error(f"nothing to export: {state} does not exist")
+    if args.processes < 1 or args.batch % args.processes:
+        parser.error(f"--batch {args.batch} must be a multiple of --processes {args.processes}")
+    recipe = Recipe(pictures=args.pictures or 0, batch=args.batch, peak_rate=args.rate, seed=args.seed)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.pictures:
+        load_kernels()  # compiled once, before the processes want it
+        os.environ.update(PROCESS_SETTINGS)
+        with tempfile.TemporaryDirectory() as folder:
+            meeting = f"file://{folder}/meeting"
+            mp.spawn(run_rank, (args.processes, recipe, args.work, meeting), nprocs=args.processes)
+    if args.export:
+        trainer = open_trainer(args.work, recipe)
+        export_checkpoint(trainer.averaged, trainer.tokenizer, args.export)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The `fastvlm-edge` command: finds the subcommand and turns every exception into one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from importlib import import_module
+from types import FrameType
+from typing import NoReturn
+
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.version import __version__
+
+COMMANDS = {
+    "convert": "turn a FastVLM checkpoint into a model directory",
+    "run": "ask a question about a picture",
+}
+"""Each is a module of `fastvlm_edge.commands` with its own parser and `main(arguments)`."""
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+EXIT_TERMINATED = 143  # 128 + SIGTERM
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, so that it cleans up like Ctrl-C."""
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding does not
+    try:
+        options = _parser().parse_args(arguments)
+        status: int = import_module(f"fastvlm_edge.commands.{options.command}").main(options.arguments)
+        sys.stdout.flush()
+        return status
+    except SystemExit as leave:  # argparse: --help, --version, wrong usage
+        return leave.code if isinstance(leave.code, int) else EXIT_FAILED
+    except _Terminated:
+        return EXIT_TERMINATED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush says nothing
+        return EXIT_BROKEN_PIPE
+    except Exception as error:
+        if os.environ.get("FASTVLM_EDGE_DEBUG"):
+            raise
+        print(f"fastvlm-edge: error: {_explain(error)}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _explain(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, FastVLMError):
+        return text
+    if isinstance(error, MemoryError):
+        return "not enough memory; close other programs, or use a smaller model or precision"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"a bug in fastvlm-edge {__version__}, please report it: {type(error).__name__}: {text} (FASTVLM_EDGE_DEBUG=1 shows where)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastvlm-edge",
+        description="FastVLM on NVIDIA edge hardware and plain CPUs.",
+        epilog="commands:\n" + "".join(f"  {name:10}{summary}\n" for name, summary in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastvlm-edge {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below; COMMAND --help tells more")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser

@@ -1,0 +1,69 @@
+"""`fastvlm-edge convert`: a checkpoint becomes a model directory. Needs the `convert` extra (PyTorch and onnx)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.manifest import PRECISIONS, Manifest
+from fastvlm_edge.progress import stderr_progress
+
+_EXTRA = ("torch", "onnx", "ml_dtypes", "safetensors", "huggingface_hub")
+_GEOMETRIES = ("pad", "crop")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Convert, and print what was made."""
+    options = _parser().parse_args(arguments)
+    try:
+        convert = import_module("fastvlm_edge.convert.convert").convert
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
+            raise
+        raise FastVLMError(f"converting needs {missing}, which is not installed; run: pip install 'fastvlm-edge[convert]'") from None
+    manifest: Manifest = convert(
+        options.checkpoint,
+        options.output,
+        precision=options.precision,
+        image_size=options.image_size,
+        geometry=options.geometry,
+        context=options.context,
+        progress=stderr_progress(),
+        force=options.force,
+    )
+    size = sum(record.bytes for record in manifest.files.values()) / 1e6
+    print(
+        f"{options.output}: {manifest.name}, {manifest.precision}, {manifest.vision.image_size} px ({manifest.vision.tokens} tokens), "
+        f"context {manifest.decoder.context}, {size:.1f} MB"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastvlm-edge convert", description="Turn a FastVLM checkpoint into a model directory.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or a hub id such as apple/FastVLM-0.5B")
+    parser.add_argument("-o", "--output", metavar="MODEL", type=Path, required=True, help="model directory to write")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default %(default)s")
+    parser.add_argument("--image-size", metavar="PX", type=_image_size, help="256 to 1536 in steps of 64; default as trained")
+    parser.add_argument("--geometry", choices=_GEOMETRIES, default="pad", help="how a picture becomes a square; default %(default)s")
+    parser.add_argument("--context", metavar="N", type=_positive, help="positions of a conversation; default as trained")
+    parser.add_argument("--force", action="store_true", help="replace MODEL where it exists")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _image_size(text: str) -> int:
+    value = int(text)
+    if not 256 <= value <= 1536 or value % 64:
+        raise argparse.ArgumentTypeError(f"{value} is not one of 256, 320, ... 1536")
+    return value

@@ -1,0 +1,92 @@
+"""`fastvlm-edge run`: one question about a picture, the answer on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fastvlm_edge.backends import BACKENDS
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.preprocess import GEOMETRIES
+from fastvlm_edge.progress import SilentProgress, stderr_progress
+from fastvlm_edge.reply import Reply
+from fastvlm_edge.sampling import SamplingParams
+from fastvlm_edge.session import PREFILL_CHUNK
+from fastvlm_edge.vlm import FastVLM
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Stream the answer, or with `--json` print one object. Timings go to stderr."""
+    options = _parser().parse_args(arguments)
+    sampling: dict[str, Any] = {
+        field.name: tuple(getattr(options, field.name)) if field.name == "stop" else getattr(options, field.name)
+        for field in dataclasses.fields(SamplingParams)
+    }
+    SamplingParams(**sampling)  # a wrong value is told before the model loads
+    vlm = FastVLM.load(
+        options.model,
+        options.backend,
+        threads=options.threads,
+        verify=options.verify,
+        geometry=options.geometry,
+        prefill_chunk=options.prefill_chunk,
+        progress=SilentProgress() if options.json else stderr_progress(),
+    )
+    with vlm:
+        stream = vlm.stream(options.prompt, options.image, **sampling)
+        if options.json:
+            for _ in stream:
+                pass
+            print(json.dumps(stream.reply.to_json(), ensure_ascii=False))
+            return 0
+        began = False
+        try:
+            for text in stream:
+                began = True
+                print(text, end="", flush=True)
+        except (FastVLMError, KeyboardInterrupt):
+            if began:
+                print(flush=True)
+            raise
+        print(flush=True)
+        print(_summary(stream.reply, vlm.backend.description), file=sys.stderr)
+    return 0
+
+
+def _summary(reply: Reply, backend: str) -> str:
+    timings = reply.timings
+    reason = f"stop string {reply.stop_string!r}" if reply.stop_string is not None else reply.stop_reason
+    speed = f", then {timings.decode_tokens_per_second:.1f} tokens/s" if timings.decode_tokens_per_second else ""
+    return (
+        f"[{timings.prompt_tokens} + {timings.new_tokens} tokens, ended by {reason}; first token {timings.ttft_ms:.0f} ms "
+        f"(preprocess {timings.preprocess_ms:.0f}, vision {timings.vision_ms:.0f}, prefill {timings.prefill_ms:.0f}){speed}; "
+        f"{backend}, {reply.precision}]"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastvlm-edge run", description="Ask a question about a picture. The answer streams to stdout.")
+    parser.add_argument("model", metavar="MODEL", help="model directory, made by fastvlm-edge convert")
+    parser.add_argument("--image", metavar="FILE", action="append", help="the picture; repeat it for several, leave it out for text alone")
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="the question")
+    defaults = SamplingParams()
+    group = parser.add_argument_group("the reply")
+    group.add_argument("--max-new-tokens", metavar="N", type=int, default=defaults.max_new_tokens, help="default %(default)s")
+    group.add_argument("--temperature", metavar="T", type=float, default=defaults.temperature, help="0, the default, is greedy")
+    group.add_argument("--top-k", metavar="K", type=int, help="sample from the K likeliest tokens, at most and by default 64")
+    group.add_argument("--top-p", metavar="P", type=float, default=defaults.top_p, help="sample from the likeliest tokens that make up P")
+    group.add_argument("--seed", metavar="N", type=int, help="makes sampling repeatable")
+    group.add_argument("--repetition-penalty", metavar="X", type=float, default=defaults.repetition_penalty, help="over 1 repeats less")
+    group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
+    group = parser.add_argument_group("how it runs")
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help="default %(default)s")
+    group.add_argument("--threads", metavar="N", type=int, help="CPU threads; default all that this process may use")
+    group.add_argument("--geometry", choices=GEOMETRIES, help="how the picture becomes a square; default as converted")
+    group.add_argument("--prefill-chunk", metavar="N", type=int, default=PREFILL_CHUNK, help="positions a call; default %(default)s")
+    group.add_argument("--verify", action="store_true", help="compare the sha256 of every model file first")
+    group.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser

@@ -1,0 +1,131 @@
+"""The next id from the candidates of one position: greedy, or temperature, top-k and top-p with a seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvlm_edge.errors import FastVLMError
+
+MAX_TOP_K = 64
+"""The decoder graph hands out this many candidates (`top_values`, `top_ids`), so sampling never looks further."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a reply is chosen and where it ends. Raises FastVLMError for a value out of range."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the likeliest token every time (greedy)."""
+    top_k: int | None = None
+    """Keep the k likeliest, at most 64, which is also what None means."""
+    top_p: float = 1.0
+    """Keep the smallest set of likeliest candidates whose probabilities reach p."""
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    """Over 1 makes tokens that the prompt or the reply already holds less likely (arXiv 1909.05858, section 4.1)."""
+    stop: tuple[str, ...] = ()
+    """The reply ends before any of these strings."""
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        _check_integer("max_new_tokens", self.max_new_tokens, least=1)
+        _check_number("temperature", self.temperature, "of 0 (greedy) or more", lambda value: value >= 0)
+        if self.top_k is not None:
+            _check_integer("top_k", self.top_k, least=1)
+            if self.top_k > MAX_TOP_K:
+                raise FastVLMError(f"top_k is {self.top_k}; the model hands out {MAX_TOP_K} candidates, so give at most {MAX_TOP_K}")
+        _check_number("top_p", self.top_p, "over 0 and at most 1", lambda value: 0 < value <= 1)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, least=0)
+        _check_number("repetition_penalty", self.repetition_penalty, "over 0; 1 is none", lambda value: value > 0)
+        for string in stop:
+            if not isinstance(string, str) or not string:
+                raise FastVLMError(f"stop string {string!r} is not a text of at least one character")
+
+    @property
+    def wants_logits(self) -> bool:
+        """Whether the 64 candidates are not enough: a penalty can lift a token into them."""
+        return self.repetition_penalty != 1
+
+
+def _check_integer(name: str, value: Any, *, least: int) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise FastVLMError(f"{name} is {value!r}; give a whole number of at least {least}")
+
+
+def _check_number(name: str, value: Any, expected: str, in_range: Callable[[float], bool]) -> None:
+    if not isinstance(value, (int, float, np.integer, np.floating)) or not math.isfinite(value) or not in_range(float(value)):
+        raise FastVLMError(f"{name} is {value!r}; give a number {expected}")
+
+
+class Sampler:
+    """Chooses the ids of one reply. Ids of `token_count` and above are padding rows of the embedding and never chosen."""
+
+    def __init__(self, params: SamplingParams, token_count: int, prompt_ids: Iterable[int] = ()) -> None:
+        """`prompt_ids` is what the repetition penalty counts as already said; picture ids in it do not matter."""
+        self._params = params
+        self._token_count = token_count
+        self._said = {token_id for token_id in prompt_ids if token_id < token_count} if params.wants_logits else set()
+        self._random = np.random.default_rng(params.seed)
+
+    def next(self, top_values: NDArray[Any], top_ids: NDArray[Any], logits: NDArray[Any] | None = None) -> int:
+        """The next id.
+
+        `top_values` and `top_ids` are [candidates], largest first; `logits` [vocab] is needed when there is a repetition penalty.
+        Raises FastVLMError where no candidate is a token, or the model's numbers are not finite.
+        """
+        params = self._params
+        if params.wants_logits:
+            if logits is None:
+                raise ValueError("a repetition penalty needs the logits of the whole vocabulary")
+            top_values, top_ids = self._penalised(logits)
+        choose = self._first_token if params.temperature == 0 else self._draw
+        chosen = choose(top_values, top_ids)
+        if params.wants_logits:
+            self._said.add(chosen)
+        return chosen
+
+    def _first_token(self, top_values: NDArray[Any], top_ids: NDArray[Any]) -> int:
+        for value, token_id in zip(top_values, top_ids, strict=True):
+            if token_id < self._token_count:
+                if not math.isfinite(value):
+                    break
+                return int(token_id)
+        raise _no_candidate(top_values)
+
+    def _draw(self, top_values: NDArray[Any], top_ids: NDArray[Any]) -> int:
+        real = top_ids < self._token_count
+        ids = top_ids[real][: self._params.top_k]
+        values = top_values[real][: self._params.top_k].astype(np.float64)
+        if not len(ids) or not math.isfinite(values[0]):
+            raise _no_candidate(top_values)
+        weights = np.exp((values - values[0]) / self._params.temperature)
+        cumulative = np.cumsum(weights / weights.sum())
+        kept = min(int(np.searchsorted(cumulative, self._params.top_p)) + 1, len(ids))  # the one that reaches p is the last
+        point = self._random.random() * cumulative[kept - 1]
+        return int(ids[min(int(np.searchsorted(cumulative[:kept], point, side="right")), kept - 1)])
+
+    def _penalised(self, logits: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Candidates of the whole row after the penalty: positive logits of said tokens are divided by it, negative ones multiplied."""
+        scores = np.array(logits[: self._token_count], dtype=np.float32)
+        said = np.fromiter(self._said, dtype=np.int64, count=len(self._said))
+        penalty = np.float32(self._params.repetition_penalty)
+        scores[said] = np.where(scores[said] > 0, scores[said] / penalty, scores[said] * penalty)
+        count = min(MAX_TOP_K, len(scores))
+        ids = np.argpartition(-scores, count - 1)[:count]
+        ids = ids[np.lexsort((ids, -scores[ids]))]
+        return scores[ids], ids
+
+
+def _no_candidate(top_values: NDArray[Any]) -> FastVLMError:
+    if not np.isfinite(top_values[:1]).all():
+        return FastVLMError("the model's output is not finite (overflow); convert the checkpoint with another --precision")
+    return FastVLMError("none of the model's candidates is a token of its vocabulary; the model directory is damaged, convert it again")

@@ -1,0 +1,79 @@
+"""`tokenizer.json` of a model directory: text <-> ids, with no way for a user's text to become a control token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from fastvlm_edge.errors import FastVLMError
+
+_IMAGE_MARK = "<image>"
+
+
+class TextTokenizer:
+    """A byte-level BPE tokenizer, as every Qwen2 checkpoint has."""
+
+    def __init__(self, path: Path) -> None:
+        """Read `tokenizer.json`. Raises FastVLMError where it is damaged or is not byte-level BPE."""
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise FastVLMError(f"{path} is not a readable tokenizer ({error}); copy it again, or convert the checkpoint again") from None
+        if "ByteLevel" not in repr(self._tokenizer.decoder):
+            raise FastVLMError(f"{path} is not a byte-level tokenizer, which FastVLM's Qwen2 needs; convert the checkpoint again")
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # From here on "<|im_end|>" in a text is those ten characters; control tokens come from `control_id` alone.
+        self._tokenizer.encode_special_tokens = True
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._image_mark_is_plain = any(token.content == _IMAGE_MARK and not token.special for token in added.values())
+        self._bytes: dict[int, bytes] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, every character taken literally and nothing added around it."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise FastVLMError("the text is not valid Unicode (it holds half a surrogate pair); pass UTF-8") from None
+        pieces = [text]
+        if self._image_mark_is_plain:
+            # Added without the special flag it would still be matched, so the word is cut after its first character.
+            first, *rest = text.split(_IMAGE_MARK)
+            for part in rest:
+                pieces[-1:] = [first + _IMAGE_MARK[0], _IMAGE_MARK[1:] + part]
+                first = pieces[-1]
+        return [token_id for piece in pieces if piece for token_id in self._tokenizer.encode(piece, add_special_tokens=False).ids]
+
+    def control_id(self, name: str) -> int:
+        """Id of a control token such as `<|im_start|>`. Raises FastVLMError where the vocabulary has none of that name."""
+        token_id: int | None = self._tokenizer.token_to_id(name)
+        if token_id is None:
+            raise FastVLMError(f"the tokenizer has no {name} token, which FastVLM's prompt needs; convert the checkpoint again")
+        return token_id
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that an id stands for, b"" for an id with no token. They may begin or end inside a character."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            token: str | None = self._tokenizer.id_to_token(token_id)
+            known = self._bytes[token_id] = b"" if token is None else _to_bytes(token)
+        return known
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte of byte-level BPE (GPT-2): printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_ALPHABET = _byte_alphabet()
+
+
+def _to_bytes(token: str) -> bytes:
+    try:
+        return bytes(_ALPHABET[character] for character in token)
+    except KeyError:  # an added token, stored as plain text
+        return token.encode("utf-8")

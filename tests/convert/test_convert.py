@@ -1,0 +1,209 @@
+"""The whole conversion: what it writes, what it refuses, and that it leaves nothing behind."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fastvlm_edge import FastVLM, FastVLMError
+from fastvlm_edge.convert import convert as module
+from fastvlm_edge.convert.checkpoint import open_checkpoint
+from fastvlm_edge.convert.convert import convert, estimated_bytes
+from fastvlm_edge.convert.parity import BOUNDS, check_probe, compare
+from fastvlm_edge.convert.precision import PLANS, VISION_STAGES, precision_plan
+from fastvlm_edge.manifest import PRECISIONS, read_manifest, verify_files
+from tests.checkpoints import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "tiny-fastvlm", layout="native")
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def model(request, checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("models") / request.param
+    convert(str(checkpoint), output, precision=request.param)
+    return output
+
+
+def test_a_model_directory_is_whole_and_runs(model):
+    manifest = read_manifest(model)
+    verify_files(model, manifest, hashes=True)
+    assert set(manifest.files) | {"fastvlm.json"} == {path.name for path in model.iterdir()}
+    assert manifest.name == "tiny-fastvlm"
+    assert manifest.source.layout == "native"
+    assert "model.safetensors" in manifest.source.files
+    with FastVLM.load(model, threads=1) as vlm:
+        reply = vlm.generate("What is this?", image=np.zeros((40, 60, 3), np.uint8), max_new_tokens=4)
+    assert len(reply.token_ids) == 4 or reply.stop_reason == "stop"
+
+
+def test_the_manifest_has_the_figures_of_the_check(model):
+    manifest = read_manifest(model)
+    bounds = BOUNDS[manifest.precision]
+    assert bounds.features <= manifest.parity["image_features"]["cosine"] <= 1.0000001
+    assert bounds.logits <= manifest.parity["logits"]["cosine"] <= 1.0000001
+    assert set(manifest.activations["largest"]) == set(VISION_STAGES)
+    assert all(value > 0 for value in manifest.activations["largest"].values())
+
+
+def test_every_precision_has_a_plan_and_bounds():
+    assert set(PLANS) == set(BOUNDS) == set(PRECISIONS)
+
+
+def test_the_estimate_of_the_size_is_close(checkpoint, model):
+    manifest = read_manifest(model)
+    weights = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".weights"))
+    needed = estimated_bytes(open_checkpoint(str(checkpoint)), precision_plan(manifest.precision))
+    assert needed < weights < needed + 4096 * 400  # each tensor begins at a page
+
+
+@pytest.mark.parametrize("layout", ["apple", "hub"])
+def test_both_public_layouts_give_the_same_model(checkpoint, tmp_path, layout):
+    other = write_checkpoint(tmp_path / layout, layout=layout)
+    kwargs = {"precision": "fp32", "image_size": 256, "context": 512}
+    logits = []
+    for number, source in enumerate((checkpoint, other)):
+        output = tmp_path / f"model{number}"
+        convert(str(source), output, **kwargs)
+        with FastVLM.load(output, threads=1) as vlm:
+            logits.append(vlm.generate("Describe it.", image=np.full((8, 8, 3), 99, np.uint8), max_new_tokens=24).token_ids)
+    assert logits[0] == logits[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"precision": "fp8"}, "unknown precision 'fp8'; choose one of fp32, fp16"),
+        ({"image_size": 300}, "image size 300 is not supported; choose 256 to 1536 in steps of 64"),
+        ({"image_size": 1600}, "image size 1600 is not supported"),
+        ({"geometry": "stretch"}, "unknown geometry 'stretch'; choose pad or crop"),
+        ({"context": 20}, "a context of 20 is too small for a picture of 16 tokens"),
+        ({"context": 10**6}, "a context of 1000000 is more than the 32768 positions"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(checkpoint, tmp_path, arguments, message):
+    with pytest.raises(FastVLMError, match=message):
+        convert(str(checkpoint), tmp_path / "model", **arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_safe(checkpoint, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(FastVLMError, match="exists and is no model directory"):
+            convert(str(checkpoint), tmp_path / "mine", force=force)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_model_directory_is_replaced_only_when_told_to(checkpoint, tmp_path):
+    convert(str(checkpoint), tmp_path / "model", precision="fp32")
+    with pytest.raises(FastVLMError, match="add --force"):
+        convert(str(checkpoint), tmp_path / "model", precision="int8")
+    assert read_manifest(tmp_path / "model").precision == "fp32"
+    convert(str(checkpoint), tmp_path / "model", precision="int8", force=True)
+    assert read_manifest(tmp_path / "model").precision == "int8"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), FastVLMError),
+        (RuntimeError("something else"), RuntimeError),
+    ],
+)
+@pytest.mark.parametrize("stage", ["write_vision_weights", "write_decoder_weights", "check_parity"])
+def test_nothing_is_left_behind(checkpoint, tmp_path, monkeypatch, error, expected, stage):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(module, stage, fail)
+    with pytest.raises(expected) as caught:
+        convert(str(checkpoint), tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+    if expected is FastVLMError:
+        assert "is full" in str(caught.value)
+
+
+def test_a_failed_replacement_keeps_the_old_model(checkpoint, tmp_path, monkeypatch):
+    convert(str(checkpoint), tmp_path / "model")
+    monkeypatch.setattr(module, "check_parity", lambda *_: (_ for _ in ()).throw(FastVLMError("do not agree")))
+    with pytest.raises(FastVLMError, match="do not agree"):
+        convert(str(checkpoint), tmp_path / "model", precision="int4", force=True)
+    verify_files(tmp_path / "model", read_manifest(tmp_path / "model"), hashes=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_too_little_disk_is_said_before_any_work(checkpoint, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(FastVLMError, match=r"needs about 0\.0 GB.*make room"):
+        convert(str(checkpoint), tmp_path / "model")
+
+
+def test_what_a_killed_conversion_left_is_cleared_by_the_next(checkpoint, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".model.partial-{gone.pid}").mkdir()
+    mine = tmp_path / f".model.partial-{os.getppid()}"
+    mine.mkdir()
+    convert(str(checkpoint), tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, "model"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_command_and_leaves_nothing(checkpoint, tmp_path, number):
+    command = [sys.executable, "-m", "fastvlm_edge", "convert", str(checkpoint), "-o", str(tmp_path / "model")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in errors
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_graph_that_disagrees_is_not_published(checkpoint, tmp_path, monkeypatch):
+    """A real fault: the rotary base is read wrongly. The check must notice."""
+    real = module.build_decoder
+
+    def wrong(graph, text, plan):
+        real(graph, type(text)(**{**text.__dict__, "rope_theta": 100.0}), plan)
+
+    monkeypatch.setattr(module, "build_decoder", wrong)
+    with pytest.raises(FastVLMError, match="do not agree with PyTorch"):
+        convert(str(checkpoint), tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
+def test_fp16_is_refused_where_activations_do_not_fit():
+    largest = dict.fromkeys(VISION_STAGES, 10.0)
+    check_probe({**largest, "stage5": 250_000.0}, precision_plan("fp16"))
+    with pytest.raises(FastVLMError, match=r"largest activation of stage3 is 70000.*bf16"):
+        check_probe({**largest, "stage3": 70_000.0}, precision_plan("fp16"))
+
+
+def test_compare_knows_the_same_from_the_opposite():
+    a = np.arange(6, dtype=np.float32)
+    assert compare(a, a).cosine == pytest.approx(1)
+    assert compare(a, a).relative == 0
+    assert compare(-a, a).cosine == pytest.approx(-1)
+    assert compare(a + 1, a).largest == pytest.approx(1)
+
+
+def test_the_manifest_is_plain_json(model):
+    document = json.loads((model / "fastvlm.json").read_text())
+    assert document["schema"] == 1
+    assert document["plan"]["decoder.body"]

@@ -1,0 +1,134 @@
+"""The decoder graph against an independent Qwen2 in PyTorch, and what its contract promises about cache, chunks and pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from fastvlm_edge.convert.checkpoint import open_checkpoint
+from fastvlm_edge.convert.decoder import build_decoder
+from fastvlm_edge.convert.decoder_weights import write_decoder_weights
+from fastvlm_edge.convert.graph import GraphBuilder, WeightsFile
+from fastvlm_edge.convert.precision import on_cpu, precision_plan
+from fastvlm_edge.convert.reference import reference_logits
+from tests.checkpoints import write_checkpoint
+
+RNG = np.random.default_rng(0)
+PRECISIONS = {"fp32": 1e-5, "fp16": 6e-3, "bf16": 2e-2, "int8": 0.1, "int4": 0.6}
+"""Bound on the relative error of the logits, random weights."""
+
+
+class Graph:
+    """One decoder graph in onnxruntime, its cache managed in plain numpy as the contract says."""
+
+    def __init__(self, path: Path, checkpoint, precision: str) -> None:
+        self.text = checkpoint.text
+        plan = precision_plan(precision)
+        weights = WeightsFile(path / "decoder.weights")
+        write_decoder_weights(checkpoint, plan, weights, lambda: None)
+        weights.close()
+        graph = GraphBuilder("decoder", weights)
+        build_decoder(graph, checkpoint.text, on_cpu(plan))
+        graph.save(path / "decoder.onnx")
+        self.path = str(path / "decoder.onnx")
+        self.session = ort.InferenceSession(self.path, providers=["CPUExecutionProvider"])
+        self.dtype = np.float16 if precision == "fp16" else np.float32
+        self.features = RNG.standard_normal((4, self.text.hidden)).astype(self.dtype)
+
+    def cache(self, capacity: int, batch: int = 1):
+        text = self.text
+        return np.zeros((text.layers, 2, batch, text.kv_heads, capacity, text.head_dim), self.dtype)
+
+    def step(self, ids, start, cache, logit_positions):
+        """Run `ids` [batch, seq] from position `start` on, append to `cache`, return logits, top_values, top_ids."""
+        ids = np.atleast_2d(ids)
+        batch, seq = ids.shape
+        feeds = {
+            "input_ids": ids,
+            "position_ids": np.tile(np.arange(start, start + seq), (batch, 1)),
+            "image_features": self.features,
+            "logit_positions": np.tile(logit_positions, (batch, 1)),
+        }
+        for layer in range(self.text.layers):
+            feeds[f"past_key_values.{layer}.key"] = cache[layer, 0]
+            feeds[f"past_key_values.{layer}.value"] = cache[layer, 1]
+        kv_new, *rest = self.session.run(["kv_new", "logits", "top_values", "top_ids"], feeds)
+        cache[..., start : start + seq, :] = kv_new
+        return rest
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def checkpoint(request, tmp_path_factory):
+    return open_checkpoint(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"), layout="native", tied=request.param)))
+
+
+@pytest.fixture(scope="module")
+def graph(checkpoint, tmp_path_factory):
+    return Graph(tmp_path_factory.mktemp("graph"), checkpoint, "fp32")
+
+
+@pytest.fixture(scope="module")
+def ids(checkpoint):
+    """Text, four rows of a picture, text."""
+    vocab = checkpoint.text.vocab
+    words = RNG.integers(0, vocab, 20)
+    return np.concatenate([words[:5], vocab + np.arange(4), words[5:]])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_logits_are_those_of_the_reference(checkpoint, ids, precision, tmp_path):
+    graph = Graph(tmp_path, checkpoint, precision)
+    positions = list(range(len(ids)))
+    logits, values, top = graph.step(ids, 0, graph.cache(32), positions)
+    expected = reference_logits(checkpoint, ids, graph.features.astype(np.float32), positions, lambda: None)
+    assert np.linalg.norm(logits[0] - expected) / np.linalg.norm(expected) < PRECISIONS[precision]
+    np.testing.assert_array_equal(values, -np.sort(-logits, axis=-1)[..., :64])
+    np.testing.assert_array_equal(np.take_along_axis(logits, top, -1), values)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (5, 9), (7,), tuple(range(1, 24))])
+def test_chunked_prefill_equals_one_shot(graph, ids, cuts):
+    whole = graph.cache(32)
+    expected, *_ = graph.step(ids, 0, whole, [len(ids) - 1])
+    cache, start = graph.cache(32), 0
+    for stop in (*cuts, len(ids)):
+        logits, *_ = graph.step(ids[start:stop], start, cache, [stop - start - 1])
+        start = stop
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(cache, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_what_lies_beyond_the_valid_cache_does_not_matter(graph, ids):
+    clean, dirty = graph.cache(24), graph.cache(64)
+    graph.step(ids[:10], 0, clean, [0])
+    graph.step(ids[:10], 0, dirty, [0])
+    dirty[..., 10:, :] = 50.0
+    first, *_ = graph.step(ids[10:], 10, clean, [3])
+    second, *_ = graph.step(ids[10:], 10, dirty, [3])
+    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_rolling_back_is_a_matter_of_the_counter(graph, ids):
+    cache = graph.cache(32)
+    graph.step(ids[:12], 0, cache, [0])
+    expected, *_ = graph.step(ids[12:15], 12, cache, [2])
+    graph.step(ids[15:], 15, cache, [0])
+    again, *_ = graph.step(ids[12:15], 12, cache, [2])
+    np.testing.assert_allclose(again, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_a_batch_do_not_see_each_other(graph, ids):
+    other = np.roll(ids, 3)
+    both, *_ = graph.step(np.stack([ids, other]), 0, graph.cache(32, batch=2), [5, len(ids) - 1])
+    for row, single in zip(both, (ids, other), strict=True):
+        alone, *_ = graph.step(single, 0, graph.cache(32), [5, len(ids) - 1])
+        np.testing.assert_allclose(row, alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_only_standard_operators_of_one_opset(graph):
+    model = onnx.load(graph.path, load_external_data=False)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 21)]
+    onnx.checker.check_model(graph.path)

@@ -1,0 +1,299 @@
+"""The command line: what it prints where, its exit statuses, and that no traceback ever reaches a user."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from skimage import data
+
+from fastvlm_edge import FastVLM, FastVLMError, __version__
+from fastvlm_edge.cli import main
+from fastvlm_edge.progress import TextProgress
+
+PROMPT = "What does the meter read?"
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("pictures") / "coffee.png"
+    Image.fromarray(data.coffee()).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def run(model_dir: Path, picture: str) -> list[str]:
+    return ["run", str(model_dir), "--image", picture, "--prompt", PROMPT, "--threads", "1"]
+
+
+def start(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fastvlm_edge", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(command, text=True, encoding="utf-8", **pipes)
+
+
+def test_run_streams_the_reply_and_tells_the_time(run: list[str], vlm: FastVLM, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*run, "--max-new-tokens", "12"]) == 0
+    out, err = capsys.readouterr()
+    assert out == vlm.generate(PROMPT, picture, max_new_tokens=12).text + "\n"
+    assert err.splitlines()[0].startswith("loading fake (fp32)")
+    assert "46 + 12 tokens, ended by length; first token" in err and "tokens/s; onnxruntime" in err and err.count("\n") == 2
+
+
+def test_json_is_one_object_and_nothing_else(run: list[str], vlm: FastVLM, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*run, "--max-new-tokens", "12", "--json"]) == 0
+    out, err = capsys.readouterr()
+    document, reply = json.loads(out), vlm.generate(PROMPT, picture, max_new_tokens=12)
+    assert err == "" and out.count("\n") == 1
+    assert {key: document[key] for key in ("text", "token_ids", "stop_reason", "stop_string", "backend", "precision")} == {
+        "text": reply.text,
+        "token_ids": reply.token_ids,
+        "stop_reason": "length",
+        "stop_string": None,
+        "backend": "ort",
+        "precision": "fp32",
+    }
+    timings = document["timings"]
+    assert set(timings) == {
+        *("preprocess_ms", "vision_ms", "prefill_ms", "ttft_ms", "decode_tokens_per_second"),
+        *("prompt_tokens", "prefilled_tokens", "new_tokens"),
+    }
+    assert timings["ttft_ms"] >= timings["preprocess_ms"] + timings["vision_ms"] + timings["prefill_ms"] - 0.01
+    assert timings["new_tokens"] == 12
+
+
+def test_every_option_reaches_the_model(run: list[str], vlm: FastVLM, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--max-new-tokens 30 --temperature 1.2 --top-k 30 --top-p 0.95 --seed 5 --repetition-penalty 1.2"
+    extra = [
+        "--stop",
+        "zzz",
+        "--stop",
+        "yyy",
+        "--geometry",
+        "crop",
+        "--prefill-chunk",
+        "9",
+        "--backend",
+        "ort",
+        "--verify",
+        "--image",
+        picture,
+    ]
+    assert main([*run, *options.split(), *extra, "--json"]) == 0
+    cropped = FastVLM(vlm.manifest, vlm._tokenizer, vlm.backend, geometry="crop")
+    reply = cropped.generate(
+        PROMPT,
+        [picture, picture],
+        max_new_tokens=30,
+        temperature=1.2,
+        top_k=30,
+        top_p=0.95,
+        seed=5,
+        repetition_penalty=1.2,
+        stop=["zzz", "yyy"],
+    )
+    assert json.loads(capsys.readouterr().out)["token_ids"] == reply.token_ids
+
+
+def test_without_a_picture(model_dir: Path, vlm: FastVLM, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(model_dir), "--prompt", "Hello.", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out == vlm.generate("Hello.", max_new_tokens=5).text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--image", "gone.png"], "gone.png does not exist"),
+        (["--top-k", "100"], "top_k is 100; the model hands out 64"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--threads", "0"], "threads is 0"),
+        (["--backend", "tensorrt"], "not part of this version yet"),
+        (["--prompt", "word " * 3000], "the context of 2048 leaves no room"),
+        (["--image", "http://example.org/a.png"], "download it first"),
+    ],
+)
+def test_failures_are_one_line_and_status_1(run: list[str], change: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*run, *change, "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and err.startswith("fastvlm-edge: error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["bake"], ["run"], ["run", "model"], ["run", "m", "--prompt", "x", "--top-k", "many"], ["convert", "x"]]
+)
+def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: fastvlm-edge") and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [("--image-size 300", "300 is not one of"), ("--context 0", "0 is not a positive"), ("--precision fp8", "invalid choice")],
+)
+def test_wrong_values_of_convert(options: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "checkpoint", "-o", "model", *options.split()]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastvlm-edge {__version__}\n"
+    assert main(["--help"]) == 0
+    assert "run       ask a question about a picture" in capsys.readouterr().out
+    for command in ("run", "convert"):
+        assert main([command, "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: fastvlm-edge {command}")
+
+
+def test_an_unexpected_exception_says_that_it_is_a_bug(
+    run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr(FastVLM, "load", fail)
+    assert main(run) == 1
+    err = capsys.readouterr().err
+    assert "a bug in fastvlm-edge" in err and "ZeroDivisionError: two lines" in err and err.count("\n") == 1
+    monkeypatch.setenv("FASTVLM_EDGE_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(run)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(MemoryError(), "not enough memory"), (OSError(28, "No space left on device", "model"), "model: No space left on device")],
+)
+def test_the_machines_limits_are_no_bugs(
+    run: list[str], error: Exception, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(FastVLM, "load", fail)
+    assert main(run) == 1
+    err = capsys.readouterr().err
+    assert says in err and "bug" not in err
+
+
+def test_convert_passes_everything_on(model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import types
+
+    from fastvlm_edge.manifest import read_manifest
+
+    seen: dict[str, Any] = {}
+
+    def convert(checkpoint: str, output: Path, **options: Any) -> Any:
+        seen.update(options, checkpoint=checkpoint, output=output)
+        return read_manifest(model_dir)
+
+    module = types.ModuleType("fastvlm_edge.convert.convert")
+    module.convert = convert  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastvlm_edge.convert.convert", module)
+    options = "--precision int4 --image-size 512 --geometry crop --context 4096 --force"
+    assert main(["convert", "org/name", "-o", "out", *options.split()]) == 0
+    seen.pop("progress")
+    assert seen == {
+        "checkpoint": "org/name",
+        "output": Path("out"),
+        "precision": "int4",
+        "image_size": 512,
+        "geometry": "crop",
+        "context": 4096,
+        "force": True,
+    }
+    assert capsys.readouterr().out == f"out: fake, fp32, 256 px (16 tokens), context 2048, {_size(model_dir):.1f} MB\n"
+
+
+def _size(directory: Path) -> float:
+    return sum((directory / name).stat().st_size for name in ("tokenizer.json", "vision.onnx", "decoder.onnx")) / 1e6
+
+
+def test_convert_without_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "fastvlm_edge.convert.convert", None)
+    assert main(["convert", "x", "-o", "y"]) == 1
+    assert "a bug" in capsys.readouterr().err
+    blocker = textwrap.dedent("""
+        import sys
+        sys.modules["torch"] = sys.modules["onnx"] = sys.modules["safetensors"] = None
+        from fastvlm_edge.cli import main
+        sys.exit(main(["convert", "x", "-o", "y"]))
+    """)
+    done = subprocess.run([sys.executable, "-c", blocker], capture_output=True, text=True)
+    assert done.returncode == 1 and "which is not installed; run: pip install 'fastvlm-edge[convert]'" in done.stderr
+
+
+def test_interrupt_keeps_what_was_said_and_is_quiet(run: list[str]) -> None:
+    process = start([*run, "--max-new-tokens", "1900"], env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert process.stdout is not None
+    first = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and (first + out).endswith("\n") and "Traceback" not in err
+
+
+def test_a_closed_pipe_is_quiet(run: list[str]) -> None:
+    process = start([*run, "--max-new-tokens", "1900"])
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=30) == 141
+    assert all(word not in process.stderr.read() for word in ("Traceback", "BrokenPipe", "Exception"))
+
+
+def test_a_terminal_that_is_not_unicode(run: list[str], vlm: FastVLM, picture: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    out, err = start([*run, "--max-new-tokens", "60"], env=environment).communicate(timeout=60)
+    text = vlm.generate(PROMPT, picture, max_new_tokens=60).text
+    assert not text.isascii() and out == text.encode("ascii", "replace").decode() + "\n" and "Traceback" not in err
+
+
+def test_neither_importing_nor_running_loads_heavy_packages(run: list[str]) -> None:
+    program = textwrap.dedent("""
+        import sys
+        import fastvlm_edge, fastvlm_edge.cli
+        light = {name.partition(".")[0] for name in sys.modules}
+        assert not light & {"numpy", "PIL", "tokenizers", "onnxruntime"}, light
+        from fastvlm_edge import FastVLM, Reply, SamplingParams
+        assert "onnxruntime" not in sys.modules
+        assert fastvlm_edge.cli.main(sys.argv[1:]) == 0
+        loaded = {name.partition(".")[0] for name in sys.modules}
+        heavy = loaded & {"torch", "transformers", "onnx", "matplotlib", "timm", "safetensors", "ml_dtypes", "huggingface_hub", "scipy"}
+        assert not heavy, heavy
+        assert not any(name.startswith(("fastvlm_edge.convert", "fastvlm_edge.engines", "fastvlm_edge.calib")) for name in sys.modules)
+    """)
+    done = subprocess.run([sys.executable, "-c", program, *run, "--max-new-tokens", "3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_progress_redraws_on_a_terminal_and_is_sparse_in_a_log() -> None:
+    import io
+
+    terminal, log = io.StringIO(), io.StringIO()
+    for stream, is_terminal in ((terminal, True), (log, False)):
+        progress = TextProgress(stream, terminal=is_terminal)
+        progress.stage("reading", 4)
+        progress._shown -= 1
+        progress.advance()
+        progress.stage("writing")
+        progress.done()
+        progress.done()
+    assert "reading  [######..................] 1/4" in terminal.getvalue() and terminal.getvalue().count("\n") == 2
+    assert [line[:8].strip() for line in log.getvalue().splitlines()] == ["reading", "writing"]
+
+
+def test_an_unknown_name_of_the_package() -> None:
+    import fastvlm_edge
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fastvlm_edge.nothing  # noqa: B018
+    assert issubclass(FastVLMError, Exception)
