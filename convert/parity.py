@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastvlm_edge.backends.ort import OrtBackend
+from fastvlm_edge.backends.ort import HostFeatures, OrtDecoder, OrtVision
+from fastvlm_edge.backends.ort_session import on_device
 from fastvlm_edge.convert.checkpoint import Checkpoint
 from fastvlm_edge.convert.fastvithd import ConvBN, FastViTHD, LayerScale, image_tokens
 from fastvlm_edge.convert.precision import VISION_STAGES, PrecisionPlan
@@ -135,21 +136,17 @@ def check_parity(
     Returns the figures for the manifest; raises FastVLMError where they are beyond BOUNDS. `advance` is called once a layer.
     """
     bounds = BOUNDS[manifest.precision]
-    backend = OrtBackend(directory, manifest)
-    try:
-        encoded = [backend.encode(picture) for picture in pictures]
-        worst = min((compare(got.numpy()[None], want) for got, want in zip(encoded, expected, strict=True)), key=lambda d: d.cosine)
-        tokenizer = TextTokenizer(directory / "tokenizer.json")
-        template = ChatTemplate(tokenizer, manifest)
-        ids = [*template.opening(), *template.turn(QUESTION, (encoded[0].rows,)), *tokenizer.encode(ANSWER)]
-        split = len(ids) - min(LOGIT_COUNT, len(ids) // 2) - 3
-        wanted = list(range(split, len(ids)))[-LOGIT_COUNT:]
-        backend.step(ids[:split], (encoded[0],))
-        out = backend.step(ids[split:], (encoded[0],), logit_positions=[position - split for position in wanted], want_logits=True)
-        assert out.logits is not None
-        logits = out.logits.copy()
-    finally:
-        backend.close()
+    setup = on_device(directory, manifest)
+    vision = OrtVision(setup)
+    encoded = [vision.encode(picture) for picture in pictures]
+    del vision  # a 7B decoder needs the room
+    worst = min((compare(got.numpy()[None], want) for got, want in zip(encoded, expected, strict=True)), key=lambda d: d.cosine)
+    tokenizer = TextTokenizer(directory / "tokenizer.json")
+    template = ChatTemplate(tokenizer, manifest)
+    ids = [*template.opening(), *template.turn(QUESTION, (encoded[0].rows,)), *tokenizer.encode(ANSWER)]
+    split = len(ids) - min(LOGIT_COUNT, len(ids) // 2) - 3
+    wanted = list(range(split, len(ids)))[-LOGIT_COUNT:]
+    logits = _run_decoder(OrtDecoder(setup), ids, split, encoded[0], wanted)
     reference = reference_logits(checkpoint, ids, encoded[0].numpy(), wanted, advance)
     difference = compare(logits, reference)
     greedy = float((logits.argmax(1) == reference.argmax(1)).mean())
@@ -169,3 +166,11 @@ def check_parity(
                 "nothing was written. Try --precision fp32, and report it if that fails too"
             )
     return figures
+
+
+def _run_decoder(decoder: OrtDecoder, ids: list[int], split: int, picture: HostFeatures, wanted: list[int]) -> Float32:
+    """Logits at the positions `wanted` of `ids`, which go in as two chunks cut at `split`."""
+    decoder.step(ids[:split], (picture,))
+    out = decoder.step(ids[split:], (picture,), logit_positions=[position - split for position in wanted], want_logits=True)
+    assert out.logits is not None
+    return out.logits.copy()

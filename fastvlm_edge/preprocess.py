@@ -15,7 +15,7 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.image_input import ImageInput, load_rgb
 
 GEOMETRIES = ("pad", "crop")
-MAX_ASPECT_RATIO = 200
+MAX_ASPECT_RATIO = 50
 """Beyond it `pad` leaves the picture a few pixels thick and `crop` sees less than a hundredth of it."""
 _BAND_PIXELS = 1 << 22
 
@@ -23,7 +23,7 @@ _BAND_PIXELS = 1 << 22
 def preprocess(image: ImageInput, image_size: int, geometry: str) -> NDArray[np.float32]:
     """One picture -> pixel_values [1, 3, image_size, image_size] float32 in 0..1.
 
-    Raises FastVLMError where the picture cannot be read, is too large, or is more than 200 times as long as it is wide.
+    Raises FastVLMError where the picture cannot be read, is too large, or is more than 50 times as long as it is wide.
     """
     if geometry not in GEOMETRIES:
         raise FastVLMError(f"geometry {geometry!r} is unknown; use one of: {', '.join(GEOMETRIES)}")
@@ -64,12 +64,10 @@ def pad_and_resize(image: Image.Image, size: int) -> Image.Image:
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     """Resize the short side to `size`, bicubic, and keep the centre square.
 
-    Only the pixels that are kept are computed. Sizes and offsets round like transformers' `CLIPImageProcessor`: the long side is
-    int(size * long / short), the offset half of what is left over, rounded down.
+    Sizes and offsets round like transformers' `CLIPImageProcessor`: the long side is int(size * long / short), the offset half of what is
+    left over, rounded down.
     """
     short = min(image.size)
-    new_width, new_height = (int(size * image.width / short), int(size * image.height / short))
-    left, top = (new_width - size) // 2, (new_height - size) // 2
-    across, down = image.width / new_width, image.height / new_height  # source pixels for each new one
-    box = (left * across, top * down, min((left + size) * across, image.width), min((top + size) * down, image.height))
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    whole = image.resize((int(size * image.width / short), int(size * image.height / short)), Image.Resampling.BICUBIC)
+    left, top = (whole.width - size) // 2, (whole.height - size) // 2
+    return whole.crop((left, top, left + size, top + size))

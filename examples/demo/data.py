@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from language import Prompter, stack_rows
 from model import CHARACTERS, DENSE_STRIDE, GLYPHS, MOST, SLOTS, TINTS, Packed
-from picture import COLOURS, SHAPES, Mark, Scene
+from objects import CLEAR_MARGIN
+from picture import COLOURS, SHAPES, Mark, Scene, pick_weighted
 from scenes import OBJECT_KINDS, make_scene
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -19,13 +20,24 @@ GLYPH_INDEX = {name: index for index, name in enumerate(GLYPHS)}
 TINT_INDEX = {name: index for index, name in enumerate(TINTS)}
 CHARACTER_INDEX = {name: index for index, name in enumerate(CHARACTERS)}
 QUESTIONS_A_PICTURE = 4
+TRAINING_WEIGHTS = {
+    "reading": 0.34,
+    "dial": 0.07,
+    "sign": 0.05,
+    "label": 0.10,
+    "count": 0.11,
+    "colour": 0.11,
+    "shape": 0.11,
+    "position": 0.11,
+}
+"""Share of the kinds in training. It leans towards what is learned last; held-out pictures follow `scenes.KIND_WEIGHTS`."""
 WARM_UP_PICTURES = 30_000
 """Distortions grow to their full strength over the first this many pictures."""
 
 
 @dataclass
 class Batch:
-    """Everything for one step. Shapes: pixels [n, 3, H, W] uint8, glyphs and tints [n, H/16, W/16], slots [n, SLOTS], counts [n, 12]."""
+    """One step. Shapes: pixels [n, 3, H, W] uint8, glyphs and tints [n, H/16, W/16], slots [n, SLOTS], counts [n, COUNTED]."""
 
     pixels: Tensor
     packed: list[tuple[Tensor, Packed]]
@@ -35,6 +47,8 @@ class Batch:
     slots: Tensor
     counts: Tensor
     """-1 where counting makes no sense (pictures to be read)."""
+    relations: Tensor
+    """[n, RELATIONS], -1 where there is not exactly one such object."""
 
 
 def cell_targets(marks: list[Mark], rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -70,6 +84,28 @@ def count_targets(scene: Scene) -> np.ndarray:
     return np.minimum(np.array(counts, dtype=np.int64), MOST - 1)
 
 
+def relation_targets(scene: Scene) -> np.ndarray:
+    """For each shape that occurs once its colour, its side (left 0, right 1) and its level (top 0, bottom 1); then for each colour that
+    occurs once its shape. -1 where it does not occur once, or is too near to the middle to tell.
+    """
+    colour, side, level, shape = (np.full(count, -1, dtype=np.int64) for count in (*[len(SHAPES)] * 3, len(COLOURS)))
+    if scene.kind in OBJECT_KINDS:
+        width, height = scene.image.size
+        clear = CLEAR_MARGIN * min(width, height)
+        for index, name in enumerate(SHAPES):
+            marks = [mark for mark in scene.marks if mark.name == name]
+            if len(marks) == 1:
+                across, down = marks[0].x - width / 2, marks[0].y - height / 2
+                colour[index] = COLOURS.index(marks[0].colour)
+                side[index] = int(across > 0) if abs(across) > clear else -1
+                level[index] = int(down > 0) if abs(down) > clear else -1
+        for index, name in enumerate(COLOURS):
+            marks = [mark for mark in scene.marks if mark.colour == name]
+            if len(marks) == 1:
+                shape[index] = SHAPES.index(marks[0].name)
+    return np.concatenate([colour, side, level, shape])
+
+
 def _pack_rows(rows: Sequence[np.ndarray], pictures: list[int]) -> tuple[Tensor, Packed]:
     stacked = torch.from_numpy(stack_rows([rows[index] for index in pictures]))
     return torch.tensor(pictures), Packed(*stacked.unbind(1))
@@ -87,7 +123,13 @@ def collate(scenes: list[Scene], prompter: Prompter) -> Batch:
         tints=torch.from_numpy(np.stack([tints for _, tints in cells])),
         slots=torch.from_numpy(np.stack([slot_targets(scene.text) for scene in scenes])),
         counts=torch.from_numpy(np.stack([count_targets(scene) for scene in scenes])),
+        relations=torch.from_numpy(np.stack([relation_targets(scene) for scene in scenes])),
     )
+
+
+def training_kind(seed: int, picture: int) -> str:
+    """Kind of a training picture, from a stream of its own."""
+    return pick_weighted(np.random.default_rng([seed, picture]), TRAINING_WEIGHTS)
 
 
 def draw_batches(
@@ -104,6 +146,7 @@ def draw_batches(
                     picture,
                     size=image_size,
                     difficulty=min(1.0, 0.3 + 0.7 * picture / WARM_UP_PICTURES),
+                    kind=training_kind(seed, picture),
                     questions=QUESTIONS_A_PICTURE,
                 )
                 for picture in range(first + rank, first + batch, ranks)

@@ -40,6 +40,12 @@ SLOTS = 6
 """Characters of a text that the summary head spells."""
 MOST = 7
 """Classes of a count: 0 to 6."""
+COUNTED = len(SHAPES) + len(COLOURS) + 1
+"""Counts that the summary head gives: objects of each shape, of each colour, and of all."""
+RELATIONS = 3 * len(SHAPES) + len(COLOURS)
+"""What it says of single objects: colour, side and level of each shape, and shape of each colour."""
+RELATED = max(len(SHAPES), len(COLOURS))
+SUMMARY_PARTS = (SLOTS * len(CHARACTERS), COUNTED * MOST, RELATIONS * RELATED)
 DENSE_STRIDE = 16
 LAYER_SCALE = 0.5
 """Start of the layer scales. The 1e-5 of deep networks would keep a shallow one from learning for thousands of steps."""
@@ -198,14 +204,16 @@ class Seen:
     slots: Tensor
     """[batch, SLOTS, len(CHARACTERS)]"""
     counts: Tensor
-    """[batch, len(SHAPES) + len(COLOURS) + 1, MOST]: objects of each shape, of each colour, and of all."""
+    """[batch, COUNTED, MOST]"""
+    relations: Tensor
+    """[batch, RELATIONS, RELATED]"""
 
 
 class DemoVision(nn.Module):
     """FastViTHD and projector, with the auxiliary heads beside them.
 
     The dense head on the stage-3 map names the character or shape and the colour in every cell of 16 px; the summary head on the mean
-    visual token spells the text and counts the objects. Both are dropped at export.
+    visual token spells the text, counts the objects and says how shape, colour and place belong together. Both are dropped at export.
     """
 
     def __init__(self, config: DemoConfig) -> None:
@@ -213,20 +221,21 @@ class DemoVision(nn.Module):
         self.vision_tower = make_trainable(FastViTHD(config.vision()))
         self.multi_modal_projector = Projector(2 * config.dims[4], config.hidden)
         self.dense_head = nn.Conv2d(config.dims[2], len(GLYPHS) + len(TINTS), 1)
-        self.summary_head = nn.Linear(config.hidden, SLOTS * len(CHARACTERS) + (len(SHAPES) + len(COLOURS) + 1) * MOST)
+        self.summary_head = nn.Linear(config.hidden, sum(SUMMARY_PARTS))
 
     def forward(self, pixel_values: Tensor) -> Seen:
         tower = self.vision_tower
         middle = tower.stages[:3](tower.stem(pixel_values))
         dense = self.dense_head(middle)
         features = self.multi_modal_projector(image_tokens(tower.final_conv(tower.stages[3:](middle))))
-        slots, counts = self.summary_head(features.mean(1)).split([SLOTS * len(CHARACTERS), (len(SHAPES) + len(COLOURS) + 1) * MOST], dim=1)
+        slots, counts, relations = self.summary_head(features.mean(1)).split(SUMMARY_PARTS, dim=1)
         return Seen(
             features,
             dense[:, : len(GLYPHS)],
             dense[:, len(GLYPHS) :],
             slots.unflatten(1, (SLOTS, len(CHARACTERS))),
-            counts.unflatten(1, (-1, MOST)),
+            counts.unflatten(1, (COUNTED, MOST)),
+            relations.unflatten(1, (RELATIONS, RELATED)),
         )
 
 

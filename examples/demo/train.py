@@ -138,6 +138,7 @@ def losses(model: DemoModel, batch: Batch) -> dict[str, Tensor]:
         "glyph": F.cross_entropy(seen.glyphs.float(), batch.glyphs, weight=glyph_weight),
         "tint": 0.5 * F.cross_entropy(seen.tints.float(), batch.tints, weight=tint_weight),
         "slot": F.cross_entropy(seen.slots[read].float().flatten(0, 1), batch.slots[read].flatten()),
+        "relation": F.cross_entropy(seen.relations.float().flatten(0, 1), batch.relations.flatten(), ignore_index=-1),
         "count": 0.5 * F.cross_entropy(seen.counts[~read].float().flatten(0, 1), batch.counts[~read].flatten()),
     }
 
@@ -164,8 +165,9 @@ def step(trainer: Trainer, recipe: Recipe, batch: Batch) -> dict[str, float]:
     """One update. Returns the terms of the loss."""
     for group in trainer.optimizer.param_groups:
         group["lr"] = learning_rate(recipe, trainer.seen)
-    terms = losses(trainer.model, batch)
-    total = torch.stack([term for term in terms.values() if term.isfinite()]).sum()
+    # A term is not a number when the batch has nothing of its kind.
+    terms = {name: term for name, term in losses(trainer.model, batch).items() if term.isfinite()}
+    total = torch.stack(list(terms.values())).sum()
     total.backward()
     average_gradients(trainer.model)
     nn.utils.clip_grad_norm_(trainer.model.parameters(), recipe.clip)
@@ -219,11 +221,13 @@ def train(trainer: Trainer, recipe: Recipe, work: Path, *, rank: int, ranks: int
         say(f"start: {recipe}, {config}, {ranks} processes")
         begun, begun_at, saved = time.monotonic(), trainer.seen, time.monotonic()
         sums: dict[str, float] = {}
+        logged = trainer.steps
         while trainer.seen < recipe.pictures:
             for name, value in step(trainer, recipe, next(batches)).items():
                 sums[name] = sums.get(name, 0.0) + value
             if trainer.steps % LOG_EVERY == 0:
-                means = "  ".join(f"{name} {total / LOG_EVERY:.3f}" for name, total in sums.items())
+                means = "  ".join(f"{name} {total / (trainer.steps - logged):.3f}" for name, total in sums.items())
+                logged = trainer.steps
                 speed = (trainer.seen - begun_at) / (time.monotonic() - begun)
                 say(f"{means}  rate {learning_rate(recipe, trainer.seen):.2e}  {speed:.1f} pictures/s")
                 sums.clear()

@@ -15,7 +15,7 @@ from skimage import data
 
 from fastvlm_edge import FastVLMError, image_input
 from fastvlm_edge.image_input import load_rgb
-from fastvlm_edge.preprocess import pad_and_resize, preprocess, resize_and_crop
+from fastvlm_edge.preprocess import pad_and_resize, preprocess
 
 S = 256
 PHOTOS = {"astronaut": data.astronaut, "coffee": data.coffee, "chelsea": data.chelsea, "rocket": data.rocket}
@@ -62,18 +62,6 @@ def test_pad_is_bit_for_bit_padding_then_resizing(name: str, size: int) -> None:
 def test_pad_is_exact_for_odd_sizes(shape: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
     assert np.array_equal(pad_and_resize(image, S), padded_first(image, S))
-
-
-@pytest.mark.parametrize("name", PHOTOS)
-def test_crop_is_resizing_then_cropping(name: str) -> None:
-    image = Image.fromarray(PHOTOS[name]())
-    short = min(image.size)
-    size = (int(S * image.width / short), int(S * image.height / short))
-    left, top = (size[0] - S) // 2, (size[1] - S) // 2
-    whole = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + S, top + S))
-    difference = np.abs(np.asarray(whole, np.int16) - np.asarray(resize_and_crop(image, S), np.int16))
-    assert difference.max() <= 1
-    assert (difference > 0).mean() < 1e-3
 
 
 def test_pixel_values_are_planar_float_in_0_to_1() -> None:
@@ -358,14 +346,14 @@ def test_pillows_warning_of_large_pictures_is_not_shown(recwarn: pytest.Warnings
 
 
 @pytest.mark.parametrize("geometry", ["pad", "crop"])
-@pytest.mark.parametrize("size", [(201, 1), (1, 201), (4000, 15)])
+@pytest.mark.parametrize("size", [(51, 1), (1, 51), (4000, 15)])
 def test_extreme_aspect_ratio_is_refused(geometry: str, size: tuple[int, int]) -> None:
-    with pytest.raises(FastVLMError, match="more than 200 times as long"):
+    with pytest.raises(FastVLMError, match="more than 50 times as long"):
         preprocess(Image.new("RGB", size), S, geometry)
 
 
 @pytest.mark.parametrize("geometry", ["pad", "crop"])
-@pytest.mark.parametrize("size", [(200, 1), (1, 200), (1, 1), (4000, 21)])
+@pytest.mark.parametrize("size", [(50, 1), (1, 50), (1, 1), (4000, 81)])
 def test_long_pictures_work(geometry: str, size: tuple[int, int]) -> None:
     values = preprocess(Image.new("RGB", size, "white"), S, geometry)
     assert values.max() > 0.7

@@ -142,8 +142,9 @@ def test_logits_of_any_positions_and_rollback(vlm: FastVLM, reference: Reference
 
 def test_decoding_binds_nothing_anew_between_two_buckets(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Any, ...]] = []
-    bind = vlm.backend._bind  # type: ignore[attr-defined]
-    monkeypatch.setattr(vlm.backend, "_bind", lambda *key: made.append(key) or bind(*key))
+    decoder = vlm.backend._decoder  # type: ignore[attr-defined]
+    bind = decoder._bind
+    monkeypatch.setattr(decoder, "_bind", lambda *key: made.append(key) or bind(*key))
     vlm.generate(PROMPT, data.coffee(), max_new_tokens=150)
     assert made == [(46, 1, False), (1, 1, False)]
 

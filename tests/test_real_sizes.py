@@ -1,0 +1,78 @@
+"""The released sizes with random weights: conversion in every layout, its time and memory, and the answers of transformers."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import skimage.data
+
+from fastvlm_edge import FastVLM
+from fastvlm_edge.convert.convert import convert
+from fastvlm_edge.manifest import read_manifest
+from fastvlm_edge.preprocess import preprocess
+from tests.checkpoints import write_checkpoint
+from tests.test_against_transformers import PROMPT, STEPS, reference_reply
+
+pytestmark = pytest.mark.slow
+
+MEASURED_CONVERSION = """
+import json, resource, sys
+from pathlib import Path
+from fastvlm_edge.convert.convert import convert
+convert(sys.argv[1], Path(sys.argv[2]), precision=sys.argv[3])
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+"""
+
+
+def converted(source: Path, output: Path, precision: str) -> tuple[float, float]:
+    """Convert in a process of its own; seconds and peak memory in GiB."""
+    began = time.monotonic()
+    command = [sys.executable, "-c", MEASURED_CONVERSION, str(source), str(output), precision]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return time.monotonic() - began, json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("layout", ["apple", "hub", "native"])
+@pytest.mark.parametrize("size", ["0.5b", "1.5b"])
+def test_every_layout_converts_and_answers(tmp_path, layout, size):
+    source = write_checkpoint(tmp_path / "ck", layout=layout, size=size)
+    seconds, peak = converted(source, tmp_path / "model", "int4")
+    manifest = read_manifest(tmp_path / "model")
+    print(f"{size} {layout} int4: {seconds:.0f} s, {peak:.2f} GiB, logits {manifest.parity['logits']}")
+    if size == "0.5b":
+        assert seconds < 120
+    assert manifest.vision.tokens == 256
+    with FastVLM.load(tmp_path / "model") as vlm:
+        assert vlm.generate("What is it?", image=skimage.data.coffee(), max_new_tokens=8).token_ids
+
+
+def test_7b_converts_to_int4_in_8_gib(tmp_path):
+    source = write_checkpoint(tmp_path / "ck", layout="hub", size="7b", shards=4)
+    seconds, peak = converted(source, tmp_path / "model", "int4")
+    manifest = read_manifest(tmp_path / "model")
+    print(f"7b hub int4: {seconds:.0f} s, {peak:.2f} GiB, logits {manifest.parity['logits']}")
+    assert peak <= 8
+    assert manifest.decoder.hidden == 3584
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_0_5b_gives_the_tokens_of_transformers(tmp_path, tied):
+    from tokenizers import Tokenizer
+
+    from tests.timm_reference import load_reference
+
+    native = write_checkpoint(tmp_path / "ck", layout="native", size="0.5b", tied=tied)
+    convert(str(native), tmp_path / "model")
+    picture = skimage.data.coffee()
+    tokenizer = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    expected, features = reference_reply(load_reference(native), tokenizer, preprocess(picture, 1024, "pad"))
+    with FastVLM.load(tmp_path / "model") as vlm:
+        found = vlm.encode_image(picture).numpy()
+        reply = vlm.generate(PROMPT, image=picture, max_new_tokens=STEPS)
+    assert abs(found - features).max() / abs(features).max() < 1e-4
+    assert len(expected) == STEPS
+    assert reply.token_ids == expected
