@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import tempfile
@@ -184,8 +183,3 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 def config_dict(config: DemoConfig) -> dict[str, Any]:
     return asdict(config)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,31 +1,17 @@
-"""Exact match of the demo checkpoint on held-out questions, by kind, with the PyTorch model.
-
-python examples/demo/evaluate.py examples/demo/checkpoint --count 2000 --json benchmarks/results/demo_accuracy.json
-"""
+"""Exact match on held-out questions by kind: what training looks at, and what `benchmarks/demo_accuracy.py` records."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import sys
-import time
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from checkpoint import load_checkpoint, sha256
 from language import IGNORE, Prompter
 from model import DemoModel, Packed
 from picture import Scene
-from scenes import KINDS, make_scene
+from scenes import KINDS
 from torch import Tensor
 
-SEED = 2026
 MOST_NEW_TOKENS = 12
 
 
@@ -83,67 +69,3 @@ def score(pairs: Iterable[tuple[Scene, str]]) -> dict[str, dict[str, float]]:
         for key in order
         if key in counts
     }
-
-
-def evaluate(model: DemoModel, prompter: Prompter, *, seed: int, count: int, batch: int = 100) -> dict[str, dict[str, float]]:
-    """Score `count` held-out pictures, one question each; progress on stderr."""
-    pairs = []
-    for start in range(0, count, batch):
-        scenes = [make_scene("heldout", seed, index, size=model.config.image_size) for index in range(start, min(start + batch, count))]
-        pairs += list(zip(scenes, answer_scenes(model, prompter, scenes), strict=True))
-        print(f"\r{len(pairs)}/{count} questions", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return score(pairs)
-
-
-def format_table(scores: dict[str, dict[str, float]]) -> str:
-    lines = [f"{'kind':<20}{'questions':>10}{'right':>8}{'exact match':>13}"]
-    lines += [f"{kind:<20}{row['questions']:>10}{row['right']:>8}{100 * row['exact_match']:>12.1f}%" for kind, row in scores.items()]
-    return "\n".join(lines)
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor and core count, for the record."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = names[0] if names else name
-    return {"processor": name, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Exact match of the demo checkpoint on held-out questions.")
-    parser.add_argument("checkpoint", type=Path, help="folder of the exported checkpoint")
-    parser.add_argument("--seed", type=int, default=SEED, help="held-out seed; default: %(default)s")
-    parser.add_argument("--count", type=int, default=2000, help="questions; default: %(default)s")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    args = parser.parse_args(argv)
-    try:
-        model, tokenizer = load_checkpoint(args.checkpoint)
-    except (OSError, RuntimeError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 1
-    begun = time.perf_counter()
-    scores = evaluate(model, Prompter(tokenizer, model.config.visual_tokens), seed=args.seed, count=args.count)
-    print(format_table(scores))
-    if args.json:
-        result = {
-            "what": "exact match of the demo checkpoint, PyTorch model in float32, greedy, one question a picture",
-            "model_sha256": sha256(args.checkpoint / "model.safetensors"),
-            "split": "heldout",
-            "seed": args.seed,
-            "count": args.count,
-            "seconds": round(time.perf_counter() - begun, 1),
-            "scores": scores,
-            "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "pillow", "numpy", "matplotlib")},
-            "python": platform.python_version(),
-            "machine": describe_machine(),
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The demo checkpoint that comes with the project: small, native, the same in transformers, and right about pictures it never saw."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from fastvlm_edge import FastVLM
+from fastvlm_edge.convert.convert import convert
+from fastvlm_edge.manifest import PRECISIONS, sha256
+from fastvlm_edge.preprocess import preprocess
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = ROOT / "examples" / "demo" / "fastvlm-demo"
+RECORD = ROOT / "benchmarks" / "results" / "demo_accuracy.json"
+COUNT = 120
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Pictures and questions as the scene command writes them, from the held-out split."""
+    folder = tmp_path_factory.mktemp("scenes")
+    command = [sys.executable, str(ROOT / "examples" / "demo" / "scenes.py"), "--seed", "77", "--count", str(COUNT), "--out", str(folder)]
+    subprocess.run([*command, "--split", "heldout"], check=True, capture_output=True)
+    lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(folder / question["image"], question) for question in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def vlm(request, tmp_path_factory):
+    output = tmp_path_factory.mktemp("models") / request.param
+    convert(str(CHECKPOINT), output, precision=request.param)
+    with FastVLM.load(output, threads=2) as loaded:
+        yield loaded
+
+
+def test_the_checkpoint_is_small():
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 12e6
+
+
+def test_answers_are_right_in_every_precision(vlm, scenes):
+    right = [vlm.generate(question["prompt"], image=picture, max_new_tokens=16).text == question["answer"] for picture, question in scenes]
+    least = 0.75 if vlm.manifest.precision == "int4" else 0.85
+    assert np.mean(right) >= least, f"{np.mean(right):.3f} of {len(right)}"
+
+
+def test_transformers_gives_the_same_answers(tmp_path, scenes):
+    import torch
+
+    from tests.timm_reference import load_reference
+
+    convert(str(CHECKPOINT), tmp_path / "model")
+    reference = load_reference(CHECKPOINT)
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    tokens = reference.config.image_seq_length
+    with FastVLM.load(tmp_path / "model", threads=2) as vlm:
+        for picture, question in scenes[:12]:
+            text = (
+                f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{'<image>' * tokens}\n"
+                f"{question['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+            )
+            ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False).ids])
+            pixels = torch.from_numpy(preprocess(picture, vlm.manifest.vision.image_size, "pad"))
+            with torch.inference_mode():
+                out = reference.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=16, do_sample=False
+                )
+            expected = tokenizer.decode(out[0, ids.shape[1] :].tolist())
+            assert vlm.generate(question["prompt"], image=picture, max_new_tokens=16).text == expected
+
+
+def test_the_recorded_accuracy_is_that_of_this_file():
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert record["model_sha256"] == sha256(CHECKPOINT / "model.safetensors")
+    assert record["count"] >= 2000
+
+
+def test_the_demo_runs():
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / "demo" / "demo.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = re.findall(r"answer {4}(.*)\n {2}expected {2}(.*)\n", done.stdout)
+    assert len(answers) == 3
+    assert all(answer == expected for answer, expected in answers)
