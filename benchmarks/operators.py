@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from fastvlm_edge.backends.ort_session import session_options
+from fastvlm_edge.backends.ort_session import graph_name, session_options
 from fastvlm_edge.manifest import Manifest, read_manifest
 
 RUNS = {"vision": 3, "prefill": 3, "decode": 30}
@@ -20,7 +20,7 @@ RUNS = {"vision": 3, "prefill": 3, "decode": 30}
 def by_operator(model: Path, what: str, threads: int) -> dict[str, float]:
     """Milliseconds of one run by operator, the largest first, smaller ones than 1 % together. The profiler itself adds some."""
     manifest = read_manifest(model)
-    graph = model / ("vision.onnx" if what == "vision" else "decoder.onnx")
+    graph = model / graph_name("vision" if what == "vision" else "decoder", manifest, cuda=False)
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(graph, threads)
         options.enable_profiling = True

@@ -115,7 +115,7 @@ def _write(
     encoder, projector = load_vision(source), load_projector(source)
     with _weights(directory / "vision.weights") as weights:
         write_vision_weights(encoder, projector, plan, weights, progress.advance)
-    for name, graph_plan in _graphs("vision", plan):
+    for name, graph_plan, _ in _graphs("vision", plan):
         graph = GraphBuilder("vision", weights)
         build_vision(graph, source.vision, hidden, image_size, graph_plan)
         graph.save(directory / name)
@@ -129,9 +129,9 @@ def _write(
     progress.stage("decoder", shape.layers + 2)
     with _weights(directory / "decoder.weights") as weights:
         write_decoder_weights(source, plan, weights, progress.advance)
-    for name, graph_plan in _graphs("decoder", plan):
+    for name, graph_plan, cpu in _graphs("decoder", plan):
         graph = GraphBuilder("decoder", weights)
-        build_decoder(graph, shape, graph_plan)
+        build_decoder(graph, shape, graph_plan, cpu=cpu)
         graph.save(directory / name)
 
     progress.stage("verify", shape.layers)
@@ -140,11 +140,11 @@ def _write(
     return replace(manifest, parity=figures, activations={"largest": largest, "pictures": len(pictures)})
 
 
-def _graphs(part: str, plan: PrecisionPlan) -> Iterator[tuple[str, PrecisionPlan]]:
-    """The graph files of one part: one for every backend, and one more for the CPU where that lacks a type of the plan."""
-    yield f"{part}.onnx", plan
-    if on_cpu(plan) != plan:
-        yield f"{part}.cpu.onnx", on_cpu(plan)
+def _graphs(part: str, plan: PrecisionPlan) -> Iterator[tuple[str, PrecisionPlan, bool]]:
+    """File, plan and whether it is for the CPU: one for every backend, and another where onnxruntime's CPU provider needs its own."""
+    yield f"{part}.onnx", plan, False
+    if on_cpu(plan) != plan or (part == "decoder" and plan.embedding.bits):
+        yield f"{part}.cpu.onnx", on_cpu(plan), True
 
 
 @contextmanager

@@ -31,16 +31,18 @@ class _Shared:
     end: str  # [1], past the last key
 
 
-def build_decoder(graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan) -> None:
+def build_decoder(graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, *, cpu: bool = False) -> None:
     """Add the whole decoder to `graph`, whose weights file holds what `write_decoder_weights` wrote.
 
-    Floats stored in another type than `plan.decoder` are cast to it, so that a second graph can share the file.
+    Floats stored in another type than `plan.decoder` are cast to it, so that a second graph can share the file. `cpu` is for onnxruntime's
+    CPU provider, see `_Decoder._text_embedding`.
     """
-    _Decoder(graph, text, plan).build()
+    _Decoder(graph, text, plan, cpu).build()
 
 
 class _Decoder:
-    def __init__(self, graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan) -> None:
+    def __init__(self, graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, cpu: bool) -> None:
+        self.cpu = cpu
         self.graph = graph
         self.text = text
         self.dtype = np.dtype(FLOAT_TYPES[plan.decoder])
@@ -121,15 +123,28 @@ class _Decoder:
         is_image = graph.node("GreaterOrEqual", [ids, vocab], "/embed/is_image")
         text_ids = graph.node("Where", [is_image, zero, ids], "/embed/text_ids")
         image_rows = graph.node("Where", [is_image, graph.node("Sub", [ids, vocab], "/embed/row"), zero], "/embed/image_rows")
-        text = graph.node("Gather", [graph.weight("llm.embedding"), text_ids], "/embed/text", axis=0)
-        text = self._cast(text, "/embed/text", stored=graph.dtype("llm.embedding"))
-        if graph.is_quantized("llm.embedding"):
-            # Gather before the scale: onnxruntime would otherwise dequantise the whole table at every step (0.5 s measured).
-            scale = graph.node("Gather", [graph.weight("llm.embedding.scale"), text_ids], "/embed/scale", axis=0)
-            text = graph.node("Mul", [text, self._cast(scale, "/embed/scale", stored=np.float32)], "/embed/text")
+        text = self._text_embedding(text_ids)
         image = graph.node("Gather", [features, image_rows], "/embed/image", axis=0)
         condition = graph.node("Unsqueeze", [is_image, graph.ints(2)], "/embed/is_image")
         return graph.node("Where", [condition, image, text], "/embed")  # [batch, seq, hidden]
+
+    def _text_embedding(self, text_ids: str) -> str:
+        """[batch, seq, hidden] from a table of floats, or of int8 with one scale a row.
+
+        TensorRT allows int8 constants only in front of DequantizeLinear. onnxruntime's CPU provider would dequantise the whole table at
+        every step that way (0.5 s measured for 50,000 rows), so there the rows are gathered first.
+        """
+        graph, name = self.graph, "llm.embedding"
+        if graph.is_quantized(name) and not self.cpu:
+            table = graph.dequantized(name, "/embed/table", axis=0)
+            return self._cast(graph.node("Gather", [table, text_ids], "/embed/text", axis=0), "/embed/text")
+        text = graph.node("Gather", [graph.weight(name), text_ids], "/embed/text", axis=0)
+        text = self._cast(text, "/embed/text", stored=graph.dtype(name))
+        if graph.is_quantized(name):
+            scale = graph.node("Gather", [graph.weight(f"{name}.scale"), text_ids], "/embed/scale", axis=0)
+            scale = graph.node("Unsqueeze", [scale, graph.ints(2)], "/embed/scale")
+            text = graph.node("Mul", [text, self._cast(scale, "/embed/scale", stored=np.float32)], "/embed/text")
+        return text
 
     # A layer --------------------------------------------------------------------------------------------------------------------
 

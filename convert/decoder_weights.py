@@ -91,10 +91,10 @@ class _Store:
         rows = self._rows(source, "llm.embed_tokens.weight")
         if plan.embedding.bits:
             values = np.empty((text.vocab, text.hidden), np.int8)
-            scales = np.empty((text.vocab, 1), np.float32)
+            scales = np.empty(text.vocab, np.float32)
             for start, chunk in rows:
                 quantized = quantize_channels(chunk, 0)
-                values[start : start + len(chunk)], scales[start : start + len(chunk), 0] = quantized.values, quantized.scales
+                values[start : start + len(chunk)], scales[start : start + len(chunk)] = quantized.values, quantized.scales
             self.quantized("llm.embedding", values, scales)
             return
         table = np.empty((text.vocab, text.hidden), self.dtype)

@@ -105,8 +105,12 @@ class GraphBuilder:
         return name
 
     def output(self, name: str, value: str, dtype: npt.DTypeLike, shape: list[int | str]) -> None:
-        """Give `value` out under `name`."""
-        self.nodes.append(helper.make_node("Identity", [value], [name], name=f"/outputs/{name}"))
+        """Give `value` out under `name`, without an Identity, which would copy it."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                for index, other in enumerate(names):
+                    if other == value:
+                        names[index] = name
         self.outputs.append(helper.make_tensor_value_info(name, element_type(dtype), shape))
 
     def node(self, op: str, inputs: list[str], path: str, **attributes: Any) -> str:

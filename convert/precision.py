@@ -32,7 +32,8 @@ class WeightType:
 
 PLAIN = WeightType()
 INT8_CHANNEL = WeightType(bits=8)
-INT4_BLOCK = WeightType(bits=4, block=32)
+INT4_BLOCK = WeightType(bits=4, block=64)
+"""4.5 bits a weight with FP32 scales. Blocks of 32 cost another half bit, and decoding is bound by the bytes of the weights."""
 
 
 @dataclass(frozen=True)

@@ -81,13 +81,17 @@ def _ring(corners: int, radius: float, inner: float, turn: float) -> list[Point]
     return [(r * math.sin(index * step + turn), -r * math.cos(index * step + turn)) for index, r in enumerate(radii)]
 
 
-def ask_objects(rng: np.random.Generator, marks: list[Mark], width: int, height: int, kind: str) -> Question:
-    """A question of the given kind about the shapes; one of count where the scene has no unambiguous one of that kind."""
-    return _ASK[kind](rng, marks, width, height) or _ask_count(rng, marks, width, height)
+def ask_objects(rng: np.random.Generator, marks: list[Mark], width: int, height: int, kind: str, *, narrow: bool = False) -> Question:
+    """A question of the given kind about the shapes; one of count where the scene has no unambiguous one of that kind.
+
+    `narrow` counts objects of one shape or colour, never all.
+    """
+    asked = None if kind == "count" else _ASK[kind](rng, marks, width, height)
+    return asked or _ask_count(rng, marks, narrow=narrow)
 
 
-def _ask_count(rng: np.random.Generator, marks: list[Mark], width: int, height: int) -> Question:
-    style = int(rng.integers(4))
+def _ask_count(rng: np.random.Generator, marks: list[Mark], *, narrow: bool) -> Question:
+    style = int(rng.integers(2, 4) if narrow else rng.integers(4))
     if style < 2:
         prompt = pick(rng, ("How many objects are there?", "How many shapes can you see?", "Count the objects."))
         return Question(prompt, str(len(marks)), "count")
@@ -146,7 +150,6 @@ def _only_one(rng: np.random.Generator, marks: list[Mark], key: Callable[[Mark],
 
 
 _ASK: dict[str, Callable[[np.random.Generator, list[Mark], int, int], Question | None]] = {
-    "count": _ask_count,
     "colour": _ask_colour,
     "shape": _ask_shape,
     "position": _ask_position,

@@ -24,6 +24,7 @@ SPLITS = ("train", "calibration", "heldout")
 KIND_WEIGHTS = {"reading": 0.44, "dial": 0.07, "sign": 0.06, "label": 0.07, "count": 0.12, "colour": 0.08, "shape": 0.08, "position": 0.08}
 KINDS = tuple(KIND_WEIGHTS)
 OBJECT_KINDS = ("count", "colour", "shape", "position")
+FURTHER_KINDS = ("count", "position", "count", "colour", "count", "position", "count", "shape")
 
 
 def scene_rng(split: str, seed: int, index: int) -> np.random.Generator:
@@ -89,11 +90,11 @@ def _background(rng: np.random.Generator, kind: str) -> Colour:
 
 
 def _ask_several(rng: np.random.Generator, canvas: Canvas, kind: str, questions: int) -> list[Question]:
-    """Questions about shapes, the first of the given kind, the others of the kinds in turn, none twice."""
+    """Questions about shapes, the first of the given kind, the others mostly of the two that are learned last, none twice."""
     asked: dict[str, Question] = {}
-    start = OBJECT_KINDS.index(kind)
     for turn in range(questions):
-        question = ask_objects(rng, canvas.marks, canvas.width, canvas.height, OBJECT_KINDS[(start + turn) % len(OBJECT_KINDS)])
+        following = kind if turn == 0 else FURTHER_KINDS[turn % len(FURTHER_KINDS)]
+        question = ask_objects(rng, canvas.marks, canvas.width, canvas.height, following, narrow=turn > 0)
         asked.setdefault(question.prompt, question)
     return list(asked.values())
 

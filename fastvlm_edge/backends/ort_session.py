@@ -73,7 +73,7 @@ class Setup:
 
     def load(self, part: str) -> tuple[Path, ort.InferenceSession]:
         """Load `vision` or `decoder`; the graph's path and its session. Raises FastVLMError where onnxruntime refuses it."""
-        path = self.directory / _graph_name(part, self.manifest, self.cuda)
+        path = self.directory / graph_name(part, self.manifest, self.cuda)
         return path, load(path, session_options(path, self.threads), providers(self.cuda))
 
     @property
@@ -85,13 +85,14 @@ class Setup:
 def on_device(directory: Path, manifest: Manifest, *, cuda: bool = False, threads: int | None = None) -> Setup:
     """Choose the graphs to run: on the CPU those made for it, where the plan has a type that onnxruntime lacks there (BF16)."""
     _share_arena()
-    if _graph_name("decoder", manifest, cuda).endswith(_CPU_GRAPH):
+    if manifest.decoder.dtype == "bfloat16" and graph_name("decoder", manifest, cuda).endswith(_CPU_GRAPH):
         vision, decoder = replace(manifest.vision, dtype="float32"), replace(manifest.decoder, dtype="float32")
         manifest = replace(manifest, vision=vision, decoder=decoder)
     return Setup(directory, manifest, threads or available_threads(), cuda)
 
 
-def _graph_name(part: str, manifest: Manifest, cuda: bool) -> str:
+def graph_name(part: str, manifest: Manifest, cuda: bool) -> str:
+    """The file to run for `vision` or `decoder`: on the CPU the one made for it, where there is one."""
     twin = part + _CPU_GRAPH
     return twin if twin in manifest.files and not cuda else f"{part}.onnx"
 

@@ -179,8 +179,8 @@ def test_a_graph_that_disagrees_is_not_published(checkpoint, tmp_path, monkeypat
     """A real fault: the rotary base is read wrongly. The check must notice."""
     real = module.build_decoder
 
-    def wrong(graph, text, plan):
-        real(graph, type(text)(**{**text.__dict__, "rope_theta": 100.0}), plan)
+    def wrong(graph, text, plan, *, cpu):
+        real(graph, type(text)(**{**text.__dict__, "rope_theta": 100.0}), plan, cpu=cpu)
 
     monkeypatch.setattr(module, "build_decoder", wrong)
     with pytest.raises(FastVLMError, match="do not agree with PyTorch"):

@@ -23,14 +23,14 @@ PRECISIONS = {"fp32": 1e-5, "fp16": 6e-3, "bf16": 2e-2, "int8": 0.1, "int4": 0.6
 class Graph:
     """One decoder graph in onnxruntime, its cache managed in plain numpy as the contract says."""
 
-    def __init__(self, path: Path, checkpoint, precision: str) -> None:
+    def __init__(self, path: Path, checkpoint, precision: str, *, cpu: bool = True) -> None:
         self.text = checkpoint.text
         plan = precision_plan(precision)
         weights = WeightsFile(path / "decoder.weights")
         write_decoder_weights(checkpoint, plan, weights, lambda: None)
         weights.close()
         graph = GraphBuilder("decoder", weights)
-        build_decoder(graph, checkpoint.text, on_cpu(plan))
+        build_decoder(graph, checkpoint.text, on_cpu(plan), cpu=cpu)
         graph.save(path / "decoder.onnx")
         self.path = str(path / "decoder.onnx")
         self.session = ort.InferenceSession(self.path, providers=["CPUExecutionProvider"])
@@ -86,6 +86,17 @@ def test_logits_are_those_of_the_reference(checkpoint, ids, precision, tmp_path)
     assert np.linalg.norm(logits[0] - expected) / np.linalg.norm(expected) < PRECISIONS[precision]
     np.testing.assert_array_equal(values, -np.sort(-logits, axis=-1)[..., :64])
     np.testing.assert_array_equal(np.take_along_axis(logits, top, -1), values)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_the_graph_for_the_cpu_computes_what_the_one_for_engines_does(checkpoint, ids, precision, tmp_path):
+    logits = []
+    for cpu in (True, False):
+        (tmp_path / str(cpu)).mkdir()
+        graph = Graph(tmp_path / str(cpu), checkpoint, precision, cpu=cpu)
+        graph.features[:] = 0.5
+        logits.append(graph.step(ids, 0, graph.cache(32), [3, len(ids) - 1])[0])
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (5, 9), (7,), tuple(range(1, 24))])

@@ -19,7 +19,7 @@ def block(seq: int, start: int = 0) -> np.ndarray:
     return np.broadcast_to(np.arange(start, start + seq, dtype=np.float32)[:, None], (2, 2, 1, 3, seq, 4))
 
 
-def test_capacity_doubles_up_to_the_context() -> None:
+def test_capacity_grows_in_steps_up_to_the_context() -> None:
     cache = make()
     seen = [cache.capacity]
     for position in range(0, 3000, 100):
@@ -27,7 +27,7 @@ def test_capacity_doubles_up_to_the_context() -> None:
         assert grew == (cache.capacity != seen[-1])
         seen.append(cache.capacity)
         assert np.array_equal(cache.buffer[1, 1, 0, 2, : cache.length, 3], np.arange(cache.length))
-    assert sorted(set(seen)) == [256, 512, 1024, 2048, 3000]
+    assert sorted(set(seen)) == [*range(128, 1025, 128), 1536, 2048, 2560, 3000]
     with pytest.raises(FastVLMError, match="3001 positions do not fit into the context of 3000"):
         cache.append(block(1), 3000)
     assert cache.length == 3000
@@ -41,7 +41,7 @@ def test_one_append_may_skip_buckets() -> None:
     cache = make()
     cache.append(block(5), 0)
     cache.append(block(1500, 5), 5)
-    assert cache.capacity == 2048 and cache.buffer[0, 0, 0, 0, 1504, 0] == 1504
+    assert cache.capacity == 1536 and cache.buffer[0, 0, 0, 0, 1504, 0] == 1504
 
 
 def test_truncate_and_overwrite() -> None:
@@ -61,7 +61,7 @@ def test_reset_gives_memory_back() -> None:
     cache.append(block(10), 0)
     assert not cache.reset() and cache.length == 0
     cache.append(block(600), 0)
-    assert cache.reset() and cache.capacity == 256
+    assert cache.reset() and cache.capacity == 128
 
 
 def test_views_are_contiguous_and_share_the_buffer() -> None:
@@ -70,7 +70,7 @@ def test_views_are_contiguous_and_share_the_buffer() -> None:
     assert list(views) == [f"past_key_values.{n}.{part}" for n in range(2) for part in ("key", "value")]
     cache.append(block(3, 1), 0)
     for view in views.values():
-        assert view.shape == (1, 3, 256, 4) and view.flags.c_contiguous and np.shares_memory(view, cache.buffer)
+        assert view.shape == (1, 3, 128, 4) and view.flags.c_contiguous and np.shares_memory(view, cache.buffer)
         assert view[0, 0, 2, 0] == 3
 
 

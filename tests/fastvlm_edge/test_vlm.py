@@ -140,13 +140,13 @@ def test_logits_of_any_positions_and_rollback(vlm: FastVLM, reference: Reference
     np.testing.assert_allclose(output.logits[0], reference.logits([*ids[:9], 77], reference.features()), atol=1e-4)
 
 
-def test_decoding_binds_nothing_anew_between_two_buckets(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_binds_anew_only_where_the_cache_grows(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Any, ...]] = []
     decoder = vlm.backend._decoder  # type: ignore[attr-defined]
     bind = decoder._bind
     monkeypatch.setattr(decoder, "_bind", lambda *key: made.append(key) or bind(*key))
     vlm.generate(PROMPT, data.coffee(), max_new_tokens=150)
-    assert made == [(46, 1, False), (1, 1, False)]
+    assert made == [(46, 1, False), (1, 1, False), (1, 1, False)]  # 46 + 150 positions cross one border, at 128
 
 
 def test_a_context_that_fills_up(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """llama.cpp beside ours: prefill and decode speed of the 0.5B LLM (no encoder there), Q4_0 body with a Q8_0 head, in one run.
 
-    python benchmarks/peers/llama_cpp.py [--work DIR] [--out benchmarks/results/llama_cpp.json]
+    python benchmarks/peers/llamacpp.py [--work DIR] [--out benchmarks/results/llama_cpp.json]
 
 The first run makes an environment of its own in DIR/llama-cpp (llama-cpp-python is compiled: minutes) and writes the checkpoint of
 `benchmarks/cpu.py` as GGUF. The same random weights, the same number of positions, the same threads; rounds alternate.
@@ -127,6 +127,7 @@ def timed(step: Any, reset: Any, ids: list[int]) -> dict[str, float]:
 def write_gguf(checkpoint: Path, path: Path) -> None:
     """The LLM of a native checkpoint as GGUF: matrices Q4_0, the tied embedding Q8_0, vectors F32."""
     import gguf
+    import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
     import numpy as np
     from safetensors import safe_open
 
