@@ -1,7 +1,7 @@
 """Train the demo checkpoint on a CPU: pictures made on the fly, resumable, safe to kill at any moment.
 
-    python examples/demo/train.py --work DIR --pictures 500000
-    python examples/demo/train.py --work DIR --export examples/demo/checkpoint
+    python examples/demo/train.py --work DIR --pictures 320000
+    python examples/demo/train.py --work DIR --export examples/demo/fastvlm-demo
 
 Beside the language-model loss on the answers there are auxiliary ones (`model.DemoVision`). The dense head learns characters and shapes an
 order of magnitude sooner than the answers alone would teach them, the summary head brings them into the visual tokens, and the place
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CHECK_SEED = 1
-"""Held-out seed of the checks during training; `evaluate.py` reports on another one."""
+"""Held-out seed of the checks during training; `benchmarks/demo_accuracy.py` reports on another one."""
 CHECK_COUNT = 400
 LOG_EVERY = 50
 STATE_SECONDS = 180.0

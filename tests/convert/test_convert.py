@@ -207,3 +207,12 @@ def test_the_manifest_is_plain_json(model):
     document = json.loads((model / "fastvlm.json").read_text())
     assert document["schema"] == 1
     assert document["plan"]["decoder.body"]
+
+
+@pytest.mark.parametrize("image_size", [320, 1536])
+def test_image_sizes_in_steps_of_64(checkpoint, tmp_path, image_size):
+    manifest = convert(str(checkpoint), tmp_path / "model", image_size=image_size)
+    assert manifest.vision.tokens == (image_size // 64) ** 2
+    assert manifest.parity["image_features"]["cosine"] > BOUNDS["fp32"].features
+    with FastVLM.load(tmp_path / "model") as vlm:
+        assert vlm.encode_image(np.zeros((50, 90, 3), np.uint8)).numpy().shape == (manifest.vision.tokens, manifest.vision.hidden)
