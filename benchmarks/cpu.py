@@ -180,21 +180,16 @@ def measure_transformers(work: Path, dtype: str, threads: int) -> dict[str, floa
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=count, do_sample=False)
         assert out.shape[1] == ids.shape[1] + count
 
-    seconds_in_vision = []
-    encode = model.model.get_image_features
-
-    def timed_encode(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        features = encode(*args, **kwargs)
-        seconds_in_vision.append(time.perf_counter() - began)
-        return features
-
-    model.model.get_image_features = timed_encode
+    entered: list[float] = []
+    left: list[float] = []
+    model.model.vision_tower.register_forward_pre_hook(lambda *_: entered.append(time.perf_counter()))
+    model.model.multi_modal_projector.register_forward_hook(lambda *_: left.append(time.perf_counter()))
     runs = []
     with torch.inference_mode():
         generate(preprocess(), 4)
         for _ in range(RUNS):
-            seconds_in_vision.clear()
+            entered.clear()
+            left.clear()
             marks = [time.perf_counter()]
             pixels = preprocess()
             marks.append(time.perf_counter())
@@ -203,7 +198,7 @@ def measure_transformers(work: Path, dtype: str, threads: int) -> dict[str, floa
             generate(pixels, NEW_TOKENS)
             marks.append(time.perf_counter())
             before, first, whole = (later - earlier for earlier, later in itertools.pairwise(marks))
-            vision, again = seconds_in_vision
+            vision, again = (end - start for start, end in zip(entered, left, strict=True))
             decoding = (whole - again) - (first - vision)
             runs.append((before, vision, first - vision, before + first, (NEW_TOKENS - 1) / decoding))
     before, vision, prefill, ttft, speed = (statistics.median(column) for column in zip(*runs, strict=True))

@@ -1,0 +1,82 @@
+"""The tables of the README, made from the recorded results: `python benchmarks/tables.py` writes them between their markers."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    """A recorded result."""
+    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def speed() -> str:
+    """`cpu.json` as a table of medians."""
+    document = load("cpu")
+    machine = document["machine"]
+    lines = [
+        f"{machine['cpu']}, {document['threads']} threads, {machine['date']}, onnxruntime {machine['versions']['onnxruntime']}, "
+        f"torch {machine['versions']['torch']}, transformers {machine['versions']['transformers']}:",
+        "",
+        "| | first token ms | preprocess | vision | prefill | decode tokens/s | peak MiB | load ms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    fields = ("ttft_ms", "preprocess_ms", "vision_ms", "prefill_ms", "decode_tokens_per_second", "peak_memory_mib", "load_ms")
+    for name, figures in document["results"].items():
+        cells = [figures[field]["median"] for field in fields]
+        lines.append(
+            f"| {name.replace(':', ' ')} | " + " | ".join(f"{cell:.0f}" if cell >= 100 else f"{cell:.1f}" for cell in cells) + " |"
+        )
+    return "\n".join(lines)
+
+
+def llama() -> str:
+    """`llama_cpp.json` as a sentence."""
+    results = load("llama_cpp")["results"]
+    ours, theirs = results["fastvlm-edge"], results["llama.cpp"]
+    decode, prefill = "decode_tokens_per_second", "prefill_ms"
+    return (
+        f"decode {ours[decode]['median']} tokens/s ({ours[decode]['min']} to {ours[decode]['max']}) against {theirs[decode]['median']} "
+        f"({theirs[decode]['min']} to {theirs[decode]['max']}),\nprefill of 290 tokens {ours[prefill]['median']} ms against "
+        f"{theirs[prefill]['median']}."
+    )
+
+
+def accuracy() -> str:
+    """`demo_accuracy.json` as a table of percent."""
+    results = load("demo_accuracy")["results"]
+    lines = ["| | " + " | ".join(results) + " |", "| --- " * (len(results) + 1) + "|"]
+    for kind in next(iter(results.values()))["scores"]:
+        cells = " | ".join(f"{100 * result['scores'][kind]['exact_match']:.1f}" for result in results.values())
+        lines.append(f"| {kind} | {cells} |")
+    return "\n".join(lines)
+
+
+TABLES = {"speed": speed, "llama": llama, "accuracy": accuracy}
+
+
+def filled(text: str) -> str:
+    """`text` with every `<!-- NAME -->` ... `<!-- /NAME -->` filled anew."""
+    for name, make in TABLES.items():
+        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+        text = re.sub(pattern, lambda _, n=name, m=make: f"<!-- {n} -->\n{m()}\n<!-- /{n} -->", text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
+
+
+def main() -> int:
+    """Fill the README."""
+    path = ROOT / "README.md"
+    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
