@@ -1,4 +1,4 @@
-"""The tables of the README, made from the recorded results: `python benchmarks/tables.py` writes them between their markers."""
+"""The tables of README and docs, made from the recorded results: `python benchmarks/tables.py` writes them between their markers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,24 @@ def accuracy() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"speed": speed, "llama": llama, "accuracy": accuracy}
+def where() -> str:
+    """Operators of `cpu.json` as a table of milliseconds, with the machine's measured limits."""
+    document = load("cpu")
+    limits = document["limits"]
+    lines = [
+        f"Limits measured in the same run: {limits['matmul_gflops']} GFLOP/s in FP32 products, {limits['read_gb_per_second']} GB/s read.",
+        "",
+        "| | ms | of them |",
+        "| --- | --- | --- |",
+    ]
+    for what, operators in document["where_the_time_goes"].items():
+        parts = ", ".join(f"{name} {value}" for name, value in operators.items() if name not in ("all", "other"))
+        lines.append(f"| {what} | {operators['all']} | {parts} |")
+    return "\n".join(lines)
+
+
+TABLES = {"speed": speed, "llama": llama, "accuracy": accuracy, "where": where}
+PAGES = ("README.md", "docs/performance.md")
 
 
 def filled(text: str) -> str:
@@ -72,9 +89,10 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    """Fill the README."""
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    """Fill the pages."""
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

@@ -202,7 +202,7 @@ def _check_space(source: Checkpoint, plan: PrecisionPlan, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise FastVLMError(
-            f"the model directory needs about {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free; make room there"
+            f"the model directory needs about {needed / 1e6:,.0f} MB, and {folder} has {free / 1e6:,.0f} MB free; make room there"
         )
 
 

@@ -1,11 +1,9 @@
-"""The README's figures are those of the recorded results."""
+"""The figures of README and docs are those of the recorded results."""
 
-from pathlib import Path
-
-from benchmarks.tables import ROOT, TABLES, filled
+from benchmarks.tables import PAGES, ROOT, TABLES, filled
 
 
-def test_the_tables_of_the_readme_are_the_recorded_ones():
-    text = (Path(ROOT) / "README.md").read_text(encoding="utf-8")
-    assert filled(text) == text
-    assert all(f"<!-- {name} -->" in text for name in TABLES)
+def test_the_tables_of_the_pages_are_the_recorded_ones():
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
+    assert [filled(text) for text in texts] == texts
+    assert all(any(f"<!-- {name} -->" in text for text in texts) for name in TABLES)

@@ -147,7 +147,7 @@ def test_a_failed_replacement_keeps_the_old_model(checkpoint, tmp_path, monkeypa
 def test_too_little_disk_is_said_before_any_work(checkpoint, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(FastVLMError, match=r"needs about 0\.0 GB.*make room"):
+    with pytest.raises(FastVLMError, match=r"needs about 8 MB, and .* has 0 MB free; make room"):
         convert(str(checkpoint), tmp_path / "model")
 
 
