@@ -88,19 +88,16 @@ class _Store:
     def embedding(self, source: Checkpoint, plan: PrecisionPlan) -> None:
         """[vocab, hidden], as it is or as int8 with one scale a row."""
         text = source.text
-        rows = self._rows(source, "llm.embed_tokens.weight")
+        name = "llm.embed_tokens.weight"
         if plan.embedding.bits:
             values = np.empty((text.vocab, text.hidden), np.int8)
             scales = np.empty(text.vocab, np.float32)
-            for start, chunk in rows:
+            for start, chunk in self._rows(source, name):
                 quantized = quantize_channels(chunk, 0)
                 values[start : start + len(chunk)], scales[start : start + len(chunk)] = quantized.values, quantized.scales
             self.quantized("llm.embedding", values, scales)
             return
-        table = np.empty((text.vocab, text.hidden), self.dtype)
-        for start, chunk in rows:
-            table[start : start + len(chunk)] = cast_weight("llm.embed_tokens.weight", chunk, self.dtype)
-        self.weights.add("llm.embedding", table)
+        self.weights.add("llm.embedding", self._table(source, name))
 
     def head(self, source: Checkpoint, plan: PrecisionPlan) -> None:
         """[hidden, vocab] as integers; as floats [vocab, hidden], where a tied head is the embedding itself."""
@@ -109,10 +106,7 @@ class _Store:
             return
         name = "llm.embed_tokens.weight" if text.tied else "lm_head.weight"
         if not plan.head.bits:
-            table = np.empty((text.vocab, text.hidden), self.dtype)
-            for start, chunk in self._rows(source, name):
-                table[start : start + len(chunk)] = cast_weight(name, chunk, self.dtype)
-            self.weights.add("llm.head", table)
+            self.weights.add("llm.head", self._table(source, name))
             return
         values: npt.NDArray[Any] | None = None
         scales = []
@@ -124,6 +118,13 @@ class _Store:
             scales.append(quantized.scales)
         assert values is not None
         self.quantized("llm.head", values, np.concatenate(scales, axis=-1))
+
+    def _table(self, source: Checkpoint, name: str) -> npt.NDArray[Any]:
+        """[vocab, hidden] in the float type."""
+        table = np.empty((source.text.vocab, source.text.hidden), self.dtype)
+        for start, chunk in self._rows(source, name):
+            table[start : start + len(chunk)] = cast_weight(name, chunk, self.dtype)
+        return table
 
     @staticmethod
     def _rows(source: Checkpoint, name: str) -> Iterator[tuple[int, Float32]]:
