@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fastvlm_edge import FastVLM, FastVLMError
+from fastvlm_edge.cli import main
 from fastvlm_edge.convert import convert as module
 from fastvlm_edge.convert.checkpoint import open_checkpoint
 from fastvlm_edge.convert.convert import convert, estimated_bytes
@@ -216,3 +217,10 @@ def test_image_sizes_in_steps_of_64(checkpoint, tmp_path, image_size):
     assert manifest.parity["image_features"]["cosine"] > BOUNDS["fp32"].features
     with FastVLM.load(tmp_path / "model") as vlm:
         assert vlm.encode_image(np.zeros((50, 90, 3), np.uint8)).numpy().shape == (manifest.vision.tokens, manifest.vision.hidden)
+
+
+def test_the_command_takes_the_size_that_the_checkpoint_was_trained_at(tmp_path):
+    source = write_checkpoint(tmp_path / "ck", layout="native", image_size=192)
+    assert main(["convert", str(source), "-o", str(tmp_path / "model"), "--image-size", "192"]) == 0
+    assert read_manifest(tmp_path / "model").vision.image_size == 192
+    assert main(["convert", str(source), "-o", str(tmp_path / "other"), "--image-size", "128"]) == 1
