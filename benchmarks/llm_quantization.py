@@ -146,7 +146,7 @@ def write_decoder(checkpoint: Any, plan: Any, quantized: Any, folder: Path) -> N
     write_decoder_weights(checkpoint, plan, weights, lambda: None, quantized)
     weights.close()
     graph = GraphBuilder("decoder", weights)
-    build_decoder(graph, checkpoint.text, plan, cpu=True)
+    build_decoder(graph, checkpoint.text, plan, cpu_context=512 if plan.embedding.bits else None)  # the libraries want plain ONNX
     graph.save(folder / "decoder.onnx")
 
 

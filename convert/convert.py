@@ -20,10 +20,11 @@ from fastvlm_edge.convert.decoder import CANDIDATES, build_decoder
 from fastvlm_edge.convert.decoder_weights import write_decoder_weights
 from fastvlm_edge.convert.fastvithd import STRIDE, FastViTHD
 from fastvlm_edge.convert.graph import GraphBuilder, WeightsFile
-from fastvlm_edge.convert.parity import check_parity, converse, probe_activations
+from fastvlm_edge.convert.parity import check_parity, converse, encode, probe_activations
 from fastvlm_edge.convert.precision import FLOAT_TYPES, NUMPY_NAMES, PrecisionPlan, WeightType, fit, on_cpu, precision_plan
 from fastvlm_edge.convert.text import TextAssets, read_text
 from fastvlm_edge.convert.vision import build_vision
+from fastvlm_edge.convert.vision_integers import TRIES, Float32, choose_blocks, watch_blocks
 from fastvlm_edge.convert.vision_weights import write_vision_weights
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.manifest import MANIFEST_NAME, DecoderSpec, FileRecord, Manifest, Source, TextSpec, VisionSpec, sha256
@@ -153,7 +154,8 @@ def _write(
     progress.stage("probe vision")
     encoder, projector = load_vision(source), load_projector(source)
     pictures = stored_pictures(image_size, geometry)
-    largest, features = probe_activations(encoder, projector, pictures)
+    with watch_blocks(encoder) as noises:
+        largest, features = probe_activations(encoder, projector, pictures)
     progress.stage("probe decoder", shape.layers)
     tokenizer = TextTokenizer(directory / "tokenizer.json")
     conversation = converse(tokenizer, manifest, source, features[0][0], progress.advance)
@@ -168,22 +170,42 @@ def _write(
             calibrated = calibrator.calibrate(source, encoder, projector, plan, manifest, tokenizer, directory, progress)
             cleanup.callback(calibrated.close)
         progress.stage("vision", len(plan.vision))
-        with _weights(directory / "vision.weights") as weights:
-            write_vision_weights(encoder, projector, plan, weights, progress.advance, calibrated.vision if calibrated else None)
+        with _weights(directory / "vision.weights") as vision_weights:
+            write_vision_weights(encoder, projector, plan, vision_weights, progress.advance, calibrated.vision if calibrated else None)
+        scales = calibrated.vision.activation_scales if calibrated else {}
         for name, graph_plan, cpu in _graphs("vision", plan):
-            graph = GraphBuilder("vision", weights)
-            scales = calibrated.vision.activation_scales if calibrated and not cpu else None
-            build_vision(graph, source.vision, hidden, image_size, graph_plan, scales)
+            graph = GraphBuilder("vision", vision_weights)
+            build_vision(graph, source.vision, hidden, image_size, graph_plan, None if cpu else scales)
             graph.save(directory / name)
         del encoder, projector
-
         progress.stage("decoder", shape.layers + 2)
         with _weights(directory / "decoder.weights") as weights:
             write_decoder_weights(source, plan, weights, progress.advance, calibrated.decoder if calibrated else None)
         for name, graph_plan, cpu in _graphs("decoder", plan):
             graph = GraphBuilder("decoder", weights)
-            build_decoder(graph, shape, graph_plan, cpu=cpu)
+            build_decoder(graph, shape, graph_plan, cpu_context=context if cpu else None)
             graph.save(directory / name)
+
+        if plan.vision_weights.bits:
+            progress.stage("INT8 on a CPU", TRIES + 1)
+            allowed = [noise for noise in noises if not calibrated or scales.keys() >= set(noise.layers)]
+
+            def write(layers: frozenset[str]) -> None:
+                graph = GraphBuilder("vision", vision_weights)
+                build_vision(graph, source.vision, hidden, image_size, on_cpu(plan), integer_inputs=layers)
+                graph.save(directory / "vision.cpu.onnx")
+
+            def run(layers: frozenset[str]) -> list[Float32]:
+                write(layers)
+                progress.advance()
+                return encode(directory, manifest, pictures)
+
+            chosen = choose_blocks(allowed, run)
+            write(chosen.layers)
+            progress.note(
+                f"on a CPU {chosen.blocks} of {len(noises)} blocks of the encoder compute in INT8 (features lose {chosen.loss:.1e})"
+            )
+            manifest = replace(manifest, activations={**activations, "int8_on_cpu": chosen.describe()})
 
         progress.stage("verify", len(pictures) + 1)
         written = {path.name: FileRecord("", path.stat().st_size) for path in directory.iterdir() if path.is_file()}
@@ -198,7 +220,7 @@ def _write(
 def _graphs(part: str, plan: PrecisionPlan) -> Iterator[tuple[str, PrecisionPlan, bool]]:
     """File, plan and whether it is for the CPU: one for every backend, and another where onnxruntime's CPU provider needs its own."""
     yield f"{part}.onnx", plan, False
-    if on_cpu(plan) != plan or (part == "decoder" and plan.embedding.bits):
+    if on_cpu(plan) != plan or (part == "decoder" and plan.decoder == "fp32"):
         yield f"{part}.cpu.onnx", on_cpu(plan), True
 
 

@@ -2,6 +2,7 @@
 
 One call sees `seq` new positions and a read-only cache. Scores against the cache and against the new keys are two matrix products
 joined before the softmax, so the cache is never copied inside the graph; the runtime writes `kv_new` into it afterwards.
+The twin for onnxruntime's CPU provider has the provider's own attention, which appends to the cache where it lies.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastvlm_edge.convert.checkpoint import TextConfig
-from fastvlm_edge.convert.graph import GraphBuilder, element_type
+from fastvlm_edge.convert.graph import ORT_DOMAIN, GraphBuilder, element_type
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan
 
 CANDIDATES = 64
@@ -31,18 +32,29 @@ class _Shared:
     end: str  # [1], past the last key
 
 
-def build_decoder(graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, *, cpu: bool = False) -> None:
+@dataclass(frozen=True)
+class _SharedOnCpu:
+    """Values that every layer uses in the twin for the CPU."""
+
+    cos: str  # [context, head_dim / 2]
+    sin: str  # the same
+    last: str  # [batch] int32, the last position of each row
+    total: str  # int32, positions of the longest row
+
+
+def build_decoder(graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, *, cpu_context: int | None = None) -> None:
     """Add the whole decoder to `graph`, whose weights file holds what `write_decoder_weights` wrote.
 
-    Floats stored in another type than `plan.decoder` are cast to it, so that a second graph can share the file. `cpu` is for onnxruntime's
-    CPU provider, see `_Decoder._text_embedding`.
+    Floats stored in another type than `plan.decoder` are cast to it, so that a second graph can share the file. With `cpu_context`, the
+    positions that a conversation may have, it is the twin for onnxruntime's CPU provider: keys and values go into the cache itself, given
+    out as `present.N.key` and `.value`, which must be bound to the memory of `past_key_values`.
     """
-    _Decoder(graph, text, plan, cpu).build()
+    _Decoder(graph, text, plan, cpu_context).build()
 
 
 class _Decoder:
-    def __init__(self, graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, cpu: bool) -> None:
-        self.cpu = cpu
+    def __init__(self, graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, cpu_context: int | None) -> None:
+        self.cpu_context = cpu_context
         self.graph = graph
         self.text = text
         self.dtype = np.dtype(FLOAT_TYPES[plan.decoder])
@@ -57,19 +69,28 @@ class _Decoder:
         past = [[graph.input(f"past_key_values.{i}.{part}", self.dtype, cache) for part in ("key", "value")] for i in range(text.layers)]
         logit_positions = graph.input("logit_positions", np.int64, ["batch", "m"])
 
-        shared = self._shared(positions, past[0][0])
+        shared = self._shared(positions, past[0][0]) if self.cpu_context is None else self._shared_on_cpu(positions, self.cpu_context)
         hidden = self._embed(ids, features)
         new: list[str] = []
         for layer, (past_key, past_value) in enumerate(past):
             path = f"/layers.{layer}"
             weights = f"llm.layers.{layer}"
             normed = self._rms_norm(hidden, f"{weights}.input_norm", f"{path}/input_norm")
-            attended, key, value = self._attention(normed, past_key, past_value, shared, weights, f"{path}/attn")
+            if isinstance(shared, _Shared):
+                attended, key, value = self._attention(normed, past_key, past_value, shared, weights, f"{path}/attn")
+            else:
+                attended, key, value = self._attention_on_cpu(normed, past_key, past_value, shared, weights, f"{path}/attn")
             hidden = graph.node("Add", [hidden, attended], f"{path}/attn/residual")
             normed = self._rms_norm(hidden, f"{weights}.post_norm", f"{path}/post_norm")
             hidden = graph.node("Add", [hidden, self._mlp(normed, weights, f"{path}/mlp")], f"{path}/mlp/residual")
             new += [key, value]
-        self._outputs(hidden, logit_positions, new)
+        self._logits(hidden, logit_positions)
+        if self.cpu_context is None:
+            self._kv_new(new)
+        else:
+            for index, value in enumerate(new):
+                name = f"present.{index // 2}.{('key', 'value')[index % 2]}"
+                graph.output(name, value, self.dtype, cache)
 
     # Inputs ---------------------------------------------------------------------------------------------------------------------
 
@@ -80,15 +101,27 @@ class _Decoder:
         cos, sin = self._rotary(positions)
         return _Shared(cos, sin, self._mask(positions, capacity), capacity, graph.node("Add", [capacity, seq], "/shared/end"))
 
-    def _rotary(self, positions: str) -> tuple[str, str]:
-        """cos and sin of position * theta^(-2i/head_dim) (RoFormer, arXiv 2104.09864), in FP32 whatever the plan."""
+    def _shared_on_cpu(self, positions: str, context: int) -> _SharedOnCpu:
+        graph = self.graph
+        every = graph.constant(np.arange(context)[:, None], np.float32)  # onnxruntime folds what follows from it when it loads the graph
+        cos, sin = self._angles(every)
+        last = graph.node("Slice", [positions, graph.ints(-1), graph.ints(np.iinfo(np.int64).max), graph.ints(1)], "/shared/last")
+        last = graph.node("Cast", [graph.node("Squeeze", [last, graph.ints(1)], "/shared/last")], "/shared/last", to=element_type(np.int32))
+        total = graph.node("ReduceMax", [last], "/shared/total", keepdims=0)
+        total = graph.node("Add", [total, graph.constant(1, np.int32)], "/shared/total")
+        return _SharedOnCpu(self._cast(cos, "/rotary/cos"), self._cast(sin, "/rotary/sin"), last, total)
+
+    def _angles(self, position: str) -> tuple[str, str]:
+        """cos and sin of position * theta^(-2i/head_dim) (RoFormer, arXiv 2104.09864), in FP32 whatever the plan; position [..., 1]."""
         graph, half = self.graph, self.text.head_dim // 2
         frequencies = self.text.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-        position = graph.node("Cast", [positions], "/rotary/position", to=element_type(np.float32))
-        position = graph.node("Unsqueeze", [position, graph.ints(1, 3)], "/rotary/position")  # [batch, 1, seq, 1]
         angle = graph.node("Mul", [position, graph.constant(frequencies, np.float32)], "/rotary/angle")
-        cos = graph.node("Cos", [angle], "/rotary")
-        sin = graph.node("Sin", [angle], "/rotary")
+        return graph.node("Cos", [angle], "/rotary"), graph.node("Sin", [angle], "/rotary")
+
+    def _rotary(self, positions: str) -> tuple[str, str]:
+        graph = self.graph
+        position = graph.node("Cast", [positions], "/rotary/position", to=element_type(np.float32))
+        cos, sin = self._angles(graph.node("Unsqueeze", [position, graph.ints(1, 3)], "/rotary/position"))  # [batch, 1, seq, head_dim / 2]
         cos = graph.node("Concat", [cos, cos], "/rotary/cos", axis=-1)
         sin = graph.node("Concat", [graph.node("Neg", [sin], "/rotary/sin"), sin], "/rotary/sin", axis=-1)
         return self._cast(cos, "/rotary/cos"), self._cast(sin, "/rotary/sin")
@@ -135,7 +168,7 @@ class _Decoder:
         every step that way (0.5 s measured for 50,000 rows), so there the rows are gathered first.
         """
         graph, name = self.graph, "llm.embedding"
-        if graph.is_quantized(name) and not self.cpu:
+        if graph.is_quantized(name) and self.cpu_context is None:
             table = graph.dequantized(name, "/embed/table", self.dtype, axis=0)
             return graph.node("Gather", [table, text_ids], "/embed/text", axis=0)
         text = graph.node("Gather", [graph.weight(name), text_ids], "/embed/text", axis=0)
@@ -152,8 +185,7 @@ class _Decoder:
         """Attention output [batch, seq, hidden] and the new key and value [batch, kv_heads, seq, head_dim]."""
         graph, text = self.graph, self.text
         heads, kv_heads, dim = text.heads, text.kv_heads, text.head_dim
-        qkv = graph.node("MatMul", [x, self._weight(f"{weights}.qkv", f"{path}/qkv")], f"{path}/qkv")
-        qkv = graph.node("Add", [qkv, self._weight(f"{weights}.qkv.bias", f"{path}/qkv/bias")], f"{path}/qkv")
+        qkv = self._qkv(x, weights, path)
         qkv = graph.node("Reshape", [qkv, graph.ints(0, 0, heads + 2 * kv_heads, dim)], f"{path}/qkv")
         qkv = graph.node("Transpose", [qkv], f"{path}/qkv", perm=[0, 2, 1, 3])
         qk, value = graph.split("Split", [qkv, graph.ints(heads + kv_heads, kv_heads)], f"{path}/qkv", 2, axis=1)
@@ -180,6 +212,31 @@ class _Decoder:
         out = graph.node("Reshape", [out, graph.ints(0, 0, heads * dim)], f"{path}/joined")
         return graph.node("MatMul", [out, self._weight(f"{weights}.o_proj", f"{path}/o_proj")], f"{path}/o_proj"), key, value
 
+    # GroupQueryAttention of onnxruntime: rotation, append to the cache, scores, softmax and sum in one kernel, over valid positions only
+    def _attention_on_cpu(
+        self, x: str, past_key: str, past_value: str, shared: _SharedOnCpu, weights: str, path: str
+    ) -> tuple[str, str, str]:
+        """Attention output [batch, seq, hidden] and the cache, appended to."""
+        graph, text = self.graph, self.text
+        out, key, value = graph.split(
+            "GroupQueryAttention",
+            [self._qkv(x, weights, path), "", "", past_key, past_value, shared.last, shared.total, shared.cos, shared.sin],
+            path,
+            3,
+            domain=ORT_DOMAIN,
+            num_heads=text.heads,
+            kv_num_heads=text.kv_heads,
+            do_rotary=1,
+            rotary_interleaved=0,
+            scale=1.0,  # it is in the weights of the queries
+        )
+        return graph.node("MatMul", [out, self._weight(f"{weights}.o_proj", f"{path}/o_proj")], f"{path}/o_proj"), key, value
+
+    def _qkv(self, x: str, weights: str, path: str) -> str:
+        """[batch, seq, (heads + 2 * kv_heads) * head_dim]: queries, keys and values as one product."""
+        qkv = self.graph.node("MatMul", [x, self._weight(f"{weights}.qkv", f"{path}/qkv")], f"{path}/qkv")
+        return self.graph.node("Add", [qkv, self._weight(f"{weights}.qkv.bias", f"{path}/qkv/bias")], f"{path}/qkv")
+
     def _mlp(self, x: str, weights: str, path: str) -> str:
         """down(silu(gate(x)) * up(x)), gate and up as one product."""
         graph, width = self.graph, self.text.intermediate
@@ -201,7 +258,7 @@ class _Decoder:
 
     # Outputs --------------------------------------------------------------------------------------------------------------------
 
-    def _outputs(self, hidden: str, logit_positions: str, new: list[str]) -> None:
+    def _logits(self, hidden: str, logit_positions: str) -> None:
         graph, text = self.graph, self.text
         index = graph.node("Unsqueeze", [logit_positions, graph.ints(-1)], "/head/positions")
         hidden = graph.node("GatherND", [hidden, index], "/head/rows", batch_dims=1)  # [batch, m, hidden]
@@ -218,15 +275,17 @@ class _Decoder:
             logits = graph.node("Cast", [logits], "/head/logits", to=element_type(np.float32))
         count = min(CANDIDATES, text.vocab)
         values, ids = graph.split("TopK", [logits, graph.ints(count)], "/head", 2, axis=-1, largest=1, sorted=1)
+        graph.output("logits", logits, np.float32, ["batch", "m", text.vocab])
+        graph.output("top_values", values, np.float32, ["batch", "m", count])
+        graph.output("top_ids", ids, np.int64, ["batch", "m", count])
 
+    def _kv_new(self, new: list[str]) -> None:
+        graph, text = self.graph, self.text
         kv = graph.node("Concat", new, "/kv_new", axis=0)  # [layers * 2 * batch, kv_heads, seq, head_dim]
         tail = graph.node("Shape", [kv], "/kv_new", start=1)
         shape = graph.node("Concat", [graph.ints(text.layers, 2, -1), tail], "/kv_new/shape", axis=0)
         kv = graph.node("Reshape", [kv, shape], "/kv_new")
         graph.output("kv_new", kv, self.dtype, [text.layers, 2, "batch", text.kv_heads, "seq", text.head_dim])
-        graph.output("logits", logits, np.float32, ["batch", "m", text.vocab])
-        graph.output("top_values", values, np.float32, ["batch", "m", count])
-        graph.output("top_ids", ids, np.int64, ["batch", "m", count])
 
     # Values ---------------------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ from fastvlm_edge.version import __version__
 
 OPSET = 21
 IR_VERSION = 10
+ORT_DOMAIN = "com.microsoft"
+"""onnxruntime's own operators, for graphs that only its CPU provider runs."""
 ALIGNMENT = 4096
 """Offset of a tensor in the weights file: a page, so that it can be mapped into memory where it lies."""
 
@@ -26,6 +28,7 @@ _ELEMENT_TYPES: dict[Any, int] = {
     np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
     np.dtype(np.int8): TensorProto.INT8,
     np.dtype(ml_dtypes.int4): TensorProto.INT4,
+    np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int64): TensorProto.INT64,
     np.dtype(np.bool_): TensorProto.BOOL,
 }
@@ -175,9 +178,10 @@ class GraphBuilder:
     def model(self) -> onnx.ModelProto:
         """The finished model, checked by ONNX's own checker except for the weights, which stay on disk."""
         graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, list(self._initializers.values()))
+        domains = {node.domain for node in self.nodes if node.domain}
         return helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))],
             ir_version=IR_VERSION,
             producer_name="fastvlm-edge",
             producer_version=__version__,

@@ -20,7 +20,7 @@ from fastvlm_edge.convert.precision import VISION_STAGES
 from fastvlm_edge.convert.reference import Magnitudes, reference_logits
 from fastvlm_edge.dtypes import from_float32
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import Manifest
+from fastvlm_edge.manifest import FileRecord, Manifest
 from fastvlm_edge.self_check import Difference, compare, stored_conversation
 from fastvlm_edge.tokenizer import TextTokenizer
 
@@ -148,6 +148,13 @@ def check_parity(
                 "nothing was written. Try --precision fp32, and report it if that fails too"
             )
     return figures
+
+
+def encode(directory: Path, manifest: Manifest, pictures: Sequence[Float32]) -> list[Float32]:
+    """The image features [tokens, hidden] that the encoder of a directory under way gives for each picture, on the CPU."""
+    found = {path.name: FileRecord("", path.stat().st_size) for path in directory.iterdir() if path.is_file()}
+    vision = OrtVision(on_device(directory, replace(manifest, files=found)))
+    return [vision.encode(picture).numpy() for picture in pictures]
 
 
 def _run_vision(vision: OrtVision, pictures: Sequence[Float32], expected: Sequence[Float32], advance: Callable[[], None]) -> Difference:

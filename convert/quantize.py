@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +11,8 @@ import numpy.typing as npt
 from fastvlm_edge.convert.precision import WeightType
 
 LARGEST = {8: 127, 4: 7}
+SMALLEST_BLOCK = 32
+"""What every loader takes: TensorRT's kernels and onnxruntime's MatMulNBits."""
 SMALLEST = {8: -127, 4: -8}
 """INT8 leaves -128 out, as TensorRT does; INT4 is too coarse to give a sixteenth of its range away."""
 
@@ -45,8 +47,13 @@ def quantize_blocks(weight: npt.NDArray[np.float32], block: int, bits: int, scal
 
 
 def stored_type(kind: WeightType, inputs: int) -> WeightType:
-    """The type that a matrix of so many inputs is stored in: inputs that the block size does not divide get INT8, one scale a channel."""
-    return kind if not kind.block or inputs % kind.block == 0 else WeightType(bits=max(kind.bits, 8))
+    """The type of a matrix of so many inputs: the block is halved until it divides them, and below 32 it is INT8, one scale a channel."""
+    block = kind.block
+    while block >= SMALLEST_BLOCK:
+        if inputs % block == 0:
+            return replace(kind, block=block)
+        block //= 2
+    return replace(kind, bits=8, block=0) if kind.block else kind
 
 
 def quantize_matrix(weight: npt.NDArray[np.float32], kind: WeightType, scale_type: npt.DTypeLike = np.float32) -> Quantized:

@@ -6,7 +6,7 @@ The image size is fixed at conversion, the batch is free. A Cast stands only whe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -22,22 +22,33 @@ def build_vision(
     image_size: int,
     plan: PrecisionPlan,
     activation_scales: Mapping[str, float] | None = None,
+    integer_inputs: Collection[str] = (),
 ) -> None:
     """Add encoder and projector to `graph`, whose weights file holds what `write_vision_weights` wrote.
 
     pixel_values [batch, 3, image_size, image_size] in 0..1 -> image_features [batch, (image_size / 64)^2, hidden], both in the
     decoder's type. The inputs of the layers in `activation_scales` are quantised to INT8: `QuantizeLinear` and `DequantizeLinear` right
     before Conv or MatMul, which TensorRT makes one INT8 product with. A graph for a CPU leaves them out: there they only take time.
+    It has `integer_inputs` instead, layers of blocks with INT8 weights: their inputs are quantised by the range that each picture has, and
+    onnxruntime makes one kernel of that and the product.
     """
-    _Vision(graph, config, plan, activation_scales or {}).build(hidden, image_size)
+    _Vision(graph, config, plan, activation_scales or {}, integer_inputs).build(hidden, image_size)
 
 
 class _Vision:
-    def __init__(self, graph: GraphBuilder, config: FastViTHDConfig, plan: PrecisionPlan, activation_scales: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        config: FastViTHDConfig,
+        plan: PrecisionPlan,
+        activation_scales: Mapping[str, float],
+        integer_inputs: Collection[str],
+    ) -> None:
         self.graph = graph
         self.config = config
         self.plan = plan
         self.activation_scales = activation_scales
+        self.integer_inputs = integer_inputs
         self.dtype: np.dtype[np.generic] = np.dtype(np.float32)
 
     def build(self, hidden: int, image_size: int) -> None:
@@ -67,9 +78,7 @@ class _Vision:
                     x = graph.node("Add", [x, mixed], f"{block_path}/attn/residual")
                 else:
                     x = self._conv(x, f"{block_name}.token_mixer", f"{block_path}/token_mixer", groups=dim)
-                x = graph.node(
-                    "Add", [x, self._feed_forward(x, f"{block_name}.mlp", f"{block_path}/mlp", dim)], f"{block_path}/mlp/residual"
-                )
+                x = self._feed_forward(x, f"{block_name}.mlp", f"{block_path}/mlp", dim)
         x = self._enter("final_conv", x)
         x = self._conv(x, "vision.final_conv", "/final_conv", groups=config.dims[4])
         x = self._gelu(self._squeeze_excite(x), "/final_conv")
@@ -86,16 +95,23 @@ class _Vision:
     # Blocks ---------------------------------------------------------------------------------------------------------------------
 
     def _feed_forward(self, x: str, name: str, path: str, dim: int) -> str:
-        """Depthwise 7 x 7, 1 x 1, GELU, 1 x 1; BatchNorm and layer scale are in the weights."""
-        x = self._conv(x, f"{name}.conv", f"{path}/conv", groups=dim)
-        x = self._gelu(self._conv(x, f"{name}.fc1", f"{path}/fc1"), path)
-        return self._conv(x, f"{name}.fc2", f"{path}/fc2")
+        """x + depthwise 7 x 7, 1 x 1, GELU, 1 x 1; BatchNorm and layer scale are in the weights."""
+        graph = self.graph
+        y = self._conv(x, f"{name}.conv", f"{path}/conv", groups=dim)
+        if f"{name}.fc1" not in self.integer_inputs:
+            y = self._gelu(self._conv(y, f"{name}.fc1", f"{path}/fc1"), path)
+            return graph.node("Add", [x, self._conv(y, f"{name}.fc2", f"{path}/fc2")], f"{path}/residual")
+        # Channels last for products of rows. In this form onnxruntime makes the transpositions part of its own change of layout at a Conv.
+        x = graph.node("Transpose", [x], f"{path}/last", perm=[0, 2, 3, 1])
+        y = graph.node("Transpose", [y], f"{path}/conv/last", perm=[0, 2, 3, 1])
+        y = self._gelu(self._integer_product(y, f"{name}.fc1", f"{path}/fc1"), path)
+        x = graph.node("Add", [x, self._integer_product(y, f"{name}.fc2", f"{path}/fc2")], f"{path}/residual")
+        return graph.node("Transpose", [x], f"{path}/first", perm=[0, 3, 1, 2])
 
     def _attention(self, x: str, name: str, path: str, dim: int, side: int) -> str:
         """[batch, dim, side, side] -> the same: norm, attention over all positions with heads of 32, projection."""
         graph, heads = self.graph, dim // HEAD_DIM
-        x = graph.node("Reshape", [x, graph.ints(0, dim, -1)], f"{path}/positions")
-        x = graph.node("Transpose", [x], f"{path}/positions", perm=[0, 2, 1])  # [batch, positions, dim]
+        x = self._to_positions(x, path, dim)
         x = self._layer_norm(x, f"{name}.norm", f"{path}/norm")
         x = self._product(x, f"{name}.token_mixer.qkv", f"{path}/qkv")
         parts = graph.split("Split", [x, graph.ints(dim, dim, dim)], f"{path}/qkv", 3, axis=-1)
@@ -112,8 +128,17 @@ class _Vision:
         x = graph.node("Transpose", [x], f"{path}/heads", perm=[0, 2, 1, 3])
         x = graph.node("Reshape", [x, graph.ints(0, 0, dim)], f"{path}/heads")
         x = self._linear(x, f"{name}.token_mixer.proj", f"{path}/proj")
-        x = graph.node("Transpose", [x], f"{path}/map", perm=[0, 2, 1])
-        return graph.node("Reshape", [x, graph.ints(0, dim, side, side)], f"{path}/map")
+        return self._to_map(x, path, dim, side)
+
+    def _to_positions(self, x: str, path: str, dim: int) -> str:
+        """[batch, dim, height, width] -> [batch, positions, dim]"""
+        x = self.graph.node("Reshape", [x, self.graph.ints(0, dim, -1)], f"{path}/positions")
+        return self.graph.node("Transpose", [x], f"{path}/positions", perm=[0, 2, 1])
+
+    def _to_map(self, x: str, path: str, dim: int, side: int) -> str:
+        """[batch, positions, dim] -> [batch, dim, side, side]"""
+        x = self.graph.node("Transpose", [x], f"{path}/map", perm=[0, 2, 1])
+        return self.graph.node("Reshape", [x, self.graph.ints(0, dim, side, side)], f"{path}/map")
 
     def _squeeze_excite(self, x: str) -> str:
         """Channel gate from the mean over all positions."""
@@ -144,12 +169,40 @@ class _Vision:
         )
 
     def _product(self, x: str, name: str, path: str) -> str:
+        if name in self.integer_inputs:
+            return self._integer_product(x, name, path)
         if name in self.activation_scales:
             x = self._input(x, name, path)
         return self.graph.node("MatMul", [x, self._weight(f"{name}.weight", path, axis=1)], path)
 
+    # DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul by both scales -> Add; onnxruntime makes it one DynamicQuantizeMatMul
+    def _integer_product(self, x: str, name: str, path: str) -> str:
+        """x [..., inputs] by INT8 weights, of a 1 x 1 convolution or a linear layer, in integers; with the bias if there is one."""
+        graph, entries = self.graph, self.graph.weights.entries
+        weight, scale = graph.weight(f"{name}.weight"), graph.weight(f"{name}.weight.scale")
+        if len(graph.shape(f"{name}.weight")) == 4:
+            weight = graph.node("Reshape", [weight, graph.ints(0, -1)], f"{path}/weight")
+            weight = graph.node("Transpose", [weight], f"{path}/weight", perm=[1, 0])
+        if graph.dtype(f"{name}.weight.scale") != self.dtype:
+            scale = graph.node("Cast", [scale], f"{path}/scale", to=element_type(self.dtype))
+        if f"{name}.factor" in entries:
+            factor, offset = (
+                graph.node("Reshape", [self._weight(f"{name}.{part}", path), graph.ints(-1)], f"{path}/{part}")
+                for part in ("factor", "offset")
+            )
+            x = graph.node("Add", [graph.node("Mul", [x, factor], f"{path}/input"), offset], f"{path}/input")
+        integers, step, zero = graph.split("DynamicQuantizeLinear", [x], path, 3)
+        x = graph.node("MatMulInteger", [integers, weight, zero], path)
+        x = graph.node("Cast", [x], f"{path}/sum", to=element_type(np.float32))
+        x = graph.node("Mul", [x, graph.node("Mul", [step, scale], f"{path}/scale")], path)
+        if f"{name}.bias" not in entries:
+            return x
+        return graph.node("Add", [x, self._weight(f"{name}.bias", f"{path}/bias")], path)
+
     def _linear(self, x: str, name: str, path: str) -> str:
         x = self._product(x, name, path)
+        if name in self.integer_inputs:
+            return x  # with its bias
         return self.graph.node("Add", [x, self._weight(f"{name}.bias", f"{path}/bias")], path)
 
     def _gelu(self, x: str, path: str) -> str:

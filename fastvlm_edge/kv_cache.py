@@ -50,10 +50,20 @@ class KVCache:
         if not 0 <= position <= self.length:
             raise ValueError(f"position {position} is outside the {self.length} positions of the cache")
         end = position + kv_new.shape[4]
-        grew = self._grow(end) if end > self.capacity else False
+        grew = self.reserve(end)
         self.buffer[:, :, :, :, position:end] = kv_new
         self.length = end
         return grew
+
+    def reserve(self, positions: int) -> bool:
+        """Make room for so many positions in all. Returns whether the buffer grew. Raises FastVLMError past the context."""
+        return positions > self.capacity and self._grow(positions)
+
+    def extend(self, length: int) -> None:
+        """Count what was written into the buffer from outside, up to `length`, for which room was reserved."""
+        if not self.length <= length <= self.capacity:
+            raise ValueError(f"length {length} is outside {self.length} to {self.capacity}")
+        self.length = length
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""

@@ -52,7 +52,7 @@ class _Call:
     input_ids: NDArray[np.int64]  # [1, seq]
     position_ids: NDArray[np.int64]  # [1, seq]
     logit_positions: NDArray[np.int64]  # [1, m]
-    kv_new: NDArray[Any]  # [layers, 2, 1, kv_heads, seq, head_dim]
+    kv_new: NDArray[Any] | None  # [layers, 2, 1, kv_heads, seq, head_dim]; None where the graph appends to the cache itself
     top_values: NDArray[Any]  # [1, m, candidates]
     top_ids: NDArray[np.int64]  # [1, m, candidates]
     logits: NDArray[Any] | None  # [1, m, vocab]
@@ -93,10 +93,11 @@ class OrtDecoder:
         check_tensors(path, self._session.get_inputs(), wanted)
         outputs = self._session.get_outputs()
         found = {tensor.name: DTYPES.get(tensor.type, tensor.type) for tensor in outputs}
-        self._output_types = {name: found.get(name, "float32") for name in ("top_values", "logits")} | {
-            "kv_new": spec.dtype,
-            "top_ids": "int64",
-        }
+        self._appends = "kv_new" not in found
+        """Whether the graph is the one for the CPU, which appends to the cache itself (docs/graphs.md)."""
+        present = {name.replace("past_key_values", "present"): kind for name, kind in past.items()}
+        self._output_types = {name: found.get(name, "float32") for name in ("top_values", "logits")} | {"top_ids": "int64"}
+        self._output_types |= present if self._appends else {"kv_new": spec.dtype}
         check_tensors(path, outputs, self._output_types)
         self.cache = KVCache(layers=spec.layers, kv_heads=spec.kv_heads, head_dim=spec.head_dim, context=spec.context, dtype=spec.dtype)
         self._no_picture = np.zeros((1, spec.hidden), dtype=storage(spec.dtype))
@@ -119,12 +120,16 @@ class OrtDecoder:
             raise FastVLMError(f"{start + seq} positions do not fit into the context of {self.cache.context}; shorten the conversation")
         positions = (seq - 1,) if logit_positions is None else logit_positions
         self._show(pictures)
+        if self._appends and self.cache.reserve(start + seq):
+            self._forget_bindings()
         call = self._call(seq, len(positions), want_logits)
         call.input_ids[0] = input_ids
         call.position_ids[0] = range(start, start + seq) if seq < _KEPT_SEQ else np.arange(start, start + seq)
         call.logit_positions[0] = positions
         run(self._session, call.binding, "the decoder graph")
-        if self.cache.append(call.kv_new, start):
+        if call.kv_new is None:
+            self.cache.extend(start + seq)
+        elif self.cache.append(call.kv_new, start):
             self._forget_bindings()
         types = self._output_types
         return StepOutput(
@@ -173,7 +178,7 @@ class OrtDecoder:
             input_ids=np.empty((1, seq), np.int64),
             position_ids=np.empty((1, seq), np.int64),
             logit_positions=np.empty((1, m), np.int64),
-            kv_new=np.empty((spec.layers, 2, 1, spec.kv_heads, seq, spec.head_dim), storage(spec.dtype)),
+            kv_new=None if self._appends else np.empty((spec.layers, 2, 1, spec.kv_heads, seq, spec.head_dim), storage(spec.dtype)),
             top_values=np.empty((1, m, spec.candidates), storage(types["top_values"])),
             top_ids=np.empty((1, m, spec.candidates), np.int64),
             logits=np.empty((1, m, spec.vocab), storage(types["logits"])) if want_logits else None,
@@ -182,8 +187,12 @@ class OrtDecoder:
             call.binding.bind_ortvalue_input(name, value)
         for name in ("input_ids", "position_ids", "logit_positions"):
             call.binding.bind_ortvalue_input(name, ort_value(getattr(call, name), "int64"))
-        for name in ("kv_new", "top_values", "top_ids", *(("logits",) if want_logits else ())):
+        given = ("top_values", "top_ids", *(() if self._appends else ("kv_new",)), *(("logits",) if want_logits else ()))
+        for name in given:
             call.binding.bind_ortvalue_output(name, ort_value(getattr(call, name), types[name]))
+        if self._appends:
+            for name, value in self._shared_inputs[:-1]:  # all but the pictures
+                call.binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
         return call
 
 

@@ -53,9 +53,9 @@ def test_weights_that_a_token_reads():
     assert weight_bytes(TEXT, precision_plan("fp16")) == weight_bytes(TEXT, precision_plan("bf16")) == 2 * floats
     channels = 24 * (1152 + 896 + 9728 + 896) + 152000
     assert weight_bytes(TEXT, precision_plan("int8")) == 24 * LAYER + 152000 * 896 + 2 * (channels + small) + 896 + 2
-    blocks = 24 * (14 * (1152 + 896 + 9728) + 76 * 896)  # 896 / 64 = 14 blocks, 4864 / 64 = 76
+    blocks = 24 * (7 * (1152 + 896 + 9728) + 38 * 896)  # 896 / 128 = 7 blocks, 4864 / 128 = 38
     expected = 24 * LAYER // 2 + 152000 * 896 + 2 * (blocks + 152000 + small) + 896 + 2
-    assert weight_bytes(TEXT, precision_plan("int4")) == expected == 326_735_362
+    assert weight_bytes(TEXT, precision_plan("int4")) == expected == 321_144_322
 
 
 def test_cache_that_a_token_reads():

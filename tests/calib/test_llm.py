@@ -126,7 +126,7 @@ def decoder_logits(source, plan, quantized, folder, asked):
     write_decoder_weights(source, plan, weights, lambda: None, quantized)
     weights.close()
     graph = GraphBuilder("decoder", weights)
-    build_decoder(graph, text, on_cpu(plan), cpu=True)
+    build_decoder(graph, text, on_cpu(plan))
     graph.save(folder / "decoder.onnx")
     session = ort.InferenceSession(folder / "decoder.onnx", providers=["CPUExecutionProvider"])
     past = np.zeros((1, text.kv_heads, 0, text.head_dim), np.float32)

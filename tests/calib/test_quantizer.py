@@ -206,7 +206,7 @@ def test_the_judge_computes_with_the_weights_that_the_graph_gets(tmp_path, monke
         write_decoder_weights(source, plan, weights, lambda: None, quantized)
         weights.close()
         graph = GraphBuilder("decoder", weights)
-        build_decoder(graph, source.text, on_cpu(plan), cpu=True)
+        build_decoder(graph, source.text, on_cpu(plan), cpu_context=4096)
         graph.save(tmp_path / "model" / "decoder.cpu.onnx")
     manifest = read_manifest(tmp_path / "model")
     out = OrtDecoder(on_device(tmp_path / "model", manifest)).step(

@@ -182,8 +182,8 @@ def test_a_graph_that_disagrees_is_not_published(checkpoint, tmp_path, monkeypat
     """A real fault: the rotary base is read wrongly. The check must notice."""
     real = module.build_decoder
 
-    def wrong(graph, text, plan, *, cpu):
-        real(graph, type(text)(**{**text.__dict__, "rope_theta": 100.0}), plan, cpu=cpu)
+    def wrong(graph, text, plan, *, cpu_context):
+        real(graph, type(text)(**{**text.__dict__, "rope_theta": 100.0}), plan, cpu_context=cpu_context)
 
     monkeypatch.setattr(module, "build_decoder", wrong)
     with pytest.raises(FastVLMError, match="do not agree with PyTorch"):

@@ -46,6 +46,13 @@ def test_zeros_stay_zero():
     assert np.all(quantized.scales == 1)
 
 
+@pytest.mark.parametrize(("inputs", "block"), [(256, 128), (192, 64), (96, 32)])
+def test_the_block_is_the_largest_that_divides_the_inputs(inputs, block):
+    quantized = quantize_matrix(RNG.standard_normal((inputs, 8)).astype(np.float32), INT4_BLOCK)
+    assert quantized.values.dtype == ml_dtypes.int4
+    assert quantized.scales.shape == (inputs // block, 8)
+
+
 def test_inputs_that_no_block_divides_get_int8_channels():
     quantized = quantize_matrix(RNG.standard_normal((40, 8)).astype(np.float32), INT4_BLOCK)
     assert quantized.values.dtype == np.int8

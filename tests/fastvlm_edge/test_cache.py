@@ -44,6 +44,22 @@ def test_one_append_may_skip_buckets() -> None:
     assert cache.capacity == 1536 and cache.buffer[0, 0, 0, 0, 1504, 0] == 1504
 
 
+def test_a_graph_may_append_by_itself_where_room_was_reserved() -> None:
+    cache = make(context=300)
+    cache.append(block(100), 0)
+    assert not cache.reserve(128)
+    assert cache.reserve(129)
+    cache.buffer[:, :, :, :, 100:150] = block(50, 100)
+    cache.extend(150)
+    assert np.array_equal(cache.buffer[0, 1, 0, 1, : cache.length, 0], np.arange(150))
+    for length in (149, cache.capacity + 1):
+        with pytest.raises(ValueError, match="outside"):
+            cache.extend(length)
+    with pytest.raises(FastVLMError, match="301 positions do not fit into the context of 300"):
+        cache.reserve(301)
+    assert cache.length == 150
+
+
 def test_truncate_and_overwrite() -> None:
     cache = make()
     cache.append(block(10), 0)
