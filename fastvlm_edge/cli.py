@@ -20,6 +20,7 @@ COMMANDS = {
     "build": "build TensorRT engines for a model directory",
     "run": "ask a question about a picture",
     "eval": "count right answers to a file of questions",
+    "doctor": "look at this machine and say what is missing",
 }
 """Each is a module of `fastvlm_edge.commands` with its own parser and `main(arguments)`."""
 

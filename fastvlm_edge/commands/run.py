@@ -11,6 +11,7 @@ from typing import Any
 
 from fastvlm_edge.backends import BACKENDS
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.power import NoSensor, PowerFigures, PowerRecorder, find_sensor, power_json
 from fastvlm_edge.preprocess import GEOMETRIES
 from fastvlm_edge.progress import SilentProgress, stderr_progress
 from fastvlm_edge.reply import Reply
@@ -37,35 +38,53 @@ def main(arguments: Sequence[str]) -> int:
         progress=SilentProgress() if options.json else stderr_progress(),
     )
     with vlm:
+        recorder = PowerRecorder(find_sensor(card=vlm.backend.name != "ort"))
         stream = vlm.stream(options.prompt, options.image, **sampling)
         if options.json:
-            for _ in stream:
-                pass
-            print(json.dumps(stream.reply.to_json(), ensure_ascii=False))
+            with recorder:
+                for _ in stream:
+                    pass
+            power = power_json(recorder.figures(), stream.reply.timings.new_tokens)
+            print(json.dumps({**stream.reply.to_json(), "power": power}, ensure_ascii=False))
             return 0
         began = False
         try:
-            for text in stream:
-                began = True
-                print(text, end="", flush=True)
+            with recorder:
+                for text in stream:
+                    began = True
+                    print(text, end="", flush=True)
         except (FastVLMError, KeyboardInterrupt):
             if began:
                 print(flush=True)
             raise
         print(flush=True)
-        print(_summary(stream.reply, vlm.backend.description), file=sys.stderr)
+        print(_summary(stream.reply, vlm.backend.description, recorder.figures()), file=sys.stderr)
     return 0
 
 
-def _summary(reply: Reply, backend: str) -> str:
+def _summary(reply: Reply, backend: str, power: PowerFigures | NoSensor) -> str:
     timings = reply.timings
     reason = f"stop string {reply.stop_string!r}" if reply.stop_string is not None else reply.stop_reason
     speed = f", then {timings.decode_tokens_per_second:.1f} tokens/s" if timings.decode_tokens_per_second else ""
     return (
         f"[{timings.prompt_tokens} + {timings.new_tokens} tokens, ended by {reason}; first token {timings.ttft_ms:.0f} ms "
         f"(preprocess {timings.preprocess_ms:.0f}, vision {timings.vision_ms:.0f}, prefill {timings.prefill_ms:.0f}){speed}; "
-        f"{backend}, {reply.precision}]"
+        f"{backend}, {reply.precision}{_power(power, timings.new_tokens)}]"
     )
+
+
+def _power(figures: PowerFigures | NoSensor, tokens: int) -> str:
+    """Nothing where there is no sensor: `--json` tells why."""
+    if isinstance(figures, NoSensor):
+        return ""
+    parts = [f"{figures.mean_w:.1f} W on {figures.sensor}"]
+    if tokens:
+        parts.append(f"{figures.energy_j / tokens:.2f} J a token")
+    if figures.temperature_c is not None:
+        parts.append(f"{figures.temperature_c:.0f} °C")
+    if figures.throttled:
+        parts.append("throttled")
+    return "; " + ", ".join(parts)
 
 
 def _parser() -> argparse.ArgumentParser:

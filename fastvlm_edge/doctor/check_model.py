@@ -1,0 +1,81 @@
+"""Findings on a model directory: is it whole, does it fit this machine's memory, do its engines run here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastvlm_edge.doctor.check_board import gib
+from fastvlm_edge.doctor.facts import Facts
+from fastvlm_edge.doctor.findings import Finding, ok, problem, warning
+from fastvlm_edge.engine_record import EngineRecord, find_records, mismatch
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.manifest import Manifest, read_manifest, verify_files
+
+
+def check_model(directory: Path, facts: Facts) -> list[Finding]:
+    """Every file is read once, for its sha256: as long as a copy of the directory would take."""
+    try:
+        manifest = read_manifest(directory)
+        verify_files(directory, manifest, hashes=True)
+    except FastVLMError as error:
+        text, _, mend = str(error).rpartition("; " if "; " in str(error) else ". ")
+        return [problem("model", text, mend)]
+    except OSError as error:
+        return [problem("model", f"{error.filename} cannot be read: {error.strerror}", f"sudo chown -R $USER {directory}")]
+    nbytes = sum(record.bytes for record in manifest.files.values())
+    findings = [ok("model", f"{manifest.name}, {manifest.precision}, {gib(nbytes)}, whole")]
+    if nbytes > facts.memory.available:
+        text = f"its weights alone are {gib(nbytes)}, {gib(facts.memory.available)} are free"
+        findings.append(problem("model memory", text, "fastvlm-edge convert CHECKPOINT -o MODEL --precision int4"))
+    return [*findings, *_engines(directory, manifest, facts)]
+
+
+def _engines(directory: Path, manifest: Manifest, facts: Facts) -> list[Finding]:
+    build = f"fastvlm-edge build {directory}"
+    try:
+        records = find_records(directory)
+    except FastVLMError as error:
+        text, _, mend = str(error).rpartition("; ")
+        return [problem("engines", text, mend)]
+    if not records:
+        if facts.has_gpu:
+            return [warning("engines", "none yet: the GPU rests until they are built", build)]
+        return [ok("engines", "none, and none are needed on a CPU")]
+    findings = []
+    for folder, record in records:
+        reason = _damage(folder, record) or _unfit(record, manifest, facts)
+        if reason is None:
+            compared = "compared with onnxruntime" if record.verified else "compared with onnxruntime at their first run"
+            findings.append(ok(f"engines ({folder.name})", f"fit this machine; {compared}"))
+        elif facts.has_gpu:
+            findings.append(warning(f"engines ({folder.name})", f"do not run here: {reason}", f"{build} --force"))
+        else:
+            findings.append(ok(f"engines ({folder.name})", f"for another machine: {reason}; onnxruntime answers here"))
+    if facts.has_gpu and all(finding.status != "ok" for finding in findings):
+        findings.append(problem("engines", "none of them runs here", f"{build} --force"))
+    return findings
+
+
+def _damage(folder: Path, record: EngineRecord) -> str | None:
+    for name, entry in record.files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry.bytes:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry.bytes}"
+    return None
+
+
+def _unfit(record: EngineRecord, manifest: Manifest, facts: Facts) -> str | None:
+    """In the words of the loader. A version that only libnvinfer's file name tells has fewer numbers, which are compared."""
+    found = facts.tensorrt
+    version = found.rtx if record.library == "tensorrt_rtx" else found.module if found.module not in (None, "unknown") else found.library
+    if version is None:
+        return f"{record.library} is not installed"
+    if version == "unknown" or f"{record.version}.".startswith(f"{version}."):
+        version = record.version
+    capability = facts.compute_capability
+    if capability is None:
+        return "there is no GPU"
+    device = facts.driver.cards[0].name if facts.jetson is None and facts.driver.cards else "this board"
+    return mismatch(record, manifest, record.library, version, device, capability)
