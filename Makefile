@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow test-gpu lint bench bench-gpu clean
+.PHONY: setup demo test test-slow test-gpu lint bench bench-peers bench-gpu clean
 
 setup: $(READY)
 
@@ -39,7 +39,10 @@ lint: $(READY)
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fastvlm_edge
 
 bench: $(READY)
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python -m benchmarks.cpu
+
+bench-peers: $(READY)
+	$(BIN)/python -m benchmarks.peers.run
 
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,32 +11,14 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from fastvlm_edge.bench.machine import describe as describe_for
+
 PACKAGES = ("onnxruntime", "numpy", "torch", "transformers", "tokenizers", "pillow", "onnx")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, memory, operating system, versions and today's date."""
-    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
-    lines = [line.partition(":") for line in cpuinfo.splitlines()]
-    fields = {key.strip(): value.strip() for key, _, value in lines}
-    flags = set(fields.get("flags", "").split())
-    return {
-        "cpu": fields.get("model name", platform.processor()),
-        "cores": len(os.sched_getaffinity(0)),
-        "instructions": sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8"}),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    """Processor, cores, memory, operating system, versions of the runtime and of its peers, and today's date."""
+    return describe_for(PACKAGES)
 
 
 def best_seconds(call: Callable[[], object], repeats: int = 7) -> float:

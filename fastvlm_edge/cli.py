@@ -21,6 +21,7 @@ COMMANDS = {
     "run": "ask a question about a picture",
     "eval": "count right answers to a file of questions",
     "doctor": "look at this machine and say what is missing",
+    "bench": "measure speed, memory and energy on this machine",
 }
 """Each is a module of `fastvlm_edge.commands` with its own parser and `main(arguments)`."""
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu import workload
-from benchmarks.gpu.figures import first_token, summary
+from benchmarks.gpu.figures import first_token, most_memory
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.transformers_model import Loaded, begin_transformers, preprocessor, template_ids
 from benchmarks.gpu.workload import Task
+from fastvlm_edge.bench.record import summary
 
 
 def generate(loaded: Loaded, ids: Any, pixels: Any, count: int) -> list[int]:
@@ -78,4 +79,4 @@ def speed_of_transformers(task: Task, dtype: str, device: str = "cuda") -> Itera
                 yield {"tokens": tokens[: workload.SHOWN_TOKENS]}
             yield {"decode": {name: {"prompt_tokens": positions, "tokens_per_second": summary(speeds)}}}
             if memory is not None:
-                yield memory.look()
+                yield most_memory(memory)

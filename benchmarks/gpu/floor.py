@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import workload
-from benchmarks.gpu.figures import digits
 from benchmarks.gpu.record import Part
+from fastvlm_edge.bench.record import digits
 
 if TYPE_CHECKING:
     from fastvlm_edge.convert.fastvithd import FastViTHDConfig

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from benchmarks.gpu import workload
-from benchmarks.gpu.figures import STAGES, DeviceMemory, digits, summary
+from benchmarks.gpu.figures import STAGES, most_memory
 from benchmarks.gpu.record import Part
-from benchmarks.gpu.workload import Task, demo_questions, model_directory, photograph, question
+from benchmarks.gpu.workload import Task, demo_questions, model_directory, photograph
+from fastvlm_edge.bench.memory import DeviceMemory
+from fastvlm_edge.bench.record import digits, summary
+from fastvlm_edge.bench.workload import question
 
 if TYPE_CHECKING:
     from fastvlm_edge import FastVLM
@@ -25,7 +28,7 @@ def speed_of_ours(task: Task, backend: str, precision: str) -> Iterator[Part]:
     vlm = FastVLM.load(model_directory(task, "model", precision), backend)
     yield {"load_ms": digits((time.perf_counter() - began) * 1e3), "backend": vlm.backend.description}
     yield from time_replies(vlm, workload.PROMPTS, task.runs, workload.NEW_TOKENS)
-    yield memory.look()
+    yield most_memory(memory)
     vlm.close()
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 
 from benchmarks.gpu.eager import generate, speed_of_transformers
-from benchmarks.gpu.figures import digits
 from benchmarks.gpu.floor import measure_limits
 from benchmarks.gpu.ours import ask_demo, speed_of_ours
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.static_loop import reply_by_static_loop, speed_of_compiled
 from benchmarks.gpu.transformers_model import ask_demo_in_transformers
 from benchmarks.gpu.workload import DEMO, Task, model_directory
+from fastvlm_edge.bench.record import digits
 
 PART = "part: "
 """What the lines begin with that a step prints for the record; everything else on its output is noise of libraries."""
@@ -49,41 +48,15 @@ def be_step(step: str, task: Task) -> int:
 
 def step_device(_task: Task, *_: str) -> Iterator[Part]:
     """Which GPU, driver, libraries and machine."""
-    from importlib.metadata import distributions
-
     from benchmarks import machine
+    from fastvlm_edge.bench.machine import describe_gpu, gpu_versions, package_version
     from fastvlm_edge.cuda import open_cuda
 
-    cuda = open_cuda()
-    device = cuda.device
-    versions = {}
-    for distribution in distributions():
-        name = (distribution.metadata["Name"] or "").lower()
-        if name in ("tensorrt", "tensorrt-rtx", "tensorrt_rtx", "onnxruntime-gpu", "cuda-bindings", "pycuda", "timm", "triton"):
-            versions[name] = distribution.version
+    open_cuda().close()  # no GPU ends the run here, with the reason
     described = machine.describe()
-    described["versions"] |= versions
-    yield {
-        "machine": described,
-        "device": {
-            "name": device.name,
-            "compute_capability": list(device.compute_capability),
-            "memory_mib": device.total_bytes >> 20,
-            "integrated": device.integrated,
-            "driver": driver_version(),
-            "cuda_of_driver": device.driver,
-        },
-    }
-    cuda.close()
-
-
-def driver_version() -> str | None:
-    """As nvidia-smi has it; None where there is none, as on some Jetsons."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
+    described["versions"] |= gpu_versions()
+    described["versions"] |= {name: found for name in ("timm", "triton") if (found := package_version(name))}
+    yield {"machine": described, "device": describe_gpu()}
 
 
 def step_checkpoint(task: Task, *_: str) -> Iterator[Part]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.figures import DeviceMemory, digits
 from benchmarks.gpu.record import Part
-from benchmarks.gpu.workload import DEMO, Task, demo_questions, model_directory, photograph, question
+from benchmarks.gpu.workload import DEMO, Task, demo_questions, model_directory, photograph
+from fastvlm_edge.bench.memory import DeviceMemory
+from fastvlm_edge.bench.record import digits
+from fastvlm_edge.bench.workload import question
 
 
 @dataclass

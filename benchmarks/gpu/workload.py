@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,14 +44,6 @@ def photograph() -> Any:
     import skimage.data
 
     return skimage.data.coffee()
-
-
-def question(length: Callable[[str], int], positions: int) -> str:
-    """Words of one token each, so many that `length` says `positions`. Raises ValueError where that cannot be."""
-    words = positions - length("a") + 1
-    if words < 1 or length(prompt := "a" + " a" * (words - 1)) != positions:
-        raise ValueError(f"no prompt takes {positions} positions")
-    return prompt
 
 
 def demo_questions(count: int = QUESTIONS) -> list[tuple[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.gpu import workload
 from benchmarks.gpu.__main__ import parse
 from benchmarks.gpu.eager import speed_of_transformers, time_decoding
-from benchmarks.gpu.figures import STAGES, summary
+from benchmarks.gpu.figures import STAGES
 from benchmarks.gpu.floor import cache_bytes, floor_of, prefill_flops, vision_flops, weight_bytes
 from benchmarks.gpu.ours import time_replies
 from benchmarks.gpu.record import begin, merge, slug
@@ -20,8 +20,10 @@ from benchmarks.gpu.run import Contender, Run, contenders, run_step, wanted
 from benchmarks.gpu.static_loop import speed_of_compiled
 from benchmarks.gpu.steps import PART, be_step
 from benchmarks.gpu.transformers_model import Loaded
-from benchmarks.gpu.workload import Task, photograph, question
+from benchmarks.gpu.workload import Task, photograph
 from fastvlm_edge import FastVLM
+from fastvlm_edge.bench.record import summary
+from fastvlm_edge.bench.workload import question
 from fastvlm_edge.convert.fastvithd import FastViTHDConfig
 from fastvlm_edge.convert.precision import precision_plan
 from tests.checkpoints import SIZES

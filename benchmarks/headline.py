@@ -1,0 +1,216 @@
+"""The paper's headline on one machine: FastVLM-0.5B at 1024 px against LLaVA-OneVision-0.5B at 1152 px, and a sweep of resolutions.
+
+    python -m benchmarks.headline [--rounds 5] [--threads 2] [--out FILE] [--plot PREFIX]
+
+Time to first token of the toolkit (INT4) and of transformers' own FastVLM (BF16), against LLaVA-OneVision in transformers (BF16); random
+weights, 34 tokens of text, each contender a process of its own in every round. Then the toolkit's INT4 model at 256 to 1536 px. The record
+has the paper's figures beside ours; they are of an M1 Max, the encoder on its Neural Engine, and without text. Needs 5 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.peers.llava_onevision import ROW_ENDS, VISUAL_TOKENS
+from benchmarks.peers.protocol import ROOT
+from benchmarks.peers.run import call, environment, figures, peer_of
+from benchmarks.peers.workload import converter_digest, prepare
+from fastvlm_edge.bench.measure import Settings
+from fastvlm_edge.bench.plot import PARTS
+from fastvlm_edge.bench.processes import Measurement
+from fastvlm_edge.bench.record import write_json
+from fastvlm_edge.bench.state import read_state
+from fastvlm_edge.bench.table import aligned, number
+from fastvlm_edge.progress import stderr_progress
+
+SIZES = {"0.5b": (256, 512, 768, 1024, 1536), "tiny": (256, 512)}
+PAPER: dict[str, Any] = {
+    "source": "FastVLM, arXiv 2412.13303v2; M1 Max: encoder on the Neural Engine, LLM by MLX in FP16 on its GPU; no text, no projector",
+    "ttft_ms": {"FastVLM-0.5B, 1024 px": 166, "LLaVA-OneVision-0.5B, 1152 px": 14124},  # Table 6, R4 and R2
+    "ttft_ratio": 85,
+    "parts_ms": {  # Table 10
+        "FastVLM-0.5B, 1024 px": {"vision": 116.3, "prefill": 50.5},
+        "LLaVA-OneVision-0.5B, 1152 px": {"vision": 2721.4, "prefill": 11402.4},
+    },
+    "encoder_ratio": 3.4,  # 125M against 430M parameters
+    "vision_ms_by_resolution": {"256": 10.1, "512": 33.5, "768": 122.6, "1024": 235.6},  # Table 4; slower than Table 10's run of the same
+}
+CONTENDERS = {
+    "fastvlm-edge int4": ("ours", "int4"),
+    "transformers FastVLM bfloat16": ("transformers_fastvlm", "bfloat16"),
+    "transformers LLaVA-OneVision bfloat16": ("llava_onevision", "bfloat16"),
+}
+OTHER = "transformers LLaVA-OneVision bfloat16"
+RESULT = ROOT / "benchmarks" / "results" / "headline.json"
+
+
+def main() -> int:
+    """Measure both parts, write the record, print a table and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=2, help="timed runs a process after a warm-up; default %(default)s")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--size", choices=SIZES, default="0.5b", help="tiny is a smoke test")
+    parser.add_argument("--work", type=Path, help="default build/bench, for tiny build/bench-tiny")
+    parser.add_argument("--envs", type=Path, default=ROOT / "build" / "peers")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--plot", type=Path, help="write PREFIX.png and PREFIX.svg")
+    options = parser.parse_args()
+    if options.work is None:
+        options.work = ROOT / "build" / ("bench" if options.size == "0.5b" else f"bench-{options.size}")
+    options.work.mkdir(parents=True, exist_ok=True)
+    before = read_state()
+    prepare(options.work, options.size, stderr_progress())
+    document: dict[str, Any] = {
+        "what": f"FastVLM-{options.size} against LLaVA-OneVision of the same LLM size, random weights, 34 tokens of text, first token",
+        "machine": machine.describe(),
+        "limits": machine.limits(options.threads),
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "runs": options.runs,
+        "paper": PAPER,
+    }
+    document["headline"] = headline(options)
+    write_json(options.out, document)
+    document["resolutions"] = resolutions(options)
+    document["state"] = {"before": before, "after": read_state()}
+    write_json(options.out, document)
+    print(tables(document))
+    if options.plot is not None:
+        plot(options.plot, document)
+    return 0
+
+
+def headline(options: argparse.Namespace) -> dict[str, Any]:
+    """Rounds of all contenders in turns, and the two ratios."""
+    pythons = {
+        module: environment(options.envs / environment_of(module), peer_of(environment_of(module))) for module, _ in CONTENDERS.values()
+    }
+    rounds: dict[str, list[dict[str, list[float]]]] = {name: [] for name in CONTENDERS}
+    for turn in range(options.rounds):
+        for name, (module, variant) in CONTENDERS.items():
+            print(f"round {turn + 1}: {name}", file=sys.stderr, flush=True)
+            arguments = ["--work", str(options.work.resolve()), "--threads", str(options.threads), "--runs", str(options.runs)]
+            out = call([pythons[module], "-m", f"benchmarks.peers.{module}", *arguments, "--measure", variant])
+            rounds[name].append(json.loads(out.splitlines()[-1])["samples"])
+    results = {name: figures(found) for name, found in rounds.items()}
+    slow = results[OTHER]["ttft_ms"]["median"]
+    encoders = {"FastViTHD": encoder_parameters(options.work / "checkpoint"), "SigLIP": int(rounds[OTHER][0]["encoder_parameters"][0])}
+    return {
+        "results": results,
+        "visual_tokens": {"FastVLM": json.loads((options.work / "workload.json").read_text())["visual_tokens"], "LLaVA": VISUAL_TOKENS},
+        "row_ends": ROW_ENDS,
+        "ttft_ratio": {name: round(slow / result["ttft_ms"]["median"], 2) for name, result in results.items() if name != OTHER},
+        "encoder_parameters": encoders,
+        "encoder_ratio": round(encoders["SigLIP"] / encoders["FastViTHD"], 2),
+    }
+
+
+def environment_of(module: str) -> str:
+    """Whose environment a module runs in: both that use transformers share one."""
+    return "transformers_fastvlm" if module == "llava_onevision" else module
+
+
+def encoder_parameters(checkpoint: Path) -> int:
+    """Of the vision tower in a native checkpoint, from the header of its safetensors file; buffers are not counted."""
+    with (checkpoint / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    total = 0
+    for name, entry in header.items():
+        if name.startswith("model.vision_tower.") and not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            count = 1
+            for side in entry["shape"]:
+                count *= side
+            total += count
+    return total
+
+
+def resolutions(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Records of `fastvlm-edge bench` without decoding at depth, the smallest picture first."""
+    from fastvlm_edge.convert.convert import convert
+
+    records = []
+    for size in SIZES[options.size]:
+        directory, made_by = options.work / f"int4-{size}px", options.work / f"int4-{size}px.made-by"
+        if not made_by.is_file() or made_by.read_text(encoding="ascii") != converter_digest():
+            shutil.rmtree(directory, ignore_errors=True)
+            convert(
+                str(options.work / "checkpoint"), directory, precision="int4", image_size=size, context=2048, progress=stderr_progress()
+            )
+            made_by.write_text(converter_digest(), encoding="ascii")
+        measurement = Measurement(directory, Settings("ort", options.threads, options.runs, depths=()), options.rounds)
+        for _ in measurement.run(stderr_progress()):
+            pass
+        record = measurement.document()
+        record["model"]["directory"] = directory.name
+        records.append(record)
+    return records
+
+
+def tables(document: dict[str, Any]) -> str:
+    """The headline, then the sweep, ours beside the paper's."""
+    found, paper = document["headline"], document["paper"]
+    rows: list[tuple[str, ...]] = [("", "first token ms", "preprocess", "vision", "prefill", "LLaVA-OneVision takes", "")]
+    for name, result in found["results"].items():
+        cells = [number(result[key]["median"]) for key in ("ttft_ms", "preprocess_ms", "vision_ms", "prefill_ms")]
+        ratio = found["ttft_ratio"].get(name)
+        rows.append((name, *cells, f"{ratio:g} times as long" if ratio else "", ""))
+    for name, total in paper["ttft_ms"].items():
+        parts = paper["parts_ms"][name]
+        ratio_text = f"{paper['ttft_ratio']} times as long" if name.startswith("FastVLM") else ""
+        rows.append((f"paper: {name}", number(total), "", number(parts["vision"]), number(parts["prefill"]), ratio_text, ""))
+    large, small = (found["encoder_parameters"][name] / 1e6 for name in ("SigLIP", "FastViTHD"))
+    ratio_text = f"{found['encoder_ratio']:g} times (paper: {paper['encoder_ratio']:g})"
+    lines = [*aligned(rows), f"encoders: {large:.0f}M against {small:.0f}M parameters, {ratio_text}", ""]
+    sweep: list[tuple[str, ...]] = [("pixels", "tokens", "first token ms", "preprocess", "vision", "prefill", "paper's vision ms", "")]
+    for record in document["resolutions"]:
+        size = record["model"]["image_size"]
+        cells = [number(record[key]["median"]) for key in ("ttft_cold_ms", "preprocess_ms", "vision_ms", "prefill_ms")]
+        theirs = paper["vision_ms_by_resolution"].get(str(size))
+        sweep.append((str(size), str(record["model"]["visual_tokens"]), *cells, "" if theirs is None else number(theirs), ""))
+    return "\n".join([*lines, *aligned(sweep), "", paper["source"]])
+
+
+def plot(prefix: Path, document: dict[str, Any]) -> None:
+    """Our first token by resolution in its parts, and how encoders slow down with resolution, ours and the paper's."""
+    from matplotlib.figure import Figure
+
+    records = document["resolutions"]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    stacked, relative = figure.subplots(1, 2)
+    places = range(len(records))
+    bottom = [0.0] * len(records)
+    for key, label, colour in PARTS:
+        heights = [record[key]["median"] for record in records]
+        stacked.bar(places, heights, bottom=bottom, color=colour, label=label)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    for at, top in zip(places, bottom, strict=True):
+        stacked.annotate(f"{records[at]['model']['visual_tokens']} tokens", (at, top), ha="center", va="bottom", fontsize=8)
+    stacked.set_xticks(list(places), [str(record["model"]["image_size"]) for record in records])
+    stacked.set_ylabel("time to first token, ms")
+    stacked.legend(frameon=False, fontsize=8)
+    here = {record["model"]["image_size"]: record["vision_ms"]["median"] for record in records}
+    paper = {int(size): value for size, value in document["paper"]["vision_ms_by_resolution"].items()}
+    base = max(set(here) & set(paper))
+    for label, found in (("here", here), ("paper, Table 4 (M1 Max)", paper)):
+        sizes = sorted(found)
+        relative.plot(sizes, [found[size] / found[base] for size in sizes], "o-", label=label)
+    relative.set_ylabel(f"encoder's time, {base} px = 1")
+    relative.legend(frameon=False, fontsize=8)
+    for axes in (stacked, relative):
+        axes.set_xlabel("pixels a side")
+        axes.grid(axis="y", alpha=0.3)
+    figure.suptitle(f"{document['machine']['cpu']}, {document['threads']} threads, {document['machine']['date']}", fontsize=9)
+    for kind in ("png", "svg"):
+        figure.savefig(prefix.with_name(f"{prefix.name}.{kind}"), dpi=150, metadata={"Date": None} if kind == "svg" else {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The workload of the peers, made once in the project's own environment: checkpoint, model directories, the LLM alone, pictures, ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.peers.protocol import ROOT
+from fastvlm_edge.bench.workload import TEXT_TOKENS, Pictures, question_near
+from fastvlm_edge.manifest import read_manifest
+from fastvlm_edge.preprocess import preprocess
+from fastvlm_edge.progress import Progress
+from fastvlm_edge.prompt import ChatTemplate
+from fastvlm_edge.tokenizer import TextTokenizer
+
+PRECISIONS = ("fp32", "int8", "int4")
+PICTURES = 8
+NEW_TOKENS = 65
+
+
+def prepare(folder: Path, size: str, progress: Progress) -> None:
+    """Everything below `folder`; what is there stays, but for models of an older converter. `size` is one of `tests.checkpoints.SIZES`."""
+    from fastvlm_edge.convert.convert import convert
+    from tests.checkpoints import write_checkpoint
+
+    checkpoint = folder / "checkpoint"
+    if not (checkpoint / "config.json").is_file():
+        progress.stage("writing a random checkpoint")
+        write_checkpoint(checkpoint, layout="native", size=size)
+        progress.done()
+    for precision in PRECISIONS:
+        made_by = folder / f"{precision}.made-by"
+        if not made_by.is_file() or made_by.read_text(encoding="ascii") != converter_digest():
+            shutil.rmtree(folder / precision, ignore_errors=True)
+            convert(str(checkpoint), folder / precision, precision=precision, context=2048, progress=progress)
+            made_by.write_text(converter_digest(), encoding="ascii")
+    if not (folder / "qwen2" / "config.json").is_file():
+        write_llm(checkpoint, folder / "qwen2")
+    manifest = read_manifest(folder / "fp32")
+    template = ChatTemplate(TextTokenizer(folder / "fp32" / "tokenizer.json"), manifest)
+
+    def whole(prompt: str) -> list[int]:
+        return template.opening() + template.turn(prompt, (manifest.vision.tokens,))
+
+    if not (folder / "pixels.npy").is_file():
+        pictures = Pictures()
+        pixels = [preprocess(pictures.new(), manifest.vision.image_size, manifest.vision.geometry) for _ in range(PICTURES)]
+        pixels = [np.roll(each, 61 * number, axis=3) for number, each in enumerate(pixels)]
+        np.save(folder / "pixels.npy", np.concatenate(pixels))
+    document = {
+        "size": size,
+        "image_size": manifest.vision.image_size,
+        "visual_tokens": manifest.vision.tokens,
+        "vocab": manifest.decoder.vocab,
+        "ids": whole(question_near(lambda prompt: len(whole(prompt)), manifest.vision.tokens + TEXT_TOKENS)),
+        "new_tokens": NEW_TOKENS,
+    }
+    (folder / "workload.json").write_text(json.dumps(document) + "\n", encoding="utf-8")
+
+
+def converter_digest() -> str:
+    """Changes with the source of the converter: yesterday's graphs must not be measured as today's."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "convert").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def write_llm(checkpoint: Path, folder: Path) -> None:
+    """The LLM of a native FastVLM checkpoint as a checkpoint of `Qwen2ForCausalLM`, for tools that know no FastVLM."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["text_config"]
+    tensors = {}
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as source:
+        for name in source.keys():  # noqa: SIM118
+            if name.startswith("model.language_model."):
+                tensors["model." + name.removeprefix("model.language_model.")] = source.get_tensor(name)
+            elif name == "lm_head.weight":
+                tensors[name] = source.get_tensor(name)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(checkpoint / name, folder / name)
+    config |= {"architectures": ["Qwen2ForCausalLM"], "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")  # last: it says that all is there

@@ -1,0 +1,211 @@
+"""One process of a measurement: load, the first question, then timed runs. docs/bench.md says what each figure means."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastvlm_edge.backends import Backend
+from fastvlm_edge.bench.energy import Meter
+from fastvlm_edge.bench.memory import DeviceMemory, peak_host_mib
+from fastvlm_edge.bench.record import DECODE
+from fastvlm_edge.bench.timed_backend import TimedBackend
+from fastvlm_edge.bench.workload import TEXT_TOKENS, WORDS, Pictures, question_near
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.manifest import Manifest
+from fastvlm_edge.prompt import ChatTemplate
+from fastvlm_edge.reply import Reply
+from fastvlm_edge.tokenizer import TextTokenizer
+from fastvlm_edge.vlm import EncodedImage, FastVLM
+
+DEPTHS = (512, 1024, 2048)
+NEW_TOKENS = 65
+"""The first comes from prefill, the others are 64 decode steps."""
+
+Line = dict[str, Any]
+"""`{"figure": name, "value": number}`, or `{"facts": {...}}`."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every process of a measurement does."""
+
+    backend: str = "auto"
+    threads: int | None = None
+    runs: int = 3
+    """Timed runs a process, after one that warms up."""
+    text_tokens: int = TEXT_TOKENS
+    new_tokens: int = NEW_TOKENS
+    depths: tuple[int, ...] | None = None
+    """Positions before a reply at which decoding is timed, besides those of the question itself; None is those of DEPTHS that fit."""
+    image: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings that were checked against a model."""
+
+    prompt_tokens: int
+    """Positions of picture, question and template."""
+    depths: tuple[int, ...]
+    """The first is `prompt_tokens`."""
+
+
+def plan_for(manifest: Manifest, tokenizer: TextTokenizer, settings: Settings) -> Plan:
+    """How long the question gets, and at which depths there is room to decode. Raises FastVLMError where there is none."""
+    length = length_of(manifest, tokenizer)
+    prompt = length(question_near(length, manifest.vision.tokens + settings.text_tokens))
+    room = manifest.decoder.context - settings.new_tokens
+    if prompt > room:
+        raise FastVLMError(
+            f"picture and question take {prompt} positions and the reply {settings.new_tokens}, more than the context of "
+            f"{manifest.decoder.context}; use fewer --new-tokens, or convert with a larger --context"
+        )
+    if settings.depths is None:
+        return Plan(prompt, (prompt, *(depth for depth in DEPTHS if prompt < depth <= room)))
+    for depth in settings.depths:
+        if not prompt <= depth <= room:
+            raise FastVLMError(
+                f"decoding cannot be timed at {depth} positions: the question takes {prompt} and the context of "
+                f"{manifest.decoder.context} has room for {room} before a reply of {settings.new_tokens}; give --depths in between"
+            )
+    return Plan(prompt, tuple(sorted({prompt, *settings.depths})))
+
+
+def length_of(manifest: Manifest, tokenizer: TextTokenizer) -> Any:
+    """The function from a question to the positions that it takes with one picture."""
+    template = ChatTemplate(tokenizer, manifest)
+    return lambda prompt: len(template.opening()) + len(template.turn(prompt, (manifest.vision.tokens,)))
+
+
+def measure(directory: Path, settings: Settings) -> Iterator[Line]:
+    """Load a model directory and measure it. A generator, so that what was measured is known when it is stopped."""
+    memory = _device_memory(settings.backend)
+    began = time.perf_counter()
+    vlm = FastVLM.load(directory, settings.backend, threads=settings.threads)
+    yield _figure("load_ms", (time.perf_counter() - began) * 1e3)
+    with vlm:
+        backend = vlm.backend
+        yield {"facts": {"backend": backend.name, "runs_on": backend.description}}
+        yield from measure_backend(backend, vlm.manifest, TextTokenizer(directory / "tokenizer.json"), settings, memory)
+
+
+def measure_backend(
+    backend: Backend, manifest: Manifest, tokenizer: TextTokenizer, settings: Settings, memory: DeviceMemory | None = None
+) -> Iterator[Line]:
+    """Everything after the load. `memory` is looked at where the backend computes on a GPU."""
+    if backend.name == "ort":
+        memory = None
+    plan = plan_for(manifest, tokenizer, settings)
+    subject = Subject(backend, manifest, tokenizer, settings, plan)
+    yield from subject.first_question()
+    for _ in subject.run(0):
+        pass  # the warm-up: buffers, clocks, a GPU's captured graph
+    for number in range(1, settings.runs + 1):
+        yield from subject.run(number)
+        if memory is not None:
+            memory.look()
+    yield _figure("peak_memory_mib", peak_host_mib())
+    for depth in plan.depths[1:]:
+        yield from subject.decode_at(depth, settings.runs)
+    if len(plan.depths) > 1:
+        yield _figure("peak_memory_deepest_mib", peak_host_mib())
+    if memory is not None:
+        yield _figure("peak_device_memory_mib", memory.look())
+    yield {"facts": {"power": subject.meter.facts()}}
+
+
+class Subject:
+    """A loaded model under measurement. No id ends its replies: every reply has the length that was asked for."""
+
+    def __init__(self, backend: Backend, manifest: Manifest, tokenizer: TextTokenizer, settings: Settings, plan: Plan) -> None:
+        """The backend stays the caller's."""
+        self._timed = TimedBackend(backend)
+        endless = replace(manifest, text=replace(manifest.text, stop_ids=[]))
+        self._vlm = FastVLM(endless, tokenizer, self._timed)
+        self._length = length_of(manifest, tokenizer)
+        self._pictures = Pictures(None if settings.image is None else Path(settings.image))
+        self._new_tokens = settings.new_tokens
+        self._plan = plan
+        self._kept: EncodedImage | None = None
+        self.meter = Meter(card=backend.name != "ort")
+
+    def first_question(self) -> Iterator[Line]:
+        """The very first question after the load."""
+        reply = self._vlm.generate(self._question(0), self._pictures.new(), max_new_tokens=1)
+        yield _figure("ttft_first_question_ms", reply.timings.ttft_ms)
+
+    def run(self, number: int) -> Iterator[Line]:
+        """A new picture; a picture whose features are kept; the same again, with keys and values in the cache; decoding."""
+        if self._kept is None:
+            self._kept = self._vlm.encode_image(self._pictures.new())
+        picture = self._pictures.new()
+        self._timed.step_seconds = 0.0
+        with self.meter.interval() as energy:
+            reply = self._vlm.generate(self._question(number), picture, max_new_tokens=1)
+        timings = reply.timings
+        yield _figure("ttft_cold_ms", timings.ttft_ms)
+        yield _figure("preprocess_ms", timings.preprocess_ms)
+        yield _figure("vision_ms", timings.vision_ms)
+        yield from self._prefill(reply, "prefill_ms", "first_sample_ms")
+        yield from _joules("joules_per_picture", energy.joules, 1)
+
+        kept = self._vlm.generate(self._question(number), self._kept, max_new_tokens=1)
+        yield _figure("ttft_features_ms", kept.timings.ttft_ms)
+
+        chat = self._vlm.chat()
+        self._timed.step_seconds = 0.0
+        warm = chat.ask(self._question(number + 1), self._kept, max_new_tokens=1)  # of other words, so only the beginning is shared
+        if warm.timings.prefilled_tokens > warm.timings.prompt_tokens - self._kept.features.rows:
+            raise FastVLMError("the picture was not found in the cache; report this as a bug of fastvlm-edge bench")
+        yield _figure("ttft_warm_ms", warm.timings.ttft_ms)
+        yield from self._prefill(warm, "warm_prefill_ms", "warm_first_sample_ms")
+        yield {"facts": {"warm_prefilled_tokens": warm.timings.prefilled_tokens}}
+
+        yield from self.decode_at(self._plan.prompt_tokens, 1)
+
+    def decode_at(self, depth: int, runs: int) -> Iterator[Line]:
+        """Replies behind `depth` positions that are in the cache already; the first is not timed."""
+        prompt = question_near(self._length, depth)
+        chat = self._vlm.chat()
+        for number in range(runs + 1):
+            chat.reset()
+            with self.meter.interval() as energy:
+                reply = chat.ask(prompt, self._kept, max_new_tokens=self._new_tokens)
+            if number:
+                yield _figure(f"{DECODE}@{reply.timings.prompt_tokens}", reply.timings.decode_tokens_per_second)
+                if depth == self._plan.prompt_tokens:
+                    yield from _joules("joules_per_token", energy.joules, self._new_tokens)
+
+    def _question(self, number: int) -> str:
+        return question_near(self._length, self._plan.prompt_tokens, WORDS[number % len(WORDS)])
+
+    def _prefill(self, reply: Reply, decoder: str, sample: str) -> Iterator[Line]:
+        """The decoder's part of what `timings.prefill_ms` holds, and the sampler's."""
+        steps = self._timed.step_seconds * 1e3
+        yield _figure(decoder, steps)
+        yield _figure(sample, max(0.0, reply.timings.prefill_ms - steps))
+
+
+def _figure(name: str, value: float) -> Line:
+    return {"figure": name, "value": value}
+
+
+def _joules(name: str, joules: float | None, pieces: int) -> Iterator[Line]:
+    if joules is not None:
+        yield _figure(name, joules / pieces)
+
+
+def _device_memory(backend: str) -> DeviceMemory | None:
+    """What is free on the GPU before anything is loaded; None where there is no GPU, or none is wanted."""
+    if backend == "ort":
+        return None
+    from fastvlm_edge.cuda import open_cuda
+
+    try:
+        return DeviceMemory(open_cuda().free_bytes)
+    except FastVLMError:
+        return None

@@ -1,0 +1,171 @@
+"""Records as pictures, PNG and SVG. matplotlib is imported here and nowhere else in the runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvlm_edge.bench.record import DECODE
+from fastvlm_edge.bench.table import number
+from fastvlm_edge.errors import FastVLMError
+
+FORMATS = ("png", "svg")
+PARTS = (
+    ("preprocess_ms", "preprocess", "#9aa7b4"),
+    ("vision_ms", "vision", "#2f6f9f"),
+    ("prefill_ms", "prefill", "#e08a3c"),
+    ("first_sample_ms", "first sample", "#7c4d8b"),
+)
+WARM_PARTS = (("warm_prefill_ms", "prefill"), ("warm_first_sample_ms", "first sample"))
+_SIZE = (7.0, 4.2)
+
+
+def check_matplotlib() -> None:
+    """Raise FastVLMError where it is not installed, before minutes are spent on measuring."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise FastVLMError('--plot needs matplotlib; install it with: pip install "fastvlm-edge[bench]"') from None
+
+
+def draw(prefix: Path, records: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]] = ()) -> list[Path]:
+    """Write PREFIX-ttft, PREFIX-decode and, where there are results of `fastvlm-edge eval`, PREFIX-accuracy.
+
+    Raises FastVLMError where matplotlib is missing, the disk is full, or no evaluation is of a measured model.
+    """
+    check_matplotlib()
+    written: list[Path] = []
+    if any("ttft_cold_ms" in record for record in records):
+        written += _save(prefix, "ttft", lambda figure: draw_ttft(figure, [record for record in records if "ttft_cold_ms" in record]))
+    if any("decode_by_depth" in record for record in records):
+        written += _save(prefix, "decode", lambda figure: draw_decode(figure, [each for each in records if "decode_by_depth" in each]))
+    if evaluations:
+        points = accuracy_points(records, evaluations)
+        written += _save(prefix, "accuracy", lambda figure: draw_accuracy(figure, points))
+    return written
+
+
+def draw_ttft(figure: Any, records: Sequence[dict[str, Any]]) -> None:
+    """Time to the first token by resolution, its parts stacked; beside each a bar for a picture that is in the cache."""
+    axes = figure.add_subplot()
+    ordered = sorted(records, key=lambda record: (record["model"]["image_size"], record["model"]["precision"]))
+    several = len({record["model"]["precision"] for record in ordered}) > 1
+    for at, record in enumerate(ordered):
+        bottom = 0.0
+        for name, label, colour in PARTS:
+            height = record[name]["median"]
+            axes.bar(at - 0.19, height, 0.36, bottom=bottom, color=colour, label=label if at == 0 else None)
+            bottom += height
+        cold = record["ttft_cold_ms"]
+        reach = [[max(0.0, cold["median"] - cold["min"])], [max(0.0, cold["max"] - cold["median"])]]
+        axes.errorbar(at - 0.19, cold["median"], yerr=reach, color="black", capsize=3, linewidth=1)
+        axes.annotate(number(cold["median"]), (at - 0.19, cold["max"]), ha="center", va="bottom", fontsize=8)
+        bottom = 0.0
+        colours = {label: colour for _, label, colour in PARTS}
+        for name, label in WARM_PARTS:
+            if name in record:
+                axes.bar(at + 0.19, record[name]["median"], 0.36, bottom=bottom, color=colours[label], alpha=0.55)
+                bottom += record[name]["median"]
+        if bottom:
+            axes.annotate(f"{number(record['ttft_warm_ms']['median'])}\nwarm", (at + 0.19, bottom), ha="center", va="bottom", fontsize=8)
+    names = [f"{record['model']['image_size']}" + (f"\n{record['model']['precision']}" if several else "") for record in ordered]
+    axes.set_xticks(range(len(ordered)), names)
+    axes.set_xlabel("pixels a side")
+    axes.set_ylabel("time to first token, ms")
+    axes.margins(y=0.12)
+    axes.legend(frameon=False, fontsize=8)
+    _finish(axes, records)
+
+
+def draw_decode(figure: Any, records: Sequence[dict[str, Any]]) -> None:
+    """Tokens a second by depth of context, the bars from least to most."""
+    axes = figure.add_subplot()
+    for record in records:
+        entries = record["decode_by_depth"]
+        speeds = [entry["tokens_per_second"] for entry in entries]
+        medians = [speed["median"] for speed in speeds]
+        reach = [[max(0.0, s["median"] - s["min"]) for s in speeds], [max(0.0, s["max"] - s["median"]) for s in speeds]]
+        model = record["model"]
+        label = f"{model['precision']}, {model['image_size']} px, {record.get('backend', '')}"
+        axes.errorbar([entry["depth"] for entry in entries], medians, yerr=reach, marker="o", capsize=3, label=label)
+    axes.set_xlabel("positions in the context")
+    axes.set_ylabel("decoded tokens/s")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    _finish(axes, records)
+
+
+def accuracy_points(records: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One for each evaluation: its share of right answers beside the speeds of the record of the same directory, or else precision.
+
+    Raises FastVLMError for an evaluation that has neither.
+    """
+    points = []
+    for evaluation in evaluations:
+        same = [each for each in records if each["model"]["directory"] == evaluation.get("model")]
+        same = same or [each for each in records if each["model"]["precision"] == evaluation.get("precision")]
+        if evaluation.get("exact_match") is None or not same or DECODE not in same[0] or "ttft_cold_ms" not in same[0]:
+            raise FastVLMError(
+                f"the evaluation of {evaluation.get('model')} ({evaluation.get('precision')}) belongs to none of the measured models; "
+                "give --eval what fastvlm-edge eval --json printed for one of them"
+            )
+        points.append(
+            {
+                "precision": evaluation["precision"],
+                "accuracy": 100 * evaluation["exact_match"],
+                "ttft_ms": same[0]["ttft_cold_ms"]["median"],
+                "tokens_per_second": same[0][DECODE]["median"],
+                "questions": evaluation.get("count"),
+            }
+        )
+    return points
+
+
+def draw_accuracy(figure: Any, points: Sequence[dict[str, Any]]) -> None:
+    """Right answers against both speeds, a dot for each precision."""
+    figure.set_size_inches(9.0, 4.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, label in zip(panels, ("ttft_ms", "tokens_per_second"), ("time to first token, ms", "decoded tokens/s"), strict=True):
+        for point in points:
+            axes.plot(point[key], point["accuracy"], "o", color="#2f6f9f")
+            axes.annotate(point["precision"], (point[key], point["accuracy"]), textcoords="offset points", xytext=(6, 4), fontsize=9)
+        axes.set_xlabel(label)
+        axes.margins(0.2)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("exact match, %")
+    counts = {point["questions"] for point in points}
+    figure.suptitle(f"{', '.join(map(str, sorted(filter(None, counts))))} questions", fontsize=9)
+
+
+def _finish(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+    axes.grid(axis="y", alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    machine = records[0]["machine"]
+    threads = records[0]["settings"]["threads"]
+    where = machine.get("gpu", {}).get("name") or machine.get("board") or machine["cpu"]
+    axes.set_title(f"{where}, {threads or machine['cores']} threads, {machine['date']}", fontsize=9)
+
+
+def _save(prefix: Path, name: str, paint: Callable[[Any], None]) -> list[Path]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    written = []
+    with matplotlib.rc_context({"svg.hashsalt": "fastvlm-edge", "svg.fonttype": "none"}):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        paint(figure)
+        for kind in FORMATS:
+            path = prefix.with_name(f"{prefix.name}-{name}.{kind}")
+            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+            try:
+                figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})
+                partial.replace(path)
+            except OSError as error:
+                raise FastVLMError(f"{path} cannot be written ({error.strerror}); choose another place for --plot") from None
+            finally:
+                partial.unlink(missing_ok=True)
+            written.append(path)
+    return written

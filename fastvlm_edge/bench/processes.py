@@ -1,0 +1,163 @@
+"""Starts the processes of a measurement one after another and gathers what they say, so that stopping halfway loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from fastvlm_edge.bench.machine import describe, describe_gpu, gpu_versions
+from fastvlm_edge.bench.measure import Line, Plan, Settings, plan_for
+from fastvlm_edge.bench.record import Samples, document_of
+from fastvlm_edge.bench.state import hottest, read_state
+from fastvlm_edge.engine_record import find_records
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.manifest import read_manifest, verify_files
+from fastvlm_edge.progress import Progress
+from fastvlm_edge.tokenizer import TextTokenizer
+
+_ERROR = "fastvlm-edge: error: "
+CHILD = "--process"
+"""The option that makes `fastvlm-edge bench` one process of a measurement; its value is the settings as JSON."""
+
+
+class Measurement:
+    """The measurement of one model directory. `document` is true at any moment."""
+
+    def __init__(self, directory: Path, settings: Settings, processes: int) -> None:
+        """Checks what can be checked before a model is loaded. Raises FastVLMError."""
+        self.directory, self.settings, self.processes = directory, settings, processes
+        self.manifest = read_manifest(directory)
+        verify_files(directory, self.manifest)
+        self.plan: Plan = plan_for(self.manifest, TextTokenizer(directory / "tokenizer.json"), settings)
+        self.samples = Samples()
+        self._facts: dict[str, Any] = {}
+        self._power: list[dict[str, Any]] = []
+        self._done = 0
+        self._machine = describe()
+        self._states = [read_state()]
+
+    def run(self, progress: Progress) -> Iterator[int]:
+        """All processes, the number of each as it ends. Raises FastVLMError where one of them fails; what came before is kept."""
+        manifest = self.manifest
+        progress.stage(f"measuring {manifest.name} ({manifest.precision})", self.processes * self._steps())
+        for number in range(1, self.processes + 1):
+            self.samples.begin_process()
+            self._run_one(number, progress)
+            self._done = number
+            if self._facts.get("backend") != "ort" and "gpu" not in self._machine:  # not before: it takes memory and time on the GPU
+                self._machine["gpu"] = describe_gpu()
+                self._machine["versions"] |= gpu_versions()
+            self._states.append(read_state())
+            yield number
+        progress.done()
+
+    def document(self) -> dict[str, Any]:
+        """The record so far."""
+        manifest, settings = self.manifest, self.settings
+        temperatures = [value for state in self._states if (value := hottest(state)) is not None]
+        facts: dict[str, Any] = {
+            "model": {
+                "directory": str(self.directory),
+                "name": manifest.name,
+                "precision": manifest.precision,
+                "image_size": manifest.vision.image_size,
+                "visual_tokens": manifest.vision.tokens,
+                "context": manifest.decoder.context,
+                "toolkit_version": manifest.toolkit_version,
+                "source": manifest.source.files,
+                "files": {name: record.sha256 for name, record in manifest.files.items()},
+            },
+            **{name: value for name, value in self._facts.items() if name != "power"},
+            "engines": [_engines(record) for _, record in find_records(self.directory)],
+            "prompt_tokens": self.plan.prompt_tokens,
+            "settings": {**dataclasses.asdict(settings), "processes": self.processes},
+            "processes_done": self._done,
+            "power": _joined(self._power),
+            "state": {"before": self._states[0], "after": self._states[-1], "hottest_c": max(temperatures, default=None)},
+            "machine": self._machine,
+        }
+        return document_of(self.samples, facts, partial=self._done < self.processes)
+
+    def _steps(self) -> int:
+        """Figures that a process is sure to give: shown as progress, nothing else."""
+        return 3 + self.settings.runs * (8 + len(self.plan.depths))
+
+    def _run_one(self, number: int, progress: Progress) -> None:
+        settings = json.dumps(dataclasses.asdict(self.settings))
+        command = [sys.executable, "-m", "fastvlm_edge", "bench", str(self.directory), CHILD, settings]
+        with tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8")
+            assert process.stdout is not None
+            try:
+                for text in process.stdout:
+                    self._take(json.loads(text), number, progress)
+                status = process.wait()
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                process.stdout.close()
+            if status:
+                raise FastVLMError(_reason(status, errors, number))
+
+    def _take(self, line: Line, number: int, progress: Progress) -> None:
+        if "figure" in line:
+            self.samples.add(line["figure"], line["value"])
+            progress.advance()
+            return
+        facts = line["facts"]
+        if "power" in facts:
+            self._power.append(facts["power"])
+        for name, value in facts.items():
+            if name == "backend" and self._facts.get(name, value) != value:
+                raise FastVLMError(
+                    f"process {number} ran on {value}, those before on {self._facts[name]}; name one with --backend, and see docs/bench.md"
+                )
+            self._facts[name] = value
+
+
+def _reason(status: int, errors: IO[bytes], number: int) -> str:
+    errors.seek(0)
+    lines = errors.read().decode("utf-8", "replace").strip().splitlines()
+    if status == -9:
+        return f"process {number} was killed, as Linux does where memory runs out; close other programs, or convert with --precision int4"
+    if status < 0:
+        return f"process {number} of the measurement was ended by signal {-status}; try again, and report it if it comes back"
+    last = lines[-1] if lines else f"exit status {status}"
+    return last.removeprefix(_ERROR)
+
+
+def _engines(record: Any) -> dict[str, Any]:
+    return {
+        "target": record.target,
+        "library": record.library,
+        "version": record.version,
+        "device": record.device,
+        "verified": record.verified,
+        "build_seconds": {part: entry.get("seconds") for part, entry in record.build.items() if isinstance(entry, dict)},
+        "from_cache": {part: entry.get("cached") for part, entry in record.build.items() if isinstance(entry, dict)},
+        "files": {name: entry.sha256 for name, entry in record.files.items()},
+        "flags": record.flags,
+    }
+
+
+def _joined(powers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the sensor said in all processes."""
+    found = [power for power in powers if power["sensor"] is not None]
+    if not found:
+        return dict(powers[-1]) if powers else {"sensor": None, "reason": "nothing was measured"}
+    means = [power["mean_w"] for power in found if power["mean_w"] is not None]
+    throttled = [power["throttled"] for power in found if power["throttled"] is not None]
+    return {
+        "sensor": found[-1]["sensor"],
+        "mean_w": sum(means) / len(means) if means else None,
+        "peak_w": max(power["peak_w"] for power in found),
+        "temperature_c": max((power["temperature_c"] for power in found if power["temperature_c"] is not None), default=None),
+        "throttled": any(throttled) if throttled else None,
+    }

@@ -1,0 +1,224 @@
+"""The driver of the peers and what their scripts share: a record that survives whatever becomes of a peer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import headline
+from benchmarks.peers import llava_onevision, run
+from benchmarks.peers.protocol import ROOT, Workload, time_llm, time_vision, versions
+from benchmarks.peers.run import PeerFailed, Run, call, contenders, environment, figures
+from benchmarks.peers.workload import write_llm
+
+
+def workload_in(folder: Path) -> Workload:
+    np.save(folder / "pixels.npy", np.zeros((2, 3, 8, 8), np.float32))
+    return Workload(folder, "tiny", 8, 4, 100, [*range(100, 104), 1, 2, 3], new_tokens=5, threads=1, runs=3)
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """Of a run of three contenders in which nothing real is prepared or measured."""
+    (tmp_path / "workload.json").write_text(json.dumps({"image_size": 256, "visual_tokens": 16, "ids": [0] * 50, "new_tokens": 5}))
+    monkeypatch.setattr(run, "prepare", lambda *_: None)
+    monkeypatch.setattr(run, "environment", lambda *_: "python")
+    monkeypatch.setattr(run.machine, "limits", lambda threads: {"matmul_gflops": 1.0})
+    return argparse.Namespace(
+        **{"only": "llama.cpp,openvino:bf16", "rounds": 2, "runs": 1, "threads": 2, "size": "tiny", "fresh": False},
+        **{"work": tmp_path, "envs": tmp_path, "out": tmp_path / "peers.json"},
+    )
+
+
+def answer(command: list[str]) -> str:
+    return json.dumps({"samples": {"prefill_ms": [5.0], "peak_memory_mib": [7.0]}, "versions": {"x": "1"}})
+
+
+def test_every_peer_of_the_field_is_there_and_can_be_chosen() -> None:
+    names = [each.name for each in contenders(None)]
+    assert set(names) >= {
+        *("fastvlm-edge:int4", "fastvlm-edge:int4-llm", "transformers:float32", "transformers:bfloat16", "transformers:bfloat16-compile"),
+        *("optimum-onnx:fp32", "onnxruntime-genai:int4", "llama.cpp:q8_0", "llama.cpp:q4_0"),
+        *("openvino:fp32", "openvino:bf16", "openvino:int8"),
+    }
+    assert [each.name for each in contenders(["llama.cpp", "openvino:bf16"])] == ["llama.cpp:q4_0", "llama.cpp:q8_0", "openvino:bf16"]
+    with pytest.raises(SystemExit, match="names vllm, which is none of"):
+        contenders(["vllm"])
+
+
+def test_contenders_take_turns(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def note(command: list[str]) -> str:
+        if "--measure" in command:
+            measured.append(command[-1])
+        return answer(command)
+
+    monkeypatch.setattr(run, "call", note)
+    assert Run(options).run() == 0
+    assert measured == ["q4_0", "q8_0", "bf16"] * 2
+    document = json.loads(options.out.read_text())
+    assert document["results"]["llama.cpp:q4_0"]["prefill_ms"] == {"median": 5.0, "min": 5.0, "max": 5.0, "samples": [[5.0], [5.0]]}
+    assert document["machine"]["date"] and document["results"]["openvino:bf16"]["versions"] == {"x": "1"}
+    assert [record["part"] for record in document["results"].values()] == ["llm", "llm", "vision"]
+
+
+def test_a_peer_that_fails_is_recorded_and_the_others_go_on(
+    options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(command: list[str]) -> str:
+        if command[-1] == "q8_0" and "--measure" in command:
+            raise PeerFailed("ValueError: no such tensor")
+        return answer(command)
+
+    monkeypatch.setattr(run, "call", fail)
+    assert Run(options).run() == 1
+    results = json.loads(options.out.read_text())["results"]
+    assert results["llama.cpp:q8_0"]["error"] == "ValueError: no such tensor" and "prefill_ms" not in results["llama.cpp:q8_0"]
+    assert len(results["openvino:bf16"]["prefill_ms"]["samples"]) == 2
+    monkeypatch.setattr(run, "call", answer)
+    assert Run(options).run() == 0  # the same command tries again what failed, and only that
+    results = json.loads(options.out.read_text())["results"]
+    assert "error" not in results["llama.cpp:q8_0"] and len(results["llama.cpp:q8_0"]["prefill_ms"]["samples"]) == 2
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_stopped(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def stop(command: list[str]) -> str:
+        if "--measure" in command:
+            measured.append(command[-1])
+            if len(measured) == 5:
+                raise KeyboardInterrupt
+        return answer(command)
+
+    monkeypatch.setattr(run, "call", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Run(options).run()
+    assert len(json.loads(options.out.read_text())["results"]["llama.cpp:q4_0"]["prefill_ms"]["samples"]) == 2
+    assert Run(options).run() == 0
+    assert measured == ["q4_0", "q8_0", "bf16", "q4_0", "q8_0", "q8_0", "bf16"]
+    assert not (options.work / "peers-run.json").exists()
+    options.threads = 1
+    assert Run(options).state["rounds"] == {}
+
+
+def test_a_run_of_other_settings_is_not_taken_up(options: argparse.Namespace) -> None:
+    state = {"settings": {"size": "tiny", "threads": 2, "runs": 1}, "rounds": {"x": []}, "errors": {}, "versions": {}, "before": {}}
+    (options.work / "peers-run.json").write_text(json.dumps(state))
+    assert Run(options).state["rounds"] == {"x": []}
+    options.fresh = True
+    assert Run(options).state["rounds"] == {}
+    options.fresh, options.threads = False, 4
+    assert Run(options).state["rounds"] == {}
+
+
+def test_what_a_process_said_last_is_the_reason() -> None:
+    assert call([sys.executable, "-c", "print(1)"]) == "1\n"
+    with pytest.raises(PeerFailed, match=r"^ValueError: broken$"):
+        call([sys.executable, "-c", "raise ValueError('broken')"])
+    with pytest.raises(PeerFailed, match="ended by signal 9: "):
+        call([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+
+
+def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(run.venv, "create", lambda folder, with_pip: (folder).mkdir(exist_ok=True))
+    monkeypatch.setattr(run, "call", lambda command: commands.append(command) or "")
+    peer = run.peer_of("transformers_fastvlm")
+    for _ in range(2):
+        assert environment(tmp_path / "env", peer) == str(tmp_path / "env" / "bin" / "python")
+    assert len(commands) == 2 and all(str(ROOT / "constraints.txt") in command for command in commands)
+    assert "torch==2.13.0" in commands[0] and commands[1][-2:] == ["--no-deps", "timm"]
+    assert environment(tmp_path / "other", run.peer_of("ours")) == sys.executable
+
+
+def test_prefill_and_decoding_are_timed_greedily(tmp_path: Path) -> None:
+    fed: list[Any] = []
+    work = workload_in(tmp_path)
+    samples = time_llm(lambda ids: fed.append(ids) or 7, lambda token: fed.append(token) or token + 1, lambda: fed.append("reset"), work)
+    assert len(samples["prefill_ms"]) == len(samples["decode_tokens_per_second"]) == 3
+    assert fed[:6] == ["reset", work.text_ids, 7, 8, 9, 10] and len(fed) == 4 * 6
+    assert len(work.text_ids) == len(work.ids)
+
+
+def test_an_encoder_that_gives_nonsense_is_an_error(tmp_path: Path) -> None:
+    work = workload_in(tmp_path)
+    assert len(time_vision(lambda pixels: np.ones((1, 4, 2)), work)["vision_ms"]) == 3
+    with pytest.raises(RuntimeError, match="not finite"):
+        time_vision(lambda pixels: np.full((1, 4, 2), np.nan), work)
+
+
+def test_figures_keep_rounds_apart_and_versions_name_what_was_installed() -> None:
+    found = figures([{"vision_ms": [1.0, 3.0], "unknown": [1.0]}, {"vision_ms": [2.0]}])
+    assert found == {"vision_ms": {"median": 2.0, "min": 1.0, "max": 3.0, "samples": [[1.0, 3.0], [2.0]]}}
+    assert set(versions(("numpy==1.0", "no-such-package[x]"))) == {"python", "numpy"}
+
+
+def test_no_peer_loads_the_toolkit_into_its_own_memory() -> None:
+    code = "import sys; import benchmarks.peers.llamacpp, benchmarks.peers.openvino_vision, benchmarks.peers.protocol as p; "
+    code += "assert p.peak_host_mib() > 1; bad = {'fastvlm_edge', 'onnxruntime'} & set(sys.modules); assert not bad, bad"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_llm_alone_is_a_checkpoint_that_transformers_reads(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.checkpoints import SIZES, write_checkpoint
+
+    source = write_checkpoint(tmp_path / "ck", layout="native")
+    write_llm(source, tmp_path / "llm")
+    model, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "llm", output_loading_info=True)
+    assert type(model).__name__ == "Qwen2ForCausalLM" and not notes["missing_keys"] and not notes["unexpected_keys"]
+    assert model.config.num_hidden_layers == SIZES["tiny"].layers
+    with torch.inference_mode():
+        assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_llava_onevision_has_the_tokens_that_the_paper_counts() -> None:
+    from fastvlm_edge.bench.workload import Pictures
+
+    assert llava_onevision.VISUAL_TOKENS == 7290
+    cuts = llava_onevision.tiles(Pictures().new())
+    assert cuts.shape == (10, 3, 384, 384) and -1 <= cuts.min() < 0 < cuts.max() <= 1
+    config = llava_onevision.config_of("0.5b")
+    assert (config.vision_config.hidden_size, config.vision_config.num_hidden_layers, config.vision_config.image_size) == (1152, 26, 384)
+    assert (config.text_config.hidden_size, config.text_config.num_hidden_layers) == (896, 24)
+
+
+def test_the_encoder_is_counted_from_the_checkpoint(tmp_path: Path) -> None:
+    from tests.checkpoints import SIZES, native_rows, stored_shapes, write_safetensors
+
+    text = SIZES["0.5b"].text(native_rows(SIZES["0.5b"].rows), tied=True)
+    write_safetensors(tmp_path, stored_shapes(SIZES["0.5b"].vision, text, "native"), None, layout="native")  # holes: no disk
+    assert headline.encoder_parameters(tmp_path) == 122_714_208
+
+
+def test_the_headline_puts_ours_beside_the_paper(tmp_path: Path) -> None:
+    figure = {"median": 100.0, "min": 90.0, "max": 110.0}
+    parts = dict.fromkeys(("ttft_ms", "ttft_cold_ms", "preprocess_ms", "vision_ms", "prefill_ms", "first_sample_ms"), figure)
+    document = {
+        "paper": headline.PAPER,
+        "machine": {"cpu": "x", "date": "2026-01-01"},
+        "threads": 2,
+        "headline": {
+            "results": dict.fromkeys(headline.CONTENDERS, parts),
+            "ttft_ratio": {"fastvlm-edge int4": 21.5},
+            "encoder_parameters": {"SigLIP": 400e6, "FastViTHD": 125e6},
+            "encoder_ratio": 3.2,
+        },
+        "resolutions": [{**parts, "model": {"image_size": size, "visual_tokens": (size // 64) ** 2}} for size in (256, 1024)],
+    }
+    text = headline.tables(document)
+    for shown in ("21.5 times as long", "85 times as long", "14,124", "3.2 times (paper: 3.4)", "235.6", "2412.13303"):
+        assert shown in text
+    headline.plot(tmp_path / "h", document)
+    assert all((tmp_path / f"h.{kind}").stat().st_size > 5000 for kind in ("png", "svg"))
