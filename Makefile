@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow test-gpu lint bench bench-peers bench-gpu clean
+.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons lint bench bench-peers bench-gpu clean
 
 setup: $(READY)
 
@@ -29,6 +29,14 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+# An arm64 Debian under qemu-user answers the demo questions from a bundle; needs root, debootstrap and qemu-user-static.
+test-arm64: $(READY)
+	$(BIN)/python -m pytest -m arm64 tests/arm64
+
+# The runtime's tests on every Python of this machine, without PyTorch.
+test-pythons:
+	tests/pythons.sh
 
 # mypy sees the folders under the names they are installed by.
 lint: $(READY)

@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "count right answers to a file of questions",
     "doctor": "look at this machine and say what is missing",
     "bench": "measure speed, memory and energy on this machine",
+    "bundle": "write one file with runtime and model for a board without a network",
 }
 """Each is a module of `fastvlm_edge.commands` with its own parser and `main(arguments)`."""
 

@@ -1,0 +1,136 @@
+"""Size of a bundle's runtime for every target and Python, the wheels that were resolved, and the time of a start beside PEX.
+
+python -m benchmarks.bundle_sizes   (needs a package index; writes benchmarks/results/bundle_sizes.json)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe
+from fastvlm_edge.bundling.archive import Written, write_bundle
+from fastvlm_edge.bundling.targets import TARGETS, find_target
+from fastvlm_edge.bundling.wheels import collect_wheels
+from tests.fake_model import build_model
+
+RESULT = Path(__file__).parent / "results" / "bundle_sizes.json"
+PYTHONS = ((3, 10), (3, 11), (3, 12), (3, 13))
+LIMIT = 120_000_000
+STARTS = 7
+PADDING = 1_000_000_000
+"""Bytes beside the tiny model in the comparison of starts, as large as a 0.5B model in FP16."""
+
+
+def measure_sizes(work: Path, model: Path) -> list[dict[str, Any]]:
+    """A row for each target and Python."""
+    rows = []
+    for name, row in TARGETS.items():
+        for python in (None,) if row.cuda is not None else PYTHONS:
+            target = find_target(name, python)
+            label = "{}.{}".format(*target.python)
+            wheels = collect_wheels(target, work / f"wheels-{name}-{label}")
+            written = write_bundle(model, target, wheels, work / f"{name}-{label}")
+            assert written.runtime_bytes <= LIMIT, f"{name}: {written.runtime_bytes}"
+            listed = {
+                wheel.name: {"version": wheel.version, "sha256": wheel.sha256, "bytes": wheel.path.stat().st_size} for wheel in wheels
+            }
+            rows.append({"target": name, "python": label, **_sizes(written), "wheels": listed})
+            print(
+                f"{name:10}{label:6}{written.runtime_bytes / 1e6:7.1f} MB, unpacked {written.unpacked_bytes / 1e6:.1f} MB", file=sys.stderr
+            )
+            written.path.unlink()
+    return rows
+
+
+def _sizes(written: Written) -> dict[str, int]:
+    return {"runtime_bytes": written.runtime_bytes, "unpacked_bytes": written.unpacked_bytes}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A file that is started again and again with a state folder of its own."""
+
+    file: Path
+    command: list[str]
+    made_s: float
+
+
+def compare_starts(work: Path, model: Path) -> dict[str, Any]:
+    """This bundle and a PEX with the same wheels and model, started in turn: size, seconds to make and to start, bytes unpacked."""
+    target = find_target("x86_64", None)
+    wheels = work / "wheels-x86_64-{}.{}".format(*target.python)
+    with (model / "LICENSE.padding").open("wb") as file:
+        for _ in range(PADDING // 1_000_000):
+            file.write(os.urandom(1_000_000))
+    question = ["--prompt", "What is it?", "--max-new-tokens", "4"]
+    began = time.perf_counter()
+    ours = write_bundle(model, target, collect_wheels(target, wheels), work / "ours").path
+    contenders = {"bundle": Contender(ours, [str(ours), "run", *question], time.perf_counter() - began)}
+    contenders["pex"] = _make_pex(work, model, [str(path) for path in wheels.glob("*.whl")], question)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(STARTS):
+        for name, contender in contenders.items():
+            state = work / f"state-{name}"
+            environment = {**os.environ, "FASTVLM_EDGE_STATE": str(state), "PEX_ROOT": str(state)}
+            began = time.perf_counter()
+            subprocess.run(contender.command, env=environment, check=True, capture_output=True)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: _row(contender, seconds[name], work / f"state-{name}") for name, contender in contenders.items()}
+
+
+def _make_pex(work: Path, model: Path, wheels: list[str], question: list[str]) -> Contender:
+    repository = Path(__file__).parents[1]
+    own = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", str(repository), "-w", str(work / "own")]
+    subprocess.run(own, check=True, capture_output=True)
+    sources = work / "sources"
+    (sources / "bundled").mkdir(parents=True)
+    (sources / "bundled" / "__init__.py").touch()
+    entry = "import sys, os; from fastvlm_edge import cli; import bundled; "
+    entry += "sys.exit(cli.main(['run', os.path.join(os.path.dirname(bundled.__file__), 'model'), *sys.argv[1:]]))"
+    (sources / "pex_main.py").write_text(entry + "\n", encoding="utf-8")
+    shutil.copytree(model, sources / "bundled" / "model", copy_function=os.link)
+    options = ["--no-pypi", "--intransitive", "--no-compress", "-D", str(sources), "-m", "pex_main", "-o", str(work / "app.pex")]
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "pex", *options, *wheels, *map(str, (work / "own").glob("*.whl"))]
+    subprocess.run(command, check=True, capture_output=True)
+    return Contender(work / "app.pex", [sys.executable, str(work / "app.pex"), *question], time.perf_counter() - began)
+
+
+def _row(contender: Contender, seconds: list[float], state: Path) -> dict[str, Any]:
+    unpacked = int(subprocess.run(["du", "-sB1", str(state)], capture_output=True, text=True, check=True).stdout.split()[0])
+    return {
+        "bytes": contender.file.stat().st_size,
+        "made_s": round(contender.made_s, 2),
+        "first_start_s": round(seconds[0], 2),
+        "later_start_s": round(statistics.median(seconds[1:]), 2),
+        "later_starts_s": [round(each, 2) for each in seconds[1:]],
+        "unpacked_bytes": unpacked,
+    }
+
+
+def main() -> int:
+    """Measure everything and write the record."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        model = build_model(work / "model")
+        rows = measure_sizes(work, model)
+        starts = compare_starts(work, model)
+    document = {"date": date.today().isoformat(), "machine": describe(), "limit_bytes": LIMIT, "targets": rows, "starts": starts}
+    RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(starts, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""A bundle is written: a shell header that finds the right Python, the text of `start`, and a zip archive in which nothing is compressed.
+
+Wheels lie in it as they were published, so their hashes can be looked up and the bytes depend on no compressor; models hardly compress.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fastvlm_edge
+import fastvlm_edge.calib
+import fastvlm_edge.engines
+from fastvlm_edge.bundling import start
+from fastvlm_edge.bundling.licences import OWN_LICENCE, list_licences, model_licences, own_licence
+from fastvlm_edge.bundling.targets import BundleTarget
+from fastvlm_edge.bundling.wheels import Wheel
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.manifest import MANIFEST_NAME, read_manifest, sha256, verify_files
+from fastvlm_edge.progress import Progress, SilentProgress
+from fastvlm_edge.version import __version__
+
+HEADER_BYTES = 4096
+_BEGINNING = (1980, 1, 1, 0, 0, 0)  # the oldest that a zip entry can have
+_EVAL = ("__init__", "data", "evaluate", "formats", "metrics")
+"""What `eval` needs of calib/; the rest needs torch."""
+_BLOCK = 1 << 22
+
+_HEADER = """#!/bin/sh
+# A fastvlm-edge bundle for {title}, Python {python}: ./FILE --help
+# Behind this header come the text that starts it and a zip archive, which `unzip -l FILE` lists.
+if [ "$(uname -m)" != {machine} ]; then
+  echo "$0: error: this bundle is for {machine} ({title}), this machine is $(uname -m); bundle with another --target" >&2
+  exit 1
+fi
+for python in /usr/bin/python{python} python{python} /usr/local/bin/python{python} python3; do
+  if "$python" -I -c 'import sys; sys.exit(sys.version_info[:2] != ({major}, {minor}))' 2>/dev/null; then
+    exec "$python" -I -c '
+import hashlib, sys, types
+with open(sys.argv[1], "rb") as file:
+    file.seek({offset})
+    text = file.read({size})
+if hashlib.sha256(text).hexdigest() != "{start_sha256}":
+    sys.exit(sys.argv[1] + ": error: the file is damaged or cut off; copy it again")
+module = types.ModuleType("fastvlm_edge.bundling.start")
+sys.modules[module.__name__] = module
+exec(compile(text, "start.py", "exec"), module.__dict__)
+sys.exit(module.start(sys.argv[1], "{index_sha256}", sys.argv[2:]))
+' "$0" "$@"
+  fi
+done
+echo "$0: error: this bundle is for Python {python} ({title}); here is $(python3 --version 2>&1 || echo none)." >&2
+echo "Install python{python}, or bundle for the Python that is here: fastvlm-edge bundle ... --python 3.X" >&2
+exit 1
+"""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A new bundle. Sizes in bytes."""
+
+    path: Path
+    bytes: int
+    model_bytes: int
+    unpacked_bytes: int
+    """Of the runtime on the board's disk, the model's not counted."""
+    wheels: list[Wheel]
+
+    @property
+    def runtime_bytes(self) -> int:
+        """The file without the model."""
+        return self.bytes - self.model_bytes
+
+
+def write_bundle(
+    model: Path, target: BundleTarget, wheels: list[Wheel], output: Path, *, force: bool = False, progress: Progress | None = None
+) -> Written:
+    """Write the bundle of a model directory; the same model, wheels and toolkit give the same bytes, whatever `output` is called.
+
+    Raises FastVLMError where the model is not whole, a name is taken, or the disk is full; then nothing is left at `output`.
+    """
+    progress = progress or SilentProgress()
+    manifest = read_manifest(model)
+    progress.stage("checking the model's hashes")
+    verify_files(model, manifest, hashes=True)
+    models = {name: model / name for name in sorted({MANIFEST_NAME, *manifest.files, *model_licences(model)})}
+    sources = dict(sorted(_sources()))
+    index = {
+        "schema": 1,
+        "toolkit_version": __version__,
+        "target": target.name,
+        "title": target.title,
+        "machine": target.machine,
+        "python": list(target.python),
+        "glibc": list(target.glibc),
+        "wheels": [{"file": w.path.name, "name": w.name, "version": w.version, "sha256": w.sha256} for w in wheels],
+        "model": {"name": manifest.name, "precision": manifest.precision, "source": manifest.source.checkpoint},
+        "model_licences": model_licences(model),
+        "parts": {
+            "runtime": _part({**_records("source", sources), **_wheel_records(wheels)}),
+            "model": _part(_records("model", models)),
+        },
+    }
+    runtime = index["parts"]["runtime"]["files"]  # type: ignore[index]
+    index["licences"] = list_licences(wheels, runtime)
+    text = json.dumps(index, sort_keys=True, separators=(",", ":")).encode()
+    entries = {f"source/{name}": path for name, path in sources.items()}
+    entries |= {f"wheels/{wheel.path.name}": wheel.path for wheel in wheels}
+    entries |= {f"model/{name}": path for name, path in models.items()}
+    progress.stage(f"writing {output}", sum(path.stat().st_size for path in entries.values()) >> 20)
+    with _new_file(output, force=force) as file:
+        _write(file, target, text, entries, progress)
+    progress.done()
+    return Written(
+        output,
+        output.stat().st_size,
+        sum(path.stat().st_size for path in models.values()),
+        sum(record["bytes"] for record in runtime.values()),
+        wheels,
+    )
+
+
+def _write(file: BinaryIO, target: BundleTarget, index: bytes, entries: dict[str, Path], progress: Progress) -> None:
+    code = Path(start.__file__).read_bytes()
+    header = _HEADER.format(
+        title=target.title,
+        machine=target.machine,
+        python="{}.{}".format(*target.python),
+        major=target.python[0],
+        minor=target.python[1],
+        offset=HEADER_BYTES,
+        size=len(code),
+        start_sha256=hashlib.sha256(code).hexdigest(),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+    ).encode()
+    assert len(header) < HEADER_BYTES
+    file.write(header + b"\n" * (HEADER_BYTES - len(header)) + code)
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.writestr(zipfile.ZipInfo(start.INDEX, _BEGINNING), index)
+        done = 0
+        for name, path in entries.items():
+            info = zipfile.ZipInfo(name, _BEGINNING)
+            info.external_attr = 0o644 << 16
+            size = info.file_size = path.stat().st_size
+            with path.open("rb") as source, archive.open(info, "w", force_zip64=size >= 1 << 31) as entry:
+                while block := source.read(_BLOCK):
+                    entry.write(block)
+                    progress.advance(((done + len(block)) >> 20) - (done >> 20))
+                    done += len(block)
+
+
+@contextmanager
+def _new_file(output: Path, *, force: bool) -> Iterator[BinaryIO]:
+    """An executable file that has its name when it is whole, and not before."""
+    if output.exists() and not force:
+        raise FastVLMError(f"{output} exists; --force replaces it")
+    if output.is_dir():
+        raise FastVLMError(f"{output} is a folder; give -o the name of a file")
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o755)
+        partial.replace(output)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise FastVLMError(f"the disk of {output.parent} is full; nothing was left there. Make room, or give -o another disk") from None
+        raise FastVLMError(f"{output} could not be written ({error.strerror or error}); nothing was left there") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# What goes in -------------------------------------------------------------------------------------------------------------------
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
+    """Name below the runtime folder and file of everything of ours: the runtime and `engines`, no conversion."""
+    home = Path(fastvlm_edge.__file__).parent
+    for path in home.rglob("*"):
+        name = path.relative_to(home)
+        if name.parts[0] not in ("convert", "engines", "calib") and path.suffix in (".py", ".jpg", ".typed"):
+            yield f"fastvlm_edge/{name.as_posix()}", path
+    for path in Path(next(iter(fastvlm_edge.engines.__path__))).glob("*.py"):
+        yield f"fastvlm_edge/engines/{path.name}", path
+    for stem in _EVAL:
+        yield f"fastvlm_edge/calib/{stem}.py", Path(next(iter(fastvlm_edge.calib.__path__))) / f"{stem}.py"
+    yield OWN_LICENCE, own_licence()
+
+
+def _records(prefix: str, files: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"entry": f"{prefix}/{name}", "sha256": sha256(path), "bytes": path.stat().st_size} for name, path in sorted(files.items())
+    }
+
+
+def _wheel_records(wheels: list[Wheel]) -> dict[str, dict[str, Any]]:
+    """Every file that installing the wheels makes (binary distribution format, "installing a wheel"); scripts and data stay out."""
+    records = {}
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel.path) as archive:
+            for info in archive.infolist():
+                found = re.fullmatch(r"[^/]+\.data/([^/]+)/(.*)", info.filename)
+                if info.is_dir() or (found and found.group(1) not in ("purelib", "platlib")):
+                    continue
+                name = found.group(2) if found else info.filename
+                if name.startswith("/") or ".." in name.split("/"):
+                    raise FastVLMError(f"{wheel.path} wants to write outside its folder ({name}); fetch it again")
+                digest = hashlib.sha256(archive.read(info)).hexdigest()
+                entry = f"wheels/{wheel.path.name}"
+                records[name] = {"entry": entry, "member": info.filename, "sha256": digest, "bytes": info.file_size}
+    return records
+
+
+def _part(files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """With a key that is the hash of names and contents."""
+    contents = json.dumps({name: record["sha256"] for name, record in files.items()}, sort_keys=True)
+    return {"key": hashlib.sha256(contents.encode()).hexdigest(), "files": files}

@@ -1,0 +1,206 @@
+"""The commands of a bundle on its board: those of the toolkit over the bundled model, and its own few."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fastvlm_edge import cli
+from fastvlm_edge.bundling import unit
+from fastvlm_edge.bundling.start import Bundle, BundleError, ensure, state_folder, unpacked
+from fastvlm_edge.cuda import open_cuda
+from fastvlm_edge.engine_record import find_records, mismatch
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.manifest import read_manifest
+from fastvlm_edge.progress import stderr_progress
+from fastvlm_edge.tensorrt_library import find_library
+
+MODEL = "model"
+"""Stands for the bundled model on the command line, where there is no folder of that name."""
+NOT_HERE = {"convert": "conversion needs PyTorch", "bundle": "bundling needs pip and a network"}
+_ENGINES = ("run", "chat", "serve", "bench", "eval")
+"""Commands that answer, so that engines are built before them."""
+_OPTIONAL = ("doctor",)
+"""Commands that look at the machine where no model is named."""
+
+
+def main(bundle: Bundle, arguments: list[str]) -> int:
+    """Run one command; its exit status. Raises BundleError for everything a user can mend."""
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    try:
+        if command in ("-h", "--help"):
+            print(_help(bundle))
+            return 0
+        if command in NOT_HERE:
+            raise BundleError(f"{command} is not part of a bundle: {NOT_HERE[command]}; do it where fastvlm-edge is installed")
+        own = _own(bundle)
+        if command in own:
+            return _run_own(bundle, command, rest)
+        if command not in cli.COMMANDS:
+            return cli.main([command, *rest])
+        return cli.main([command, *_with_model(bundle, command, rest)])
+    except FastVLMError as error:
+        raise BundleError(str(error)) from None
+
+
+# The model ----------------------------------------------------------------------------------------------------------------------
+
+
+def _with_model(bundle: Bundle, command: str, arguments: list[str]) -> list[str]:
+    """The arguments with the bundled model where MODEL is left out, or is the word `model`; it stands right behind the command."""
+    if {"-h", "--help"} & set(arguments):
+        return arguments
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if named is not None and (named != MODEL or os.path.isdir(named)):
+        return arguments
+    if named is None and command in _OPTIONAL:
+        return arguments
+    model = unpack_model(bundle, hashes=False)
+    if command in _ENGINES and not _names_onnxruntime(arguments):
+        build_missing_engines(bundle, model)
+    return [str(model), *arguments[named is not None :]]
+
+
+def _names_onnxruntime(arguments: list[str]) -> bool:
+    words = " ".join(arguments).replace("--backend=", "--backend ")
+    return "--backend ort" in words
+
+
+def unpack_model(bundle: Bundle, *, hashes: bool) -> Path:
+    """The model's folder, unpacked and checked."""
+    progress = stderr_progress()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        progress.advance(((done + count) >> 20) - (done >> 20))
+        done += count
+
+    if unpacked(bundle, MODEL) is None:
+        total = sum(record["bytes"] for record in bundle.files(MODEL).values())
+        progress.stage("unpacking the model, once (MB)", total >> 20)
+    folder = ensure(bundle, MODEL, hashes=hashes, advance=advance)
+    progress.done()
+    return folder
+
+
+def build_missing_engines(bundle: Bundle, model: Path) -> bool:
+    """Build engines for the GPU at hand where TensorRT is here and none fit yet; whether there are engines now.
+
+    What fails is told once and not tried again until `build` is asked for: onnxruntime answers meanwhile.
+    """
+    try:
+        library = find_library()
+        cuda = open_cuda()
+    except FastVLMError:
+        return False
+    try:
+        device = cuda.device
+    finally:
+        cuda.close()
+    manifest = read_manifest(model)
+    here = library.name, library.version, device.name, device.compute_capability
+    if any(mismatch(record, manifest, *here) is None for _, record in find_records(model)):
+        return True
+    progress = stderr_progress()
+    failed = model.parent / f"{model.name}.failed"
+    machine = f"{library.name} {library.version}, {device.name}"
+    with contextlib.suppress(OSError, ValueError):
+        last = json.loads(failed.read_text(encoding="utf-8"))
+        if last["machine"] == machine:
+            progress.note(f"no engines: {last['error']}; `{bundle.path} build` tries again")
+            return False
+    if not os.access(model, os.W_OK):
+        progress.note(f"no engines yet, and {model} cannot be written to; run: sudo {bundle.path} prepare")
+        return False
+    from fastvlm_edge.engines.build import build
+
+    try:
+        build(model, progress=progress)
+    except FastVLMError as error:
+        progress.note(f"warning: no engines: {error}")
+        failed.write_text(json.dumps({"machine": machine, "error": str(error)}), encoding="utf-8")
+        return False
+    return True
+
+
+# Own commands -------------------------------------------------------------------------------------------------------------------
+
+
+def _own(bundle: Bundle) -> dict[str, tuple[Callable[[list[str]], None], str]]:
+    return {
+        "prepare": (lambda _: _prepare(bundle), "unpack, compare every hash, build missing engines"),
+        "install": (lambda words: _print(unit.install(bundle.path, _root(words))), "prepare at every boot, by systemd (root)"),
+        "uninstall": (lambda words: _print(unit.uninstall(bundle.path, _root(words))), "take that away again (root)"),
+        "licenses": (lambda words: _print(_licences(bundle, words)), "list the licences of what is inside; PACKAGE prints its text"),
+        "about": (lambda _: _print(_about(bundle)), "print as JSON what is inside and where it is unpacked"),
+    }
+
+
+def _run_own(bundle: Bundle, command: str, arguments: list[str]) -> int:
+    call, summary = _own(bundle)[command]
+    takes = {"install": ("--root", 2), "uninstall": ("--root", 2), "licenses": ("", 1)}.get(command, ("", 0))
+    if arguments in (["-h"], ["--help"]):
+        print(f"{command}{' [--root DIR]' if takes[0] else ' [PACKAGE]' if takes[1] else ''}: {summary}")
+        return 0
+    if len(arguments) not in (0, takes[1]) or (takes[0] and arguments and arguments[0] != takes[0]):
+        print(f"{bundle.path.name}: error: {command} does not take {' '.join(arguments)}; see --help", file=sys.stderr)
+        return 2
+    call(arguments)
+    return 0
+
+
+def _root(words: list[str]) -> Path | None:
+    return Path(words[1]) if words else None
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _prepare(bundle: Bundle) -> None:
+    model = unpack_model(bundle, hashes=True)
+    engines = "engines are built" if build_missing_engines(bundle, model) else "no engines: onnxruntime answers"
+    print(f"{model}: checked, {engines}")
+
+
+def _licences(bundle: Bundle, words: list[str]) -> str:
+    rows = bundle.index["licences"]
+    model = bundle.index["model"]
+    own_files = bundle.index["model_licences"]
+    if not words:
+        lines = [f"{row['name']:18}{row['version']:14}{row['licence']}" for row in rows]
+        said = f"see `licenses model` ({', '.join(own_files)})" if own_files else "not in its folder; ask whoever converted it"
+        return "\n".join([*lines, f"{MODEL:18}{model['precision']:14}{said}; converted from {model['source']}"])
+    runtime = unpacked(bundle, "runtime")
+    assert runtime is not None  # this code runs from it
+    texts: dict[str, list[bytes]] = {row["name"]: [(runtime / name).read_bytes() for name in row["files"]] for row in rows}
+    if own_files:
+        texts[MODEL] = [bundle.open(bundle.files(MODEL)[name]).read() for name in own_files]
+    if not texts.get(words[0]):
+        raise BundleError(f"there is no licence text of {words[0]!r}; there is one of: {', '.join(name for name in texts if texts[name])}")
+    return "\n\n".join(text.decode("utf-8", "replace") for text in texts[words[0]])
+
+
+def _about(bundle: Bundle) -> str:
+    index = {key: value for key, value in bundle.index.items() if key not in ("parts", "licences")}
+    folders = {part: str(unpacked(bundle, part) or state_folder() / bundle.folder(part)) for part in bundle.index["parts"]}
+    return json.dumps({**index, "index_sha256": bundle.index_sha256, "folders": folders}, indent=1)
+
+
+def _help(bundle: Bundle) -> str:
+    index = bundle.index
+    rows = {name: summary for name, summary in cli.COMMANDS.items() if name not in NOT_HERE}
+    rows |= {name: summary for name, (_, summary) in _own(bundle).items()}
+    head = f"{bundle.path.name}: fastvlm-edge {index['toolkit_version']} with {index['model']['name']} ({index['model']['precision']})"
+    return "\n".join(
+        [
+            f"{head} for {index['title']}",
+            f"usage: {bundle.path.name} COMMAND [MODEL] ...; without MODEL, which stands right behind COMMAND, it is the bundled model",
+            *(f"  {name:11}{summary}" for name, summary in rows.items()),
+        ]
+    )

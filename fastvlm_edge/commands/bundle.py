@@ -1,0 +1,64 @@
+"""`fastvlm-edge bundle`: one executable file with the runtime, its packages and a model, for a board without a network (docs/bundle.md)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastvlm_edge.bundling.archive import write_bundle
+from fastvlm_edge.bundling.targets import TARGETS, find_target
+from fastvlm_edge.bundling.wheels import collect_wheels
+from fastvlm_edge.manifest import read_manifest
+from fastvlm_edge.progress import stderr_progress
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Bundle, and print what was made."""
+    options = _parser().parse_args(arguments)
+    target = find_target(options.target, options.python)
+    read_manifest(options.model)  # what is wrong with it is told before anything is fetched
+    progress = stderr_progress()
+    with tempfile.TemporaryDirectory() as scratch:
+        progress.stage("collecting wheels")
+        wheels = collect_wheels(target, options.wheels or Path(scratch))
+        written = write_bundle(options.model, target, wheels, options.output, force=options.force, progress=progress)
+    if options.json:
+        rows = [{"name": wheel.name, "version": wheel.version, "sha256": wheel.sha256} for wheel in written.wheels]
+        figures = {"bytes": written.bytes, "model_bytes": written.model_bytes, "runtime_bytes": written.runtime_bytes}
+        figures["runtime_unpacked_bytes"] = written.unpacked_bytes
+        print(json.dumps({"path": str(written.path), "target": target.name, "python": list(target.python), **figures, "wheels": rows}))
+        return 0
+    python = "{}.{}".format(*target.python)
+    parts = f"runtime {written.runtime_bytes / 1e6:.1f} MB, model {written.model_bytes / 1e6:.1f} MB"
+    print(f"{written.path}: for {target.title}, Python {python}: {written.bytes / 1e6:.1f} MB ({parts})")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastvlm-edge bundle",
+        description="Write one executable file with the runtime, its packages and a model, for a board without a network.",
+        epilog="targets:\n" + "".join(f"  {row.name:10}{row.title}, Python {row.python[0]}.{row.python[1]}\n" for row in TARGETS.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="model directory, made by fastvlm-edge convert")
+    parser.add_argument("-o", "--output", metavar="NAME", type=Path, required=True, help="file to write")
+    parser.add_argument("--target", metavar="NAME", required=True, help="the board; see below")
+    parser.add_argument("--python", metavar="3.X", type=_python, help="of the board, for aarch64 and x86_64; default this one's")
+    parser.add_argument(
+        "--wheels", metavar="DIR", type=Path, help="take the packages from this folder, without a network; an empty one is filled"
+    )
+    parser.add_argument("--force", action="store_true", help="replace NAME where it exists")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+def _python(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)\.(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a version such as 3.12")
+    return int(found.group(1)), int(found.group(2))
