@@ -1,4 +1,4 @@
-"""The tables of README and docs, made from the recorded results: `python benchmarks/tables.py` writes them between their markers."""
+"""The tables of README and docs, made from the recorded results: `python -m benchmarks.tables` writes them between their markers."""
 
 from __future__ import annotations
 
@@ -125,6 +125,23 @@ def quantization() -> str:
     return "\n".join(lines)
 
 
+def plan_error() -> str:
+    """`plan_error.json` as two tables."""
+    document = load("plan_error")
+    rows = ["| | other models, median % | four of five within % | other boards, median % |", "| --- | --- | --- | --- |"]
+    for stage, figures in document["stages"].items():
+        cells = [f"{100 * figures[name]:.0f}" for name in ("median_error", "four_of_five_within", "median_error_by_board")]
+        rows.append(f"| {stage} | {' | '.join(cells)} |")
+    rows += ["", "| | model | board, mode | measured ms | predicted ms | error % |", "| --- | --- | --- | --- | --- | --- |"]
+    parts = [*((stage, figures["rows"]) for stage, figures in document["stages"].items()), ("not fitted", document["contradicting"])]
+    for part, of_part in parts:
+        for row in of_part:
+            what = f"{row.get('stage', '')} {part}".strip() if part == "not fitted" else part
+            times = f"{row['measured_ms']:.1f} | {row['predicted_ms']:.1f} | {100 * row['error']:+.0f}"
+            rows.append(f"| {what} | {row['model']} | {row['board']}, {row['mode']} | {times} |")
+    return "\n".join(rows)
+
+
 TABLES = {
     "speed": speed,
     "llama": llama,
@@ -133,8 +150,9 @@ TABLES = {
     "profiles": profiles,
     "tensorrt_types": tensorrt_types,
     "quantization": quantization,
+    "plan_error": plan_error,
 }
-PAGES = ("README.md", "docs/performance.md", "docs/tensorrt.md", "docs/tensorrt-types.md", "docs/quantization.md")
+PAGES = ("README.md", "docs/performance.md", "docs/tensorrt.md", "docs/tensorrt-types.md", "docs/quantization.md", "docs/plan.md")
 
 
 def filled(text: str) -> str:

@@ -134,7 +134,7 @@ def _write(
     progress: Progress,
 ) -> Manifest:
     """Write graphs, weights and tokenizer into `directory`, check them, and return the manifest, still without hashes."""
-    shape, hidden = source.text, source.text.hidden
+    shape, encoder_shape, hidden = source.text, source.vision, source.text.hidden
     tokens = (image_size // STRIDE) ** 2
     candidates = min(CANDIDATES, shape.vocab)
     manifest = Manifest(
@@ -143,8 +143,28 @@ def _write(
         source=Source(source.location, source.layout, {}),
         precision=plan.name,
         plan={},
-        vision=VisionSpec(image_size, geometry, tokens, hidden),
-        decoder=DecoderSpec(shape.layers, shape.kv_heads, shape.head_dim, hidden, shape.vocab, context, candidates, ""),
+        vision=VisionSpec(
+            image_size,
+            geometry,
+            tokens,
+            hidden,
+            dims=list(encoder_shape.dims),
+            depths=list(encoder_shape.depths),
+            out_dim=encoder_shape.out_dim,
+            se_dim=encoder_shape.se_dim,
+        ),
+        decoder=DecoderSpec(
+            shape.layers,
+            shape.kv_heads,
+            shape.head_dim,
+            hidden,
+            shape.vocab,
+            context,
+            candidates,
+            dtype="",
+            heads=shape.heads,
+            intermediate=shape.intermediate,
+        ),
         text=TextSpec(text.system_prompt, text.stop_ids, text.token_count),
         files={},
     )

@@ -20,6 +20,7 @@ COMMANDS = {
     "build": "build TensorRT engines for a model directory",
     "run": "ask a question about a picture",
     "eval": "count right answers to a file of questions",
+    "plan": "predict memory and speed on a board before anything is built",
     "doctor": "look at this machine and say what is missing",
     "bench": "measure speed, memory and energy on this machine",
     "bundle": "write one file with runtime and model for a board without a network",

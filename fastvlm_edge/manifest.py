@@ -38,6 +38,11 @@ class VisionSpec:
     """`pad` (black square around the picture) or `crop` (centre square)."""
     tokens: int
     hidden: int
+    dims: list[int] = field(default_factory=list)
+    """Channels of every stage; this and what follows is for `plan`, and missing in older manifests."""
+    depths: list[int] = field(default_factory=list)
+    out_dim: int = 0
+    se_dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ class DecoderSpec:
     """Length of top_values and top_ids."""
     dtype: str
     """numpy name of the type of image_features, of the KV cache and of kv_new: `float32`, `float16` or `bfloat16`."""
+    heads: int = 0
+    """This and what follows is for `plan`, and missing in older manifests."""
+    intermediate: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,181 @@
+"""`fastvlm-edge plan`: whether a model fits a board and how fast it will be, before anything is built. Predictions, no measurements."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastvlm_edge.engines.memory import predicted_peak
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.manifest import read_manifest
+from fastvlm_edge.planning.boards import BOARDS, Board, Mode, find_board
+from fastvlm_edge.planning.predict import MEDIAN_ERROR, SPREAD, Prediction, predict
+from fastvlm_edge.planning.recommend import recommend
+from fastvlm_edge.planning.workload import PRECISIONS, SIZES, STRIDE, Shape, shape_of, weight_bytes
+
+DEFAULT_SIZE, DEFAULT_CONTEXT = 1024, 4096
+CONTEXTS = (2048, 1024)
+"""Tried where nothing fits with the model's own."""
+RESOLUTIONS = range(256, 1536 + 1, 128)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the predictions; 1 where nothing fits."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    shape, image_size, context = _subject(options.model)
+    image_size, context = options.image_size or image_size, options.context or context
+    board = find_board(options.target)
+    mode = board.mode(options.power)
+    precisions = [options.precision] if options.precision else [name for name in PRECISIONS if name != "bf16"]  # as fast as fp16
+    smaller = [] if options.context else [positions for positions in CONTEXTS if positions < context]
+    for positions in (context, *smaller):
+        predictions = [predict_one(shape, board, mode, precision, image_size, positions) for precision in precisions]
+        chosen, why = recommend(predictions)
+        if chosen:
+            break
+    if chosen is None and options.precision:
+        others = [predict_one(shape, board, mode, name, image_size, context) for name in PRECISIONS if name != options.precision]
+        instead = recommend(others)[0]
+        if instead:
+            why = f"{options.precision} does not fit; --precision {instead.precision} does, in {instead.run_bytes / 1e9:.1f} GB"
+    if options.plot:
+        draw(shape, chosen.precision if chosen else precisions[-1], options.plot)
+    if options.json:
+        print(json.dumps(_document(shape, board, mode, predictions, chosen, why)))
+    else:
+        print(_table(shape, board, mode, predictions))
+        print(f"take {chosen.precision}, {image_size} px, a context of {chosen.context}: {why}" if chosen else why)
+    return 0 if chosen else 1
+
+
+def predict_one(shape: Shape, board: Board, mode: Mode, precision: str, image_size: int, context: int) -> Prediction:
+    """One row; the build is of the larger of both graphs, by TensorRT proper, as on a Jetson."""
+    build = predicted_peak(int(max(weight_bytes(shape, PRECISIONS[precision], image_size).values())), "tensorrt")
+    return predict(shape, board, mode, precision, image_size, context, build)
+
+
+def _subject(model: str) -> tuple[Shape, int, int]:
+    """The shape, image size and context of a model directory, or of a released size."""
+    if model.lower() in SIZES:
+        return SIZES[model.lower()], DEFAULT_SIZE, DEFAULT_CONTEXT
+    if not Path(model).is_dir():
+        raise FastVLMError(f"{model} is neither a model directory nor one of the released sizes: {', '.join(SIZES)}")
+    manifest = read_manifest(Path(model))
+    return shape_of(manifest), manifest.vision.image_size, manifest.decoder.context
+
+
+def _table(shape: Shape, board: Board, mode: Mode, predictions: list[Prediction]) -> str:
+    head = ("precision", "runs in GB", "builds in GB", "vision ms", "prefill ms", "first token ms", "tokens/s", "J a token")
+    rows = [head]
+    for each in predictions:
+        rows.append(
+            (
+                each.precision,
+                f"{each.run_bytes / 1e9:.1f}{'' if each.runs else ' (too much)'}",
+                f"{each.build_bytes / 1e9:.1f}{'' if each.builds else ' (swap)'}",
+                f"{each.vision_ms:.0f}",
+                f"{each.prefill_ms:.0f}",
+                "{:.0f} ({:.0f} to {:.0f})".format(each.ttft_ms, *each.ttft_range_ms),
+                "{:.0f} ({:.0f} to {:.0f})".format(each.tokens_per_second, *each.tokens_per_second_range),
+                f"{each.joules_per_token:.2f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    first = predictions[0]
+    lines = [
+        f"{shape.name} on {board.title}, {mode.name}: {first.image_size} px, a context of {first.context}, "
+        f"{first.available_bytes / 1e9:.1f} GB of memory. A prediction, not yet run on hardware.",
+        *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
+        "In brackets where four of five models that were not fitted would lie (docs/plan.md).",
+    ]
+    return "\n".join(lines)
+
+
+def _document(shape: Shape, board: Board, mode: Mode, predictions: list[Prediction], chosen: Prediction | None, why: str) -> dict[str, Any]:
+    derived = ("ttft_ms", "runs", "builds")
+    ranges = ("ttft_range_ms", "tokens_per_second_range")
+    rows = [
+        {
+            **asdict(each),
+            **{name: getattr(each, name) for name in derived},
+            **{name: [round(value, 1) for value in getattr(each, name)] for name in ranges},
+        }
+        for each in predictions
+    ]
+    rounded = [{key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+    return {
+        "prediction": True,
+        "model": shape.name,
+        "target": board.name,
+        "power_mode": mode.name,
+        "rows": rounded,
+        "recommended": {name: getattr(chosen, name) for name in ("precision", "image_size", "context")} if chosen else None,
+        "reason": why,
+        "median_error": MEDIAN_ERROR,
+        "spread": SPREAD,
+        "source_of_board": board.source,
+    }
+
+
+def draw(shape: Shape, precision: str, path: Path) -> None:
+    """Time to first token against resolution, a line a board in its fastest mode, to a PNG or SVG file."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise FastVLMError("--plot needs matplotlib; run: pip install 'fastvlm-edge[bench]', or leave --plot out") from None
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for board in BOARDS.values():
+        mode = board.modes[-1]
+        times = [predict_one(shape, board, mode, precision, size, DEFAULT_CONTEXT).ttft_ms for size in RESOLUTIONS]
+        axes.plot(list(RESOLUTIONS), times, marker="o", markersize=3, label=f"{board.title}, {mode.name}")
+    axes.set(xlabel="image size, pixels", ylabel="time to first token, ms", ylim=(0, None), xticks=list(RESOLUTIONS)[::2])
+    axes.set_title(f"FastVLM {shape.name}, {precision}: predicted, not yet run on hardware", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise FastVLMError(f"{path} could not be written ({error}); give a name that ends in .png or .svg") from None
+    finally:
+        plt.close(figure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastvlm-edge plan",
+        description="Predict memory, time to first token, speed and energy of a model on a board, before anything is built (docs/plan.md).",
+        epilog="targets and power modes:\n"
+        + "".join(f"  {board.name:10}{board.title}: {', '.join(mode.name for mode in board.modes)}\n" for board in BOARDS.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help=f"model directory, or a released size: {', '.join(SIZES)}")
+    parser.add_argument("--target", metavar="NAME", required=True, help="the board; see below")
+    parser.add_argument("--power", metavar="MODE", help="power mode; default the fastest")
+    parser.add_argument("--precision", choices=PRECISIONS, help="only this one; default all, with a recommendation")
+    parser.add_argument("--image-size", metavar="PX", type=_size, help=f"multiple of {STRIDE}; default the model's")
+    parser.add_argument("--context", metavar="N", type=_positive, help="positions of a conversation; default the model's")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw time to first token against resolution for the boards (PNG or SVG)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _size(text: str) -> int:
+    value = _positive(text)
+    if value % STRIDE:
+        raise argparse.ArgumentTypeError(f"{value} is no multiple of {STRIDE}")
+    return value
