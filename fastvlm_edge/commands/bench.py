@@ -18,6 +18,7 @@ from fastvlm_edge.bench.processes import CHILD, Measurement
 from fastvlm_edge.bench.record import check_writable, read_json, read_records, write_json
 from fastvlm_edge.bench.table import format_record
 from fastvlm_edge.bench.workload import TEXT_TOKENS, Pictures
+from fastvlm_edge.commands.arguments import at_least, positive
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.progress import Progress, SilentProgress, stderr_progress
 
@@ -148,10 +149,10 @@ def _parser() -> argparse.ArgumentParser:
         "--eval", metavar="FILE", type=Path, action="append", default=[], help="what eval --json printed, for PREFIX-accuracy"
     )
     group = parser.add_argument_group("what is measured")
-    group.add_argument("--processes", metavar="N", type=_positive, default=5, help="each loads the model anew; default %(default)s")
-    group.add_argument("--runs", metavar="N", type=_positive, default=3, help="in each process, after a warm-up; default %(default)s")
+    group.add_argument("--processes", metavar="N", type=positive, default=5, help="each loads the model anew; default %(default)s")
+    group.add_argument("--runs", metavar="N", type=positive, default=3, help="in each process, after a warm-up; default %(default)s")
     group.add_argument("--image", metavar="FILE", help="the photograph; default one of 512 x 341 that comes with the package")
-    group.add_argument("--text-tokens", metavar="N", type=_positive, default=TEXT_TOKENS, help="around the picture; default %(default)s")
+    group.add_argument("--text-tokens", metavar="N", type=positive, default=TEXT_TOKENS, help="around the picture; default %(default)s")
     group.add_argument("--new-tokens", metavar="N", type=_several, default=NEW_TOKENS, help="of a reply; default %(default)s")
     shown = ",".join(map(str, DEPTHS))
     group.add_argument(
@@ -159,25 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("how it runs")
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="default %(default)s")
-    group.add_argument("--threads", metavar="N", type=_positive, help="CPU threads; default all that this process may use")
+    group.add_argument("--threads", metavar="N", type=positive, help="CPU threads; default all that this process may use")
     group.add_argument(CHILD, metavar="JSON", help=argparse.SUPPRESS)
     return parser
 
 
-def _positive(text: str) -> int:
-    return _at_least(text, 1)
-
-
 def _several(text: str) -> int:
-    return _at_least(text, 2)
-
-
-def _at_least(text: str, least: int) -> int:
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} is too small; give at least {least}")
-    return value
+    return at_least(text, 2)
 
 
 def _depths(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
+    return tuple(positive(part) for part in text.split(","))

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastvlm_edge.commands.arguments import positive
 from fastvlm_edge.engine_record import ENGINES, capability
 from fastvlm_edge.engines.build import LAYERS_NAME, Options, build, read_layers
 from fastvlm_edge.engines.engine_cache import default_cache
@@ -74,7 +75,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _mebibytes(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value << 20
+    return positive(text) << 20

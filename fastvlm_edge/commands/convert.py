@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from fastvlm_edge.commands.arguments import multiple_of_64, positive
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.manifest import PRECISIONS, Manifest
 from fastvlm_edge.progress import stderr_progress
@@ -58,26 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or a hub id such as apple/FastVLM-0.5B")
     parser.add_argument("-o", "--output", metavar="MODEL", type=Path, required=True, help="model directory to write")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default %(default)s")
-    parser.add_argument("--image-size", metavar="PX", type=_image_size, help="256 to 1536 in steps of 64; default as trained")
+    parser.add_argument("--image-size", metavar="PX", type=multiple_of_64, help="256 to 1536 in steps of 64; default as trained")
     parser.add_argument("--geometry", choices=_GEOMETRIES, default="pad", help="how a picture becomes a square; default %(default)s")
-    parser.add_argument("--context", metavar="N", type=_positive, help="positions of a conversation; default as trained")
+    parser.add_argument("--context", metavar="N", type=positive, help="positions of a conversation; default as trained")
     parser.add_argument("--calib", metavar="DATA", help="calibrate int8 and int4: a folder of pictures, or questions as `eval` takes them")
     parser.add_argument("--images", metavar="DIR", type=Path, help="where the pictures of DATA are; default beside it")
-    parser.add_argument("--calib-limit", metavar="N", type=_positive, default=128, help="examples that calibrate; default %(default)s")
+    parser.add_argument("--calib-limit", metavar="N", type=positive, default=128, help="examples that calibrate; default %(default)s")
     parser.add_argument("--accuracy-drop", metavar="POINTS", type=float, help="what may be lost, of 100; INT8 as far as that holds")
     parser.add_argument("--force", action="store_true", help="replace MODEL where it exists")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
-
-
-def _image_size(text: str) -> int:
-    value = int(text)
-    if value < 1 or value % 64:  # which of the multiples there may be depends on the checkpoint: `convert` knows
-        raise argparse.ArgumentTypeError(f"{value} is not one of 256, 320, ... 1536")
-    return value

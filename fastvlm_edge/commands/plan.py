@@ -9,13 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fastvlm_edge.commands.arguments import multiple_of_64, positive
 from fastvlm_edge.engines.memory import predicted_peak
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.manifest import read_manifest
 from fastvlm_edge.planning.boards import BOARDS, Board, Mode, find_board
 from fastvlm_edge.planning.predict import MEDIAN_ERROR, SPREAD, Prediction, predict
 from fastvlm_edge.planning.recommend import recommend
-from fastvlm_edge.planning.workload import PRECISIONS, SIZES, STRIDE, Shape, shape_of, weight_bytes
+from fastvlm_edge.planning.workload import PRECISIONS, SIZES, Shape, shape_of, weight_bytes
 
 DEFAULT_SIZE, DEFAULT_CONTEXT = 1024, 4096
 CONTEXTS = (2048, 1024)
@@ -160,22 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", metavar="NAME", required=True, help="the board; see below")
     parser.add_argument("--power", metavar="MODE", help="power mode; default the fastest")
     parser.add_argument("--precision", choices=PRECISIONS, help="only this one; default all, with a recommendation")
-    parser.add_argument("--image-size", metavar="PX", type=_size, help=f"multiple of {STRIDE}; default the model's")
-    parser.add_argument("--context", metavar="N", type=_positive, help="positions of a conversation; default the model's")
+    parser.add_argument("--image-size", metavar="PX", type=multiple_of_64, help="a multiple of 64; default the model's")
+    parser.add_argument("--context", metavar="N", type=positive, help="positions of a conversation; default the model's")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw time to first token against resolution for the boards (PNG or SVG)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
-
-
-def _size(text: str) -> int:
-    value = _positive(text)
-    if value % STRIDE:
-        raise argparse.ArgumentTypeError(f"{value} is no multiple of {STRIDE}")
-    return value

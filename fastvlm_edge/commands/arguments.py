@@ -1,0 +1,30 @@
+"""Numbers on the command line, for the parsers of several commands. Each raises argparse.ArgumentTypeError that names the value."""
+
+from __future__ import annotations
+
+import argparse
+
+STEP = 64
+"""Pixels of a side that become one visual token."""
+
+
+def positive(text: str) -> int:
+    """A number from 1 on."""
+    return at_least(text, 1)
+
+
+def at_least(text: str, least: int) -> int:
+    """A number from `least` on."""
+    value = int(text)
+    if value < least:
+        wanted = "not a positive number" if least == 1 else f"too small; give at least {least}"
+        raise argparse.ArgumentTypeError(f"{value} is {wanted}")
+    return value
+
+
+def multiple_of_64(text: str) -> int:
+    """A multiple of 64; which ones there may be depends on the checkpoint."""
+    value = int(text)
+    if value < 1 or value % STEP:
+        raise argparse.ArgumentTypeError(f"{value} is not one of 256, 320, ... 1536")
+    return value
