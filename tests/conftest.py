@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from fastvlm_edge.tokenizer import TextTokenizer
 from tests.fake_cuda import FakeCuda
 from tests.fake_engine import build_engines, fake_platform
 from tests.fake_model import build_model
+
+# A shell's job in the background ignores it, and so would the processes that the tests of Ctrl-C start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
