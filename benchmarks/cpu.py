@@ -66,11 +66,12 @@ def main() -> int:
 
 
 def where_the_time_goes(work: Path, threads: int) -> dict[str, dict[str, float]]:
-    """Milliseconds by operator of one picture (FP32 encoder), one prefill of 290 and one decoded token (INT4) in onnxruntime's profiler."""
+    """Milliseconds by operator of one picture (FP32 and INT8 encoder), one prefill of 290 and one decoded token (INT4)."""
     from benchmarks.operators import by_operator
 
     return {
         "vision, fp32": by_operator(work / "fp32", "vision", threads),
+        "vision, int4": by_operator(work / "int4", "vision", threads),
         "prefill of 290, int4": by_operator(work / "int4", "prefill", threads),
         "decode at 300, int4": by_operator(work / "int4", "decode", threads),
     }
