@@ -1,6 +1,6 @@
 """Ways of quantising the decoder's weights beside each other: ours, round-to-nearest, AWQ, onnxruntime's and nvidia-modelopt's.
 
-python benchmarks/llm_quantization.py [--count 500] [--libraries PYTHON] [--random CHECKPOINT] [--out FILE]
+python benchmarks/llm_quantization.py [--count 500] [--blocks 32 64 128] [--libraries PYTHON] [--random CHECKPOINT] [--out FILE]
 
 Each way makes a decoder graph from the same graph (INT8 embedding and head, FP32 activations) in a process of its own, and the graph
 answers held-out questions about demo pictures in onnxruntime. `--libraries` is the interpreter of an environment with onnxruntime, onnx_ir
@@ -56,6 +56,7 @@ def main() -> int:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=500, help="demo questions; 0 leaves the demo's figures as they are")
+    parser.add_argument("--blocks", type=int, nargs="+", default=list(BLOCKS), help="of INT4; a choice of them gets a part of its own")
     parser.add_argument("--libraries", type=Path)
     parser.add_argument("--random", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "llm_quantization.json")
@@ -73,8 +74,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.count:
-            figures = measure_demo(folder, options.count, options.libraries)
-            document["demo"] = {"count": options.count, "seed": SEED, "calibration": CALIBRATION, **figures}
+            figures = measure_demo(folder, options.count, options.libraries, options.blocks)
+            part = "demo" if tuple(options.blocks) == BLOCKS else f"demo, blocks of {' and '.join(map(str, options.blocks))}"
+            document[part] = {"count": options.count, "seed": SEED, "calibration": CALIBRATION, **figures}
             options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         if options.random:
             document["random"] = measure_random(folder, options.random)
@@ -580,15 +582,15 @@ def measure_cache(checkpoint: Any, questions: Sequence[Question], expected: Sequ
     return compare([model.logits(question, int8_cache) for question in questions], exact, questions)
 
 
-def measure_demo(folder: Path, count: int, libraries: Path | None) -> dict[str, Any]:
+def measure_demo(folder: Path, count: int, libraries: Path | None, blocks: Sequence[int]) -> dict[str, Any]:
     """Every method on the demo model."""
     from fastvlm_edge.convert.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(str(DEMO))
     questions, talk = demo_questions("heldout", count), demo_questions("calibration", CALIBRATION)
-    cases = [("rtn", 8, 0), ("gptq", 8, 0), *((method, 4, block) for method in OURS for block in BLOCKS)]
+    cases = [("rtn", 8, 0), ("gptq", 8, 0), *((method, 4, block) for method in OURS for block in blocks)]
     if libraries:
-        cases += [(method, 4, block) for method in LIBRARIES for block in BLOCKS]
+        cases += [(method, 4, block) for method in LIBRARIES for block in blocks]
     rows, expected = run_methods(folder, checkpoint, questions, talk, cases, libraries or Path(sys.executable))
     return {"rows": rows, "int8_kv_cache": measure_cache(checkpoint, questions, expected)}
 

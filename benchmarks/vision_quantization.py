@@ -14,7 +14,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,16 @@ def onnxruntime(work: Path) -> dict[str, Any]:
 
 def static(model: Model, size: int, seen: Sequence[Float32], heldout: Sequence[Float32], method: str) -> dict[str, Any]:
     """One run of onnxruntime's quantiser."""
-    import onnxruntime as ort
+    encoder, projector = model
+    began = time.perf_counter()
+    found = [torch.from_numpy(row) for row in static_features(model, size, seen, heldout, method)]
+    with torch.no_grad():
+        expected = [projector(image_tokens(encoder(torch.from_numpy(picture)))) for picture in heldout]
+    return {**losses(found, expected), "seconds": round(time.perf_counter() - began, 1)}
+
+
+def static_features(model: Model, size: int, seen: Sequence[Float32], pictures: Iterable[Float32], method: str) -> list[Float32]:
+    """Image features of `pictures` by the graph that onnxruntime's quantiser makes after `seen`."""
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -153,17 +162,8 @@ def static(model: Model, size: int, seen: Sequence[Float32], heldout: Sequence[F
             item = next(self.items, None)
             return None if item is None else {"pixel_values": item}
 
-    encoder, projector = model
-    hidden = projector[2].out_features
-    assert isinstance(hidden, int)
-    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        weights = WeightsFile(Path(folder) / "vision.weights")
-        write_vision_weights(encoder, projector, precision_plan("fp32"), weights, lambda: None)
-        weights.close()
-        graph = GraphBuilder("vision", weights)
-        build_vision(graph, encoder.config, hidden, size, precision_plan("fp32"))
-        graph.save(Path(folder) / "vision.onnx")
+        write_fp32(model, size, Path(folder))
         quantize_static(
             f"{folder}/vision.onnx",
             f"{folder}/int8.onnx",
@@ -177,13 +177,30 @@ def static(model: Model, size: int, seen: Sequence[Float32], heldout: Sequence[F
             use_external_data_format=True,
             extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
         )
-        settings = ort.SessionOptions()  # onnxruntime 1.31.1 gives the Q that it moves through a Reshape a zero point of the wrong type
-        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = ort.InferenceSession(f"{folder}/int8.onnx", settings, providers=["CPUExecutionProvider"])
-        found = [torch.from_numpy(session.run(None, {"pixel_values": picture})[0]) for picture in heldout]
-    with torch.no_grad():
-        expected = [projector(image_tokens(encoder(torch.from_numpy(picture)))) for picture in heldout]
-    return {**losses(found, expected), "seconds": round(time.perf_counter() - began, 1)}
+        return graph_features(Path(folder) / "int8.onnx", pictures)
+
+
+def write_fp32(model: Model, size: int, folder: Path) -> None:
+    """vision.onnx and vision.weights."""
+    encoder, projector = model
+    hidden = projector[2].out_features
+    assert isinstance(hidden, int)
+    weights = WeightsFile(folder / "vision.weights")
+    write_vision_weights(encoder, projector, precision_plan("fp32"), weights, lambda: None)
+    weights.close()
+    graph = GraphBuilder("vision", weights)
+    build_vision(graph, encoder.config, hidden, size, precision_plan("fp32"))
+    graph.save(folder / "vision.onnx")
+
+
+def graph_features(path: Path, pictures: Iterable[Float32]) -> list[Float32]:
+    """Image features by a graph as it stands: onnxruntime 1.31.1, when it moves a Q through a Reshape, gives it a wrong zero point."""
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    return [session.run(None, {"pixel_values": picture})[0] for picture in pictures]
 
 
 PARTS = {"demo": demo, "random": random, "plan": plan, "onnxruntime": onnxruntime}

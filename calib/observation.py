@@ -1,12 +1,14 @@
 """What calibration sees of the encoder: the rows that enter each layer, and the files that hold what is seen.
 
-Activations go from unit to unit through files, one a picture; ranges and histograms stay in a cache for the next conversion.
+Activations go from unit to unit through files, one a picture; what was made of them stays in a cache for the next conversion.
 """
 
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvlm_edge.calib.encoder_chain import Layer, Ranges, Unit
+from fastvlm_edge.calib.encoder_chain import Decision, Layer, QuantizedLayer, Ranges, Unit
 from fastvlm_edge.calib.observers import Histogram
+
+OPTIONS: tuple[Decision, ...] = ("weights", "w8a8")
+PARTS = tuple(field.name for field in fields(QuantizedLayer))
 
 
 def run_watched(unit: Unit, x: Tensor, look: Callable[[Layer, Tensor], None]) -> Tensor:
@@ -51,7 +56,10 @@ class Activations:
 
 
 class ObservationCache:
-    """Ranges and histograms in one file, for the same weights, pictures and recipe: `key` says which."""
+    """What calibration made of the encoder, in one file: ranges and histograms, integers of every option, damages of the groups.
+
+    `key` says of which weights and pictures, by which recipe. A second run reads it and only searches for the plan.
+    """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, hashlib.sha256(key.encode()).hexdigest()
@@ -61,29 +69,73 @@ class ObservationCache:
                 with np.load(path) as stored:
                     if str(stored["key"]) == self.key:
                         self._arrays = {name: stored[name] for name in stored.files}
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
                 self._arrays = {}  # damaged or of another version: observed again
 
-    def __contains__(self, layer: str) -> bool:
-        return f"{layer}/counts" in self._arrays
+    def knows(self, units: Iterable[Unit]) -> bool:
+        """Whether every layer of the chain is in it."""
+        return bool(self._arrays) and all(f"{layer.name}/counts" in self._arrays for unit in units for layer in unit.layers)
 
-    def read(self, layer: Layer) -> None:
-        """Put what is known of a layer into it."""
+    def read_ranges(self, layer: Layer) -> None:
+        """Put what was observed of a layer's input into it, from before it was equalised."""
         part = {name: self._arrays[f"{layer.name}/{name}"] for name in ("counts", "range", "channels", "seen")}
         layer.histogram = Histogram.from_state(part)
         least, largest, total, square = (torch.from_numpy(row) for row in part["channels"])
         layer.ranges = Ranges(least.float(), largest.float(), total, square, int(part["seen"]))
+        layer.positions = int(self._arrays[f"{layer.name}/positions"])
 
-    def write(self, units: Iterable[Unit]) -> None:
-        """Save what was observed, in place of what the file had."""
+    def read_options(self, layer: Layer) -> None:
+        """Put a layer's options into it, once it is equalised."""
+        layer.clip = float(self._arrays[f"{layer.name}/clip"])
+        if layer.offset is not None:
+            layer.offset = layer.offset - layer.clip
+        for decision in OPTIONS:
+            part = {name: self._arrays.get(f"{layer.name}/{decision}/{name}") for name in PARTS}
+            if part["values"] is None:
+                part["values"] = self._arrays[f"{layer.name}/{OPTIONS[0]}/values"]
+            scale = part.pop("activation_scale")
+            layer.options[decision] = QuantizedLayer(**part, activation_scale=None if scale is None else float(scale))  # type: ignore[arg-type]
+
+    def read_damage(self, units: Iterable[Unit], pictures: int) -> bool:
+        """Put the damages of all groups into them, where they were measured on as many pictures."""
+        if int(self._arrays.get("measured", 0)) != pictures:
+            return False
+        for unit in (unit for unit in units if unit.layers):
+            found = self._arrays[f"{unit.name}/damage"]
+            for decision, (loss, squared) in zip(OPTIONS, found.tolist(), strict=True):
+                unit.loss[decision], unit.squared[decision] = loss, squared
+        return True
+
+    def write_options(self, units: Iterable[Unit]) -> None:
+        """Save what was observed and made of it, in place of what the file had."""
         self._arrays = {"key": np.array(self.key)}
         for layer in (layer for unit in units for layer in unit.layers):
             assert layer.histogram is not None and layer.ranges is not None
             ranges = layer.ranges
             channels = torch.stack([ranges.least.double(), ranges.largest.double(), ranges.total, ranges.square]).numpy()
             state = {**layer.histogram.state(), "channels": channels, "seen": np.array(ranges.count)}
+            state |= {"positions": np.array(layer.positions), "clip": np.array(layer.clip)}
+            for decision in OPTIONS:
+                option = layer.options[decision]
+                shared = decision != OPTIONS[0] and option.values is layer.options[OPTIONS[0]].values
+                values = {name: getattr(option, name) for name in PARTS if not (shared and name == "values")}
+                state |= {f"{decision}/{name}": np.asarray(value) for name, value in values.items() if value is not None}
             self._arrays.update({f"{layer.name}/{name}": value for name, value in state.items()})
+        self._save()
+
+    def write_damage(self, units: Iterable[Unit], pictures: int) -> None:
+        """Save the damages of all groups too."""
+        self._arrays["measured"] = np.array(pictures)
+        for unit in (unit for unit in units if unit.layers):
+            self._arrays[f"{unit.name}/damage"] = np.array([(unit.loss[decision], unit.squared[decision]) for decision in OPTIONS])
+        self._save()
+
+    def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(self.path.name + ".partial.npz")
-        np.savez(partial, **self._arrays)
-        partial.replace(self.path)
+        try:
+            np.savez(partial, **self._arrays)
+            partial.replace(self.path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise

@@ -51,8 +51,9 @@ Float32 = npt.NDArray[np.float32]
 
 MINIMUM = 8
 """Pictures below which ranges say nothing."""
-VISION_PICTURES = 32
-"""Enough for ranges and second moments of the encoder: each has thousands of positions."""
+VISION_PIXELS = 8 << 20
+"""Enough for ranges and second moments of the encoder, whatever the pictures' size: 32 of 512 px, MINIMUM of 1024 px. More of these take
+minutes each and say little: each has thousands of positions."""
 POSITIONS = 40_000
 """Enough positions of conversations for the decoder."""
 DAMAGE = 0.001
@@ -165,8 +166,8 @@ class Quantizer:
             features = _encode(encoder, projector, pictures, progress)
 
             search = VisionSearch(encoder, projector, plan, Recipe(), folder=Path(name), progress=progress)
-            seen = pictures[: min(used, VISION_PICTURES)]
-            search.observe(seen, cache=self._cache(source, manifest, len(seen)))
+            seen = pictures[: min(used, max(MINIMUM, VISION_PIXELS // manifest.vision.image_size**2))]
+            search.observe(seen, cache=self._cache(source, seen, search.key()))
             search.measure(seen[:2])
             conversations = itertools.islice(zip(questions, features, strict=True), used)
             decoder = calibrate_decoder(source, _enough(conversations), plan, progress=progress, directory=folder)
@@ -195,13 +196,12 @@ class Quantizer:
             progress.note(f"skipped {item.id}: {item.reason}")
         return examples, pictures
 
-    def _cache(self, source: Checkpoint, manifest: Manifest, count: int) -> ObservationCache | None:
+    def _cache(self, source: Checkpoint, seen: _Pictures, recipe: str) -> ObservationCache | None:
         if self.options.cache is None:
             return None
         named = [source.location, *(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in source.weights)]
-        data = [self.options.source, str(count), str(manifest.vision.image_size), manifest.vision.geometry]
-        key = hashlib.sha256("\n".join([*named, *data]).encode()).hexdigest()
-        return ObservationCache(self.options.cache / f"vision-{key[:16]}.npz", f"{key} {Recipe().key()}")
+        key = hashlib.sha256("\n".join([*named, seen.digest()]).encode()).hexdigest()
+        return ObservationCache(self.options.cache / f"vision-{key[:16]}.npz", f"{key} {recipe}")
 
     def _choose(
         self,
@@ -252,6 +252,13 @@ class _Pictures(Sequence[Float32]):
         path = self._folder / f"picture-{len(self._names)}.npy"
         np.save(path, np.rint(pixel_values * 255).astype(np.uint8))
         self._names.append(path)
+
+    def digest(self) -> str:
+        """Of all pixels."""
+        total = hashlib.sha256()
+        for name in self._names:
+            total.update(name.read_bytes())
+        return total.hexdigest()
 
     def __len__(self) -> int:
         return len(self._names)

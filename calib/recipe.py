@@ -36,10 +36,6 @@ class Recipe:
     clip_weights: bool = True
     correct_bias: bool = True
 
-    def key(self) -> str:
-        """What decides over the inputs that are observed."""
-        return f"{self.equalize} {self.affine_gain}"
-
 
 def equalize_layer(layer: Layer, recipe: Recipe) -> None:
     """Choose the layer's factors and fold them into its weights and into what makes its input.

@@ -106,7 +106,7 @@ def quantize_vision(
     if not len(pictures):
         raise FastVLMError("calibration needs pictures and there are none; give some with --calib")
     search = VisionSearch(encoder, projector, plan, recipe, folder=folder, progress=progress)
-    search.observe(pictures, cache=None if cache is None else ObservationCache(cache, f"{cache_key} {recipe.key()}"))
+    search.observe(pictures, cache=None if cache is None else ObservationCache(cache, f"{cache_key} {search.key()}"))
     search.measure(pictures[: max(measured, 1)])
     return search.choose(pictures, bound=bound, objective=objective, measured=max(measured, 1))
 
@@ -129,6 +129,7 @@ class VisionSearch:
         self.plan, self.recipe, self.folder = plan, recipe, folder
         self.progress = progress or SilentProgress()
         self.seconds: dict[str, float] = {}
+        self._cache: ObservationCache | None = None
         self._encoder = encoder
 
     def run(self, pixels: Tensor) -> Tensor:
@@ -137,6 +138,10 @@ class VisionSearch:
             pixels = unit.forward(pixels)
         return pixels
 
+    def key(self) -> str:
+        """What decides, beside weights and pictures, over the options: it belongs into the key of a cache."""
+        return f"{self.recipe} {sorted(self.plan.vision.items())}"
+
     def apply(self, result: VisionQuantization) -> None:
         """Let `run` compute as `result` will."""
         for layer in (layer for unit in self.units for layer in unit.layers):
@@ -144,48 +149,62 @@ class VisionSearch:
 
     @torch.no_grad()
     def observe(self, pictures: Sequence[Float32], *, cache: ObservationCache | None = None) -> None:
-        """See each unit's inputs on all pictures, equalise, and prepare both options of every layer."""
+        """See each unit's inputs on all pictures, equalise, prepare both options of every layer; `cache` has them from the last time."""
         began = time.perf_counter()
         self.progress.stage("observe vision", len(self.units))
+        self._cache = cache
+        if cache is not None and cache.knows(self.units):
+            self._recall(cache)
+        else:
+            self._observe(pictures)
+            if cache is not None:
+                cache.write_options(self.units)
+        self.seconds["observe"] = time.perf_counter() - began
+
+    def _recall(self, cache: ObservationCache) -> None:
+        for unit in self.units:
+            for layer in unit.layers:
+                cache.read_ranges(layer)
+            self._equalize(unit)
+            for layer in unit.layers:
+                cache.read_options(layer)
+            self.progress.advance()
+
+    def _observe(self, pictures: Sequence[Float32]) -> None:
         count = len(pictures)
-        hit = cache is not None and all(layer.name in cache for unit in self.units for layer in unit.layers)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="calibration-") as folder:
             between = Activations(Path(folder), "float")
             for index, picture in enumerate(pictures):
                 between[index] = torch.from_numpy(picture)
             for unit in self.units:
                 for layer in unit.layers:
-                    if hit and cache is not None:
-                        cache.read(layer)
-                    else:
-                        layer.ranges, layer.histogram = Ranges.empty(layer.matrix.shape[1]), Histogram()
-                if not hit and unit.layers:
-                    for index in range(count):
-                        run_watched(unit, between[index], lambda layer, rows: layer.ranges.add(rows))  # type: ignore[union-attr]
-                measured = [layer.ranges for layer in unit.layers]
-                for layer in reversed(unit.layers):  # the projection changes the weights of the values before it
-                    equalize_layer(layer, self.recipe)
-                for layer in unit.layers:
-                    layer.keep_full()
+                    layer.ranges, layer.histogram = Ranges.empty(layer.matrix.shape[1]), Histogram()
+                for index in range(count if unit.layers else 0):
+                    run_watched(unit, between[index], lambda layer, rows: layer.ranges.add(rows))  # type: ignore[union-attr]
+                self._equalize(unit)
                 for index in range(count):
-                    between[index] = run_watched(unit, between[index], self._look(index, count, histogram=not hit))
-                for layer, ranges in zip(unit.layers, measured, strict=True):
-                    layer.ranges = ranges
+                    between[index] = run_watched(unit, between[index], self._look(index, count))
+                for layer in unit.layers:
                     quantize_layer(layer, self.recipe, FLOAT_TYPES[self.plan.vision[unit.stage]])
                 self.progress.advance()
-        if cache is not None and not hit:
-            cache.write(self.units)
-        self.seconds["observe"] = time.perf_counter() - began
 
-    def _look(self, index: int, count: int, *, histogram: bool) -> Callable[[Layer, Tensor], None]:
+    def _equalize(self, unit: Unit) -> None:
+        """Leaves the ranges as they were observed."""
+        measured = [layer.ranges for layer in unit.layers]
+        for layer in reversed(unit.layers):  # the projection changes the weights of the values before it
+            equalize_layer(layer, self.recipe)
+        for layer, ranges in zip(unit.layers, measured, strict=True):
+            layer.keep_full()
+            layer.ranges = ranges
+
+    def _look(self, index: int, count: int) -> Callable[[Layer, Tensor], None]:
         generator = torch.Generator().manual_seed(index)
 
         def look(layer: Layer, rows: Tensor) -> None:
             assert layer.histogram is not None
             layer.positions = rows.shape[0]
-            if histogram:
-                moved = rows if layer.factor is None or layer.offset is None else rows * layer.factor + layer.offset
-                layer.histogram.add(moved.numpy())
+            moved = rows if layer.factor is None or layer.offset is None else rows * layer.factor + layer.offset
+            layer.histogram.add(moved.numpy())
             share = max(SAMPLES // count, 1)
             chosen = rows if len(rows) <= share else rows[torch.randperm(len(rows), generator=generator)[:share]]
             layer.samples.append(chosen.clone())
@@ -200,6 +219,8 @@ class VisionSearch:
         """
         began = time.perf_counter()
         self.progress.stage("measure vision", len(self.units) * len(pictures))
+        if self._cache is not None and self._cache.read_damage(self.units, len(pictures)):
+            return
         for unit in self.units:
             unit.use("wide")
             unit.loss, unit.squared = {"wide": 0.0}, {"wide": 0.0}
@@ -223,6 +244,8 @@ class VisionSearch:
                         part["weights"] = part.get("weights", 0.0) + weights / len(pictures)
                 x = y
                 self.progress.advance()
+        if self._cache is not None:
+            self._cache.write_damage(self.units, len(pictures))
         self.seconds["measure"] = time.perf_counter() - began
 
     @torch.no_grad()

@@ -161,6 +161,17 @@ def test_the_command_passes_everything_on(tmp_path, monkeypatch):
     assert options.cache == tmp_path / "cache" / "calibration"
 
 
+def test_the_cache_knows_pictures_by_their_pixels_not_by_where_they_lie(tmp_path):
+    digests = []
+    for seed, folder in enumerate("aba"):
+        (tmp_path / f"{seed}").mkdir()
+        pictures = module._Pictures(tmp_path / f"{seed}")
+        pictures.add(np.full((1, 3, 8, 8), {"a": 0.25, "b": 0.5}[folder], np.float32))
+        pictures.add(np.zeros((1, 3, 8, 8), np.float32))
+        digests.append(pictures.digest())
+    assert digests[0] == digests[2] != digests[1]
+
+
 # The judge ----------------------------------------------------------------------------------------------------------------------
 
 

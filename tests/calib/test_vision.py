@@ -1,5 +1,6 @@
 """W8A8 of the encoder: every technique does what it is for, the graph is the simulation, and the plan keeps its bound."""
 
+import dataclasses
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.vision_quantization import add_heavy_tails
+from fastvlm_edge.calib import vision
 from fastvlm_edge.calib.observers import OBSERVERS, Histogram
 from fastvlm_edge.calib.recipe import Recipe
 from fastvlm_edge.calib.rounding import fake_quantize, round_to_data, round_to_nearest
@@ -206,10 +208,14 @@ def test_a_known_observation_is_not_made_again(heavy, images, tmp_path, monkeypa
 
     first = run("weights and pictures")
     monkeypatch.setattr(Histogram, "add", lambda *_: pytest.fail("observed again"))
+    monkeypatch.setattr(vision, "quantize_layer", lambda *_: pytest.fail("rounded again"))
+    monkeypatch.setattr(vision, "squared_error", lambda *_: pytest.fail("measured again"))
     second = run("weights and pictures")
     assert first.activation_scales == second.activation_scales and first.loss == second.loss
+    assert first.predicted_loss == second.predicted_loss and first.records == second.records
     for name, layer in first.layers.items():
-        np.testing.assert_array_equal(layer.values, second.layers[name].values)
+        for field in dataclasses.fields(layer):
+            np.testing.assert_array_equal(getattr(layer, field.name), getattr(second.layers[name], field.name))
     with pytest.raises(pytest.fail.Exception, match="observed again"):
         run("other pictures")
     monkeypatch.undo()
