@@ -1,0 +1,131 @@
+"""The demo's encoder as libraries quantise it, on the held-out questions: exact match by kind, beside ours.
+
+python -m benchmarks.vision_libraries [--count 2000] [--modelopt PYTHON] [--out benchmarks/results/vision_libraries.json]
+
+INT8 weights a channel and INT8 activations a tensor; the decoder is FP32, so that the encoder alone is judged. The pictures that calibrate
+are the same for all. `--modelopt` is the interpreter of an environment with nvidia-modelopt[onnx].
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import machine
+from benchmarks.quantization_choice import (
+    CALIBRATION_SEED,
+    DEMO,
+    MEASURED,
+    Float32,
+    asked,
+    calibration_pictures,
+    demo_scenes,
+    encode,
+    judge,
+)
+from benchmarks.vision_quantization import Model, graph_features, static_features, write_fp32
+from fastvlm_edge.calib.judge import score
+from fastvlm_edge.calib.quantizer import DAMAGE
+from fastvlm_edge.calib.vision import VisionSearch, squared_error
+from fastvlm_edge.convert.checkpoint import load_projector, load_vision, open_checkpoint
+from fastvlm_edge.convert.precision import precision_plan
+
+PICTURES = 128
+MODELOPT = """
+import sys, numpy
+from modelopt.onnx.quantization import quantize
+folder, method = sys.argv[1:]
+quantize(folder + "/vision.onnx", quantize_mode="int8", calibration_data=numpy.load(folder + "/seen.npy"), calibration_method=method,
+         calibration_eps=["cpu"], output_path=folder + "/int8.onnx", high_precision_dtype="fp32")
+"""
+
+
+def main() -> int:
+    """Quantise, ask, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--modelopt", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vision_libraries.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # layers this small only lose time to more
+    checkpoint = open_checkpoint(str(DEMO))
+    size = checkpoint.image_size
+    model = load_vision(checkpoint), load_projector(checkpoint)
+    make_scene = demo_scenes().make_scene
+    pixels, questions, kinds = asked(make_scene("heldout", CALIBRATION_SEED, index, size=size) for index in range(options.count))
+    seen = calibration_pictures(PICTURES, size)
+    search = VisionSearch(*model, precision_plan("int8"))
+    expected = encode(search, pixels)
+    before = score(checkpoint, questions, list(expected), lambda: None)
+
+    def pictures() -> Iterator[Float32]:
+        for picture in pixels:
+            yield np.ascontiguousarray(picture.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255))
+
+    def ours() -> Float32:
+        search.observe(seen)
+        search.measure(seen[:MEASURED])
+        search.apply(search.choose(seen, bound=DAMAGE, measured=MEASURED))
+        return encode(search, pixels)
+
+    ways: dict[str, Callable[[], Float32]] = {"ours": ours}
+    for method in ("MinMax", "Entropy", "Percentile"):
+        ways[f"onnxruntime, {method}"] = lambda method=method: np.concatenate(  # type: ignore[misc]
+            static_features(model, size, seen, pictures(), method)
+        )
+    for method in ("max", "entropy") if options.modelopt else ():
+        ways[f"modelopt, {method}"] = lambda method=method: np.concatenate(  # type: ignore[misc]
+            modelopt_features(model, size, seen, pictures(), method, options.modelopt)
+        )
+    document: dict[str, Any] = {
+        "what": __doc__.split("\n\n")[2].replace("\n", " ").strip(),
+        "data": f"demo:heldout:{options.count}",
+        "calibration": f"demo:calibration:{PICTURES}",
+        "machine": machine.describe(),
+        "results": {},
+    }
+    for name, way in ways.items():
+        try:
+            found = way()
+        except Exception as error:  # a library's failure is a finding
+            document["results"][name] = {"failed": (str(error).strip().splitlines() or [repr(error)])[-1][:300]}
+            print(name, document["results"][name], flush=True)
+            continue
+        after = score(checkpoint, questions, list(found), lambda: None)
+        figures = judge(questions, kinds, before, after)
+        points = {kind: 100 * row["lost"] / kinds.count(kind) for kind, row in figures["by_kind"].items()}
+        document["results"][name] = {
+            "exact_match": round(sum(row["right_in_fp32"] - row["lost"] for row in figures["by_kind"].values()) / len(questions), 4),
+            "worst_kind_loses_points": round(max(points.values()), 2),
+            "relative_error": float(f"{squared_error(torch.from_numpy(found), torch.from_numpy(expected)) ** 0.5:.3g}"),
+            **figures,
+        }
+        print(name, json.dumps({key: value for key, value in document["results"][name].items() if key != "by_kind"}), flush=True)
+        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def modelopt_features(
+    model: Model, size: int, seen: list[Float32], pictures: Iterator[Float32], method: str, python: Path
+) -> list[Float32]:
+    """Image features by the graph that nvidia-modelopt's PTQ makes, in its own environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_fp32(model, size, Path(folder))
+        np.save(Path(folder) / "seen.npy", np.concatenate(seen))
+        result = subprocess.run([str(python), "-c", MODELOPT, folder, method], capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise RuntimeError(result.stderr)
+        return graph_features(Path(folder) / "int8.onnx", pictures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
