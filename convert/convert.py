@@ -20,7 +20,7 @@ from fastvlm_edge.convert.decoder import CANDIDATES, build_decoder
 from fastvlm_edge.convert.decoder_weights import write_decoder_weights
 from fastvlm_edge.convert.fastvithd import STRIDE, FastViTHD
 from fastvlm_edge.convert.graph import GraphBuilder, WeightsFile
-from fastvlm_edge.convert.parity import check_parity, converse, encode, probe_activations
+from fastvlm_edge.convert.parity import check_parity, converse, encode, files_under_way, probe_activations
 from fastvlm_edge.convert.precision import FLOAT_TYPES, NUMPY_NAMES, PrecisionPlan, WeightType, fit, on_cpu, precision_plan
 from fastvlm_edge.convert.text import TextAssets, read_text
 from fastvlm_edge.convert.vision import build_vision
@@ -228,8 +228,7 @@ def _write(
             manifest = replace(manifest, activations={**activations, "int8_on_cpu": chosen.describe()})
 
         progress.stage("verify", len(pictures) + 1)
-        written = {path.name: FileRecord("", path.stat().st_size) for path in directory.iterdir() if path.is_file()}
-        manifest = replace(manifest, files=written)
+        manifest = replace(manifest, files=files_under_way(directory))
         figures = check_parity(directory, manifest, pictures, features, conversation, progress.advance, activations=calibrated is not None)
         manifest = replace(manifest, parity=figures)
         if calibrated is not None:

@@ -150,10 +150,14 @@ def check_parity(
     return figures
 
 
+def files_under_way(directory: Path) -> dict[str, FileRecord]:
+    """What a directory that is being written has so far, for a manifest; without hashes."""
+    return {path.name: FileRecord("", path.stat().st_size) for path in directory.iterdir() if path.is_file()}
+
+
 def encode(directory: Path, manifest: Manifest, pictures: Sequence[Float32]) -> list[Float32]:
     """The image features [tokens, hidden] that the encoder of a directory under way gives for each picture, on the CPU."""
-    found = {path.name: FileRecord("", path.stat().st_size) for path in directory.iterdir() if path.is_file()}
-    vision = OrtVision(on_device(directory, replace(manifest, files=found)))
+    vision = OrtVision(on_device(directory, replace(manifest, files=files_under_way(directory))))
     return [vision.encode(picture).numpy() for picture in pictures]
 
 

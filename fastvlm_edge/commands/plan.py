@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fastvlm_edge.bench.plot import check_matplotlib
 from fastvlm_edge.commands.arguments import multiple_of_64, positive
 from fastvlm_edge.engines.memory import predicted_peak
 from fastvlm_edge.errors import FastVLMError
@@ -125,10 +126,9 @@ def _document(shape: Shape, board: Board, mode: Mode, predictions: list[Predicti
 
 def draw(shape: Shape, precision: str, path: Path) -> None:
     """Time to first token against resolution, a line a board in its fastest mode, to a PNG or SVG file."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise FastVLMError("--plot needs matplotlib; run: pip install 'fastvlm-edge[bench]', or leave --plot out") from None
+    check_matplotlib()
+    import matplotlib
+
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
