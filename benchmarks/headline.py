@@ -1,6 +1,6 @@
 """The paper's headline on one machine: FastVLM-0.5B at 1024 px against LLaVA-OneVision-0.5B at 1152 px, and a sweep of resolutions.
 
-    python -m benchmarks.headline [--rounds 5] [--threads 2] [--out FILE] [--plot PREFIX]
+    python -m benchmarks.headline [--rounds 5] [--threads 2] [--out FILE] [--plot PREFIX] [--sweep]
 
 Time to first token of the toolkit (INT4) and of transformers' own FastVLM (BF16), against LLaVA-OneVision in transformers (BF16); random
 weights, 34 tokens of text, each contender a process of its own in every round. Then the toolkit's INT4 model at 256 to 1536 px. The record
@@ -62,6 +62,7 @@ def main() -> int:
     parser.add_argument("--envs", type=Path, default=ROOT / "build" / "peers")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--plot", type=Path, help="write PREFIX.png and PREFIX.svg")
+    parser.add_argument("--sweep", action="store_true", help="measure the resolutions alone, and keep the record's first part")
     options = parser.parse_args()
     if options.work is None:
         options.work = ROOT / "build" / ("bench" if options.size == "0.5b" else f"bench-{options.size}")
@@ -77,8 +78,11 @@ def main() -> int:
         "runs": options.runs,
         "paper": PAPER,
     }
-    document["headline"] = headline(options)
-    write_json(options.out, document)
+    if options.sweep:
+        document = json.loads(options.out.read_text(encoding="utf-8")) | {"sweep_machine": document["machine"]}
+    else:
+        document["headline"] = headline(options)
+        write_json(options.out, document)
     document["resolutions"] = resolutions(options)
     document["state"] = {"before": before, "after": read_state()}
     write_json(options.out, document)

@@ -93,7 +93,6 @@ WAYS = {
     "fp32": ("float", 0, "1"),
     "int8 weights, float activations": ("int8", 0, "1"),
     "int8 weights, accuracy level 4": ("int8", 0, "4"),
-    "int8 in blocks of 128, accuracy level 4": ("int8", 128, "4"),
     "int4 in blocks of 128, float activations": ("int4", 128, "1"),
     "int4 in blocks of 128, accuracy level 4": ("int4", 128, "4"),
     "int8 weights, DynamicQuantizeLinear": ("dynamic", 0, "1"),
@@ -114,6 +113,7 @@ def open_product(way: str, inputs: int, outputs: int) -> tuple[Any, str]:
     options.intra_op_num_threads = 1
     options.log_severity_level = 3  # it warns of a model that only this machine could load
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+    options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")  # for scales a channel, as the runtime has it
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = f"{folder}/optimized.onnx"

@@ -18,36 +18,90 @@ def load(name: str) -> dict[str, Any]:
     return document
 
 
-def speed() -> str:
-    """`cpu.json` as a table of medians."""
-    document = load("cpu")
-    machine = document["machine"]
+def peers() -> str:
+    """`peers.json` as a table of medians: whole pipelines, then LLMs alone, then encoders alone."""
+    document = load("peers")
+    machine, limits = document["machine"], document["limits"]
+    fields = ("ttft_ms", "vision_ms", "prefill_ms", "decode_tokens_per_second", "peak_memory_mib", "load_ms")
     lines = [
-        f"{machine['cpu']}, {document['threads']} threads, {machine['date']}, onnxruntime {machine['versions']['onnxruntime']}, "
-        f"torch {machine['versions']['torch']}, transformers {machine['versions']['transformers']}:",
+        f"{machine['cpu']}, {document['threads']} threads, {machine['date']}; limits measured: {limits['matmul_gflops']:.0f} GFLOP/s in "
+        f"FP32 products, {limits['read_gb_per_second']:.0f} GB/s read; {document['rounds']} processes of {document['runs']} runs each:",
         "",
-        "| | first token ms | preprocess | vision | prefill | decode tokens/s | peak MiB | load ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | first token ms | vision ms | prefill ms | decode tokens/s | peak MiB | load ms |",
+        "| --- " * (len(fields) + 1) + "|",
     ]
-    fields = ("ttft_ms", "preprocess_ms", "vision_ms", "prefill_ms", "decode_tokens_per_second", "peak_memory_mib", "load_ms")
-    for name, figures in document["results"].items():
-        cells = [figures[field]["median"] for field in fields]
-        lines.append(
-            f"| {name.replace(':', ' ')} | " + " | ".join(f"{cell:.0f}" if cell >= 100 else f"{cell:.1f}" for cell in cells) + " |"
-        )
+    for part, title in (("all", "picture to text"), ("llm", "LLM alone, 290 positions of text"), ("vision", "encoder alone")):
+        lines.append(f"| **{title}** |" + " |" * len(fields))
+        for name, record in document["results"].items():
+            if record["part"] == part:
+                cells = [rounded(record[field]["median"]) if field in record else "" for field in fields]
+                lines.append(f"| {contender(name, record)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def llama() -> str:
-    """`llama_cpp.json` as a sentence."""
-    results = load("llama_cpp")["results"]
-    ours, theirs = results["fastvlm-edge"], results["llama.cpp"]
-    decode, prefill = "decode_tokens_per_second", "prefill_ms"
-    return (
-        f"decode {ours[decode]['median']} tokens/s ({ours[decode]['min']} to {ours[decode]['max']}) against {theirs[decode]['median']} "
-        f"({theirs[decode]['min']} to {theirs[decode]['max']}),\nprefill of 290 tokens {ours[prefill]['median']} ms against "
-        f"{theirs[prefill]['median']}."
-    )
+PACKAGES = {
+    "transformers": "transformers",
+    "optimum-onnx": "optimum-onnx",
+    "onnxruntime-genai": "onnxruntime-genai",
+    "llama.cpp": "llama-cpp-python",
+    "openvino": "openvino",
+}
+"""Peer -> the package whose version is shown."""
+
+
+def contender(name: str, record: dict[str, Any]) -> str:
+    """`llama.cpp q4_0 (llama-cpp-python 0.3.36)`"""
+    peer, _, variant = name.partition(":")
+    package = PACKAGES.get(peer)
+    version = f" ({'' if package == peer else package + ' '}{record['versions'][package]})" if package else ""
+    return f"{peer} {variant.removesuffix('-llm')}{version}"
+
+
+def rounded(value: float) -> str:
+    """Three digits are what such a measurement bears."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def headline() -> str:
+    """The first part of `headline.json`: times to first token, ours beside the paper's."""
+    document = load("headline")
+    found, paper, machine = document["headline"], document["paper"], document["machine"]
+    lines = [
+        f"{machine['cpu']}, {document['threads']} threads, {machine['date']}, transformers {machine['versions']['transformers']}; "
+        "medians, and the paper's own on an Apple M1 Max:",
+        "",
+        "| | first token ms | vision ms | prefill ms | LLaVA-OneVision takes |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, result in found["results"].items():
+        cells = [rounded(result[field]["median"]) for field in ("ttft_ms", "vision_ms", "prefill_ms")]
+        ratio = found["ttft_ratio"].get(name)
+        lines.append(f"| {name} | {' | '.join(cells)} | {f'{ratio:.1f} times as long' if ratio else ''} |")
+    for name, total in paper["ttft_ms"].items():
+        parts = paper["parts_ms"][name]
+        ratio = f"{paper['ttft_ratio']} times as long" if name.startswith("FastVLM") else ""
+        lines.append(f"| paper: {name} | {total} | {rounded(parts['vision'])} | {rounded(parts['prefill'])} | {ratio} |")
+    large, small = (found["encoder_parameters"][name] / 1e6 for name in ("SigLIP", "FastViTHD"))
+    lines += [
+        "",
+        f"Encoders: {large:.0f} M against {small:.0f} M parameters, {found['encoder_ratio']} times (paper: {paper['encoder_ratio']}).",
+    ]
+    return "\n".join(lines)
+
+
+def resolutions() -> str:
+    """The second part of `headline.json`: the sweep."""
+    document = load("headline")
+    lines = [
+        "| pixels | visual tokens | first token ms | preprocess | vision | prefill | paper's vision ms |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for record in document["resolutions"]:
+        size = record["model"]["image_size"]
+        cells = [rounded(record[field]["median"]) for field in ("ttft_cold_ms", "preprocess_ms", "vision_ms", "prefill_ms")]
+        theirs = document["paper"]["vision_ms_by_resolution"].get(str(size), "")
+        lines.append(f"| {size} | {record['model']['visual_tokens']} | {' | '.join(cells)} | {theirs} |")
+    return "\n".join(lines)
 
 
 def accuracy() -> str:
@@ -125,6 +179,23 @@ def quantization() -> str:
     return "\n".join(lines)
 
 
+def prefill_w8a8() -> str:
+    """Times of `prefill_w8a8.json` as a table."""
+    many, one = load("prefill_w8a8")["time"]["sum_of_least_ms"].values()
+    lines = ["| | 290 rows, ms | 1 row, ms |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {way} | {many[way]:.0f} | {one[way]:.1f} |" for way in many)])
+
+
+def pages() -> str:
+    """`pages.json` as a table of medians."""
+    results = load("pages")["results"]
+    lines = ["| | load ms | vision ms | prefill ms | decode tokens/s | peak MiB |", "| --- | --- | --- | --- | --- | --- |"]
+    for way, found in results.items():
+        fields = ("load_ms", "vision_ms", "prefill_ms", "decode_tokens_per_second", "peak_memory_mib")
+        lines.append(f"| {way} | " + " | ".join(rounded(found[field]["median"]) for field in fields) + " |")
+    return "\n".join(lines)
+
+
 def plan_error() -> str:
     """`plan_error.json` as two tables."""
     document = load("plan_error")
@@ -143,14 +214,17 @@ def plan_error() -> str:
 
 
 TABLES = {
-    "speed": speed,
-    "llama": llama,
+    "peers": peers,
+    "headline": headline,
+    "resolutions": resolutions,
     "accuracy": accuracy,
     "where": where,
     "profiles": profiles,
     "tensorrt_types": tensorrt_types,
     "quantization": quantization,
     "plan_error": plan_error,
+    "prefill_w8a8": prefill_w8a8,
+    "pages": pages,
 }
 PAGES = ("README.md", "docs/performance.md", "docs/tensorrt.md", "docs/tensorrt-types.md", "docs/quantization.md", "docs/plan.md")
 

@@ -1,5 +1,7 @@
 """The figures of README and docs are those of the recorded results."""
 
+import re
+
 from benchmarks.tables import PAGES, ROOT, TABLES, filled
 
 
@@ -7,3 +9,15 @@ def test_the_tables_of_the_pages_are_the_recorded_ones():
     texts = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
     assert [filled(text) for text in texts] == texts
     assert all(any(f"<!-- {name} -->" in text for text in texts) for name in TABLES)
+
+
+MEASURED = re.compile(r"\d[\d.,]*\s*(%|(ms|s|seconds?|tokens/s|tokens a second|MiB|GiB|MB|GB/s|percent|times|W|J|joules?|points)\b)")
+
+
+def test_every_figure_of_the_readme_stands_in_a_table_of_recorded_ones():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = re.findall(r"<!-- (\w+) -->", text)
+    assert {"peers", "headline", "accuracy"} <= set(names) <= set(TABLES)
+    prose = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
+    assert not [found.group() for found in MEASURED.finditer(prose)]
+    assert all(MEASURED.search(claim) for claim in ("it takes 3.5 s", "12 % less", "2.1 times as fast", "630 MiB"))
