@@ -186,6 +186,37 @@ def prefill_w8a8() -> str:
     return "\n".join([*lines, *(f"| {way} | {many[way]:.0f} | {one[way]:.1f} |" for way in many)])
 
 
+def vision_libraries() -> str:
+    """`vision_libraries.json` as a table: one row a way to quantise the encoder."""
+    lines = ["| | exact match % | worst kind loses, points | error of the features | ids that agree % |", "| --- | --- | --- | --- | --- |"]
+    for name, row in load("vision_libraries")["results"].items():
+        if "failed" in row:
+            lines.append(f"| {name} | fails | | | |")
+            continue
+        cells = [f"{100 * row['exact_match']:.2f}", f"{row['worst_kind_loses_points']:.1f}", f"{row['relative_error']:.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {100 * row['ids_agree']:.2f} |")
+    return "\n".join(lines)
+
+
+def llm_libraries() -> str:
+    """INT8, and INT4 in blocks of 128, of `llm_quantization.json` as a table."""
+    part = load("llm_quantization")["demo, blocks of 128"]
+    lines = [
+        f"Decoder alone, features in FP32, {part['count']:,} held-out questions:",
+        "",
+        "| | KL, 1e-6 nats a token | 99th percentile | agreement % | exact match % |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in part["rows"]:
+        if "failed" in row:
+            lines.append(f"| {row['method']} | fails | | | |")
+            continue
+        cells = [f"{1e3 * row['kl_1e-3']:.1f}", f"{1e3 * row['kl_1e-3_p99']:.0f}", f"{100 * row['agreement']:.2f}"]
+        kind = f", INT{row['bits']}" if row.get("bits") else ""
+        lines.append(f"| {row['method']}{kind} | {' | '.join(cells)} | {100 * row['exact_match']['all']:.2f} |")
+    return "\n".join(lines)
+
+
 def pages() -> str:
     """`pages.json` as a table of medians."""
     results = load("pages")["results"]
@@ -225,6 +256,8 @@ TABLES = {
     "plan_error": plan_error,
     "prefill_w8a8": prefill_w8a8,
     "pages": pages,
+    "vision_libraries": vision_libraries,
+    "llm_libraries": llm_libraries,
 }
 PAGES = ("README.md", "docs/performance.md", "docs/tensorrt.md", "docs/tensorrt-types.md", "docs/quantization.md", "docs/plan.md")
 
