@@ -69,19 +69,20 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     before = read_state()
     prepare(options.work, options.size, stderr_progress())
-    document: dict[str, Any] = {
-        "what": f"FastVLM-{options.size} against LLaVA-OneVision of the same LLM size, random weights, 34 tokens of text, first token",
-        "machine": machine.describe(),
-        "limits": machine.limits(options.threads),
-        "threads": options.threads,
-        "rounds": options.rounds,
-        "runs": options.runs,
-        "paper": PAPER,
-    }
+    document: dict[str, Any]
     if options.sweep:
-        document = json.loads(options.out.read_text(encoding="utf-8")) | {"sweep_machine": document["machine"]}
+        document = json.loads(options.out.read_text(encoding="utf-8")) | {"sweep_machine": machine.describe()}
     else:
-        document["headline"] = headline(options)
+        document = {
+            "what": f"FastVLM-{options.size} against LLaVA-OneVision of the same LLM size, random weights, 34 tokens of text, first token",
+            "machine": machine.describe(),
+            "limits": machine.limits(options.threads),
+            "threads": options.threads,
+            "rounds": options.rounds,
+            "runs": options.runs,
+            "paper": PAPER,
+            "headline": headline(options),
+        }
         write_json(options.out, document)
     document["resolutions"] = resolutions(options)
     document["state"] = {"before": before, "after": read_state()}

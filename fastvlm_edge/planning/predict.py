@@ -95,7 +95,7 @@ def predict(shape: Shape, board: Board, mode: Mode, precision: str, image_size: 
     vision_ms = VISION.milliseconds(2 * (vision.dense + vision.grouped) / rate * 1e3) + moving
     prefill = PREFILL_ON_THOR if board.name == THOR else PREFILL
     prefill_ms = prefill.milliseconds(2 * prefill_macs(text, positions) / rate * 1e3)
-    decode_ms = DECODE.milliseconds(decode_bytes(text, weights, positions + REPLY) / mode.bandwidth * 1e3)
+    decode_ms = DECODE.milliseconds(decode_bytes(text, weights.body, weights.head, positions + REPLY) / mode.bandwidth * 1e3)
     stored = sum(weight_bytes(shape, weights, image_size).values())
     run = stored + text.cache_bytes(context) + activation_bytes(shape, image_size) + RUNTIME_BYTES
     return Prediction(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastvlm_edge.planning.workload import FP16, INT4, TextShape, prefill_macs
+from fastvlm_edge.planning.workload import FP16, INT4, TextShape, decode_bytes, prefill_macs
 
 EDGE_LLM = "TensorRT-Edge-LLM 0.9.0, docs/source/user_guide/performance/performance-benchmarks.md: JetPack 7.2, INT4 weights, FP16 head"
 EDGE_LLM_4 = "TensorRT-Edge-LLM 0.4.0, the same page: Thor, INT4 AWQ, batch 1"
@@ -55,8 +55,7 @@ class Row:
 def _decode(
     model: str, board: str, mode: str, tokens_per_second: float, body: float, head: float, source: str, positions: int = 300
 ) -> Row:
-    text = MODELS[model]
-    work = text.body * body + text.head * head + text.cache_bytes(positions)
+    work = decode_bytes(MODELS[model], body, head, positions)
     return Row("decode", model, board, mode, work, 1e3 / tokens_per_second, source)
 
 

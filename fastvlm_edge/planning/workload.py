@@ -178,9 +178,9 @@ def prefill_macs(text: TextShape, positions: int) -> int:
     return text.body * positions + 2 * text.layers * text.heads * text.head_dim * positions**2 + text.head
 
 
-def decode_bytes(text: TextShape, weights: Weights, positions: int) -> float:
-    """Bytes that one decoded token reads: body, head and the cache."""
-    return text.body * weights.body + text.head * weights.head + text.cache_bytes(positions)
+def decode_bytes(text: TextShape, body: float, head: float, positions: int) -> float:
+    """Bytes that one decoded token reads: body and head, of so many bytes a weight, and the cache."""
+    return text.body * body + text.head * head + text.cache_bytes(positions)
 
 
 def weight_bytes(shape: Shape, weights: Weights, image_size: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ from fastvlm_edge.planning.boards import BOARDS, find_board
 from fastvlm_edge.planning.fit import Efficiency, fit, hold_out, ideal_ms, median_error, rows_of, runtime_bytes, spread
 from fastvlm_edge.planning.published import MODELS, ROWS, Row, Stage
 from fastvlm_edge.planning.recommend import recommend
-from fastvlm_edge.planning.workload import PRECISIONS, SIZES, VisionShape, decode_bytes, prefill_macs, vision_work
+from fastvlm_edge.planning.workload import FP16, INT4, INT8, SIZES, VisionShape, decode_bytes, prefill_macs, vision_work
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "plan_error.json"
 
@@ -52,8 +52,8 @@ def test_matrices_of_the_released_decoders() -> None:
 def test_bytes_of_a_token_and_products_of_a_prompt() -> None:
     text = SIZES["0.5b"].text
     assert text.cache_bytes(1) == 12_288
-    assert decode_bytes(text, PRECISIONS["fp16"], 0) == 2 * (text.body + text.head)
-    assert decode_bytes(text, PRECISIONS["int4"], 100) == text.body * (0.5 + 2 / 128) + text.head + 100 * 12_288
+    assert decode_bytes(text, FP16, FP16, 0) == 2 * (text.body + text.head)
+    assert decode_bytes(text, INT4, INT8, 100) == text.body * (0.5 + 2 / 128) + text.head + 100 * 12_288
     assert prefill_macs(text, 290) - prefill_macs(text, 0) == 290 * text.body + 2 * 24 * 896 * 290**2
 
 
@@ -122,7 +122,7 @@ def test_predictions_follow_from_work_and_board() -> None:
     slow, fast = (predict_one(shape, nano, nano.mode(name), "int4", 1024, 2048) for name in ("15W", "MAXN_SUPER"))
     assert slow.ttft_ms > fast.ttft_ms
     assert slow.tokens_per_second < fast.tokens_per_second
-    limit = nano.mode("MAXN_SUPER").bandwidth / decode_bytes(shape.text, PRECISIONS["int4"], 354)
+    limit = nano.mode("MAXN_SUPER").bandwidth / decode_bytes(shape.text, INT4, INT8, 354)
     assert 0.5 * limit < fast.tokens_per_second < limit
     by_precision = [predict_one(shape, nano, nano.mode(None), name, 1024, 2048) for name in ("fp16", "int8", "int4")]
     for more, less in itertools.pairwise(by_precision):
