@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_edge.convert.checkpoint import Checkpoint, TextConfig
-from fastvlm_edge.convert.decoder_weights import QuantizedMatrices, attention_parts
-from fastvlm_edge.convert.quantize import dequantize, quantize_channels
-from fastvlm_edge.convert.reference import Passage, reference_choices
+from fastvlm_edge.convert.reference import Passage, Weights, reference_choices
 
 Float32 = npt.NDArray[np.float32]
 
@@ -52,8 +48,8 @@ class Score:
         return float(np.concatenate(same).mean())
 
 
-def score(weights: Any, questions: Sequence[Question], features: Sequence[Float32], advance: Callable[[], None]) -> Score:
-    """Ask a model, a `Checkpoint` or a `QuantizedDecoder`; `features` [tokens, hidden] of each question's picture."""
+def score(weights: Weights, questions: Sequence[Question], features: Sequence[Float32], advance: Callable[[], None]) -> Score:
+    """Ask a model; `features` [tokens, hidden] of each question's picture."""
     passages = [Passage(q.ids, rows, q.positions) for q, rows in zip(questions, features, strict=True)]
     choices = reference_choices(weights, passages, advance)
     right = [bool((chosen == q.ids[q.answer :]).all()) for chosen, q in zip(choices, questions, strict=True) if q.known]
@@ -65,49 +61,3 @@ def drop(before: Score, after: Score) -> float:
     if before.exact_match and after.exact_match is not None:
         return 100 * (before.exact_match - after.exact_match)
     return 100 * (1 - before.agreement(after))
-
-
-class QuantizedDecoder:
-    """A checkpoint whose matrices are those of a quantisation, as the graph will compute them. Stands in for a `Checkpoint`."""
-
-    head_name = "lm_head.weight"
-
-    def __init__(self, source: Checkpoint, quantized: QuantizedMatrices, *, embedding: bool) -> None:
-        """`embedding` says that its table is rounded to INT8 a row."""
-        self.source, self.quantized, self.embedding = source, quantized, embedding
-        self.text: TextConfig = source.text
-        self._last: tuple[str, Float32] | None = None
-
-    def tensor(self, name: str) -> npt.NDArray[Any]:
-        """A tensor [outputs, inputs] as `Checkpoint.tensor` gives it."""
-        layer, _, part = name.rpartition(".self_attn.") if ".self_attn." in name else name.rpartition(".mlp.")
-        fused = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-        module, _, kind = part.partition(".")
-        if not layer or kind != "weight":
-            return self.source.tensor(name)
-        matrix = self._matrix(f"{layer}.{fused.get(module, module.removesuffix('_proj') if module == 'down_proj' else module)}")
-        if module in ("q_proj", "k_proj", "v_proj"):
-            parts = attention_parts(layer, self.text)
-            index = [path.rpartition(".")[2] for path, _ in parts].index(module)
-            sizes = [self.source.shape(f"{path}.weight")[0] for path, _ in parts]
-            start = sum(sizes[:index])
-            return matrix[:, start : start + sizes[index]].T / np.float32(parts[index][1])
-        if module in ("gate_proj", "up_proj"):
-            half = matrix.shape[1] // 2
-            return matrix[:, :half].T if module == "gate_proj" else matrix[:, half:].T
-        return matrix.T
-
-    def tensor_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows of the head or the embedding."""
-        if name == self.head_name:
-            return self._matrix("llm.head")[:, start:stop].T
-        rows = self.source.tensor_rows(name, start, stop)
-        if not self.embedding:
-            return rows
-        return dequantize(quantize_channels(rows.astype(np.float32), 0, scale_type=self.quantized.scale_type), axis=0)
-
-    def _matrix(self, name: str) -> Float32:
-        """[inputs, outputs]; the last one is kept, since its parts are asked for one after another."""
-        if self._last is None or self._last[0] != name:
-            self._last = (name, dequantize(self.quantized.matrix(name)))
-        return self._last[1]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fastvlm_edge.calib.data import Dataset, Example, open_data
-from fastvlm_edge.calib.judge import QuantizedDecoder, Question, Score, drop, score
+from fastvlm_edge.calib.judge import Question, Score, drop, score
 from fastvlm_edge.calib.llm import DecoderQuantization, calibrate_decoder
 from fastvlm_edge.calib.observation import ObservationCache
 from fastvlm_edge.calib.recipe import Recipe
@@ -37,6 +37,7 @@ from fastvlm_edge.calib.vision import LayerRecord, VisionQuantization, VisionSea
 from fastvlm_edge.convert.checkpoint import Checkpoint
 from fastvlm_edge.convert.fastvithd import FastViTHD, image_tokens
 from fastvlm_edge.convert.precision import PrecisionPlan
+from fastvlm_edge.convert.quantized_decoder import QuantizedDecoder
 from fastvlm_edge.engine_record import PARTS
 from fastvlm_edge.engines.placement import check_placement
 from fastvlm_edge.errors import FastVLMError

@@ -20,8 +20,9 @@ from fastvlm_edge.convert.decoder import CANDIDATES, build_decoder
 from fastvlm_edge.convert.decoder_weights import write_decoder_weights
 from fastvlm_edge.convert.fastvithd import STRIDE, FastViTHD
 from fastvlm_edge.convert.graph import GraphBuilder, WeightsFile
-from fastvlm_edge.convert.parity import check_parity, converse, encode, files_under_way, probe_activations
+from fastvlm_edge.convert.parity import check_parity, converse, encode, files_under_way, probe_activations, repeat
 from fastvlm_edge.convert.precision import FLOAT_TYPES, NUMPY_NAMES, PrecisionPlan, WeightType, fit, on_cpu, precision_plan
+from fastvlm_edge.convert.quantized_decoder import QuantizedDecoder, StoredMatrices
 from fastvlm_edge.convert.text import TextAssets, read_text
 from fastvlm_edge.convert.vision import build_vision
 from fastvlm_edge.convert.vision_integers import TRIES, Float32, choose_blocks, watch_blocks
@@ -205,6 +206,11 @@ def _write(
             graph = GraphBuilder("decoder", weights)
             build_decoder(graph, shape, graph_plan, cpu_context=context if cpu else None)
             graph.save(directory / name)
+        stored = None
+        if plan.body.bits:
+            progress.stage("probe stored decoder", shape.layers)
+            integers = QuantizedDecoder(source, StoredMatrices(weights), embedding=bool(plan.embedding.bits))
+            stored = repeat(conversation, integers, progress.advance)
 
         if plan.vision_weights.bits:
             progress.stage("INT8 on a CPU", TRIES + 1)
@@ -229,11 +235,24 @@ def _write(
 
         progress.stage("verify", len(pictures) + 1)
         manifest = replace(manifest, files=files_under_way(directory))
-        figures = check_parity(directory, manifest, pictures, features, conversation, progress.advance, activations=calibrated is not None)
+        figures = check_parity(
+            directory, manifest, pictures, features, conversation, progress.advance, stored=stored, activations=calibrated is not None
+        )
         manifest = replace(manifest, parity=figures)
+        if stored is not None:
+            progress.note(_cost_of_integers(figures, advise=calibrated is None))
         if calibrated is not None:
             calibrated.write_report(directory, manifest)
     return manifest
+
+
+def _cost_of_integers(figures: dict[str, Any], *, advise: bool) -> str:
+    """What the rounding of the decoder's weights did to the stored conversation; a user sees it before the first odd answer."""
+    logits = figures["logits"]
+    text = (
+        f"logits keep a cosine of {logits['cosine']:.4f} to the checkpoint's, {logits['greedy_agreement']:.0%} of greedy tokens are equal"
+    )
+    return f"{text}; --calib would keep more" if advise else text
 
 
 def _graphs(part: str, plan: PrecisionPlan) -> Iterator[tuple[str, PrecisionPlan, bool]]:

@@ -12,13 +12,14 @@ from PIL import Image
 
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.calib import quantizer as module
-from fastvlm_edge.calib.judge import QuantizedDecoder, Question, Score, drop, score
+from fastvlm_edge.calib.judge import Question, Score, drop, score
 from fastvlm_edge.calib.llm import calibrate_decoder
 from fastvlm_edge.calib.quantizer import Options, Quantizer
 from fastvlm_edge.cli import main
 from fastvlm_edge.convert.checkpoint import open_checkpoint
 from fastvlm_edge.convert.convert import convert
 from fastvlm_edge.convert.precision import precision_plan
+from fastvlm_edge.convert.quantized_decoder import QuantizedDecoder
 from fastvlm_edge.engines.parser_table import check_graph
 from fastvlm_edge.engines.placement import check_placement
 from fastvlm_edge.manifest import read_manifest, verify_files

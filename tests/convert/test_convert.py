@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.cli import main
 from fastvlm_edge.convert import convert as module
+from fastvlm_edge.convert import decoder
 from fastvlm_edge.convert.checkpoint import open_checkpoint
 from fastvlm_edge.convert.convert import convert, estimated_bytes
 from fastvlm_edge.convert.parity import BOUNDS
@@ -53,8 +55,36 @@ def test_the_manifest_has_the_figures_of_the_check(model):
     bounds = BOUNDS[manifest.precision]
     assert bounds.features <= manifest.parity["image_features"]["cosine"] <= 1.0000001
     assert bounds.logits <= manifest.parity["logits"]["cosine"] <= 1.0000001
+    if bounds.stored is None:
+        assert "logits_stored_weights" not in manifest.parity
+    else:
+        stored = manifest.parity["logits_stored_weights"]["cosine"]
+        assert max(bounds.stored, manifest.parity["logits"]["cosine"]) < stored <= 1.0000001
     assert set(manifest.activations["largest"]) == set(VISION_STAGES)
     assert all(value > 0 for value in manifest.activations["largest"].values())
+
+
+def test_a_faulty_graph_is_told_from_coarse_weights(checkpoint, tmp_path, monkeypatch):
+    """With half its frequencies wrong the graph still has logits as close to the checkpoint's as INT4 may be; the check sees it."""
+    angles = decoder._Decoder._angles
+
+    def wrong(self, position):
+        text, self.text = self.text, replace(self.text, rope_theta=self.text.rope_theta / 2)
+        try:
+            return angles(self, position)
+        finally:
+            self.text = text
+
+    monkeypatch.setattr(decoder._Decoder, "_angles", wrong)
+    with pytest.raises(FastVLMError, match=r"cosine to the logits of the stored weights is 0\.[5-9]"):
+        convert(str(checkpoint), tmp_path / "model", precision="int4")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_user_hears_what_the_integers_cost(checkpoint, tmp_path, capsys):
+    for precision, heard in (("int4", 1), ("fp16", 0)):
+        assert main(["convert", str(checkpoint), "-o", str(tmp_path / precision), "--precision", precision]) == 0
+        assert capsys.readouterr().err.count("of greedy tokens are equal; --calib would keep more") == heard
 
 
 def test_every_precision_has_a_plan_and_bounds():

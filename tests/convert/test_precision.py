@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 
 from fastvlm_edge import FastVLMError
-from fastvlm_edge.convert.parity import BOUNDS
+from fastvlm_edge.convert.parity import BOUNDS, Bounds
 from fastvlm_edge.convert.precision import PLANS, fit, on_cpu, precision_plan
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "precision.md"
 
 
 def test_the_documented_bounds_are_the_ones_in_force():
-    rows = re.findall(r"\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| (\d+ %|-) \|", DOCS.read_text(encoding="utf-8"))
-    documented = {name: (float(a), float(b), 0.0 if c == "-" else int(c.split()[0]) / 100) for name, a, b, c in rows}
-    assert documented == {name: (bound.features, bound.logits, bound.greedy) for name, bound in BOUNDS.items()}
+    rows = re.findall(r"\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| (?:(\d+) %|-) \| (?:([\d.]+)|-) \|", DOCS.read_text(encoding="utf-8"))
+    documented = {
+        name: Bounds(float(features), float(logits), float(greedy or 0) / 100, float(stored) if stored else None)
+        for name, features, logits, greedy, stored in rows
+    }
+    assert documented == BOUNDS
 
 
 def test_a_cpu_computes_floats_beside_integers_and_bf16_in_fp32():
