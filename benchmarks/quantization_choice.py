@@ -1,4 +1,4 @@
-"""How the encoder's calibration was set up: observers, numbers of pictures and bounds, judged on development questions of the demo.
+"""How the encoder's calibration was set up: observers, pictures, bounds, what is spared; judged on development questions of the demo.
 
 python -m benchmarks.quantization_choice [--each 300] [--out benchmarks/results/quantization_choice.json]
 
@@ -27,7 +27,7 @@ from benchmarks import machine
 from fastvlm_edge.calib.judge import Question, score
 from fastvlm_edge.calib.observers import OBSERVERS
 from fastvlm_edge.calib.recipe import Recipe
-from fastvlm_edge.calib.vision import VisionSearch, squared_error
+from fastvlm_edge.calib.vision import DISPROPORTION, VisionSearch, squared_error
 from fastvlm_edge.convert.checkpoint import load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.convert import convert
 from fastvlm_edge.convert.precision import precision_plan
@@ -50,16 +50,24 @@ class Variant:
 
     observer: str
     pictures: int
-    bound: float
+    bound: float = 1e-3
+    disproportion: float = DISPROPORTION
 
     @property
     def name(self) -> str:
-        return f"{self.observer}, {self.pictures} pictures, bound {self.bound:g}"
+        spared = "" if self.disproportion == DISPROPORTION else f", disproportion {self.disproportion:g}"
+        return f"{self.observer}, {self.pictures} pictures, bound {self.bound:g}{spared}"
 
 
 VARIANTS = tuple(
-    [Variant(observer, pictures, 1e-3) for pictures in (32, 128, 512) for observer in ("mse", "max", "percentile")]
-    + [Variant("max", 128, bound) for bound in (3e-5, 2e-5, 1e-5, 5e-6, 2e-6)]
+    [
+        variant
+        for pictures in (32, 128, 512)
+        for observer in ("mse", "max", "percentile")
+        for variant in (Variant(observer, pictures, disproportion=float("inf")), Variant(observer, pictures))
+    ]
+    + [Variant("mse", 128, disproportion=value) for value in (10.0, 3.0, 2.0)]
+    + [Variant("mse", 128, bound) for bound in (3e-5, 2e-5, 1e-5, 5e-6, 2e-6)]
 )
 
 
@@ -92,7 +100,7 @@ def main() -> int:
                 unit.use("wide")
             expected = encode(search, pixels)
             before = score(checkpoint, questions, list(expected), lambda: None)
-        result = search.choose(seen, bound=variant.bound, measured=MEASURED)
+        result = search.choose(seen, bound=variant.bound, measured=MEASURED, disproportion=variant.disproportion)
         search.apply(result)
         found = encode(search, pixels)
         after = score(checkpoint, questions, list(found), lambda: None)

@@ -198,6 +198,23 @@ def vision_libraries() -> str:
     return "\n".join(lines)
 
 
+def quantization_choice() -> str:
+    """The rows of 128 pictures of `quantization_choice.json`: what sparing some groups is worth."""
+    document = load("quantization_choice")
+    lines = [
+        f"| of {document['questions']:,} development questions | INT8, % of the work | error of the features | answers changed |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in document["results"].items():
+        observer, pictures, *rest = name.split(", ")
+        if pictures != "128 pictures" or rest[0] != "bound 0.001":
+            continue
+        spared = rest[1].replace("disproportion inf", "none spared") if rest[1:] else "disproportion 5"
+        found = row["development"]
+        lines.append(f"| {observer}, {spared} | {100 * row['int8_share']:.1f} | {found['relative_error']:.4f} | {found['changed']} |")
+    return "\n".join(lines)
+
+
 def llm_libraries() -> str:
     """INT8, and INT4 in blocks of 128, of `llm_quantization.json` as a table."""
     part = load("llm_quantization")["demo, blocks of 128"]
@@ -257,6 +274,7 @@ TABLES = {
     "prefill_w8a8": prefill_w8a8,
     "pages": pages,
     "vision_libraries": vision_libraries,
+    "quantization_choice": quantization_choice,
     "llm_libraries": llm_libraries,
 }
 PAGES = ("README.md", "docs/performance.md", "docs/tensorrt.md", "docs/tensorrt-types.md", "docs/quantization.md", "docs/plan.md")

@@ -160,6 +160,8 @@ class Unit:
     decision: Decision = "wide"
     best: Decision = "w8a8"
     """The cheapest decision there is."""
+    cheapest: Decision = "w8a8"
+    """The cheapest one that the search at hand considers."""
 
     def use(self, decision: Decision) -> None:
         for layer in self.layers:

@@ -6,13 +6,16 @@ Activations go from unit to unit through files, one a picture; what was made of 
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -131,11 +134,37 @@ class ObservationCache:
         self._save()
 
     def _save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial.npz")
+        _keep(self.path, lambda file: np.savez(file, **self._arrays))
+
+
+class FeatureCache:
+    """Image features of calibration pictures, one file a picture, so that a run that was broken off goes on where it was."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is for one set of weights."""
+        self.folder = folder
+
+    def read(self, picture: str) -> npt.NDArray[np.float32] | None:
+        """[tokens, hidden] of a picture by its digest; None where they are not known, or their file is damaged."""
         try:
-            np.savez(partial, **self._arrays)
-            partial.replace(self.path)
-        except BaseException:
+            features: npt.NDArray[np.float32] = np.load(self.folder / f"{picture}.npy")
+        except (OSError, ValueError, EOFError):
+            return None
+        return features
+
+    def write(self, picture: str, features: npt.NDArray[np.float32]) -> None:
+        """Keep the features of a picture."""
+        _keep(self.folder / f"{picture}.npy", lambda file: np.save(file, features))
+
+
+def _keep(path: Path, save: Callable[[BinaryIO], None]) -> None:
+    """Write a file of the cache, whole or not at all. Where it cannot be written the next run takes longer, and this one goes on."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                save(file)
+            partial.replace(path)
+        finally:
             partial.unlink(missing_ok=True)
-            raise

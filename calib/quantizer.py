@@ -20,7 +20,7 @@ from torch import nn
 from fastvlm_edge.calib.data import Dataset, Example, open_data
 from fastvlm_edge.calib.judge import Question, Score, drop, score
 from fastvlm_edge.calib.llm import DecoderQuantization, calibrate_decoder
-from fastvlm_edge.calib.observation import ObservationCache
+from fastvlm_edge.calib.observation import FeatureCache, ObservationCache
 from fastvlm_edge.calib.recipe import Recipe
 from fastvlm_edge.calib.report import (
     CalibrationData,
@@ -164,7 +164,7 @@ class Quantizer:
             judged = len(examples) - self._count(len(examples))
             used = len(examples) - judged
             questions = [_question(example, manifest, tokenizer) for example in examples]
-            features = _encode(encoder, projector, pictures, progress)
+            features = _encode(encoder, projector, pictures, self._feature_cache(source), progress)
 
             search = VisionSearch(encoder, projector, plan, Recipe(), folder=Path(name), progress=progress)
             seen = pictures[: min(used, max(MINIMUM, VISION_PIXELS // manifest.vision.image_size**2))]
@@ -200,9 +200,14 @@ class Quantizer:
     def _cache(self, source: Checkpoint, seen: _Pictures, recipe: str) -> ObservationCache | None:
         if self.options.cache is None:
             return None
-        named = [source.location, *(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in source.weights)]
-        key = hashlib.sha256("\n".join([*named, seen.digest()]).encode()).hexdigest()
+        key = hashlib.sha256("\n".join([*_named(source), *map(seen.digest, range(len(seen)))]).encode()).hexdigest()
         return ObservationCache(self.options.cache / f"vision-{key[:16]}.npz", f"{key} {recipe}")
+
+    def _feature_cache(self, source: Checkpoint) -> FeatureCache | None:
+        if self.options.cache is None:
+            return None
+        key = hashlib.sha256("\n".join(_named(source)).encode()).hexdigest()
+        return FeatureCache(self.options.cache / f"features-{key[:16]}")
 
     def _choose(
         self,
@@ -254,12 +259,9 @@ class _Pictures(Sequence[Float32]):
         np.save(path, np.rint(pixel_values * 255).astype(np.uint8))
         self._names.append(path)
 
-    def digest(self) -> str:
-        """Of all pixels."""
-        total = hashlib.sha256()
-        for name in self._names:
-            total.update(name.read_bytes())
-        return total.hexdigest()
+    def digest(self, index: int) -> str:
+        """Of a picture's shape and pixels."""
+        return hashlib.sha256(self._names[index].read_bytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -275,13 +277,26 @@ class _Pictures(Sequence[Float32]):
         return pixels
 
 
+def _named(source: Checkpoint) -> list[str]:
+    """Says which weights a cache is of, without reading them."""
+    return [source.location, *(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in source.weights)]
+
+
 @torch.inference_mode()
-def _encode(encoder: FastViTHD, projector: nn.Sequential, pictures: Sequence[Float32], progress: Progress) -> list[Float32]:
+def _encode(
+    encoder: FastViTHD, projector: nn.Sequential, pictures: _Pictures, cache: FeatureCache | None, progress: Progress
+) -> list[Float32]:
     """Image features [tokens, hidden] in FP32."""
     progress.stage("encode", len(pictures))
     features = []
-    for picture in pictures:
-        features.append(projector(image_tokens(encoder(torch.from_numpy(picture))))[0].numpy())
+    for index in range(len(pictures)):
+        digest = pictures.digest(index)
+        found = cache.read(digest) if cache else None
+        if found is None:
+            found = projector(image_tokens(encoder(torch.from_numpy(pictures[index]))))[0].numpy()
+            if cache:
+                cache.write(digest, found)
+        features.append(found)
         progress.advance()
     return features
 

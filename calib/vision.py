@@ -31,6 +31,8 @@ from fastvlm_edge.progress import Progress, SilentProgress
 
 SAMPLES = 8192
 """Positions of all pictures together from which the second moments of a layer's inputs are taken."""
+DISPROPORTION = 5.0
+"""A group whose share of the damage is so many times its share of the work is not worth its INT8, whatever the bound allows."""
 
 
 @dataclass(frozen=True)
@@ -257,15 +259,17 @@ class VisionSearch:
         objective: Literal["time", "bytes"] = "time",
         measured: int = 2,
         rounds: int = 5,
+        disproportion: float = DISPROPORTION,
     ) -> VisionQuantization:
         """The cheapest plan that keeps 1 - cosine of the first `measured` pictures within `bound`, checked and tightened until it does.
 
-        The last round, should no other do, leaves all wide.
+        Groups of more than `disproportion` never get INT8 activations. The last round, should no other do, leaves all wide.
         """
         began = time.perf_counter()
         for unit in self.units:
             unit.use("wide")
         expected = [self.run(torch.from_numpy(picture)) for picture in pictures[:measured]]
+        self._exempt(disproportion)
         aim = bound
         loss = 0.0
         for attempt in range(rounds):
@@ -281,6 +285,19 @@ class VisionSearch:
         self.seconds["choose"] = time.perf_counter() - began
         return self._result(bound, loss)
 
+    def _exempt(self, disproportion: float) -> None:
+        """Take INT8 activations from the group that does most harm for its work, while that is out of proportion to what is left."""
+        for unit in self.units:
+            unit.cheapest = unit.best
+        units = [unit for unit in self.units if unit.layers and unit.best == "w8a8"]
+        while units:
+            harm, work = (sum(part(unit) for unit in units) for part in (_harm, _work))
+            worst = max(units, key=lambda unit: _harm(unit) / _work(unit))
+            if _harm(worst) * work <= disproportion * _work(worst) * harm:
+                break
+            worst.cheapest = "weights"
+            units.remove(worst)
+
     def _decide(self, aim: float, objective: Literal["time", "bytes"]) -> None:
         """Widen, of all groups, the one that takes away most damage for what it costs, until the sum is within `aim`; then take back
         what was not needed, the dearest first."""
@@ -292,7 +309,7 @@ class VisionSearch:
             return spent + 0.01 * stored if objective == "time" else stored + 0.01 * spent
 
         for unit in units:
-            unit.decision = unit.best
+            unit.decision = unit.cheapest
         total = sum(unit.loss[unit.decision] for unit in units)
         while total > aim:
             steps = []
@@ -306,8 +323,8 @@ class VisionSearch:
             _, unit, decision, gain = max(steps, key=lambda step: step[0])
             unit.decision = decision  # type: ignore[assignment]
             total -= gain
-        for unit in sorted(units, key=lambda unit: price(unit, unit.best) - price(unit, unit.decision)):
-            for decision in (unit.best, "weights"):
+        for unit in sorted(units, key=lambda unit: price(unit, unit.cheapest) - price(unit, unit.decision)):
+            for decision in (unit.cheapest, "weights"):
                 more = unit.loss[decision] - unit.loss[unit.decision]
                 if price(unit, decision) < price(unit, unit.decision) and total + more <= aim:
                     unit.decision, total = decision, total + more
@@ -330,9 +347,11 @@ class VisionSearch:
         kind = self.plan.vision[unit.stage]
         reasons: Mapping[Decision, str] = {
             "w8a8": "within the bound",
-            "weights": "its inputs in INT8 cost more accuracy than the bound allows"
-            if unit.best == "w8a8"
-            else "nothing averages the noise of the last layers, and they are little work",
+            "weights": "nothing averages the noise of the last layers, and they are little work"
+            if unit.best != "w8a8"
+            else "its inputs in INT8 cost more accuracy than so little work is worth"
+            if unit.cheapest != "w8a8"
+            else "its inputs in INT8 cost more accuracy than the bound allows",
             "wide": "costs more accuracy than the bound allows",
         }
         width = 1 if unit.decision != "wide" else np.dtype(FLOAT_TYPES[kind]).itemsize
@@ -374,6 +393,14 @@ class VisionSearch:
             width = np.dtype(FLOAT_TYPES[self.plan.vision[stage]]).itemsize
             records.append(LayerRecord(name, kind, "", module.weight.numel() * count, module.weight.numel() * width, "wide", reason))
         return records
+
+
+def _harm(unit: Unit) -> float:
+    return unit.loss["w8a8"]
+
+
+def _work(unit: Unit) -> int:
+    return sum(layer.macs for layer in unit.layers)
 
 
 def cosine_loss(found: Tensor, expected: Tensor) -> float:

@@ -169,8 +169,43 @@ def test_the_cache_knows_pictures_by_their_pixels_not_by_where_they_lie(tmp_path
         pictures = module._Pictures(tmp_path / f"{seed}")
         pictures.add(np.full((1, 3, 8, 8), {"a": 0.25, "b": 0.5}[folder], np.float32))
         pictures.add(np.zeros((1, 3, 8, 8), np.float32))
-        digests.append(pictures.digest())
-    assert digests[0] == digests[2] != digests[1]
+        digests.append([pictures.digest(0), pictures.digest(1)])
+    assert digests[0] == digests[2]
+    assert digests[0][0] != digests[1][0] and digests[0][1] == digests[1][1]
+
+
+def test_a_run_that_was_broken_off_goes_on_with_what_it_had_encoded(tmp_path, monkeypatch):
+    encoded = []
+
+    def encode(x):
+        if len(encoded) == 30:
+            raise KeyboardInterrupt
+        encoded.append(x)
+        return image_tokens(x)
+
+    image_tokens = module.image_tokens
+    monkeypatch.setattr(module, "image_tokens", encode)
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(DEMO), tmp_path / "model", precision="int4", calibrator=Quantizer(Options(DATA, limit=48, cache=tmp_path / "cache")))
+    (folder,) = (tmp_path / "cache").iterdir()
+    kept = sorted(folder.iterdir())
+    assert len(kept) == 30
+    kept[3].write_bytes(kept[3].read_bytes()[:100])
+    kept[5].write_bytes(b"")
+    encoded.clear()
+    convert(str(DEMO), tmp_path / "model", precision="int4", calibrator=Quantizer(Options(DATA, limit=48, cache=tmp_path / "cache")))
+    assert len(encoded) == 20
+    monkeypatch.setattr(module, "image_tokens", lambda _x: pytest.fail("encoded again"))
+    convert(str(DEMO), tmp_path / "again", precision="int4", calibrator=Quantizer(Options(DATA, limit=48, cache=tmp_path / "cache")))
+    for name in ("vision.weights", "decoder.weights", "vision.onnx"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_the_calibration(tmp_path):
+    (tmp_path / "file").write_text("where a folder should be")
+    convert(str(DEMO), tmp_path / "model", precision="int8", calibrator=Quantizer(Options(DATA, limit=48, cache=tmp_path / "file")))
+    verify_files(tmp_path / "model", read_manifest(tmp_path / "model"), hashes=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
 
 
 # The judge ----------------------------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_the_techniques_together_lose_far_less_than_plain_rounding(name, images,
 def test_the_plan_meets_its_bound_and_widens_what_hurts_most(heavy, images):
     search = observed(heavy, images, PLAIN)
     search.measure(images[:2])
-    found = {bound: search.choose(images, bound=bound) for bound in (1.0, 1e-5, 3e-6, 1e-6, 0.0)}
+    found = {bound: search.choose(images, bound=bound, disproportion=float("inf")) for bound in (1.0, 1e-5, 3e-6, 1e-6, 0.0)}
     for bound, result in found.items():
         assert result.loss <= bound + 1e-12
     shares = [result.share() for result in found.values()]
@@ -180,6 +180,24 @@ def test_the_plan_meets_its_bound_and_widens_what_hurts_most(heavy, images):
     taken = [record.cosine_loss / record.macs for record in middle if record.decision == "w8a8"]
     assert np.median(kept) > np.median(taken)
     assert all(record.reason for record in found[3e-6].records)
+
+
+def test_what_harms_most_for_little_work_is_spared_whatever_the_bound(heavy, images):
+    search = observed(heavy, images[:2], PLAIN)
+    search.measure(images[:1])
+    candidates = [unit for unit in search.units if unit.layers and unit.best == "w8a8"]
+    for unit in candidates:
+        unit.loss["w8a8"] = 1e-9 * sum(layer.macs for layer in unit.layers)
+    search.choose(images, bound=1.0)
+    assert all(unit.decision == "w8a8" for unit in candidates)
+    first, second, third, *_ = candidates
+    first.loss["w8a8"] *= 1000  # hides the next one, as long as it is among them
+    second.loss["w8a8"] *= 50
+    third.loss["w8a8"] *= 2
+    found = search.choose(images, bound=1.0)
+    spared = {record.group for record in found.records if "so little work" in record.reason}
+    assert spared == {first.name, second.name}
+    assert {unit.decision for unit in (first, second)} == {"weights"} and third.decision == "w8a8"
 
 
 def test_fewest_bytes_keeps_integer_weights_where_least_time_goes_wide(heavy, images):

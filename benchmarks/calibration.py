@@ -1,0 +1,96 @@
+"""Calibrating a checkpoint of real size: seconds of every stage, peak memory, types of the products, and the engines that come of it.
+
+    python -m benchmarks.calibration [--work build/bench] [--examples 128] [--precision int8 int4] [--target sm86]
+
+Random weights of the 0.5B size at the image size it was trained at, pictures and questions of the demo. The first precision starts with an
+empty cache, the others find what it left. Every step is a process of its own. Engines are built by TensorRT for RTX, which needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from fastvlm_edge.manifest import read_manifest
+
+RESULT = Path(__file__).resolve().parent / "results" / "calibration.json"
+
+
+def main() -> int:
+    """Calibrate, build, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where the random checkpoint is kept")
+    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--precision", nargs="+", default=["int8", "int4"])
+    parser.add_argument("--target", default="sm86")
+    options = parser.parse_args()
+    checkpoint, folder = options.work / "checkpoint", options.work / "calibrated"
+    if not (checkpoint / "config.json").is_file():
+        from tests.checkpoints import write_checkpoint
+
+        write_checkpoint(checkpoint, layout="native", size="0.5b")
+    shutil.rmtree(folder, ignore_errors=True)
+    environment = {**os.environ, "FASTVLM_EDGE_CACHE": str(folder / "cache")}
+    document: dict[str, Any] = {
+        "what": __doc__.split("\n\n")[2].replace("\n", " ").strip(),
+        "examples": options.examples,
+        "machine": machine.describe(),
+        "results": {},
+    }
+    data = f"demo:calibration:{options.examples}"
+    for precision in options.precision:
+        model = folder / precision
+        calibrate = ["convert", checkpoint, "-o", model, "--precision", precision, "--calib", data, "--calib-limit", options.examples]
+        row = {"calibrate": run(calibrate, environment)}
+        report = json.loads((model / "quantization.json").read_text(encoding="utf-8"))
+        groups, manifest = report["vision"]["groups"], read_manifest(model)
+        row |= {
+            "image_size": manifest.vision.image_size,
+            "parity": manifest.parity,
+            "share_of_macs": {part: shares(macs) for part, macs in report["placement"].items()},
+            "groups_not_int8": [group["name"] for group in groups if group["relative_error"] and group["decision"] != "int8"],
+            "weights_mb": {path.name: megabytes(path) for path in sorted(model.glob("*.weights"))},
+            "build": run(["build", model, "--target", options.target], environment),
+            "engines_mb": {path.name: megabytes(path) for path in sorted(model.glob("engines/*/*.engine"))},
+        }
+        document["results"][precision] = row
+        print(precision, json.dumps(row), flush=True)
+        RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def run(command: list[Any], environment: dict[str, str]) -> dict[str, Any]:
+    """Run `fastvlm-edge` with these arguments: seconds in all and by stage, peak memory."""
+    began = time.monotonic()
+    words = [sys.executable, "-m", "fastvlm_edge", *map(str, command)]
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(words)} failed:\n{said}")
+    stages = {name: float(seconds) for name, seconds in re.findall(r"^(.+?)  ([\d.]+) s$", said, re.MULTILINE)}
+    return {"seconds": round(time.monotonic() - began, 1), "stages": stages, "peak_memory_mib": usage.ru_maxrss // 1024}
+
+
+def shares(macs: dict[str, int]) -> dict[str, float]:
+    """Of all multiply-accumulates, by the type that computes."""
+    return {name: round(count / sum(macs.values()), 4) for name, count in macs.items()}
+
+
+def megabytes(path: Path) -> float:
+    """Size of a file."""
+    return round(path.stat().st_size / 1e6, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
