@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,36 @@ def quantization_choice() -> str:
     return "\n".join(lines)
 
 
+def calibration() -> str:
+    """`calibration.json` as a table: one column a precision."""
+    document = load("calibration")
+    results, machine = document["results"], document["machine"]
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}; {document['examples']} examples, "
+        f"{next(iter(results.values()))['image_size']} px; `int8` first, with an empty cache:",
+        "",
+        "| | " + " | ".join(f"`{name}`" for name in results) + " |",
+        "| --- " * (len(results) + 1) + "|",
+    ]
+
+    def line(what: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        lines.append(f"| {what} | {' | '.join(cell(row) for row in results.values())} |")
+
+    for stage in ("encode", "observe vision", "measure vision", "calibrate decoder"):
+        line(f"{stage}, s", lambda row, stage=stage: f"{row['calibrate']['stages'][stage]:.0f}")  # type: ignore[misc]
+    line("the whole conversion, s", lambda row: f"{row['calibrate']['seconds']:.0f}")
+    line("its peak memory, MiB", lambda row: f"{row['calibrate']['peak_memory_mib']:,}")
+    line("encoder's multiply-accumulates in INT8, %", lambda row: f"{100 * row['share_of_macs']['vision']['INT8']:.1f}")
+    line("cosine of the image features, GPU graph", lambda row: f"{row['parity']['image_features_w8a8']['cosine']:.5f}")
+    line("cosine of the logits", lambda row: f"{row['parity']['logits']['cosine']:.4f}")
+    line(
+        "engines for SM86: encoder, LLM, MB",
+        lambda row: f"{row['engines_mb']['vision.engine']:.0f}, {row['engines_mb']['decoder.engine']:.0f}",
+    )
+    line("their build, s", lambda row: f"{row['build']['seconds']:.0f}")
+    return "\n".join(lines)
+
+
 def llm_libraries() -> str:
     """INT8, and INT4 in blocks of 128, of `llm_quantization.json` as a table."""
     part = load("llm_quantization")["demo, blocks of 128"]
@@ -275,6 +306,7 @@ TABLES = {
     "pages": pages,
     "vision_libraries": vision_libraries,
     "quantization_choice": quantization_choice,
+    "calibration": calibration,
     "llm_libraries": llm_libraries,
 }
 PAGES = ("README.md", "docs/performance.md", "docs/tensorrt.md", "docs/tensorrt-types.md", "docs/quantization.md", "docs/plan.md")

@@ -31,6 +31,10 @@ from fastvlm_edge.progress import Progress, SilentProgress
 
 SAMPLES = 8192
 """Positions of all pictures together from which the second moments of a layer's inputs are taken."""
+ORDER: tuple[Decision, ...] = ("w8a8", "weights", "wide")
+"""From cheap to dear."""
+SMALL = 0.25
+"""Share of the weights in a group's squared error below which their damage is estimated, not measured."""
 DISPROPORTION = 5.0
 """A group whose share of the damage is so many times its share of the work is not worth its INT8, whatever the bound allows."""
 
@@ -217,7 +221,8 @@ class VisionSearch:
     def measure(self, pictures: Sequence[Float32]) -> None:
         """What each group does to the image features when it alone is quantised.
 
-        Only W8A8 runs to the end of the encoder. What the weights alone do is scaled by the errors of the two behind the unit.
+        W8A8 runs to the end of the encoder, and so do the weights alone where much of its error is theirs. Where less than SMALL is, their
+        damage is estimated from the errors of the two behind the unit; with heavy tails such an estimate was eight times too low.
         """
         began = time.perf_counter()
         self.progress.stage("measure vision", len(self.units) * len(pictures))
@@ -232,18 +237,22 @@ class VisionSearch:
             for index, unit in enumerate(self.units):
                 y = unit.forward(x)
                 if unit.layers:
-                    found, errors = y, {}
-                    for decision in ("weights", "w8a8"):
+                    ends: dict[Decision, Tensor] = {}
+                    errors: dict[Decision, float] = {}
+                    for decision in ORDER[:2]:
                         unit.use(decision)
-                        found = unit.forward(x)
-                        errors[decision] = float((found - y).square().sum())
+                        ends[decision] = unit.forward(x)
+                        errors[decision] = float((ends[decision] - y).square().sum())
                     unit.use("wide")
-                    for later in self.units[index + 1 :]:
-                        found = later.forward(found)
-                    for part, value in ((unit.loss, cosine_loss(found, expected)), (unit.squared, squared_error(found, expected))):
-                        part["w8a8"] = part.get("w8a8", 0.0) + value / len(pictures)
-                        weights = value * min(errors["weights"] / max(errors["w8a8"], 1e-30), 1.0)
-                        part["weights"] = part.get("weights", 0.0) + weights / len(pictures)
+                    share = errors["weights"] / max(errors["w8a8"], 1e-30)
+                    for decision in ORDER[: 1 if share < SMALL else 2]:
+                        for later in self.units[index + 1 :]:
+                            ends[decision] = later.forward(ends[decision])
+                    for part, measure in ((unit.loss, cosine_loss), (unit.squared, squared_error)):
+                        found: dict[Decision, float] = {"w8a8": measure(ends["w8a8"], expected)}
+                        found["weights"] = found["w8a8"] * share if share < SMALL else measure(ends["weights"], expected)
+                        for decision, value in found.items():
+                            part[decision] = part.get(decision, 0.0) + value / len(pictures)
                 x = y
                 self.progress.advance()
         if self._cache is not None:
@@ -286,16 +295,19 @@ class VisionSearch:
         return self._result(bound, loss)
 
     def _exempt(self, disproportion: float) -> None:
-        """Take INT8 activations from the group that does most harm for its work, while that is out of proportion to what is left."""
+        """Take INT8 activations from the group that does most harm for its work, while that is out of proportion to what is left.
+
+        It keeps its INT8 weights where they do little of the harm.
+        """
         for unit in self.units:
             unit.cheapest = unit.best
         units = [unit for unit in self.units if unit.layers and unit.best == "w8a8"]
         while units:
             harm, work = (sum(part(unit) for unit in units) for part in (_harm, _work))
             worst = max(units, key=lambda unit: _harm(unit) / _work(unit))
-            if _harm(worst) * work <= disproportion * _work(worst) * harm:
+            if not _harm(worst) * work > disproportion * _work(worst) * harm:
                 break
-            worst.cheapest = "weights"
+            worst.cheapest = "weights" if disproportion * worst.loss["weights"] <= worst.loss["w8a8"] else "wide"
             units.remove(worst)
 
     def _decide(self, aim: float, objective: Literal["time", "bytes"]) -> None:
@@ -314,17 +326,17 @@ class VisionSearch:
         while total > aim:
             steps = []
             for unit in units:
-                for decision in {"w8a8": ("weights", "wide"), "weights": ("wide",), "wide": ()}[unit.decision]:
-                    gain = unit.loss[unit.decision] - unit.loss[decision]  # type: ignore[index]
-                    more = max(price(unit, decision) - price(unit, unit.decision), 1e-12)  # type: ignore[arg-type]
+                for decision in ORDER[ORDER.index(unit.decision) + 1 :]:
+                    gain = unit.loss[unit.decision] - unit.loss[decision]
+                    more = max(price(unit, decision) - price(unit, unit.decision), 1e-12)
                     steps.append((gain / more, unit, decision, gain))
             if not steps:
                 break
             _, unit, decision, gain = max(steps, key=lambda step: step[0])
-            unit.decision = decision  # type: ignore[assignment]
+            unit.decision = decision
             total -= gain
         for unit in sorted(units, key=lambda unit: price(unit, unit.cheapest) - price(unit, unit.decision)):
-            for decision in (unit.cheapest, "weights"):
+            for decision in ORDER[ORDER.index(unit.cheapest) :]:
                 more = unit.loss[decision] - unit.loss[unit.decision]
                 if price(unit, decision) < price(unit, unit.decision) and total + more <= aim:
                     unit.decision, total = decision, total + more
@@ -352,7 +364,9 @@ class VisionSearch:
             else "its inputs in INT8 cost more accuracy than so little work is worth"
             if unit.cheapest != "w8a8"
             else "its inputs in INT8 cost more accuracy than the bound allows",
-            "wide": "costs more accuracy than the bound allows",
+            "wide": "costs more accuracy than the bound allows"
+            if unit.cheapest != "wide"
+            else "costs more accuracy than so little work is worth, and so do its weights in INT8",
         }
         width = 1 if unit.decision != "wide" else np.dtype(FLOAT_TYPES[kind]).itemsize
         return LayerRecord(

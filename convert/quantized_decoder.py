@@ -35,7 +35,7 @@ class QuantizedDecoder:
         if not layer or kind != "weight":
             return self.source.tensor(name)
         if part in ("o_proj", "down_proj"):
-            return self._columns(f"{layer}.{part.removesuffix('_proj') if part == 'down_proj' else part}").T
+            return self._columns(f"{layer}.{'down' if part == 'down_proj' else part}").T
         if part in ("gate_proj", "up_proj"):
             fused, parts = f"{layer}.gate_up", [(f"{layer}.mlp.{half}_proj", 1.0) for half in ("gate", "up")]
         else:

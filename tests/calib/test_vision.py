@@ -198,6 +198,28 @@ def test_what_harms_most_for_little_work_is_spared_whatever_the_bound(heavy, ima
     spared = {record.group for record in found.records if "so little work" in record.reason}
     assert spared == {first.name, second.name}
     assert {unit.decision for unit in (first, second)} == {"weights"} and third.decision == "w8a8"
+    first.loss["weights"] = first.loss["w8a8"] / 2  # then it is the weights that harm
+    search.choose(images, bound=1.0)
+    assert (first.decision, second.decision, third.decision) == ("wide", "weights", "w8a8")
+
+
+def test_damage_of_weights_alone_is_measured_where_it_is_much(heavy, images):
+    search = observed(heavy, images[:2], PLAIN)
+    search.measure(images[:1])
+    x = torch.from_numpy(images[0])
+    measured, estimated = 0, 0
+    with torch.inference_mode():
+        expected = search.run(x)
+        for unit in (unit for unit in search.units if unit.layers):
+            unit.use("weights")
+            actual = cosine_loss(search.run(x), expected)
+            unit.use("wide")
+            if unit.loss["weights"] == pytest.approx(actual, rel=1e-3, abs=1e-12):
+                measured += 1
+            else:
+                estimated += 1
+                assert unit.loss["weights"] < vision.SMALL * unit.loss["w8a8"]
+    assert measured and estimated
 
 
 def test_fewest_bytes_keeps_integer_weights_where_least_time_goes_wide(heavy, images):
