@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,16 @@ def draw_accuracy(figure: Any, points: Sequence[dict[str, Any]]) -> None:
     figure.set_size_inches(9.0, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, key, label in zip(panels, ("ttft_ms", "tokens_per_second"), ("time to first token, ms", "decoded tokens/s"), strict=True):
-        for point in points:
+        for place, point in enumerate(sorted(points, key=itemgetter(key))):
             axes.plot(point[key], point["accuracy"], "o", color="#2f6f9f")
-            axes.annotate(point["precision"], (point[key], point["accuracy"]), textcoords="offset points", xytext=(6, 4), fontsize=9)
+            side = (6, 4) if place % 2 else (6, -12)  # neighbours may lie on one spot
+            axes.annotate(point["precision"], (point[key], point["accuracy"]), textcoords="offset points", xytext=side, fontsize=9)
         axes.set_xlabel(label)
         axes.margins(0.2)
         axes.grid(alpha=0.3)
+    values = [point["accuracy"] for point in points]
+    margin = max(1.0, 0.2 * (max(values) - min(values)))  # single answers are not to look like a fall
+    panels[0].set_ylim(min(values) - margin, min(max(values) + margin, 100.1))
     panels[0].set_ylabel("exact match, %")
     counts = {point["questions"] for point in points}
     figure.suptitle(f"{', '.join(map(str, sorted(filter(None, counts))))} questions", fontsize=9)
