@@ -43,12 +43,10 @@ def main() -> int:
 def measure(work: Path) -> dict[str, Any]:
     """The record of both models."""
     from benchmarks import machine
+    from benchmarks.checkpoint import random_checkpoint
     from fastvlm_edge.convert.precision import FP16_MAX, FP16_SAFE
-    from tests.checkpoints import write_checkpoint
 
-    random = work / "checkpoint"
-    if not (random / "config.json").is_file():
-        write_checkpoint(random, layout="native", size="0.5b")
+    random = random_checkpoint(work)
     return {
         "what": "largest magnitude on the stored pictures and conversation, in PyTorch in FP32, as convert writes it to fastvlm.json",
         "fp16_max": FP16_MAX,

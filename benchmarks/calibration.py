@@ -1,6 +1,6 @@
 """Calibrating a checkpoint of real size: seconds of every stage, peak memory, types of the products, and the engines that come of it.
 
-    python -m benchmarks.calibration [--work build/bench] [--examples 128] [--precision int8 int4] [--target sm86]
+    python -m benchmarks.calibration [--work build/bench] [--examples 128] [--precision int8 int4]
 
 Random weights of the 0.5B size at the image size it was trained at, pictures and questions of the demo. The first precision starts with an
 empty cache, the others find what it left. Every step is a process of its own. Engines are built by TensorRT for RTX, which needs no GPU.
@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.checkpoint import random_checkpoint
 from fastvlm_edge.manifest import read_manifest
 
 RESULT = Path(__file__).resolve().parent / "results" / "calibration.json"
+TARGET = "sm86"
 
 
 def main() -> int:
@@ -31,13 +33,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where the random checkpoint is kept")
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--precision", nargs="+", default=["int8", "int4"])
-    parser.add_argument("--target", default="sm86")
     options = parser.parse_args()
-    checkpoint, folder = options.work / "checkpoint", options.work / "calibrated"
-    if not (checkpoint / "config.json").is_file():
-        from tests.checkpoints import write_checkpoint
-
-        write_checkpoint(checkpoint, layout="native", size="0.5b")
+    checkpoint, folder = random_checkpoint(options.work), options.work / "calibrated"
     shutil.rmtree(folder, ignore_errors=True)
     environment = {**os.environ, "FASTVLM_EDGE_CACHE": str(folder / "cache")}
     document: dict[str, Any] = {
@@ -59,7 +56,7 @@ def main() -> int:
             "share_of_macs": {part: shares(macs) for part, macs in report["placement"].items()},
             "groups_not_int8": [group["name"] for group in groups if group["relative_error"] and group["decision"] != "int8"],
             "weights_mb": {path.name: megabytes(path) for path in sorted(model.glob("*.weights"))},
-            "build": run(["build", model, "--target", options.target], environment),
+            "build": run(["build", model, "--target", TARGET], environment),
             "engines_mb": {path.name: megabytes(path) for path in sorted(model.glob("engines/*/*.engine"))},
         }
         document["results"][precision] = row

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "demo")]
 
 from benchmarks import llm_quantization as llm  # noqa: E402
+from benchmarks.checkpoint import random_checkpoint  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "prefill_w8a8.json"
 SHAPES = {"qkv": (896, 1152), "gate_up": (896, 9728), "down": (4864, 896), "o_proj": (896, 896)}
@@ -285,12 +286,8 @@ def measure_demo(_work: Path) -> dict[str, Any]:
 def measure_random(work: Path) -> dict[str, Any]:
     """The 0.5B's decoder with tails."""
     from fastvlm_edge.convert.checkpoint import open_checkpoint
-    from tests.checkpoints import write_checkpoint
 
-    folder = work / "checkpoint"
-    if not (folder / "config.json").is_file():
-        write_checkpoint(folder, layout="native", size="0.5b")
-    checkpoint = open_checkpoint(str(folder))
+    checkpoint = open_checkpoint(str(random_checkpoint(work)))
     model = llm.Model(checkpoint)
     add_tails(model)
     questions, talk = llm.random_questions(checkpoint, 4, 1), llm.random_questions(checkpoint, 6, 2)

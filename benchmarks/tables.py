@@ -210,7 +210,7 @@ def quantization_choice() -> str:
         observer, pictures, *rest = name.split(", ")
         if pictures != "128 pictures" or rest[0] != "bound 0.001":
             continue
-        spared = rest[1].replace("disproportion inf", "none spared") if rest[1:] else "disproportion 5"
+        spared = rest[1].replace("disproportion inf", "none spared") if rest[1:] else "as by default"
         found = row["development"]
         lines.append(f"| {observer}, {spared} | {100 * row['int8_share']:.1f} | {found['relative_error']:.4f} | {found['changed']} |")
     return "\n".join(lines)
@@ -222,7 +222,7 @@ def calibration() -> str:
     results, machine = document["results"], document["machine"]
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}; {document['examples']} examples, "
-        f"{next(iter(results.values()))['image_size']} px; `int8` first, with an empty cache:",
+        f"{next(iter(results.values()))['image_size']} px; `{next(iter(results))}` first, with an empty cache:",
         "",
         "| | " + " | ".join(f"`{name}`" for name in results) + " |",
         "| --- " * (len(results) + 1) + "|",

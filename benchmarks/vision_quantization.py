@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from benchmarks.checkpoint import random_checkpoint
 from fastvlm_edge.calib.observers import OBSERVERS
 from fastvlm_edge.calib.recipe import Recipe
 from fastvlm_edge.calib.vision import VisionQuantization, VisionSearch, cosine_loss, squared_error
@@ -282,12 +283,7 @@ def demo_model() -> Model:
 
 def random_model(work: Path) -> Model:
     """The 0.5B size with random weights and heavy tails."""
-    from tests.checkpoints import write_checkpoint
-
-    folder = work / "checkpoint"
-    if not (folder / "config.json").is_file():
-        write_checkpoint(folder, layout="native", size="0.5b")
-    checkpoint = open_checkpoint(str(folder))
+    checkpoint = open_checkpoint(str(random_checkpoint(work)))
     encoder = load_vision(checkpoint)
     add_heavy_tails(encoder)
     return encoder, load_projector(checkpoint)

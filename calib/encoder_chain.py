@@ -163,6 +163,11 @@ class Unit:
     cheapest: Decision = "w8a8"
     """The cheapest one that the search at hand considers."""
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of its candidates, of one picture."""
+        return sum(layer.macs for layer in self.layers)
+
     def use(self, decision: Decision) -> None:
         for layer in self.layers:
             layer.use(layer.options.get(decision))
@@ -171,8 +176,8 @@ class Unit:
         """Predicted time and bytes of its candidates."""
         kind = plan.vision[self.stage]
         width = 1 if decision != "wide" else np.dtype(FLOAT_TYPES[kind]).itemsize
-        macs, weights = sum(layer.macs for layer in self.layers), sum(layer.matrix.numel() for layer in self.layers)
-        return macs * (1.0 if decision == "w8a8" else TIME[kind]), float(weights * width)
+        weights = sum(layer.matrix.numel() for layer in self.layers)
+        return self.macs * (1.0 if decision == "w8a8" else TIME[kind]), float(weights * width)
 
 
 @torch.no_grad()

@@ -200,14 +200,13 @@ class Quantizer:
     def _cache(self, source: Checkpoint, seen: _Pictures, recipe: str) -> ObservationCache | None:
         if self.options.cache is None:
             return None
-        key = hashlib.sha256("\n".join([*_named(source), *map(seen.digest, range(len(seen)))]).encode()).hexdigest()
+        key = _digest(_weights_key(source), *map(seen.digest, range(len(seen))))
         return ObservationCache(self.options.cache / f"vision-{key[:16]}.npz", f"{key} {recipe}")
 
     def _feature_cache(self, source: Checkpoint) -> FeatureCache | None:
         if self.options.cache is None:
             return None
-        key = hashlib.sha256("\n".join(_named(source)).encode()).hexdigest()
-        return FeatureCache(self.options.cache / f"features-{key[:16]}")
+        return FeatureCache(self.options.cache / f"features-{_weights_key(source)[:16]}")
 
     def _choose(
         self,
@@ -277,9 +276,13 @@ class _Pictures(Sequence[Float32]):
         return pixels
 
 
-def _named(source: Checkpoint) -> list[str]:
+def _weights_key(source: Checkpoint) -> str:
     """Says which weights a cache is of, without reading them."""
-    return [source.location, *(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in source.weights)]
+    return _digest(source.location, *(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in source.weights))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 @torch.inference_mode()

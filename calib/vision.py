@@ -222,7 +222,7 @@ class VisionSearch:
         """What each group does to the image features when it alone is quantised.
 
         W8A8 runs to the end of the encoder, and so do the weights alone where much of its error is theirs. Where less than SMALL is, their
-        damage is estimated from the errors of the two behind the unit; with heavy tails such an estimate was eight times too low.
+        damage is estimated from the errors of the two behind the unit; with heavy tails such an estimate is several times too low.
         """
         began = time.perf_counter()
         self.progress.stage("measure vision", len(self.units) * len(pictures))
@@ -303,9 +303,9 @@ class VisionSearch:
             unit.cheapest = unit.best
         units = [unit for unit in self.units if unit.layers and unit.best == "w8a8"]
         while units:
-            harm, work = (sum(part(unit) for unit in units) for part in (_harm, _work))
-            worst = max(units, key=lambda unit: _harm(unit) / _work(unit))
-            if not _harm(worst) * work > disproportion * _work(worst) * harm:
+            harm, work = sum(unit.loss["w8a8"] for unit in units), sum(unit.macs for unit in units)
+            worst = max(units, key=lambda unit: unit.loss["w8a8"] / unit.macs)
+            if not worst.loss["w8a8"] * work > disproportion * worst.macs * harm:
                 break
             worst.cheapest = "weights" if disproportion * worst.loss["weights"] <= worst.loss["w8a8"] else "wide"
             units.remove(worst)
@@ -407,14 +407,6 @@ class VisionSearch:
             width = np.dtype(FLOAT_TYPES[self.plan.vision[stage]]).itemsize
             records.append(LayerRecord(name, kind, "", module.weight.numel() * count, module.weight.numel() * width, "wide", reason))
         return records
-
-
-def _harm(unit: Unit) -> float:
-    return unit.loss["w8a8"]
-
-
-def _work(unit: Unit) -> int:
-    return sum(layer.macs for layer in unit.layers)
 
 
 def cosine_loss(found: Tensor, expected: Tensor) -> float:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 
+from benchmarks.checkpoint import random_checkpoint
 from benchmarks.gpu.eager import generate, speed_of_transformers
 from benchmarks.gpu.floor import measure_limits
 from benchmarks.gpu.ours import ask_demo, speed_of_ours
@@ -64,9 +65,7 @@ def step_checkpoint(task: Task, *_: str) -> Iterator[Part]:
     if not (task.checkpoint / "config.json").is_file():
         if task.checkpoint != task.work / "checkpoint":
             raise FileNotFoundError(f"{task.checkpoint} has no config.json; give a checkpoint folder, or leave --checkpoint out")
-        from tests.checkpoints import write_checkpoint
-
-        write_checkpoint(task.checkpoint, layout="native", size="0.5b")
+        random_checkpoint(task.work)
     yield {}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.checkpoint import random_checkpoint
 from benchmarks.peers.protocol import ROOT
 from fastvlm_edge.bench.workload import TEXT_TOKENS, Pictures, question_near
 from fastvlm_edge.manifest import read_manifest
@@ -25,13 +26,10 @@ NEW_TOKENS = 65
 def prepare(folder: Path, size: str, progress: Progress) -> None:
     """Everything below `folder`; what is there stays, but for models of an older converter. `size` is one of `tests.checkpoints.SIZES`."""
     from fastvlm_edge.convert.convert import convert
-    from tests.checkpoints import write_checkpoint
 
-    checkpoint = folder / "checkpoint"
-    if not (checkpoint / "config.json").is_file():
-        progress.stage("writing a random checkpoint")
-        write_checkpoint(checkpoint, layout="native", size=size)
-        progress.done()
+    progress.stage("random checkpoint")
+    checkpoint = random_checkpoint(folder, size)
+    progress.done()
     for precision in PRECISIONS:
         made_by = folder / f"{precision}.made-by"
         if not made_by.is_file() or made_by.read_text(encoding="ascii") != converter_digest():
