@@ -11,10 +11,10 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.json_record import from_json
 
 JSON_NAME = "quantization.json"
 HTML_NAME = "quantization.html"
@@ -152,7 +152,7 @@ def read_report(directory: Path) -> QuantizationReport:
     if schema != SCHEMA:
         raise FastVLMError(f"{path} has schema {schema!r}, this toolkit reads {SCHEMA}; {again}")
     try:
-        report: QuantizationReport = _build(QuantizationReport, document, "the document")
+        report: QuantizationReport = from_json(QuantizationReport, document)
     except ValueError as error:
         raise FastVLMError(f"{path} is damaged ({error}); {again}") from None
     return report
@@ -165,35 +165,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """A value of a type from JSON; raises ValueError that says where it does not fit."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{where} is {value!r}, not one of {', '.join(arguments)}")
-        return value
-    if origin is UnionType:
-        return None if value is None else _build(arguments[0], value, where)
-    if kind is float and value is None:
-        return math.nan
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is no object")
-        types = get_type_hints(kind)
-        for key in (*types, *value):
-            if key not in value or key not in types:
-                raise ValueError(f"{where} {'lacks' if key in types else 'has an unknown'} {key!r}")
-        make: Any = kind
-        return make(**{key: _build(types[key], each, key) for key, each in value.items()})
-    expected: Any = (int, float) if kind is float else origin or kind
-    if not isinstance(value, expected) or isinstance(value, bool):
-        raise ValueError(f"{where} is {str(value)[:40]!r}, not of type {getattr(expected, '__name__', 'float')}")
-    if origin is list:
-        return [_build(arguments[0], each, where) for each in value]
-    if origin is dict:
-        return {key: _build(arguments[1], each, f"{where} {key}") for key, each in value.items()}
-    return value

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.json_record import from_json
 from fastvlm_edge.manifest import FileRecord, Manifest
 
 RECORD_NAME = "build.json"
@@ -66,10 +67,10 @@ def read_record(directory: Path) -> EngineRecord:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise FastVLMError(f"{path} has schema {document['schema']}, this toolkit reads {SCHEMA}; {again}")
-        record = EngineRecord(**document)
-        return dataclasses.replace(record, files={name: FileRecord(**entry) for name, entry in document["files"].items()})
+        record: EngineRecord = from_json(EngineRecord, document)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FastVLMError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
+    return record
 
 
 def find_records(model: Path) -> list[tuple[Path, EngineRecord]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.json_record import from_json
 
 MANIFEST_NAME = "fastvlm.json"
 SCHEMA = 2
@@ -124,20 +124,10 @@ def read_manifest(directory: Path) -> Manifest:
     if schema != SCHEMA:
         raise FastVLMError(f"{path} has schema {schema}, this toolkit reads {SCHEMA}; convert the checkpoint again with this version")
     try:
-        manifest: Manifest = _build(Manifest, document)
-        return dataclasses.replace(manifest, files={name: _build(FileRecord, record) for name, record in document["files"].items()})
-    except (TypeError, KeyError, AttributeError) as error:
+        manifest: Manifest = from_json(Manifest, document)
+    except ValueError as error:
         raise FastVLMError(f"{path} is damaged ({error}); convert the checkpoint again") from None
-
-
-def _build(kind: Any, document: Mapping[str, Any]) -> Any:
-    """A dataclass from its JSON object, nested dataclasses included."""
-    nested = {"Source": Source, "VisionSpec": VisionSpec, "DecoderSpec": DecoderSpec, "TextSpec": TextSpec}
-    types = {f.name: str(f.type) for f in dataclasses.fields(kind)}
-    unknown = set(document) - set(types)
-    if unknown:
-        raise KeyError(f"unknown key {sorted(unknown)[0]!r}")
-    return kind(**{key: _build(nested[types[key]], value) if types[key] in nested else value for key, value in document.items()})
+    return manifest
 
 
 def sha256(path: Path) -> str:

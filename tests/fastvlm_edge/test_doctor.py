@@ -439,7 +439,7 @@ def test_it_runs_from_a_bare_checkout_with_nothing_installed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.10", "3.12", "3.13"])
-def test_it_runs_on_every_python_of_a_jetpack(version: str, tmp_path: Path) -> None:
+def test_it_runs_on_every_python_of_a_jetpack(version: str, tmp_path: Path, model: Path) -> None:
     """3.8 is JetPack 5's: there it says that the board has to be flashed anew."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     known = [shutil.which(f"python{version}"), *map(str, pyenv.glob(f"{version}.*/bin/python"))]
@@ -447,9 +447,10 @@ def test_it_runs_on_every_python_of_a_jetpack(version: str, tmp_path: Path) -> N
     if not works:
         pytest.skip(f"no Python {version} here")
     python = works[0]
-    command = [python, "-S", "-E", "-m", "fastvlm_edge", "doctor", "--json"]
+    command = [python, "-S", "-E", "-m", "fastvlm_edge", "doctor", str(model), "--json"]
     done = subprocess.run(command, cwd=bare_checkout(tmp_path), capture_output=True, text=True, check=False)
     findings = {finding["topic"]: finding["status"] for finding in json.loads(done.stdout)["findings"]}
+    assert findings["model"] == "ok"
     assert done.returncode == 1 and findings["python"] == ("problem" if version == "3.8" else "ok") and findings["packages"] == "problem"
 
 

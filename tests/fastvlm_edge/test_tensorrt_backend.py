@@ -328,7 +328,7 @@ def test_the_pair_that_runs_here_is_found_among_several(directory: Path, cuda: F
     assert backend._directory.name == "orin"
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "record", "schema"])
+@pytest.mark.parametrize("damage", ["missing", "short", "record", "type", "schema"])
 def test_damaged_engines_are_named(directory: Path, cuda: FakeCuda, damage: str) -> None:
     folder = build_engines(directory)
     path = folder / ("decoder.engine" if damage in ("missing", "short") else RECORD_NAME)
@@ -338,6 +338,8 @@ def test_damaged_engines_are_named(directory: Path, cuda: FakeCuda, damage: str)
         path.write_bytes(path.read_bytes()[:-1])
     elif damage == "record":
         path.write_text(path.read_text()[:-9])
+    elif damage == "type":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "compute_capabilities": 86}))
     else:
         path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
     with pytest.raises(FastVLMError, match=rf"{path} (is missing|has \d+ bytes|is damaged|has schema 99).*; run: fastvlm-edge build"):
