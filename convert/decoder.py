@@ -71,6 +71,7 @@ class _Decoder:
 
         shared = self._shared(positions, past[0][0]) if self.cpu_context is None else self._shared_on_cpu(positions, self.cpu_context)
         hidden = self._embed(ids, features)
+        wanted = graph.node("Unsqueeze", [logit_positions, graph.ints(-1)], "/wanted")
         new: list[str] = []
         for layer, (past_key, past_value) in enumerate(past):
             path = f"/layers.{layer}"
@@ -80,6 +81,10 @@ class _Decoder:
                 attended, key, value = self._attention(normed, past_key, past_value, shared, weights, f"{path}/attn")
             else:
                 attended, key, value = self._attention_on_cpu(normed, past_key, past_value, shared, weights, f"{path}/attn")
+            if layer == text.layers - 1:  # from here on a position only matters to its own logits
+                attended = graph.node("GatherND", [attended, wanted], f"{path}/attn/wanted", batch_dims=1)  # [batch, m, heads * head_dim]
+                hidden = graph.node("GatherND", [hidden, wanted], f"{path}/wanted", batch_dims=1)  # [batch, m, hidden]
+            attended = graph.node("MatMul", [attended, self._weight(f"{weights}.o_proj", f"{path}/attn/o_proj")], f"{path}/attn/o_proj")
             hidden = graph.node("Add", [hidden, attended], f"{path}/attn/residual")
             normed = self._rms_norm(hidden, f"{weights}.post_norm", f"{path}/post_norm")
             hidden = graph.node("Add", [hidden, self._mlp(normed, weights, f"{path}/mlp")], f"{path}/mlp/residual")
@@ -182,7 +187,7 @@ class _Decoder:
     # A layer --------------------------------------------------------------------------------------------------------------------
 
     def _attention(self, x: str, past_key: str, past_value: str, shared: _Shared, weights: str, path: str) -> tuple[str, str, str]:
-        """Attention output [batch, seq, hidden] and the new key and value [batch, kv_heads, seq, head_dim]."""
+        """Attention of every head [batch, seq, heads * head_dim], and the new key and value [batch, kv_heads, seq, head_dim]."""
         graph, text = self.graph, self.text
         heads, kv_heads, dim = text.heads, text.kv_heads, text.head_dim
         qkv = self._qkv(x, weights, path)
@@ -209,14 +214,13 @@ class _Decoder:
         out = graph.node("Add", [past_sum, new_sum], f"{path}/sum")
         out = graph.node("Reshape", [out, graph.ints(0, heads, -1, dim)], f"{path}/heads")
         out = graph.node("Transpose", [out], f"{path}/heads", perm=[0, 2, 1, 3])
-        out = graph.node("Reshape", [out, graph.ints(0, 0, heads * dim)], f"{path}/joined")
-        return graph.node("MatMul", [out, self._weight(f"{weights}.o_proj", f"{path}/o_proj")], f"{path}/o_proj"), key, value
+        return graph.node("Reshape", [out, graph.ints(0, 0, heads * dim)], f"{path}/joined"), key, value
 
     # GroupQueryAttention of onnxruntime: rotation, append to the cache, scores, softmax and sum in one kernel, over valid positions only
     def _attention_on_cpu(
         self, x: str, past_key: str, past_value: str, shared: _SharedOnCpu, weights: str, path: str
     ) -> tuple[str, str, str]:
-        """Attention output [batch, seq, hidden] and the cache, appended to."""
+        """Attention of every head [batch, seq, heads * head_dim], and the cache, appended to."""
         graph, text = self.graph, self.text
         out, key, value = graph.split(
             "GroupQueryAttention",
@@ -230,7 +234,7 @@ class _Decoder:
             rotary_interleaved=0,
             scale=1.0,  # it is in the weights of the queries
         )
-        return graph.node("MatMul", [out, self._weight(f"{weights}.o_proj", f"{path}/o_proj")], f"{path}/o_proj"), key, value
+        return out, key, value
 
     def _qkv(self, x: str, weights: str, path: str) -> str:
         """[batch, seq, (heads + 2 * kv_heads) * head_dim]: queries, keys and values as one product."""
@@ -259,9 +263,8 @@ class _Decoder:
     # Outputs --------------------------------------------------------------------------------------------------------------------
 
     def _logits(self, hidden: str, logit_positions: str) -> None:
+        """Of `hidden` [batch, m, hidden]."""
         graph, text = self.graph, self.text
-        index = graph.node("Unsqueeze", [logit_positions, graph.ints(-1)], "/head/positions")
-        hidden = graph.node("GatherND", [hidden, index], "/head/rows", batch_dims=1)  # [batch, m, hidden]
         hidden = self._rms_norm(hidden, "llm.norm", "/head/norm")
         if graph.is_quantized("llm.head"):
             logits = graph.node("MatMul", [hidden, self._weight("llm.head", "/head")], "/head")

@@ -78,10 +78,15 @@ def item_bytes(plan: PrecisionPlan) -> int:
 
 
 def prefill_flops(text: TextConfig, positions: int) -> int:
-    """Of one causal pass over that many positions, with the logits of the last; a multiply-accumulate is two."""
-    body = text.layers * sum(inputs * outputs for inputs, outputs in body_matrices(text))
-    attention = 2 * text.layers * text.heads * text.head_dim * positions * (positions + 1) // 2
-    return 2 * (positions * body + attention + text.hidden * text.vocab)
+    """Of one causal pass over that many positions, with the logits of the last; a multiply-accumulate is two.
+
+    In the last layer all positions but the last are wanted for their keys and values alone.
+    """
+    layer = sum(inputs * outputs for inputs, outputs in body_matrices(text))
+    keys_and_values = text.hidden * 2 * text.kv_heads * text.head_dim
+    body = (text.layers - 1) * layer * positions + keys_and_values * (positions - 1) + layer
+    attention = 2 * text.heads * text.head_dim * ((text.layers - 1) * positions * (positions + 1) // 2 + positions)
+    return 2 * (body + attention + text.hidden * text.vocab)
 
 
 def vision_flops(config: FastViTHDConfig, hidden: int, image_size: int) -> int:

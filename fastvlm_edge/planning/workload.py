@@ -174,7 +174,10 @@ def vision_work(shape: VisionShape, hidden: int, image_size: int) -> VisionWork:
 
 
 def prefill_macs(text: TextShape, positions: int) -> int:
-    """Multiply-accumulates of a prompt: matrices, causal attention as it is computed (all pairs), and the head once."""
+    """Multiply-accumulates of a prompt: matrices, causal attention as it is computed (all pairs), and the head once.
+
+    So have it the programs that predictions are fitted to; that our graph ends most of the last layer early is within their error.
+    """
     return text.body * positions + 2 * text.layers * text.heads * text.head_dim * positions**2 + text.head
 
 

@@ -67,9 +67,11 @@ def test_cache_that_a_token_reads():
 
 def test_operations_of_prefill():
     assert prefill_flops(TEXT, 1) == 2 * (24 * LAYER + 2 * 24 * 896 + 896 * 152000)
-    two = 2 * (2 * 24 * LAYER + 2 * 24 * 896 * 3 + 896 * 152000)  # the second position looks at both
-    assert prefill_flops(TEXT, 2) == two
-    assert prefill_flops(TEXT, 290) == 211_441_233_920
+    layers = 23 * (2 * LAYER + 2 * 896 * 3)  # the second position looks at both
+    last = LAYER + 896 * 256 + 2 * 896 * 2  # the first gives its keys and values, of two heads of 64
+    assert prefill_flops(TEXT, 2) == 2 * (layers + last + 896 * 152000)
+    whole = 211_441_233_920  # with the last layer like the others
+    assert prefill_flops(TEXT, 290) == whole - 2 * (289 * (LAYER - 896 * 256) + 2 * 896 * 289 * 290 // 2)
 
 
 def test_operations_of_a_picture():

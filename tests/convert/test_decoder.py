@@ -155,6 +155,16 @@ def test_rows_of_a_batch_do_not_see_each_other(graph, ids):
         np.testing.assert_allclose(row, alone[0], rtol=1e-4, atol=1e-4)
 
 
+def test_the_last_layer_computes_what_is_asked_for_alone(graph, ids):
+    every, *_ = graph.step(ids, 0, graph.cache(32), list(range(len(ids))))
+    some, *_ = graph.step(ids, 0, graph.cache(32), [7, 2, 7])
+    np.testing.assert_allclose(some, every[:, [7, 2, 7]], rtol=1e-4, atol=1e-4)
+    nodes = onnx.load(graph.path, load_external_data=False).graph.node
+    made_by = {output: node.op_type for node in nodes for output in node.output}
+    inputs = [made_by[node.input[0]] for node in nodes if node.name.endswith("/attn/o_proj/MatMul")]
+    assert inputs == ["GroupQueryAttention" if graph.cpu else "Reshape"] * (len(inputs) - 1) + ["GatherND"] and len(inputs) > 1
+
+
 def test_only_standard_operators_of_one_opset_but_for_attention_on_the_cpu(graph):
     model = onnx.load(graph.path, load_external_data=False)
     own = {node.op_type for node in model.graph.node if node.domain}
