@@ -265,13 +265,13 @@ def llm_libraries() -> str:
     return "\n".join(lines)
 
 
-def pages() -> str:
-    """`pages.json` as a table of medians."""
-    results = load("pages")["results"]
+def settings() -> str:
+    """`settings.json` as a table of medians."""
+    fields = ("load_ms", "vision_ms", "prefill_ms", "decode_tokens_per_second", "peak_memory_mib")
     lines = ["| | load ms | vision ms | prefill ms | decode tokens/s | peak MiB |", "| --- | --- | --- | --- | --- | --- |"]
-    for way, found in results.items():
-        fields = ("load_ms", "vision_ms", "prefill_ms", "decode_tokens_per_second", "peak_memory_mib")
-        lines.append(f"| {way} | " + " | ".join(rounded(found[field]["median"]) for field in fields) + " |")
+    for model, results in load("settings")["results"].items():
+        for way, found in results.items():
+            lines.append(f"| {model}, {way} | " + " | ".join(rounded(found[field]["median"]) for field in fields) + " |")
     return "\n".join(lines)
 
 
@@ -303,7 +303,7 @@ TABLES = {
     "quantization": quantization,
     "plan_error": plan_error,
     "prefill_w8a8": prefill_w8a8,
-    "pages": pages,
+    "settings": settings,
     "vision_libraries": vision_libraries,
     "quantization_choice": quantization_choice,
     "calibration": calibration,

@@ -1,9 +1,10 @@
 """The demo's encoder as libraries quantise it, on the held-out questions: exact match by kind, beside ours.
 
-python -m benchmarks.vision_libraries [--count 2000] [--modelopt PYTHON] [--out benchmarks/results/vision_libraries.json]
+python -m benchmarks.vision_libraries [--count 2000] [--modelopt PYTHON] [--nncf PYTHON] [--out benchmarks/results/vision_libraries.json]
 
 INT8 weights a channel and INT8 activations a tensor; the decoder is FP32, so that the encoder alone is judged. The pictures that calibrate
-are the same for all. `--modelopt` is the interpreter of an environment with nvidia-modelopt[onnx].
+are the same for all. `--modelopt` is the interpreter of an environment with nvidia-modelopt[onnx], `--nncf` of one with nncf and openvino,
+such as `make bench-peers` makes (`build/peers/openvino_vision`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,18 @@ folder, method = sys.argv[1:]
 quantize(folder + "/vision.onnx", quantize_mode="int8", calibration_data=numpy.load(folder + "/seen.npy"), calibration_method=method,
          calibration_eps=["cpu"], output_path=folder + "/int8.onnx", high_precision_dtype="fp32")
 """
+NNCF = """
+import sys, numpy, nncf, openvino
+folder = sys.argv[1]
+core = openvino.Core()
+seen = numpy.load(folder + "/seen.npy")
+model = core.read_model(folder + "/vision.onnx")
+model.reshape([1, *seen.shape[1:]])
+model = nncf.quantize(model, nncf.Dataset(list(seen[:, None])), subset_size=len(seen))
+request = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": 1}).create_infer_request()
+pixels = numpy.load(folder + "/pixels.npy", mmap_mode="r")
+numpy.save(folder + "/features.npy", numpy.concatenate([request.infer([picture[None]])[0] for picture in pixels]))
+"""
 
 
 def main() -> int:
@@ -54,6 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--modelopt", type=Path)
+    parser.add_argument("--nncf", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vision_libraries.json")
     options = parser.parse_args()
     torch.set_num_threads(1)  # layers this small only lose time to more
@@ -86,6 +100,8 @@ def main() -> int:
         ways[f"modelopt, {method}"] = lambda method=method: np.concatenate(  # type: ignore[misc]
             modelopt_features(model, size, seen, pictures(), method, options.modelopt)
         )
+    if options.nncf:
+        ways["nncf, run by OpenVINO"] = lambda: nncf_features(model, size, seen, pictures(), options.nncf)
     document: dict[str, Any] = {
         "what": __doc__.split("\n\n")[2].replace("\n", " ").strip(),
         "data": f"demo:heldout:{options.count}",
@@ -121,10 +137,25 @@ def modelopt_features(
     with tempfile.TemporaryDirectory() as folder:
         write_fp32(model, size, Path(folder))
         np.save(Path(folder) / "seen.npy", np.concatenate(seen))
-        result = subprocess.run([str(python), "-c", MODELOPT, folder, method], capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(result.stderr)
+        in_its_environment(python, MODELOPT, folder, method)
         return graph_features(Path(folder) / "int8.onnx", pictures)
+
+
+def nncf_features(model: Model, size: int, seen: list[Float32], pictures: Iterator[Float32], python: Path) -> Float32:
+    """Image features by the graph that NNCF's PTQ makes, computed by OpenVINO, both in their own environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_fp32(model, size, Path(folder))
+        np.save(Path(folder) / "seen.npy", np.concatenate(seen))
+        np.save(Path(folder) / "pixels.npy", np.concatenate(list(pictures)))
+        in_its_environment(python, NNCF, folder)
+        return np.asarray(np.load(Path(folder) / "features.npy"))
+
+
+def in_its_environment(python: Path, program: str, *arguments: str) -> None:
+    """Run `program` there. Raises RuntimeError with what it said."""
+    result = subprocess.run([str(python), "-c", program, *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
 
 
 if __name__ == "__main__":

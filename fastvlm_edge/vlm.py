@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fastvlm_edge import heap
 from fastvlm_edge.backends import Backend, ImageFeatures, select
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generate import Generation, check_room
@@ -117,7 +118,8 @@ class FastVLM:
         manifest = read_manifest(directory)
         verify_files(directory, manifest, hashes=verify)
         tokenizer = TextTokenizer(directory / "tokenizer.json")
-        runner = select(backend, directory, manifest, threads=threads, progress=progress)
+        with heap.loading():
+            runner = select(backend, directory, manifest, threads=threads, progress=progress)
         return cls(manifest, tokenizer, runner, geometry=geometry, prefill_chunk=prefill_chunk)
 
     @property

@@ -28,12 +28,14 @@ def measure(workload: Workload, variant: str) -> Samples:
 
 def measure_llm(workload: Workload, precision: str) -> Samples:
     """The decoder alone, through the backend that answers questions."""
+    from fastvlm_edge import heap
     from fastvlm_edge.backends.ort import OrtDecoder
     from fastvlm_edge.backends.ort_session import on_device
     from fastvlm_edge.manifest import read_manifest
 
     directory = workload.folder / precision
-    decoder, samples = timed_load(lambda: OrtDecoder(on_device(directory, read_manifest(directory), threads=workload.threads)))
+    with heap.loading():
+        decoder, samples = timed_load(lambda: OrtDecoder(on_device(directory, read_manifest(directory), threads=workload.threads)))
 
     def feed(ids: list[int]) -> int:
         return int(decoder.step(ids).top_ids[-1, 0])

@@ -18,6 +18,9 @@ from fastvlm_edge.manifest import Manifest
 _ONNX_BFLOAT16 = 16
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
 _CPU_GRAPH = ".cpu.onnx"
+SPIN_MICROSECONDS = 500
+"""How long a thread without work waits awake: longer than from one token to the next, so that decoding need not wake it. onnxruntime's own
+is tens of milliseconds (-1), in which the threads of one graph take the cores from the other's. Versions before 1.26 know no other."""
 
 
 def available_threads() -> int:
@@ -41,6 +44,7 @@ def session_options(graph: Path, threads: int) -> ort.SessionOptions:
     # Measured on vision in INT8 at 1024 px with 2 threads: 1,111 MB after a run instead of 1,381, and no slower.
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.enable_mem_pattern = False
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
     options.log_severity_level = 2 if os.environ.get("FASTVLM_EDGE_DEBUG") else 4  # its errors arrive as exceptions
     if graph.name.startswith("vision"):
         # Fold DequantizeLinear into the convolution weights at load; left alone, it would run before every convolution of every picture.
