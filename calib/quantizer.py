@@ -142,9 +142,11 @@ class Quantizer:
             raise FastVLMError(f"an accuracy drop of {options.accuracy_drop:g} points cannot be promised; give more than 0")
         self.options = options
         judged = 0 if options.accuracy_drop is None else JUDGED
+        self.minimum = MINIMUM if options.accuracy_drop is None else MINIMUM * 4 // 3 + 1
         self.data: Dataset = open_data(options.source, images=options.images, limit=options.limit + judged)
-        if len(self.data) < MINIMUM:
-            raise FastVLMError(f"{options.source} has {len(self.data)} examples and calibration needs at least {MINIMUM}")
+        if len(self.data) < self.minimum:
+            judges = "" if options.accuracy_drop is None else ", with some to judge the accuracy drop by,"
+            raise FastVLMError(f"{options.source} has {len(self.data)} examples and calibration{judges} needs at least {self.minimum}")
 
     def calibrate(
         self,
@@ -189,7 +191,7 @@ class Quantizer:
     def _read(self, manifest: Manifest, folder: Path, progress: Progress) -> tuple[list[Example], _Pictures]:
         progress.stage(f"read {self.data.source}", len(self.data))
         pictures, examples = _Pictures(folder), []
-        for example, image in self.data.read(minimum=MINIMUM):
+        for example, image in self.data.read(minimum=self.minimum):
             pictures.add(preprocess(image, manifest.vision.image_size, manifest.vision.geometry))
             examples.append(example)
             progress.advance()

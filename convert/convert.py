@@ -97,7 +97,7 @@ def convert(
         raise FastVLMError(f"--precision {precision} has no integers to calibrate; choose int8 or int4, or leave --calib out")
     if geometry not in ("pad", "crop"):
         raise FastVLMError(f"unknown geometry {geometry!r}; choose pad or crop")
-    output = Path(os.path.abspath(output))
+    output = Path(os.path.realpath(output))
     _check_output(output, force)
     progress.stage("open")
     source = open_checkpoint(checkpoint)
@@ -298,6 +298,8 @@ def _context(source: Checkpoint, asked: int | None, tokens: int) -> int:
 
 def _check_output(output: Path, force: bool) -> None:
     """Refuse what cannot become a model directory, before any work."""
+    if os.path.ismount(output):
+        raise FastVLMError(f"{output} is a mount point, which no folder can be renamed to; name a folder in it: {output / 'model'}")
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists():

@@ -260,7 +260,7 @@ def _build_part(
         file.write(memoryview(built.plan))
     cache.keep(key, engine)
     cache.keep_timings(timings, built.timing_cache)
-    found = _list_layers(library, built, plan.cuda is not None)
+    found = _list_layers(library, built, plan.cuda is not None, progress)
     if widened := sum(layer.widens_weights for layer in found):
         progress.note(
             f"warning: {part}.engine widens {widened} matrices from integers to floats in memory at every run: the type in the graph is "
@@ -271,12 +271,16 @@ def _build_part(
     return {"seconds": round(time.perf_counter() - began, 1), "cached": False, "peak_bytes": peak}
 
 
-def _list_layers(library: Library, built: Built, has_gpu: bool) -> list[Layer]:
+def _list_layers(library: Library, built: Built, has_gpu: bool, progress: Progress) -> list[Layer]:
     """From the builder's log, or the engine inspector where there is none and the GPU is here."""
     if built.listing or not has_gpu:
         return parse_listing(built.listing)
     inspected = library.inspect(built.plan)
-    return parse_inspector(inspected) if inspected else []
+    try:
+        return parse_inspector(inspected) if inspected else []
+    except (ValueError, KeyError, TypeError) as error:  # the engine is fine all the same
+        progress.note(f"warning: TensorRT's list of layers cannot be read ({type(error).__name__}: {error})")
+        return []
 
 
 def read_layers(folder: Path) -> dict[str, list[Layer]]:

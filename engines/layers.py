@@ -73,8 +73,11 @@ def parse_listing(text: str) -> list[Layer]:
 
 
 def parse_inspector(text: str) -> list[Layer]:
-    """The layers in the JSON of `IEngineInspector.get_engine_information`, whose keys vary between versions."""
-    layers: list[dict[str, Any] | str] = json.loads(text)["Layers"]
+    """The layers in the JSON of `IEngineInspector.get_engine_information`, whose keys vary between versions.
+
+    Raises ValueError, KeyError or TypeError where it is something else.
+    """
+    layers: list[dict[str, Any] | str] = json.loads(text, strict=False)["Layers"]
     return [
         Layer(
             name=str(layer.get("Name", "")),

@@ -14,11 +14,12 @@ from fastvlm_edge.errors import FastVLMError
 
 @contextmanager
 def written_beside(output: Path, *, replace: bool, elsewhere: str) -> Iterator[Path]:
-    """A new folder beside `output` that takes its name when the block ends well and is gone when it does not.
+    """A new folder beside `output`, links followed, that takes its name when the block ends well and is gone when it does not.
 
     With `replace` a folder that has the name goes when the new one is there, not before. What killed processes left is cleared away.
     Raises FastVLMError where the disk is full or not writable; `elsewhere` says what to do then.
     """
+    output = Path(os.path.realpath(output))  # what stands at the end of a link, on its own disk
     marker = f".{output.name}.partial-"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -35,13 +36,13 @@ def written_beside(output: Path, *, replace: bool, elsewhere: str) -> Iterator[P
             yield partial
             for path in partial.iterdir():
                 _sync(path)
+            if replace and output.exists():
+                output.rename(old)
+            partial.rename(output)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise FastVLMError(f"the disk of {output.parent} is full; nothing was left there. Make room, or {elsewhere}") from None
             raise FastVLMError(f"{output} could not be written ({error}); nothing was left there") from error
-        if replace and output.exists():
-            output.rename(old)
-        partial.rename(output)
     finally:
         if old.exists() and not output.exists():
             old.rename(output)

@@ -161,7 +161,7 @@ class CudaPython:
             return int(self._check("cuDeviceGetAttribute", key, self._device))
 
         return DeviceInfo(
-            name=self._check("cuDeviceGetName", 256, self._device).rstrip(b"\0").decode(),
+            name=self._check("cuDeviceGetName", 256, self._device).partition(b"\0")[0].decode(),
             compute_capability=(attribute("COMPUTE_CAPABILITY_MAJOR"), attribute("COMPUTE_CAPABILITY_MINOR")),
             total_bytes=int(self._check("cuDeviceTotalMem", self._device)),
             integrated=bool(attribute("INTEGRATED")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -73,10 +74,19 @@ def read_record(directory: Path) -> EngineRecord:
     return record
 
 
-def find_records(model: Path) -> list[tuple[Path, EngineRecord]]:
-    """Every pair of engines in a model directory, by name of the target."""
+def engine_folders(model: Path) -> list[Path]:
+    """Where a model directory has a pair of engines, by name of the target."""
     directories = sorted(path.parent for path in (model / ENGINES).glob(f"*/{RECORD_NAME}"))
-    return [(directory, read_record(directory)) for directory in directories if not directory.name.startswith(".")]
+    return [directory for directory in directories if not directory.name.startswith(".")]
+
+
+def find_records(model: Path) -> list[EngineRecord]:
+    """Of every pair of engines whose record can be read."""
+    records = []
+    for folder in engine_folders(model):
+        with contextlib.suppress(FastVLMError):
+            records.append(read_record(folder))
+    return records
 
 
 def onnx_hashes(manifest: Manifest) -> dict[str, str]:

@@ -39,4 +39,5 @@ def loading() -> Iterator[None]:
 
 
 def _set_by_user() -> bool:
-    return "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return any(f"MALLOC_{name.upper()}_" in os.environ or f"malloc.{name}" in tunables for name in ("mmap_threshold", "trim_threshold"))

@@ -1,6 +1,6 @@
 """Power, energy and heat of an interval of work, from what tegrastats reads on a Jetson, or from NVML on a card of its own.
 
-Standard library only; NVML comes through nvidia-ml-py where that is installed. `run`, the benchmark and the server share it.
+Standard library only; NVML comes through nvidia-ml-py where that is installed. `run` and `bench` share it.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ class ReplyStream:
     def __init__(self, pieces: Iterator[str]) -> None:
         self._pieces = pieces
         self._reply: Reply | None = None
+        self._closed = False
 
     def __iter__(self) -> ReplyStream:
         return self
@@ -53,7 +54,9 @@ class ReplyStream:
 
     @property
     def reply(self) -> Reply:
-        """The finished reply. Raises FastVLMError before the end."""
+        """The finished reply. Raises FastVLMError before the end, and where the stream was closed before its first piece."""
+        if self._reply is None and self._closed:
+            raise FastVLMError("the stream was closed before its first piece, so there is no reply")
         if self._reply is None:
             raise FastVLMError("the reply is not finished; read the stream to its end, or close it")
         return self._reply
@@ -63,10 +66,18 @@ class ReplyStream:
         self._reply = reply
 
     def close(self) -> None:
-        """Stop listening. What came so far becomes the reply, with stop reason `cancelled`."""
+        """Stop listening. What came so far, if anything did, becomes the reply, with stop reason `cancelled`."""
+        self._closed = True
         close = getattr(self._pieces, "close", None)
         if close is not None:
             close()
+
+
+def _check_options(geometry: str | None, prefill_chunk: int) -> None:
+    if geometry is not None and geometry not in GEOMETRIES:
+        raise FastVLMError(f"geometry {geometry!r} is unknown; use one of: {', '.join(GEOMETRIES)}")
+    if prefill_chunk < 1:
+        raise FastVLMError(f"prefill_chunk is {prefill_chunk}; give a whole number of at least 1")
 
 
 class FastVLM:
@@ -84,10 +95,7 @@ class FastVLM:
         """Use `FastVLM.load`."""
         self.manifest = manifest
         self.geometry = geometry or manifest.vision.geometry
-        if self.geometry not in GEOMETRIES:
-            raise FastVLMError(f"geometry {self.geometry!r} is unknown; use one of: {', '.join(GEOMETRIES)}")
-        if prefill_chunk < 1:
-            raise FastVLMError(f"prefill_chunk is {prefill_chunk}; give a whole number of at least 1")
+        _check_options(self.geometry, prefill_chunk)
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, manifest)
         self._session = Session(backend, vocab=manifest.decoder.vocab)
@@ -115,6 +123,7 @@ class FastVLM:
         directory = Path(path)
         if threads is not None and threads < 1:
             raise FastVLMError(f"threads is {threads}; give a whole number of at least 1")
+        _check_options(geometry, prefill_chunk)  # before minutes of loading
         manifest = read_manifest(directory)
         verify_files(directory, manifest, hashes=verify)
         tokenizer = TextTokenizer(directory / "tokenizer.json")

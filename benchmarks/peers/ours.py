@@ -34,8 +34,12 @@ def measure_llm(workload: Workload, precision: str) -> Samples:
     from fastvlm_edge.manifest import read_manifest
 
     directory = workload.folder / precision
-    with heap.loading():
-        decoder, samples = timed_load(lambda: OrtDecoder(on_device(directory, read_manifest(directory), threads=workload.threads)))
+
+    def load() -> OrtDecoder:
+        with heap.loading():
+            return OrtDecoder(on_device(directory, read_manifest(directory), threads=workload.threads))
+
+    decoder, samples = timed_load(load)
 
     def feed(ids: list[int]) -> int:
         return int(decoder.step(ids).top_ids[-1, 0])

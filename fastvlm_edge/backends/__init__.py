@@ -42,7 +42,7 @@ class StepOutput:
 
 
 class Backend(Protocol):
-    """Runs `vision.onnx` and `decoder.onnx` (DESIGN.md, section 3) for one conversation at a time.
+    """Runs `vision.onnx` and `decoder.onnx` (docs/graphs.md) for one conversation at a time.
 
     Positions are implied: a step continues after the `length` positions that the cache holds.
     """

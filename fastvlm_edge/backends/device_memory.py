@@ -5,14 +5,16 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_edge.cuda import Cuda, PinnedMemory
 from fastvlm_edge.dtypes import storage, to_float32
+from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.kv_cache import FIRST_CAPACITY, next_capacity
 from fastvlm_edge.manifest import DecoderSpec
 
@@ -172,8 +174,9 @@ class FeatureStore:
     a queue until `sweep`.
     """
 
-    def __init__(self, cuda: Cuda, spec: DecoderSpec, stream: int) -> None:
-        self._cuda, self._spec, self._stream = cuda, spec, stream
+    def __init__(self, cuda: Cuda, spec: DecoderSpec, stream: int, lock: AbstractContextManager[Any]) -> None:
+        """`lock` is held while the backend uses the stream, so that nothing else gets into a graph that it captures."""
+        self._cuda, self._spec, self._stream, self._lock = cuda, spec, stream, lock
         self._live: set[int] = set()
         self._dead: deque[int] = deque()
 
@@ -201,16 +204,19 @@ class FeatureStore:
                 self._cuda.free(address)
 
     def read(self, features: DeviceFeatures) -> NDArray[np.float32]:
-        """A copy on the host: [rows, hidden]."""
+        """A copy on the host: [rows, hidden]. Raises FastVLMError where the backend was closed."""
         nbytes = features.rows * self.row_bytes()
-        pinned = self._cuda.allocate_pinned(nbytes)
-        try:
-            self._cuda.copy(pinned.address, features.address, nbytes, self._stream)
-            self._cuda.synchronize(self._stream)
-            dtype = self._spec.dtype
-            return np.array(to_float32(pinned.view((features.rows, self._spec.hidden), storage(dtype)), dtype))
-        finally:
-            pinned.free()
+        with self._lock:
+            if not self.holds(features):
+                raise FastVLMError("the model that encoded this picture was closed; read its features before that")
+            pinned = self._cuda.allocate_pinned(nbytes)
+            try:
+                self._cuda.copy(pinned.address, features.address, nbytes, self._stream)
+                self._cuda.synchronize(self._stream)
+                dtype = self._spec.dtype
+                return np.array(to_float32(pinned.view((features.rows, self._spec.hidden), storage(dtype)), dtype))
+            finally:
+                pinned.free()
 
     def free(self) -> None:
         """Give everything back, also what somebody still holds."""

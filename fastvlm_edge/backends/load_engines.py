@@ -14,7 +14,7 @@ import numpy as np
 from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.tensorrt import Platform, TensorRTBackend
 from fastvlm_edge.cuda import open_cuda
-from fastvlm_edge.engine_record import EngineRecord, find_records, mismatch
+from fastvlm_edge.engine_record import EngineRecord, engine_folders, mismatch, read_record
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.manifest import Manifest
 from fastvlm_edge.progress import Progress, SilentProgress
@@ -47,19 +47,24 @@ def load_engines(
     """
     progress = progress or SilentProgress()
     folder, record, platform = _choose(directory, manifest, opener)
-    check_files(folder, record)
+    try:
+        check_files(folder, record)
+    except BaseException:
+        platform.cuda.close()
+        raise
     if record.verified:
         return TensorRTBackend(folder, manifest, platform, progress=progress)
     return _load_unverified(directory, folder, record, manifest, platform, progress, threads)
 
 
 def _choose(directory: Path, manifest: Manifest, opener: Opener) -> tuple[Path, EngineRecord, Platform]:
-    records = find_records(directory)
-    if not records:
+    folders = engine_folders(directory)
+    if not folders:
         raise FastVLMError(f"{directory} has no engines; run: fastvlm-edge build {directory}")
     why: list[str] = []
-    for folder, record in records:
+    for folder in folders:
         try:
+            record = read_record(folder)
             platform = opener(record.library)
         except FastVLMError as error:
             why.append(str(error))
@@ -112,8 +117,8 @@ def verify_engines(
     onnxruntime answers first and is closed, so that only one of the two needs its memory. Raises FastVLMError where they differ, with the
     evidence beside `place`, where the engines are or will be.
     """
-    tokenizer = TextTokenizer(directory / "tokenizer.json")
     try:
+        tokenizer = TextTokenizer(directory / "tokenizer.json")
         expected = reference_answers(directory, manifest, tokenizer, progress, threads)
     except BaseException:
         platform.cuda.close()

@@ -19,8 +19,9 @@ _ONNX_BFLOAT16 = 16
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
 _CPU_GRAPH = ".cpu.onnx"
 SPIN_MICROSECONDS = 500
-"""How long a thread without work waits awake: longer than from one token to the next, so that decoding need not wake it. onnxruntime's own
-is tens of milliseconds (-1), in which the threads of one graph take the cores from the other's. Versions before 1.26 know no other."""
+"""How long a thread without work waits awake: longer than the pause between two calls of the decoder, so that decoding need not wake it.
+onnxruntime's own is tens of milliseconds (-1), in which the threads of one graph take the cores from the other's. Versions before 1.26, the
+last for Python 3.10 among them, know no other."""
 
 
 def available_threads() -> int:

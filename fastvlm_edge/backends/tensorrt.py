@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,22 +68,30 @@ class Platform:
 
 
 class _Graph:
-    """Work of fixed shapes and addresses: as it is at the first call, recorded at the second, replayed from then on."""
+    """Work of fixed shapes and addresses: as it is at the first call, recorded at the second, replayed from then on.
 
-    def __init__(self, cuda: Cuda, stream: int, work: Callable[[], None]) -> None:
-        self._cuda, self._stream, self._work = cuda, stream, work
+    TensorRT does not promise that all of its work can be recorded. What cannot runs as it is, and `note` is told once.
+    """
+
+    def __init__(self, cuda: Cuda, stream: int, work: Callable[[], None], note: Callable[[str], None]) -> None:
+        self._cuda, self._stream, self._work, self._note = cuda, stream, work, note
+        self._recordable = cuda.supports_graphs
         self._calls = 0
         self._graph: int | None = None
 
     def run(self) -> None:
         """Enqueue the work."""
         self._calls += 1
-        if self._calls == 1 or not self._cuda.supports_graphs:  # the first call is TensorRT's chance to set itself up
-            self._work()
-            return
+        if self._graph is None and self._recordable and self._calls > 1:  # the first call is TensorRT's chance to set itself up
+            try:
+                self._graph = self._cuda.capture(self._stream, self._work)
+            except FastVLMError as error:
+                self._recordable = False
+                self._note(f"warning: without CUDA graphs, which is slower: {error}")
         if self._graph is None:
-            self._graph = self._cuda.capture(self._stream, self._work)
-        self._cuda.launch(self._graph, self._stream)
+            self._work()
+        else:
+            self._cuda.launch(self._graph, self._stream)
 
     def forget(self) -> None:
         """Shapes or addresses have changed."""
@@ -95,7 +104,17 @@ class _Graph:
 class _Vision:
     """`vision.engine`: pixel_values [1, 3, S, S] -> image_features [1, tokens, hidden], both in buffers of its own."""
 
-    def __init__(self, cuda: Cuda, arena: Arena, stream: int, engine: Engine, spec: VisionSpec, dtype: str, scratch: Buffer) -> None:
+    def __init__(
+        self,
+        cuda: Cuda,
+        arena: Arena,
+        stream: int,
+        engine: Engine,
+        spec: VisionSpec,
+        dtype: str,
+        scratch: Buffer,
+        note: Callable[[str], None],
+    ) -> None:
         self._cuda, self._stream = cuda, stream
         shape = (1, 3, spec.image_size, spec.image_size)
         self._nbytes = 4 * 3 * spec.image_size**2
@@ -107,7 +126,7 @@ class _Vision:
         self._context.set_shape("pixel_values", shape)
         self._context.set_address("pixel_values", self._device.address)
         self._context.set_address("image_features", self.features.address)
-        self._graph = _Graph(cuda, stream, self._work)
+        self._graph = _Graph(cuda, stream, self._work, note)
 
     def enqueue(self, pixel_values: NDArray[np.float32]) -> None:
         """Encode; the features then lie in `features`."""
@@ -127,7 +146,9 @@ class _Vision:
 class _Decoder:
     """`decoder.engine` and its KV cache. Inputs lie in one block and outputs in another, so that each is one copy."""
 
-    def __init__(self, cuda: Cuda, arena: Arena, stream: int, engine: Engine, spec: DecoderSpec, scratch: Buffer) -> None:
+    def __init__(
+        self, cuda: Cuda, arena: Arena, stream: int, engine: Engine, spec: DecoderSpec, scratch: Buffer, note: Callable[[str], None]
+    ) -> None:
         self._cuda, self._stream, self._spec = cuda, stream, spec
         self.chunk = engine.largest("input_ids")[1]
         self.most_positions = engine.largest("logit_positions")[1]
@@ -161,7 +182,7 @@ class _Decoder:
         # Two contexts: what a graph has captured of a context must not be changed by calls of other shapes.
         self._prefill = engine.context(0, scratch.address, scratch.nbytes, stream, captured=False)
         self._decode = engine.context(engine.profiles - 1, scratch.address, scratch.nbytes, stream, captured=True)
-        self._decode_graph = _Graph(cuda, stream, self._decode_work)
+        self._decode_graph = _Graph(cuda, stream, self._decode_work, note)
         self._decode_rows = 0
         """Rows of image_features that the decode context is bound with; 0 where it has to be bound again."""
 
@@ -202,7 +223,12 @@ class _Decoder:
         self._pictures, self._rows = (), 1  # should memory be short, nothing is shown
         if rows * self._row_bytes > self._features.nbytes:
             self._unbind()
-            self._features.reserve(rows * self._row_bytes)
+            try:
+                self._features.reserve(rows * self._row_bytes)
+            except OutOfDeviceMemory:
+                self._features.reserve(self._row_bytes)  # it had more: a question without a picture still has its row
+                self._clear_features()
+                raise
         if not rows:
             self._clear_features()
         at = self._features.address
@@ -270,6 +296,7 @@ class TensorRTBackend:
         self._lock = threading.RLock()
         self._closed = False
         self._undo = contextlib.ExitStack()
+        weakref.finalize(self, self._undo.close).atexit = False  # for who forgets to close; the driver clears up behind a program
         device = platform.cuda.device
         self.description = f"{platform.library} {platform.version}, {device.name}"
         progress.stage(f"loading {manifest.name} ({manifest.precision})", len(PARTS) + 1)
@@ -287,8 +314,8 @@ class TensorRTBackend:
 
     def _load(self, platform: Platform, progress: Progress) -> None:
         cuda, undo, manifest = platform.cuda, self._undo, self._manifest
-        stream = self._stream = cuda.create_stream()
         undo.callback(cuda.close)
+        stream = self._stream = cuda.create_stream()
         undo.callback(cuda.destroy_stream, stream)
         arena = Arena(cuda)
         undo.callback(arena.free)
@@ -299,16 +326,16 @@ class TensorRTBackend:
             engine = platform.load(path)
             undo.callback(engine.close)
             check_engine(path, engine, part, manifest)
-            engine.restore_kernels(read_kernels(self._directory, part))
+            engine.restore_kernels(read_kernels(kernels_path(self._directory, part, cuda)))
             self._engines[part] = engine
             progress.advance()
         vision, decoder = self._engines["vision"], self._engines["decoder"]
-        self._store = FeatureStore(cuda, manifest.decoder, stream)
+        self._store = FeatureStore(cuda, manifest.decoder, stream, self._lock)
         arena.own(self._store)
         scratch = arena.buffer(max(vision.scratch_bytes, decoder.scratch_bytes, 1))  # one runs after the other, so one for both
-        self._vision = _Vision(cuda, arena, stream, vision, manifest.vision, manifest.decoder.dtype, scratch)
+        self._vision = _Vision(cuda, arena, stream, vision, manifest.vision, manifest.decoder.dtype, scratch, progress.note)
         undo.callback(self._vision.release)
-        self._decoder = _Decoder(cuda, arena, stream, decoder, manifest.decoder, scratch)
+        self._decoder = _Decoder(cuda, arena, stream, decoder, manifest.decoder, scratch, progress.note)
         undo.callback(self._decoder.release)
         progress.advance()
 
@@ -321,11 +348,15 @@ class TensorRTBackend:
         """Keep what TensorRT for RTX has compiled for this GPU for the next start; TensorRT proper compiles when it builds."""
         for part, engine in self._engines.items():
             kernels = engine.compiled_kernels()
-            if kernels and kernels != read_kernels(self._directory, part):
+            path = kernels_path(self._directory, part, self._cuda)
+            if kernels and kernels != read_kernels(path):
                 with contextlib.suppress(OSError):  # a disk that is full or read-only costs time at the next start, nothing else
-                    partial = self._directory / f".{part}.kernels.{os.getpid()}"
-                    partial.write_bytes(kernels)
-                    partial.replace(self._directory / f"{part}.kernels")
+                    partial = path.with_name(f".{path.name}.{os.getpid()}")
+                    try:
+                        partial.write_bytes(kernels)
+                        partial.replace(path)
+                    finally:
+                        partial.unlink(missing_ok=True)
 
     def encode(self, pixel_values: NDArray[np.float32]) -> DeviceFeatures:
         """pixel_values [1, 3, S, S] -> features [tokens, hidden], which stay on the device."""
@@ -370,11 +401,12 @@ class TensorRTBackend:
         self._decoder.cache.reset()
 
     def close(self) -> None:
-        """Give back engines and memory. May be called twice."""
+        """Give back engines and memory, and keep the kernels that were compiled for shapes since the load. May be called twice."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._undo.close()
+                with self._undo, contextlib.suppress(FastVLMError):
+                    self.save_kernels()
 
     def _in_chunks(self, ids: Sequence[int], positions: list[int], want_logits: bool) -> StepOutput:
         """The engine takes so many ids at a time; the outputs of all calls as one."""
@@ -413,9 +445,14 @@ class TensorRTBackend:
                 raise
 
 
-def read_kernels(directory: Path, part: str) -> bytes:
+def kernels_path(directory: Path, part: str, cuda: Cuda) -> Path:
+    """Where the kernels of an engine are kept for GPUs like this one: others cannot use them."""
+    major, minor = cuda.device.compute_capability
+    return directory / f"{part}.sm{major}{minor}.kernels"
+
+
+def read_kernels(path: Path) -> bytes:
     """What `save_kernels` left, or nothing."""
-    path = directory / f"{part}.kernels"
     return path.read_bytes() if path.is_file() else b""
 
 

@@ -74,7 +74,7 @@ class Measurement:
                 "files": {name: record.sha256 for name, record in manifest.files.items()},
             },
             **{name: value for name, value in self._facts.items() if name != "power"},
-            "engines": [_engines(record) for _, record in find_records(self.directory)],
+            "engines": [_engines(record) for record in find_records(self.directory)],
             "prompt_tokens": self.plan.prompt_tokens,
             "settings": {**dataclasses.asdict(settings), "processes": self.processes},
             "processes_done": self._done,

@@ -22,7 +22,7 @@ from fastvlm_edge.tensorrt_library import find_library
 MODEL = "model"
 """Stands for the bundled model on the command line, where there is no folder of that name."""
 NOT_HERE = {"convert": "conversion needs PyTorch", "bundle": "bundling needs pip and a network"}
-_ENGINES = ("run", "chat", "serve", "bench", "eval")
+_ENGINES = ("run", "bench", "eval")
 """Commands that answer, so that engines are built before them."""
 _OPTIONAL = ("doctor",)
 """Commands that look at the machine where no model is named."""
@@ -104,7 +104,7 @@ def build_missing_engines(bundle: Bundle, model: Path) -> bool:
         cuda.close()
     manifest = read_manifest(model)
     here = library.name, library.version, device.name, device.compute_capability
-    if any(mismatch(record, manifest, *here) is None for _, record in find_records(model)):
+    if any(mismatch(record, manifest, *here) is None for record in find_records(model)):
         return True
     progress = stderr_progress()
     failed = model.parent / f"{model.name}.failed"

@@ -90,12 +90,12 @@ def _one(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _tell(documents: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    if options.output is not None:
-        write_json(options.output, _one(documents))
     if options.json:
         print(json.dumps(_one(documents)), flush=True)
     else:
         print("\n\n".join(format_record(document) for document in documents), flush=True)
+    if options.output is not None:  # last: the disk may be full
+        write_json(options.output, _one(documents))
 
 
 def _be_process(model: Path, settings: Settings) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fastvlm_edge.backends import BACKENDS
+from fastvlm_edge.bench.record import check_writable
 from fastvlm_edge.calib.data import open_data
 from fastvlm_edge.calib.evaluate import MAX_NEW_TOKENS, Answer, Evaluation, Subject, check_answers, format_table
 from fastvlm_edge.errors import FastVLMError
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str]) -> int:
     SamplingParams(max_new_tokens=options.max_new_tokens)  # what can be wrong is told before the model loads
     if options.save is not None and options.save.exists():
         raise FastVLMError(f"{options.save} exists, and answers are never overwritten; give --save another name, or remove it")
+    if options.save is not None:
+        check_writable(options.save)
     dataset = open_data(options.data, images=options.images, limit=options.limit, seed=options.seed)
     check_answers(dataset)
     progress = stderr_progress() if not options.json or sys.stderr.isatty() else SilentProgress()
@@ -47,9 +50,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _save(file: TextIO | None, answer: Answer) -> None:
-    if file is not None:
+    if file is None:
+        return
+    try:
         file.write(json.dumps(answer.to_json(), ensure_ascii=False) + "\n")
         file.flush()
+    except OSError as error:
+        raise FastVLMError(f"{file.name} cannot be written ({error.strerror}); make room, or choose another place with --save") from None
 
 
 def _print(evaluation: Evaluation, *, as_json: bool) -> None:

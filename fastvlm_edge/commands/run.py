@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvlm_edge.backends import BACKENDS
+from fastvlm_edge.commands.arguments import positive
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.power import NoSensor, PowerFigures, PowerRecorder, find_sensor, power_json
 from fastvlm_edge.preprocess import GEOMETRIES
@@ -105,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="default %(default)s")
     group.add_argument("--threads", metavar="N", type=int, help="CPU threads; default all that this process may use")
     group.add_argument("--geometry", choices=GEOMETRIES, help="how the picture becomes a square; default as converted")
-    group.add_argument("--prefill-chunk", metavar="N", type=int, default=PREFILL_CHUNK, help="positions a call; default %(default)s")
+    group.add_argument("--prefill-chunk", metavar="N", type=positive, default=PREFILL_CHUNK, help="positions a call; default %(default)s")
     group.add_argument("--verify", action="store_true", help="compare the sha256 of every model file first")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser

@@ -7,7 +7,7 @@ from pathlib import Path
 from fastvlm_edge.doctor.check_board import gib
 from fastvlm_edge.doctor.facts import Facts
 from fastvlm_edge.doctor.findings import Finding, ok, problem, warning
-from fastvlm_edge.engine_record import EngineRecord, find_records, mismatch
+from fastvlm_edge.engine_record import EngineRecord, engine_folders, mismatch, read_record
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.manifest import Manifest, read_manifest, verify_files
 
@@ -32,17 +32,19 @@ def check_model(directory: Path, facts: Facts) -> list[Finding]:
 
 def _engines(directory: Path, manifest: Manifest, facts: Facts) -> list[Finding]:
     build = f"fastvlm-edge build {directory}"
-    try:
-        records = find_records(directory)
-    except FastVLMError as error:
-        text, _, mend = str(error).rpartition("; ")
-        return [problem("engines", text, mend)]
-    if not records:
+    folders = engine_folders(directory)
+    if not folders:
         if facts.has_gpu:
             return [warning("engines", "none yet: the GPU rests until they are built", build)]
         return [ok("engines", "none, and none are needed on a CPU")]
     findings = []
-    for folder, record in records:
+    for folder in folders:
+        try:
+            record = read_record(folder)
+        except FastVLMError as error:
+            text, _, mend = str(error).rpartition("; ")
+            findings.append(problem(f"engines ({folder.name})", text, mend))
+            continue
         reason = _damage(folder, record) or _unfit(record, manifest, facts)
         if reason is None:
             compared = "compared with onnxruntime" if record.verified else "compared with onnxruntime at their first run"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fastvlm_edge.planning.predict import Prediction
 
-PREFERRED = ("fp16", "int8", "int4")
+PREFERRED = ("fp16", "bf16", "int8", "int4")
 """The more exact first."""
 QUICK = 20.0
 """Tokens a second that are faster than anybody reads: from here on exactness is worth more than speed."""

@@ -332,7 +332,7 @@ def test_ctrl_c_loses_no_answer(model_dir: Path, tmp_path: Path) -> None:
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--threads", "0"], "threads is 0"),
         (["--reference", "gone"], "gone is not a model directory"),
-        (["--save", "{folder}/none/a.jsonl"], "No such file or directory"),
+        (["--save", "{folder}/none/a.jsonl"], "none does not exist; make the folder first"),
     ],
 )
 def test_what_is_wrong_is_one_line(

@@ -120,6 +120,12 @@ def test_accuracy_bounds_the_plan(tmp_path, monkeypatch):
     assert not (tmp_path / "never").exists()
 
 
+def test_an_accuracy_drop_needs_examples_to_judge_by():
+    with pytest.raises(FastVLMError, match="has 10 examples and calibration, with some to judge the accuracy drop by, needs at least 11"):
+        Quantizer(Options("demo:calibration:10", limit=8, accuracy_drop=0.5))
+    Quantizer(Options("demo:calibration:10", limit=8))
+
+
 def test_a_folder_of_pictures_is_enough_and_bad_ones_are_named(tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "tiny", layout="native")
     folder = tmp_path / "pictures"

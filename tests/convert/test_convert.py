@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +167,30 @@ def test_nothing_is_left_behind(checkpoint, tmp_path, monkeypatch, error, expect
     assert not any(tmp_path.iterdir())
     if expected is FastVLMError:
         assert "is full" in str(caught.value)
+
+
+def test_an_output_behind_a_link_is_written_where_the_link_points(checkpoint, tmp_path):
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    for precision in ("fp32", "int8"):  # the empty folder, then a model that is there
+        convert(str(checkpoint), tmp_path / "link", precision=precision, force=True)
+        assert read_manifest(tmp_path / "link").precision == precision
+    assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+
+
+def test_what_cannot_be_replaced_is_told_before_any_work_or_in_a_sentence(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
+    with pytest.raises(FastVLMError, match=r"mounted is a mount point.*name a folder in it: .*mounted/model"):
+        convert(str(checkpoint), tmp_path / "mounted")
+
+    def busy(self, target):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(FastVLMError, match=r"could not be written .*Device or resource busy"):
+        convert(str(checkpoint), tmp_path / "model")
+    assert not any((tmp_path / "mounted").iterdir()) and [path.name for path in tmp_path.iterdir()] == ["mounted"]
 
 
 def test_a_failed_replacement_keeps_the_old_model(checkpoint, tmp_path, monkeypatch):

@@ -434,7 +434,7 @@ class _FakeBuild:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: str = "") -> None:
         self.calls = 0
-        self.records: list[tuple[Path, Any]] = []
+        self.records: list[Any] = []
         self.error = error
         device = SimpleNamespace(name="Orin", compute_capability=(8, 7))
         monkeypatch.setattr(board, "find_library", lambda: SimpleNamespace(name="tensorrt", version="10.3.0"))
@@ -447,7 +447,7 @@ class _FakeBuild:
         self.calls += 1
         if self.error:
             raise FastVLMError(self.error)
-        self.records.append((model, object()))
+        self.records.append(object())
 
 
 def test_the_bundles_packages_come_first_and_those_of_jetpack_last(monkeypatch: pytest.MonkeyPatch) -> None:

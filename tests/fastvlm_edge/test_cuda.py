@@ -67,7 +67,7 @@ FUNCTIONS: dict[str, tuple[int, Any]] = {
     "cuInit": (1, ()),
     "cuDeviceGetCount": (0, (1,)),
     "cuDeviceGet": (1, (Handle(0),)),
-    "cuDeviceGetName": (2, (b"Orin\0\0",)),
+    "cuDeviceGetName": (2, (b"Orin\0" + b" " * 251,)),
     "cuDeviceTotalMem": (1, (8 << 30,)),
     "cuDeviceGetAttribute": (2, lambda attribute, device: (ATTRIBUTES[attribute],)),
     "cuDevicePrimaryCtxRetain": (1, (Handle(0xC0),)),

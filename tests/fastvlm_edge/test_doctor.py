@@ -381,7 +381,7 @@ def test_engines_that_fit_the_board(examine: Callable[..., Report], model: Path)
     assert "decoder.engine is missing" in examine(board, str(model)).findings[topic]["text"]
 
     record.write_text("{")
-    assert "is damaged" in examine(board, str(model)).findings["engines"]["text"]
+    assert "is damaged" in examine(board, str(model)).findings[topic]["text"]
 
 
 def test_where_only_the_library_tells_its_version_that_is_compared(examine: Callable[..., Report], model: Path) -> None:

@@ -53,7 +53,8 @@ def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("MALLOC_MMAP_THRESHOLD_", "65536"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536:glibc.malloc.perturb=1")]
+    ("name", "value"),
+    [("MALLOC_MMAP_THRESHOLD_", "65536"), ("MALLOC_TRIM_THRESHOLD_", "0"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536:x.y=1")],
 )
 def test_a_threshold_of_the_user_stays(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     calls = record_calls(monkeypatch)

@@ -20,7 +20,7 @@ from fastvlm_edge.planning.boards import BOARDS, find_board
 from fastvlm_edge.planning.fit import Efficiency, fit, hold_out, ideal_ms, median_error, rows_of, runtime_bytes, spread
 from fastvlm_edge.planning.published import MODELS, ROWS, Row, Stage
 from fastvlm_edge.planning.recommend import recommend
-from fastvlm_edge.planning.workload import FP16, INT4, INT8, SIZES, VisionShape, decode_bytes, prefill_macs, vision_work
+from fastvlm_edge.planning.workload import FP16, INT4, INT8, PRECISIONS, SIZES, VisionShape, decode_bytes, prefill_macs, vision_work
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "plan_error.json"
 
@@ -177,6 +177,12 @@ def test_a_model_that_fits_nowhere_ends_with_status_1(capsys: pytest.CaptureFixt
     assert "fp16 does not fit; --precision int4 does, in 6.0 GB" in capsys.readouterr().out
     assert main(["plan", "7b", "--target", "orin-nano", "--context", "65536"]) == 1
     assert "nothing fits: int4 takes" in capsys.readouterr().out
+
+
+def test_every_precision_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for precision in PRECISIONS:
+        assert main(["plan", "0.5b", "--target", "orin", "--precision", precision]) == 0
+        assert f"take {precision}" in capsys.readouterr().out
 
 
 def test_a_smaller_context_is_tried_where_the_model_s_own_does_not_fit(

@@ -20,12 +20,15 @@ from skimage import data
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends import load_engines as module
 from fastvlm_edge.backends import select
+from fastvlm_edge.backends.device_memory import aligned
 from fastvlm_edge.backends.load_engines import BOUNDS, load_engines
 from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.tensorrt import TensorRTBackend
-from fastvlm_edge.engine_record import RECORD_NAME, read_record
+from fastvlm_edge.cuda import CudaError
+from fastvlm_edge.engine_record import RECORD_NAME, find_records, read_record
 from fastvlm_edge.kv_cache import next_capacity
 from fastvlm_edge.manifest import read_manifest
+from fastvlm_edge.progress import stderr_progress
 from fastvlm_edge.self_check import compare
 from fastvlm_edge.tokenizer import TextTokenizer
 from tests import fake_engine
@@ -111,6 +114,24 @@ def test_without_cuda_graphs_it_computes_the_same(directory: Path, ort: OrtBacke
     for step in ([*IDS[:30]], *([token] for token in IDS[30:60])):
         assert np.array_equal(logits(backend, step), logits(ort, step))
     assert "launch" not in cuda.log
+
+
+def test_work_that_cannot_be_recorded_runs_as_it_is(
+    directory: Path, cuda: FakeCuda, ort: OrtBackend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_stream: int, _work: Any) -> int:
+        raise CudaError("cuStreamEndCapture", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed")
+
+    monkeypatch.setattr(cuda, "capture", refuse)
+    build_engines(directory)
+    backend = load_engines(directory, read_manifest(directory), opener=lambda _: fake_platform(cuda), progress=stderr_progress())
+    for _ in range(3):
+        assert np.allclose(backend.encode(PIXELS).numpy(), ort.encode(PIXELS).numpy(), atol=ROUNDING)
+    for each in (backend, ort):
+        each.step(IDS[:9])
+    for token in IDS[9:14]:
+        assert np.allclose(logits(backend, [token]), logits(ort, [token]), atol=ROUNDING)
+    assert capsys.readouterr().err.count("without CUDA graphs, which is slower: cuStreamEndCapture failed") == 2  # encoder, decoder
 
 
 @pytest.mark.parametrize("profiles", [1, 2])
@@ -239,6 +260,31 @@ def test_close_gives_everything_back(backend: TensorRTBackend, cuda: FakeCuda) -
         backend.encode(PIXELS)
 
 
+def test_who_forgets_to_close_gets_everything_back(directory: Path) -> None:
+    build_engines(directory)
+    cuda = FakeCuda()
+    backend = load(directory, cuda)
+    features = backend.encode(PIXELS)
+    backend.step(IDS[:9])
+    del backend
+    gc.collect()
+    assert not any(cuda.live().values())
+    with pytest.raises(FastVLMError, match="the model that encoded this picture was closed"):
+        features.numpy()
+
+
+def test_a_question_without_a_picture_survives_a_picture_that_did_not_fit(directory: Path, ort: OrtBackend) -> None:
+    build_engines(directory)
+    cuda = FakeCuda()
+    backend = load(directory, cuda)
+    picture = backend.encode(PIXELS)
+    allocate, cuda.allocate = cuda.allocate, lambda nbytes: allocate(1 << 40 if nbytes > aligned(4 * HIDDEN) else nbytes)  # type: ignore[method-assign]
+    with pytest.raises(FastVLMError, match="MiB of GPU memory are needed"):
+        backend.step(IDS[:9], (picture,))
+    assert backend._decoder._features.address
+    assert np.allclose(logits(backend, IDS[:9]), logits(ort, IDS[:9]), atol=ROUNDING)
+
+
 def test_every_shortage_while_loading_is_explained_and_leaves_nothing(directory: Path) -> None:
     """Whichever allocation it is that fails."""
     build_engines(directory, weights=1 << 20)
@@ -328,6 +374,20 @@ def test_the_pair_that_runs_here_is_found_among_several(directory: Path, cuda: F
     assert backend._directory.name == "orin"
 
 
+def test_a_damaged_record_does_not_hide_another_pair(directory: Path, cuda: FakeCuda) -> None:
+    (build_engines(directory, target="agx") / RECORD_NAME).write_text("{")
+    build_engines(directory, target="orin")
+    assert load(directory, cuda)._directory.name == "orin"
+    assert [record.target for record in find_records(directory)] == ["orin"]
+
+
+def test_engines_that_cannot_be_loaded_leave_no_context(directory: Path, cuda: FakeCuda) -> None:
+    (build_engines(directory) / "decoder.engine").unlink()
+    with pytest.raises(FastVLMError, match=r"decoder\.engine is missing"):
+        load(directory, cuda)
+    assert cuda._closed
+
+
 @pytest.mark.parametrize("damage", ["missing", "short", "record", "type", "schema"])
 def test_damaged_engines_are_named(directory: Path, cuda: FakeCuda, damage: str) -> None:
     folder = build_engines(directory)
@@ -366,14 +426,14 @@ def test_kernels_that_were_compiled_are_kept_for_the_next_start(directory: Path,
     folder = build_engines(directory, kernels=True)
     first = load(directory, cuda)
     assert first._engines["decoder"].restored == b""  # type: ignore[attr-defined]
-    first.save_kernels()
     first.close()
     second = load(directory, FakeCuda())
-    assert second._engines["vision"].restored == (folder / "vision.kernels").read_bytes() == b"kernels of vision.onnx"  # type: ignore[attr-defined]
+    kept = (folder / "vision.sm87.kernels").read_bytes()
+    assert second._engines["vision"].restored == kept == b"kernels of vision.onnx"  # type: ignore[attr-defined]
     monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    (folder / "decoder.kernels").unlink()
-    second.save_kernels()
-    assert not (folder / "decoder.kernels").exists()
+    (folder / "decoder.sm87.kernels").unlink()
+    second.close()
+    assert not list(folder.glob("*decoder.sm87*"))
 
 
 # Verification -------------------------------------------------------------------------------------------------------------------

@@ -304,6 +304,13 @@ def test_a_stream_closed_early_leaves_what_it_said(vlm: FastVLM) -> None:
     assert chat.ask("Go on.", max_new_tokens=5).token_ids
 
 
+def test_a_stream_closed_before_its_first_piece_has_no_reply(vlm: FastVLM) -> None:
+    stream = vlm.stream(PROMPT)
+    stream.close()
+    with pytest.raises(FastVLMError, match="closed before its first piece"):
+        _ = stream.reply
+
+
 @pytest.mark.parametrize("at", [1, 2, 5])
 def test_an_interrupt_leaves_the_model_usable(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     expected = vlm.generate(LONG_PROMPT, data.coffee(), max_new_tokens=20).token_ids
@@ -381,6 +388,9 @@ def edit(directory: Path, **changes: Any) -> None:
 def test_directories_that_cannot_be_loaded(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(FastVLMError, match=r"is not a model directory.*fastvlm-edge convert"):
         FastVLM.load(tmp_path)
+    for wrong in ({"geometry": "stretch"}, {"prefill_chunk": 0}):
+        with pytest.raises(FastVLMError, match=r"geometry 'stretch' is unknown|prefill_chunk is 0"):
+            FastVLM.load(tmp_path, **wrong)  # told before anything is read
     directory = copy_of(model_dir, tmp_path)
     (directory / "decoder.onnx").rename(tmp_path / "decoder.onnx")
     with pytest.raises(FastVLMError, match=r"decoder\.onnx is missing"):
@@ -464,7 +474,7 @@ def test_backends_and_options_that_are_refused(model_dir: Path, vlm: FastVLM) ->
             select("ort-cuda", model_dir, manifest)
     with pytest.raises(FastVLMError, match="threads is 0"):
         FastVLM.load(model_dir, threads=0)
-    with pytest.raises(FastVLMError, match="geometry 'stretch' is unknown"):
+    with pytest.raises(FastVLMError, match=r"geometry 'stretch' is unknown"):
         FastVLM.load(model_dir, geometry="stretch")
     with pytest.raises(FastVLMError, match="prefill_chunk is 0"):
         FastVLM.load(model_dir, prefill_chunk=0)
