@@ -18,18 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.peers.ours import samples_of
 from benchmarks.peers.run import figures
 from benchmarks.peers.workload import prepare
-from fastvlm_edge.bench.measure import Settings, measure
-from fastvlm_edge.bench.record import DECODE, write_json
+from fastvlm_edge.bench.measure import Settings
+from fastvlm_edge.bench.record import write_json
 from fastvlm_edge.progress import stderr_progress
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 DEMO = Path(__file__).parent.parent / "examples" / "demo" / "fastvlm-demo"
 AS_SHIPPED, HEAP, SPINNING, HUGE = "as shipped", "heap left to glibc", "spinning left to onnxruntime", "weights in huge pages"
 WAYS = (AS_SHIPPED, HEAP, SPINNING, HUGE)
-NAMES = {"ttft_cold_ms": "ttft_ms"}
-"""Figures that the peers' record has under another name."""
 
 
 def main() -> int:
@@ -90,12 +89,7 @@ def one_process(way: str, directory: Path, runs: int, threads: int) -> None:
         heap.loading = contextlib.nullcontext  # type: ignore[assignment]
     if way == SPINNING:
         ort_session.SPIN_MICROSECONDS = -1
-    samples: dict[str, list[float]] = {}
-    for line in measure(directory, Settings("ort", threads, runs, depths=())):
-        if "figure" in line:
-            name = line["figure"].partition("@")[0] if line["figure"].startswith(DECODE) else line["figure"]
-            samples.setdefault(NAMES.get(name, name), []).append(line["value"])
-    print(json.dumps(samples))
+    print(json.dumps(samples_of(directory, Settings("ort", threads, runs, depths=()))))
 
 
 if __name__ == "__main__":

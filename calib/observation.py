@@ -6,7 +6,6 @@ Activations go from unit to unit through files, one a picture; what was made of 
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fastvlm_edge.atomic import whole_file
 from fastvlm_edge.calib.encoder_chain import Decision, Layer, QuantizedLayer, Ranges, Unit
 from fastvlm_edge.calib.observers import Histogram
 
@@ -159,12 +159,7 @@ class FeatureCache:
 
 def _keep(path: Path, save: Callable[[BinaryIO], None]) -> None:
     """Write a file of the cache, whole or not at all. Where it cannot be written the next run takes longer, and this one goes on."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                save(file)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(path) as partial, partial.open("wb") as file:
+            save(file)

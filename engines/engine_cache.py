@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fastvlm_edge.atomic import whole_file
 from fastvlm_edge.manifest import sha256
 
 LIMIT = 16 << 30
@@ -56,15 +57,11 @@ class EngineCache:
         """Remember a new engine, and forget the ones unused for longest beyond LIMIT."""
         if self._folder is None:
             return
-        partial = self._folder / f".{key}.{os.getpid()}"
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            try:
+            with whole_file(self._folder / f"{key}.engine") as partial:
                 _link(engine, partial)
                 (self._folder / f"{key}.sha256").write_text(sha256(partial), encoding="ascii")
-                partial.replace(self._folder / f"{key}.engine")
-            finally:
-                partial.unlink(missing_ok=True)
             self._prune()
 
     def timings(self, name: str) -> bytes:
@@ -80,9 +77,8 @@ class EngineCache:
             return
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial = self._folder / f".{name}.{os.getpid()}"
-            partial.write_bytes(timings)
-            partial.replace(self._folder / f"{name}.timing")
+            with whole_file(self._folder / f"{name}.timing") as partial:
+                partial.write_bytes(timings)
 
     def _prune(self) -> None:
         assert self._folder is not None

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: written beside its final name and renamed into place."""
+"""Folders and files that appear whole or not at all: written beside their final name and renamed into place."""
 
 from __future__ import annotations
 
@@ -48,6 +48,17 @@ def written_beside(output: Path, *, replace: bool, elsewhere: str) -> Iterator[P
             old.rename(output)
         for folder in (partial, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path`: what the block writes there takes the place of `path` when it ends well, and is gone when it does not."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _is_running(pid: str) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastvlm_edge.atomic import whole_file
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.json_record import from_json
 from fastvlm_edge.manifest import FileRecord, Manifest
@@ -52,12 +52,8 @@ class EngineRecord:
 
     def write(self, directory: Path) -> None:
         """Write `build.json` into `directory`, whole or not at all."""
-        partial = directory / f".{RECORD_NAME}.{os.getpid()}"
-        try:
+        with whole_file(directory / RECORD_NAME) as partial:
             partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-            partial.replace(directory / RECORD_NAME)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def read_record(directory: Path) -> EngineRecord:

@@ -23,11 +23,9 @@ def loading() -> Iterator[None]:
     (`benchmarks/settings.py` has figures). A threshold that the user set in the environment stays.
     """
     library = ctypes.CDLL(None) if os.name == "posix" else None
-    mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
-    if mallopt is not None and not _set_by_user():
+    mallopt, trim = None if _set_by_user() else getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
+    if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LOADING)
-    else:
-        mallopt = None
     try:
         yield
     finally:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.peers.protocol import Peer, Samples, Workload, main_of, time_llm, timed_load
+
+if TYPE_CHECKING:
+    from fastvlm_edge.bench.measure import Settings
 
 ALONE = "-llm"
 NAMES = {"ttft_cold_ms": "ttft_ms"}
@@ -15,11 +20,17 @@ def measure(workload: Workload, variant: str) -> Samples:
     if variant.endswith(ALONE):
         return measure_llm(workload, variant.removesuffix(ALONE))
     from fastvlm_edge.bench.measure import Settings
-    from fastvlm_edge.bench.measure import measure as lines
 
     settings = Settings("ort", workload.threads, workload.runs, new_tokens=workload.new_tokens, depths=())
+    return samples_of(workload.folder / variant, settings)
+
+
+def samples_of(directory: Path, settings: Settings) -> Samples:
+    """What one process of `fastvlm-edge bench` measures, under the names of the peers' record."""
+    from fastvlm_edge.bench.measure import measure
+
     samples: Samples = {}
-    for line in lines(workload.folder / variant, settings):
+    for line in measure(directory, settings):
         if "figure" in line:
             name = line["figure"].partition("@")[0]
             samples.setdefault(NAMES.get(name, name), []).append(line["value"])

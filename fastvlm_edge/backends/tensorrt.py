@@ -7,7 +7,6 @@ picture have fixed shapes, so they are captured as CUDA graphs: the first call o
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fastvlm_edge.atomic import whole_file
 from fastvlm_edge.backends import ImageFeatures, StepOutput, check_pixels
 from fastvlm_edge.backends.device_memory import Arena, Buffer, DeviceCache, DeviceFeatures, FeatureStore, aligned, cache_addresses
 from fastvlm_edge.cuda import Cuda, OutOfDeviceMemory
@@ -350,13 +350,9 @@ class TensorRTBackend:
             kernels = engine.compiled_kernels()
             path = kernels_path(self._directory, part, self._cuda)
             if kernels and kernels != read_kernels(path):
-                with contextlib.suppress(OSError):  # a disk that is full or read-only costs time at the next start, nothing else
-                    partial = path.with_name(f".{path.name}.{os.getpid()}")
-                    try:
-                        partial.write_bytes(kernels)
-                        partial.replace(path)
-                    finally:
-                        partial.unlink(missing_ok=True)
+                # a disk that is full or read-only costs time at the next start, nothing else
+                with contextlib.suppress(OSError), whole_file(path) as partial:
+                    partial.write_bytes(kernels)
 
     def encode(self, pixel_values: NDArray[np.float32]) -> DeviceFeatures:
         """pixel_values [1, 3, S, S] -> features [tokens, hidden], which stay on the device."""

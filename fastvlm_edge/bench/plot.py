@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from fastvlm_edge.atomic import whole_file
 from fastvlm_edge.bench.record import DECODE
 from fastvlm_edge.bench.table import number
 from fastvlm_edge.errors import FastVLMError
@@ -164,13 +164,10 @@ def _save(prefix: Path, name: str, paint: Callable[[Any], None]) -> list[Path]:
         paint(figure)
         for kind in FORMATS:
             path = prefix.with_name(f"{prefix.name}-{name}.{kind}")
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
             try:
-                figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})
-                partial.replace(path)
+                with whole_file(path) as partial:
+                    figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})
             except OSError as error:
                 raise FastVLMError(f"{path} cannot be written ({error.strerror}); choose another place for --plot") from None
-            finally:
-                partial.unlink(missing_ok=True)
             written.append(path)
     return written

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastvlm_edge.atomic import whole_file
 from fastvlm_edge.errors import FastVLMError
 
 SCHEMA = 1
@@ -120,14 +121,11 @@ def title_of(figure: str) -> str:
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a record, whole or not at all. Raises FastVLMError where the disk is full or not writable."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise FastVLMError(f"{path} cannot be written ({error.strerror}); choose another place with -o") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:

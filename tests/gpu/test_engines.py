@@ -15,7 +15,7 @@ from fastvlm_edge.backends import select
 from fastvlm_edge.backends.load_engines import BOUNDS
 from fastvlm_edge.convert.convert import convert
 from fastvlm_edge.cuda import Cuda, open_cuda
-from fastvlm_edge.engine_record import ENGINES, find_records
+from fastvlm_edge.engine_record import ENGINES, engine_folders, find_records
 from fastvlm_edge.engines.build import Options, build
 from fastvlm_edge.kv_cache import FIRST_CAPACITY
 from fastvlm_edge.manifest import PRECISIONS, read_manifest
@@ -131,6 +131,7 @@ def texts(vlm, scenes):
 def test_engines_are_built_and_agree_with_onnxruntime(gpu, models, precision):
     built = models(precision)
     (record,) = find_records(built.directory)
+    assert engine_folders(built.directory) == [built.engines]
     assert (record.library, record.version) == (gpu.library.name, gpu.library.version)
     assert list(gpu.cuda.device.compute_capability) in record.compute_capabilities
     assert record.verified, "build did not compare the engines although their GPU is here"
@@ -338,8 +339,8 @@ def test_loading_again_uses_the_kernels_that_were_compiled(gpu, fp16, scenes, tm
 )
 def test_engines_that_are_not_for_this_machine_are_refused(fp16, tmp_path, change, says):
     directory = Path(shutil.copytree(fp16.directory, tmp_path / "model"))
+    (folder,) = engine_folders(directory)
     (record,) = find_records(directory)
-    folder = directory / ENGINES / record.target
     replace(record, **change).write(folder)
     with pytest.raises(FastVLMError, match=says):
         FastVLM.load(directory, "tensorrt")
@@ -354,8 +355,8 @@ def test_a_missing_engine_is_refused(fp16, tmp_path):
 
 def test_auto_goes_on_without_engines_that_are_refused(fp16, tmp_path):
     directory = Path(shutil.copytree(fp16.directory, tmp_path / "model"))
+    (folder,) = engine_folders(directory)
     (record,) = find_records(directory)
-    folder = directory / ENGINES / record.target
     replace(record, version="0.0.0").write(folder)
     with FastVLM.load(directory) as vlm:
         assert vlm.backend.name in ("ort", "ort-cuda") and "0.0.0" in vlm.backend.description
