@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from kernels import DepthwiseConv, gelu
 from picture import COLOURS, DIGITS, LETTERS, SHAPES
 from torch import Tensor, nn
+from training_kernels import DepthwiseConv, gelu
 from transformers import Qwen2Config, Qwen2Model
 
 from fastvlm_edge.convert.fastvithd import (

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from checkpoint import config_dict, export_checkpoint, save_state
 from data import Batch, draw_batches
 from evaluate import answer_scenes, score
-from kernels import load_kernels
 from language import Prompter, build_tokenizer
 from model import DemoConfig, DemoModel
 from scenes import make_scene
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from training_kernels import load_kernels
 
 CHECK_SEED = 1
 """Held-out seed of the checks during training; `benchmarks/demo_accuracy.py` reports on another one."""

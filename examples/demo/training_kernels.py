@@ -1,6 +1,7 @@
-"""Faster depthwise convolution and GELU for training on CPUs (`kernels.cpp`), compiled at first use.
+"""Faster depthwise convolution and GELU for training on CPUs (`training_kernels.cpp`), compiled at first use.
 
 They take the place of torch's own only in training under bfloat16 autocast. Without a C++ compiler training runs on torch's, more slowly.
+This file is not `kernels`, because transformers takes a module of that name for the package of Hugging Face.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def load_kernels() -> Any:
     """The compiled module, or None (with a line on stderr) where it cannot be compiled."""
     flags = ["-O3", "-march=native", "-ffast-math", "-Wno-unknown-pragmas"]
     try:
-        return cpp_extension.load("fastvlm_demo_kernels", [str(Path(__file__).with_name("kernels.cpp"))], extra_cflags=flags)
+        return cpp_extension.load("fastvlm_demo_kernels", [str(Path(__file__).with_name("training_kernels.cpp"))], extra_cflags=flags)
     except (OSError, RuntimeError) as error:
         print(f"kernels: not compiled, training will be slower ({str(error).splitlines()[0]})", file=sys.stderr)
         return None

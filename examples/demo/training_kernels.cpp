@@ -1,7 +1,7 @@
 // Depthwise convolutions and GELU for training on one CPU core, channels last, bfloat16 in and out, float32 inside.
 //
 // A third of a step of this network goes into oneDNN's backward of depthwise convolutions, which are far from the machine's limits at
-// these sizes. Every loop here runs over blocks of 16 channels, one vector register. kernels.py holds the autograd side.
+// these sizes. Every loop here runs over blocks of 16 channels, one vector register. training_kernels.py holds the autograd side.
 
 #include <torch/extension.h>
 
