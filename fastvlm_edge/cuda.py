@@ -21,7 +21,7 @@ _MIB = 1 << 20
 
 _NO_MEMORY = "close other programs that use the GPU, or choose a smaller context"
 _LOST = "the GPU's state is lost: start the program again, and report this if it comes back"
-_NO_CAPTURE = "this work cannot be recorded into a CUDA graph: run it without graphs"
+_NO_CAPTURE = "this work cannot be recorded into a CUDA graph"
 
 _HINTS = {
     "CUDA_ERROR_OUT_OF_MEMORY": _NO_MEMORY,
