@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.convert.fastvithd import STRIDE
 from fastvlm_edge.convert.shards import refuse_lfs_pointer
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.manifest import STRIDE
 
 LAYOUTS = ("apple", "hub", "native")
 IMAGE_TOKEN_ID = 151646

@@ -18,7 +18,7 @@ from fastvlm_edge.atomic import written_beside
 from fastvlm_edge.convert.checkpoint import Checkpoint, load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.decoder import CANDIDATES, build_decoder
 from fastvlm_edge.convert.decoder_weights import write_decoder_weights
-from fastvlm_edge.convert.fastvithd import STRIDE, FastViTHD
+from fastvlm_edge.convert.fastvithd import FastViTHD
 from fastvlm_edge.convert.graph import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.parity import check_parity, converse, encode, files_under_way, probe_activations, repeat
 from fastvlm_edge.convert.precision import FLOAT_TYPES, NUMPY_NAMES, PrecisionPlan, WeightType, fit, on_cpu, precision_plan
@@ -28,7 +28,7 @@ from fastvlm_edge.convert.vision import build_vision
 from fastvlm_edge.convert.vision_integers import TRIES, Float32, choose_blocks, watch_blocks
 from fastvlm_edge.convert.vision_weights import write_vision_weights
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import MANIFEST_NAME, DecoderSpec, FileRecord, Manifest, Source, TextSpec, VisionSpec, sha256
+from fastvlm_edge.manifest import MANIFEST_NAME, STRIDE, DecoderSpec, FileRecord, Manifest, Source, TextSpec, VisionSpec, sha256
 from fastvlm_edge.progress import Progress, SilentProgress
 from fastvlm_edge.self_check import stored_pictures
 from fastvlm_edge.tokenizer import TextTokenizer

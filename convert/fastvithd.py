@@ -16,7 +16,6 @@ from torch import Tensor, nn
 BATCH_NORM_EPS = 1e-5
 LAYER_NORM_EPS = 1e-5
 HEAD_DIM = 32
-STRIDE = 64
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from fastvlm_edge.json_record import from_json
 MANIFEST_NAME = "fastvlm.json"
 SCHEMA = 2
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+STRIDE = 64
+"""Pixels of a side of one visual token: FastViTHD halves the picture six times."""
 
 
 @dataclass(frozen=True)

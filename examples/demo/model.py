@@ -17,7 +17,6 @@ from transformers import Qwen2Config, Qwen2Model
 
 from fastvlm_edge.convert.fastvithd import (
     BATCH_NORM_EPS,
-    STRIDE,
     ConvFFN,
     FastViTHD,
     FastViTHDConfig,
@@ -31,6 +30,7 @@ from fastvlm_edge.convert.fastvithd import (
     identity_kernel,
     image_tokens,
 )
+from fastvlm_edge.manifest import STRIDE
 
 GLYPHS = ("", *DIGITS, *LETTERS, *SHAPES)
 """Classes of the dense head: nothing, a character or a shape."""

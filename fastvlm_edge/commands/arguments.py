@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-STEP = 64
-"""Pixels of a side that become one visual token."""
+from fastvlm_edge.manifest import STRIDE
 
 
 def positive(text: str) -> int:
@@ -25,6 +24,6 @@ def at_least(text: str, least: int) -> int:
 def multiple_of_64(text: str) -> int:
     """A multiple of 64; which ones there may be depends on the checkpoint."""
     value = int(text)
-    if value < 1 or value % STEP:
+    if value < 1 or value % STRIDE:
         raise argparse.ArgumentTypeError(f"{value} is not one of 256, 320, ... 1536")
     return value

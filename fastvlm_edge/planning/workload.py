@@ -6,10 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import Manifest
+from fastvlm_edge.manifest import STRIDE, Manifest
 
-STRIDE = 64
-"""Pixels of a side of one visual token."""
 FP32 = 4.0
 FP16 = 2.0
 INT8 = 1.0
