@@ -38,13 +38,10 @@ test-arm64: $(READY)
 test-pythons:
 	tests/pythons.sh
 
-# mypy sees the folders under the names they are installed by.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed && mkdir -p build/typed
-	cp -r fastvlm_edge build/typed/ && cp -r convert engines calib build/typed/fastvlm_edge/
-	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fastvlm_edge
+	$(BIN)/mypy -p fastvlm_edge
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.cpu

@@ -3,7 +3,7 @@
     python benchmarks/activations.py [--work build/bench]
 
 The demo checkpoint has trained weights. The 0.5B has random ones that are drawn so that activations stay small
-(tests/checkpoints.py): it shows the depth of the real size, and nothing of what released weights do.
+(tests/support/checkpoints.py): it shows the depth of the real size, and nothing of what released weights do.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure(work: Path) -> dict[str, Any]:
 
 def probe(checkpoint: Path, work: Path) -> dict[str, Any]:
     """Activations of a checkpoint, and the types that `--precision fp16` gets from them."""
-    from fastvlm_edge.convert.convert import convert
+    from fastvlm_edge.convert.pipeline import convert
     from fastvlm_edge.convert.precision import fit, precision_plan
     from fastvlm_edge.progress import stderr_progress
 

@@ -22,7 +22,7 @@ from benchmarks.machine import describe
 from fastvlm_edge.bundling.archive import Written, write_bundle
 from fastvlm_edge.bundling.targets import TARGETS, find_target
 from fastvlm_edge.bundling.wheels import collect_wheels
-from tests.fake_model import build_model
+from tests.support.fake_model import build_model
 
 RESULT = Path(__file__).parent / "results" / "bundle_sizes.json"
 PYTHONS = ((3, 10), (3, 11), (3, 12), (3, 13))

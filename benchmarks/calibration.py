@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.checkpoint import random_checkpoint
-from fastvlm_edge.manifest import read_manifest
+from fastvlm_edge.model_dir.manifest import read_manifest
 
 RESULT = Path(__file__).resolve().parent / "results" / "calibration.json"
 TARGET = "sm86"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def random_checkpoint(work: Path, size: str = "0.5b") -> Path:
-    """`work`/checkpoint in the layout of transformers, written where it is not there yet; `size` is one of `tests.checkpoints.SIZES`."""
-    from tests.checkpoints import write_checkpoint
+    """`work`/checkpoint in the layout of transformers, written if it does not exist; `size` is one of `tests.support.checkpoints.SIZES`."""
+    from tests.support.checkpoints import write_checkpoint
 
     folder = work / "checkpoint"
     if not (folder / "config.json").is_file():

@@ -23,7 +23,7 @@ SEED = 2026
 def main() -> int:
     """Convert, ask, count, write."""
     from benchmarks import machine
-    from fastvlm_edge.manifest import PRECISIONS, sha256
+    from fastvlm_edge.model_dir.manifest import PRECISIONS, sha256
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
@@ -51,7 +51,7 @@ def measure(checkpoint: Path, precision: str, count: int) -> dict[str, Any]:
     from scenes import make_scene
 
     from fastvlm_edge import FastVLM
-    from fastvlm_edge.convert.convert import convert
+    from fastvlm_edge.convert.pipeline import convert
 
     pairs = []
     with tempfile.TemporaryDirectory() as folder:

@@ -26,8 +26,8 @@ from fastvlm_edge.bench.measure import Settings
 from fastvlm_edge.bench.plot import PARTS
 from fastvlm_edge.bench.processes import Measurement
 from fastvlm_edge.bench.record import write_json
-from fastvlm_edge.bench.state import read_state
 from fastvlm_edge.bench.table import aligned, number
+from fastvlm_edge.machine.state import read_state
 from fastvlm_edge.progress import stderr_progress
 
 SIZES = {"0.5b": (256, 512, 768, 1024, 1536), "tiny": (256, 512)}
@@ -139,7 +139,7 @@ def encoder_parameters(checkpoint: Path) -> int:
 
 def resolutions(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Records of `fastvlm-edge bench` without decoding at depth, the smallest picture first."""
-    from fastvlm_edge.convert.convert import convert
+    from fastvlm_edge.convert.pipeline import convert
 
     records = []
     for size in SIZES[options.size]:

@@ -4,7 +4,7 @@ python benchmarks/llm_quantization.py [--count 500] [--blocks 32 64 128] [--libr
 
 Each way makes a decoder graph from the same graph (INT8 embedding and head, FP32 activations) in a process of its own, and the graph
 answers held-out questions about demo pictures in onnxruntime. `--libraries` is the interpreter of an environment with onnxruntime, onnx_ir
-and nvidia-modelopt[onnx]. `--random` is a checkpoint of tests/checkpoints.py, for figures of larger matrices.
+and nvidia-modelopt[onnx]. `--random` is a checkpoint of tests/support/checkpoints.py, for figures of larger matrices.
 A part that is not measured stays as it is in the file.
 """
 
@@ -94,8 +94,8 @@ def demo_questions(split: str, count: int) -> list[Question]:
     from scenes import make_scene
     from tokenizers import Tokenizer
 
-    from fastvlm_edge.convert.checkpoint import load_projector, load_vision, open_checkpoint
-    from fastvlm_edge.convert.fastvithd import image_tokens
+    from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
+    from fastvlm_edge.convert.reference.fastvithd import image_tokens
 
     checkpoint = open_checkpoint(str(DEMO))
     encoder, projector = load_vision(checkpoint), load_projector(checkpoint)
@@ -139,9 +139,9 @@ def plan_of(bits: int, block: int) -> Any:
 
 def write_decoder(checkpoint: Any, plan: Any, quantized: Any, folder: Path) -> None:
     """decoder.onnx and decoder.weights."""
-    from fastvlm_edge.convert.decoder import build_decoder
-    from fastvlm_edge.convert.decoder_weights import write_decoder_weights
-    from fastvlm_edge.convert.graph import GraphBuilder, WeightsFile
+    from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
+    from fastvlm_edge.convert.graphs.decoder import build_decoder
+    from fastvlm_edge.convert.weights.decoder import write_decoder_weights
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = WeightsFile(folder / "decoder.weights")
@@ -167,7 +167,7 @@ def make(method: str, bits: int, block: int, folder: Path) -> dict[str, float]:
 def make_ours(method: str, bits: int, block: int, folder: Path) -> None:
     """With this project's code."""
     from fastvlm_edge.calib.llm import calibrate_decoder
-    from fastvlm_edge.convert.checkpoint import open_checkpoint
+    from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 
     checkpoint: Any = open_checkpoint((folder / "checkpoint.txt").read_text())
     plan = plan_of(bits, block)
@@ -282,7 +282,7 @@ class Clipped:
     """Every matrix rounded to nearest with the scales of least squared error: what GPTQ is without calibration."""
 
     def __init__(self, checkpoint: Any, plan: Any) -> None:
-        from fastvlm_edge.convert.decoder_weights import attention_parts
+        from fastvlm_edge.convert.weights.decoder import attention_parts
 
         self.checkpoint, self.plan, self.parts = checkpoint, plan, attention_parts
         self.scale_type = np.dtype(np.float32)
@@ -363,7 +363,7 @@ def _awq_scale(weight: Any, x: Any, kind: Any, tie: Callable[[Any], Any] | None)
     """mean |x| to the power that changes the outputs least, of 21 powers. weight [inputs, outputs], x [rows, inputs]."""
     import torch
 
-    from fastvlm_edge.convert.quantize import dequantize, quantize_matrix
+    from fastvlm_edge.convert.weights.quantize import dequantize, quantize_matrix
 
     moments, size = x.T @ x, x.abs().mean(0).clamp(min=1e-6)
     size = size if tie is None else tie(size)
@@ -422,7 +422,7 @@ class Layer:
     def __init__(self, checkpoint: Any, name: str) -> None:
         import torch
 
-        from fastvlm_edge.convert.decoder_weights import attention_parts
+        from fastvlm_edge.convert.weights.decoder import attention_parts
 
         def read(part: str, scale: float = 1.0) -> Any:
             return torch.from_numpy(checkpoint.tensor(part).astype(np.float32) * np.float32(scale))
@@ -584,7 +584,7 @@ def measure_cache(checkpoint: Any, questions: Sequence[Question], expected: Sequ
 
 def measure_demo(folder: Path, count: int, libraries: Path | None, blocks: Sequence[int]) -> dict[str, Any]:
     """Every method on the demo model."""
-    from fastvlm_edge.convert.checkpoint import open_checkpoint
+    from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(str(DEMO))
     questions, talk = demo_questions("heldout", count), demo_questions("calibration", CALIBRATION)
@@ -597,7 +597,7 @@ def measure_demo(folder: Path, count: int, libraries: Path | None, blocks: Seque
 
 def measure_random(folder: Path, location: Path) -> dict[str, Any]:
     """The methods that matter on random weights of a released width."""
-    from fastvlm_edge.convert.checkpoint import open_checkpoint
+    from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(str(location))
     questions, talk = random_questions(checkpoint, 4, 1), random_questions(checkpoint, 12, 2)

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from fastvlm_edge.bench.machine import describe as describe_for
+from fastvlm_edge.machine.description import describe as describe_for
 
 PACKAGES = ("onnxruntime", "numpy", "torch", "transformers", "tokenizers", "pillow", "onnx")
 

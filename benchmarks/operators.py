@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from fastvlm_edge.backends.ort_session import graph_name, ort_value, session_options
-from fastvlm_edge.manifest import Manifest, read_manifest
+from fastvlm_edge.model_dir.manifest import Manifest, read_manifest
 
 RUNS = {"vision": 3, "prefill": 3, "decode": 30}
 

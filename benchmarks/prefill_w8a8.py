@@ -276,7 +276,7 @@ def measure_accuracy(model: Any, questions: Sequence[Any], talk: Sequence[Any]) 
 
 def measure_demo(_work: Path) -> dict[str, Any]:
     """The trained demo."""
-    from fastvlm_edge.convert.checkpoint import open_checkpoint
+    from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 
     model = llm.Model(open_checkpoint(str(llm.DEMO)))
     rows = measure_accuracy(model, llm.demo_questions("heldout", QUESTIONS), llm.demo_questions("calibration", 100))
@@ -285,7 +285,7 @@ def measure_demo(_work: Path) -> dict[str, Any]:
 
 def measure_random(work: Path) -> dict[str, Any]:
     """The 0.5B's decoder with tails."""
-    from fastvlm_edge.convert.checkpoint import open_checkpoint
+    from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(str(random_checkpoint(work)))
     model = llm.Model(checkpoint)

@@ -22,11 +22,11 @@ from typing import Any
 
 from benchmarks import machine
 from fastvlm_edge import FastVLM
-from fastvlm_edge.calib.data import open_data
-from fastvlm_edge.calib.evaluate import Evaluation, Subject
 from fastvlm_edge.calib.quantizer import Options, Quantizer
-from fastvlm_edge.convert.convert import convert
-from fastvlm_edge.manifest import Manifest, read_manifest, sha256
+from fastvlm_edge.convert.pipeline import convert
+from fastvlm_edge.evaluation.data import open_data
+from fastvlm_edge.evaluation.evaluate import Evaluation, Subject
+from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, sha256
 from fastvlm_edge.progress import stderr_progress
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,13 +28,13 @@ from fastvlm_edge.calib.judge import Question, score
 from fastvlm_edge.calib.observers import OBSERVERS
 from fastvlm_edge.calib.recipe import Recipe
 from fastvlm_edge.calib.vision import DISPROPORTION, VisionSearch, squared_error
-from fastvlm_edge.convert.checkpoint import load_projector, load_vision, open_checkpoint
-from fastvlm_edge.convert.convert import convert
+from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
+from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import precision_plan
-from fastvlm_edge.manifest import read_manifest
-from fastvlm_edge.preprocess import preprocess
-from fastvlm_edge.prompt import ChatTemplate
-from fastvlm_edge.tokenizer import TextTokenizer
+from fastvlm_edge.inputs.preprocess import preprocess
+from fastvlm_edge.inputs.prompt import ChatTemplate
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.model_dir.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "demo" / "fastvlm-demo"

@@ -74,7 +74,7 @@ def main() -> int:
 
 def demo(work: Path) -> Path:
     """The demo model in INT4, converted anew: it takes a second."""
-    from fastvlm_edge.convert.convert import convert
+    from fastvlm_edge.convert.pipeline import convert
 
     convert(str(DEMO), work / "demo-int4", precision="int4", force=True, progress=stderr_progress())
     return work / "demo-int4"
@@ -82,11 +82,10 @@ def demo(work: Path) -> Path:
 
 def one_process(way: str, directory: Path, runs: int, threads: int) -> None:
     """Measure in this process and print the samples."""
-    from fastvlm_edge import heap
-    from fastvlm_edge.backends import ort_session
+    from fastvlm_edge.backends import malloc, ort_session
 
     if way == HEAP:
-        heap.loading = contextlib.nullcontext  # type: ignore[assignment]
+        malloc.loading = contextlib.nullcontext  # type: ignore[assignment]
     if way == SPINNING:
         ort_session.SPIN_MICROSECONDS = -1
     print(json.dumps(samples_of(directory, Settings("ort", threads, runs, depths=()))))

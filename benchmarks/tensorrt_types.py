@@ -25,7 +25,7 @@ import tensorrt_rtx as trt
 from onnx import TensorProto, helper
 
 from benchmarks.machine import describe
-from fastvlm_edge.convert.graph import IR_VERSION, OPSET, element_type, to_bytes
+from fastvlm_edge.convert.graphs.builder import IR_VERSION, OPSET, element_type, to_bytes
 from fastvlm_edge.engines.layers import parse_listing
 
 RESULT = Path(__file__).resolve().parent / "results" / "tensorrt_types.json"

@@ -25,17 +25,17 @@ import torch
 from torch import nn
 
 from benchmarks.checkpoint import random_checkpoint
+from fastvlm_edge.backends.verification import stored_pictures
 from fastvlm_edge.calib.observers import OBSERVERS
 from fastvlm_edge.calib.recipe import Recipe
 from fastvlm_edge.calib.vision import VisionQuantization, VisionSearch, cosine_loss, squared_error
-from fastvlm_edge.convert.checkpoint import load_projector, load_vision, open_checkpoint
-from fastvlm_edge.convert.fastvithd import AttentionBlock, ConvFFN, Downsample, FastViTHD, image_tokens
-from fastvlm_edge.convert.graph import GraphBuilder, WeightsFile
+from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
+from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
+from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.precision import precision_plan
-from fastvlm_edge.convert.vision import build_vision
-from fastvlm_edge.convert.vision_weights import write_vision_weights
-from fastvlm_edge.preprocess import preprocess
-from fastvlm_edge.self_check import stored_pictures
+from fastvlm_edge.convert.reference.fastvithd import AttentionBlock, ConvFFN, Downsample, FastViTHD, image_tokens
+from fastvlm_edge.convert.weights.vision import write_vision_weights
+from fastvlm_edge.inputs.preprocess import preprocess
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "vision_quantization.json"

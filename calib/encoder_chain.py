@@ -19,9 +19,18 @@ from torch import Tensor, nn
 
 from fastvlm_edge.calib.observers import Histogram
 from fastvlm_edge.calib.rounding import fake_quantize
-from fastvlm_edge.convert.fastvithd import HEAD_DIM, AttentionBlock, ConvFFN, Downsample, FastViTHD, RepMixerBlock, Stage, image_tokens
 from fastvlm_edge.convert.precision import FLOAT_TYPES, VISION_STAGES, PrecisionPlan
-from fastvlm_edge.convert.vision_weights import fold_attention, fold_feed_forward
+from fastvlm_edge.convert.reference.fastvithd import (
+    HEAD_DIM,
+    AttentionBlock,
+    ConvFFN,
+    Downsample,
+    FastViTHD,
+    RepMixerBlock,
+    Stage,
+    image_tokens,
+)
+from fastvlm_edge.convert.weights.vision import fold_attention, fold_feed_forward
 
 Float32 = npt.NDArray[np.float32]
 Decision = Literal["w8a8", "weights", "wide"]

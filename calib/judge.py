@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_edge.convert.reference import Passage, Weights, reference_choices
+from fastvlm_edge.convert.reference.decoder import Passage, Weights, reference_choices
 
 Float32 = npt.NDArray[np.float32]
 

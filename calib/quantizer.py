@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastvlm_edge.calib.data import Dataset, Example, open_data
+from fastvlm_edge.backends.verification import ANSWER, QUESTION
 from fastvlm_edge.calib.judge import Question, Score, drop, score
 from fastvlm_edge.calib.llm import DecoderQuantization, calibrate_decoder
 from fastvlm_edge.calib.observation import FeatureCache, ObservationCache
@@ -34,19 +34,19 @@ from fastvlm_edge.calib.report import (
     write_report,
 )
 from fastvlm_edge.calib.vision import LayerRecord, VisionQuantization, VisionSearch
-from fastvlm_edge.convert.checkpoint import Checkpoint
-from fastvlm_edge.convert.fastvithd import FastViTHD, image_tokens
+from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
+from fastvlm_edge.convert.graphs.placement import check_placement
 from fastvlm_edge.convert.precision import PrecisionPlan
-from fastvlm_edge.convert.quantized_decoder import QuantizedDecoder
-from fastvlm_edge.engine_record import PARTS
-from fastvlm_edge.engines.placement import check_placement
+from fastvlm_edge.convert.reference.fastvithd import FastViTHD, image_tokens
+from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import Manifest
-from fastvlm_edge.preprocess import preprocess
+from fastvlm_edge.evaluation.data import Dataset, Example, open_data
+from fastvlm_edge.inputs.preprocess import preprocess
+from fastvlm_edge.inputs.prompt import ChatTemplate
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.model_dir.engine_record import PARTS
+from fastvlm_edge.model_dir.manifest import Manifest
 from fastvlm_edge.progress import Progress
-from fastvlm_edge.prompt import ChatTemplate
-from fastvlm_edge.self_check import ANSWER, QUESTION
-from fastvlm_edge.tokenizer import TextTokenizer
 
 Float32 = npt.NDArray[np.float32]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.json_record import from_json
+from fastvlm_edge.model_dir.json_record import from_json
 
 JSON_NAME = "quantization.json"
 HTML_NAME = "quantization.html"

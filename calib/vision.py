@@ -24,8 +24,8 @@ from fastvlm_edge.calib.encoder_chain import Decision, Float32, Layer, Quantized
 from fastvlm_edge.calib.observation import Activations, ObservationCache, run_watched
 from fastvlm_edge.calib.observers import Histogram
 from fastvlm_edge.calib.recipe import Recipe, equalize_layer, quantize_layer
-from fastvlm_edge.convert.fastvithd import FastViTHD
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan
+from fastvlm_edge.convert.reference.fastvithd import FastViTHD
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.progress import Progress, SilentProgress
 
@@ -65,7 +65,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class VisionQuantization:
-    """The result: layers by the names of convert/vision_weights.py, and float tensors that equalisation changed."""
+    """The result: layers by the names of convert/weights/vision.py, and float tensors that equalisation changed."""
 
     layers: dict[str, QuantizedLayer]
     floats: dict[str, Float32]

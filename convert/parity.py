@@ -12,17 +12,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from fastvlm_edge.backends.dtypes import from_float32
 from fastvlm_edge.backends.ort import HostFeatures, OrtDecoder, OrtVision
 from fastvlm_edge.backends.ort_session import on_device
-from fastvlm_edge.convert.checkpoint import Checkpoint
-from fastvlm_edge.convert.fastvithd import ConvBN, FastViTHD, LayerScale, image_tokens
+from fastvlm_edge.backends.verification import Difference, compare, stored_conversation
+from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
 from fastvlm_edge.convert.precision import VISION_STAGES
-from fastvlm_edge.convert.reference import Magnitudes, Weights, reference_logits
-from fastvlm_edge.dtypes import from_float32
+from fastvlm_edge.convert.reference.decoder import Magnitudes, Weights, reference_logits
+from fastvlm_edge.convert.reference.fastvithd import ConvBN, FastViTHD, LayerScale, image_tokens
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import FileRecord, Manifest
-from fastvlm_edge.self_check import Difference, compare, stored_conversation
-from fastvlm_edge.tokenizer import TextTokenizer
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.model_dir.manifest import FileRecord, Manifest
 
 LOGIT_COUNT = 24
 """Positions at the end of the stored conversation whose logits are compared."""
@@ -198,4 +198,5 @@ def _run_decoder(decoder: OrtDecoder, conversation: Conversation, dtype: str) ->
     positions = [position - split for position in conversation.positions]
     out = decoder.step(ids[split:], (picture,), logit_positions=positions, want_logits=True)
     assert out.logits is not None
-    return out.logits.copy()
+    logits: Float32 = out.logits.copy()
+    return logits

@@ -13,20 +13,21 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.atomic import written_beside
 from fastvlm_edge.backends.load_engines import verify_engines
 from fastvlm_edge.backends.tensorrt import Platform
-from fastvlm_edge.cuda import Cuda, open_cuda
-from fastvlm_edge.engine_record import ENGINES, PARTS, RECORD_NAME, EngineRecord, onnx_hashes, read_record
 from fastvlm_edge.engines.engine_cache import EngineCache, cache_key, default_cache
 from fastvlm_edge.engines.layers import Layer, Tensor, parse_inspector, parse_listing
 from fastvlm_edge.engines.memory import check_memory
 from fastvlm_edge.engines.profiles import decoder_profiles, vision_profiles
 from fastvlm_edge.engines.targets import Target, check_precision, find_target, target_of_device
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import FileRecord, Manifest, read_manifest, sha256, verify_files
+from fastvlm_edge.model_dir.atomic import written_beside
+from fastvlm_edge.model_dir.engine_record import ENGINES, PARTS, RECORD_NAME, EngineRecord, onnx_hashes, read_record
+from fastvlm_edge.model_dir.manifest import FileRecord, Manifest, read_manifest, sha256, verify_files
+from fastvlm_edge.nvidia.cuda import Cuda
+from fastvlm_edge.nvidia.drivers import open_cuda
+from fastvlm_edge.nvidia.tensorrt_library import LIBRARIES, BuildSettings, Built, Library, Profile, find_library
 from fastvlm_edge.progress import Progress, SilentProgress
-from fastvlm_edge.tensorrt_library import LIBRARIES, BuildSettings, Built, Library, Profile, find_library
 
 LAYERS_NAME = "layers.json"
 REVISION = 1

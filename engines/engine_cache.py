@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.atomic import whole_file
-from fastvlm_edge.manifest import sha256
+from fastvlm_edge.model_dir.atomic import whole_file
+from fastvlm_edge.model_dir.manifest import sha256
 
 LIMIT = 16 << 30
 """Bytes of engines that are kept; beyond it the ones unused for longest go. Hard links to a model directory's own cost nothing more."""

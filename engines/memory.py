@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastvlm_edge.engine_record import PARTS
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir.engine_record import PARTS
 
 _MIB = 1 << 20
 _BASE = 300 * _MIB

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastvlm_edge.kv_cache import FIRST_CAPACITY, next_capacity
-from fastvlm_edge.manifest import Manifest
-from fastvlm_edge.session import PREFILL_CHUNK
-from fastvlm_edge.tensorrt_library import Profile
+from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY, next_capacity
+from fastvlm_edge.generation.session import PREFILL_CHUNK
+from fastvlm_edge.model_dir.manifest import Manifest
+from fastvlm_edge.nvidia.tensorrt_library import Profile
 
 LOGIT_POSITIONS = 16
 """Positions of a call whose logits may be asked for: a draft of 15 ids can be verified at once."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastvlm_edge.engine_record import capability
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.tensorrt_library import LIBRARIES
+from fastvlm_edge.model_dir.engine_record import capability
+from fastvlm_edge.nvidia.tensorrt_library import LIBRARIES
 
 _ALL = ("fp32", "fp16", "bf16", "int8", "int4")
 _NO_BF16 = ("fp32", "fp16", "int8", "int4")

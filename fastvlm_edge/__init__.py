@@ -12,21 +12,20 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.version import __version__
 
 if TYPE_CHECKING:
-    from fastvlm_edge.chat import Chat
-    from fastvlm_edge.reply import Reply, Timings
-    from fastvlm_edge.sampling import SamplingParams
-    from fastvlm_edge.vlm import EncodedImage, FastVLM, ReplyStream
+    from fastvlm_edge.generation.reply import Reply, Timings
+    from fastvlm_edge.generation.sampling import SamplingParams
+    from fastvlm_edge.generation.vlm import Chat, EncodedImage, FastVLM, ReplyStream
 
 __all__ = ["Chat", "EncodedImage", "FastVLM", "FastVLMError", "Reply", "ReplyStream", "SamplingParams", "Timings", "__version__"]
 
 _HOMES = {
-    "Chat": "chat",
-    "EncodedImage": "vlm",
-    "FastVLM": "vlm",
-    "Reply": "reply",
-    "ReplyStream": "vlm",
-    "SamplingParams": "sampling",
-    "Timings": "reply",
+    "Chat": "generation.vlm",
+    "EncodedImage": "generation.vlm",
+    "FastVLM": "generation.vlm",
+    "Reply": "generation.reply",
+    "ReplyStream": "generation.vlm",
+    "SamplingParams": "generation.sampling",
+    "Timings": "generation.reply",
 }
 
 

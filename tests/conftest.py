@@ -11,11 +11,11 @@ import pytest
 
 from fastvlm_edge import FastVLM
 from fastvlm_edge.backends.load_engines import load_engines
-from fastvlm_edge.manifest import read_manifest
-from fastvlm_edge.tokenizer import TextTokenizer
-from tests.fake_cuda import FakeCuda
-from tests.fake_engine import build_engines, fake_platform
-from tests.fake_model import build_model
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.model_dir.manifest import read_manifest
+from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_engine import build_engines, fake_platform
+from tests.support.fake_model import build_model
 
 # A shell's job in the background ignores it, and so would the processes that the tests of Ctrl-C start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

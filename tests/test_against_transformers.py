@@ -8,10 +8,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from fastvlm_edge import FastVLM
-from fastvlm_edge.convert.convert import convert
-from fastvlm_edge.preprocess import preprocess
-from tests.checkpoints import write_checkpoint
-from tests.timm_reference import load_reference
+from fastvlm_edge.convert.pipeline import convert
+from fastvlm_edge.inputs.preprocess import preprocess
+from tests.support.checkpoints import write_checkpoint
+from tests.support.timm_reference import load_reference
 
 STEPS = 24
 PROMPT = "What does the meter read? Answer briefly."

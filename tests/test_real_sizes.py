@@ -10,10 +10,10 @@ import pytest
 import skimage.data
 
 from fastvlm_edge import FastVLM
-from fastvlm_edge.convert.convert import convert
-from fastvlm_edge.manifest import read_manifest
-from fastvlm_edge.preprocess import preprocess
-from tests.checkpoints import write_checkpoint
+from fastvlm_edge.convert.pipeline import convert
+from fastvlm_edge.inputs.preprocess import preprocess
+from fastvlm_edge.model_dir.manifest import read_manifest
+from tests.support.checkpoints import write_checkpoint
 from tests.test_against_transformers import PROMPT, STEPS, reference_reply
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 MEASURED_CONVERSION = """
 import json, resource, sys
 from pathlib import Path
-from fastvlm_edge.convert.convert import convert
+from fastvlm_edge.convert.pipeline import convert
 convert(sys.argv[1], Path(sys.argv[2]), precision=sys.argv[3])
 print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
 """
@@ -63,7 +63,7 @@ def test_7b_converts_to_int4_in_8_gib(tmp_path):
 def test_0_5b_gives_the_tokens_of_transformers(tmp_path, tied):
     from tokenizers import Tokenizer
 
-    from tests.timm_reference import load_reference
+    from tests.support.timm_reference import load_reference
 
     native = write_checkpoint(tmp_path / "ck", layout="native", size="0.5b", tied=tied)
     convert(str(native), tmp_path / "model")
@@ -97,8 +97,8 @@ def test_0_5b_with_int8_activations_builds_for_sm86_and_keeps_its_types(tmp_path
     pytest.importorskip("tensorrt_rtx")
     from fastvlm_edge.calib.quantizer import Options as Calibration
     from fastvlm_edge.calib.quantizer import Quantizer
+    from fastvlm_edge.convert.graphs.placement import check_placement
     from fastvlm_edge.engines.build import Options, build
-    from fastvlm_edge.engines.placement import check_placement
 
     native = write_checkpoint(tmp_path / "ck", layout="native", size="0.5b")
     calibrator = Quantizer(Calibration("demo:calibration:8", limit=8))

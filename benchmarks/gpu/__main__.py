@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.gpu.run import Run
 from benchmarks.gpu.steps import be_step
 from benchmarks.gpu.workload import Task
-from fastvlm_edge.manifest import PRECISIONS
+from fastvlm_edge.model_dir.manifest import PRECISIONS
 
 
 def main() -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.gpu.record import Part
-from fastvlm_edge.bench.memory import DeviceMemory, peak_host_mib
 from fastvlm_edge.bench.record import summary
+from fastvlm_edge.machine.peak_memory import DeviceMemory, peak_host_mib
 
 STAGES = ("ttft_ms", "preprocess_ms", "vision_ms", "prefill_ms")
 

@@ -11,9 +11,9 @@ from benchmarks.gpu.record import Part
 from fastvlm_edge.bench.record import digits
 
 if TYPE_CHECKING:
-    from fastvlm_edge.convert.fastvithd import FastViTHDConfig
-    from fastvlm_edge.convert.layouts import TextConfig
+    from fastvlm_edge.convert.checkpoint.layouts import TextConfig
     from fastvlm_edge.convert.precision import PrecisionPlan
+    from fastvlm_edge.convert.reference.fastvithd import FastViTHDConfig
 
 RATE_OF = {"fp32": "tf32", "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "int4": "float16"}
 """Precision -> the type whose matrix rate bounds it: integer weights are multiplied as floats, FP32 as TF32."""
@@ -21,7 +21,7 @@ RATE_OF = {"fp32": "tf32", "fp16": "float16", "bf16": "bfloat16", "int8": "float
 
 def floor_of(checkpoint: Path, precisions: Iterable[str], limits: Part) -> dict[str, Any]:
     """Least milliseconds and most tokens/s that the measured rates allow, by precision."""
-    from fastvlm_edge.convert.checkpoint import open_checkpoint
+    from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
     from fastvlm_edge.convert.precision import precision_plan
 
     source = open_checkpoint(str(checkpoint))
@@ -127,7 +127,7 @@ def measure_limits() -> Iterator[Part]:
 
 def copy_rate(nbytes: int = 512 << 20, copies: int = 20) -> float:
     """Bytes a second that a copy within device memory reads and writes, the best of three."""
-    from fastvlm_edge.cuda import open_cuda
+    from fastvlm_edge.nvidia.drivers import open_cuda
 
     cuda = open_cuda()
     nbytes = min(nbytes, cuda.free_bytes() // 8)

@@ -10,9 +10,9 @@ from benchmarks.gpu import workload
 from benchmarks.gpu.figures import STAGES, most_memory
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.workload import Task, demo_questions, model_directory, photograph
-from fastvlm_edge.bench.memory import DeviceMemory
 from fastvlm_edge.bench.record import digits, summary
 from fastvlm_edge.bench.workload import question
+from fastvlm_edge.machine.peak_memory import DeviceMemory
 
 if TYPE_CHECKING:
     from fastvlm_edge import FastVLM
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def speed_of_ours(task: Task, backend: str, precision: str) -> Iterator[Part]:
     """Load a model directory into a backend and measure it."""
     from fastvlm_edge import FastVLM
-    from fastvlm_edge.cuda import open_cuda
+    from fastvlm_edge.nvidia.drivers import open_cuda
 
     memory = DeviceMemory(open_cuda().free_bytes)
     began = time.perf_counter()

@@ -50,8 +50,8 @@ def be_step(step: str, task: Task) -> int:
 def step_device(_task: Task, *_: str) -> Iterator[Part]:
     """Which GPU, driver, libraries and machine."""
     from benchmarks import machine
-    from fastvlm_edge.bench.machine import describe_gpu, gpu_versions, package_version
-    from fastvlm_edge.cuda import open_cuda
+    from fastvlm_edge.machine.description import describe_gpu, gpu_versions, package_version
+    from fastvlm_edge.nvidia.drivers import open_cuda
 
     open_cuda().close()  # no GPU ends the run here, with the reason
     described = machine.describe()
@@ -71,7 +71,7 @@ def step_checkpoint(task: Task, *_: str) -> Iterator[Part]:
 
 def step_convert(task: Task, model: str, precision: str) -> Iterator[Part]:
     """A model directory, unless it is there from an earlier run."""
-    from fastvlm_edge.convert.convert import convert
+    from fastvlm_edge.convert.pipeline import convert
 
     output = model_directory(task, model, precision)
     if not (output / "fastvlm.json").is_file():

@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.workload import DEMO, Task, demo_questions, model_directory, photograph
-from fastvlm_edge.bench.memory import DeviceMemory
 from fastvlm_edge.bench.record import digits
 from fastvlm_edge.bench.workload import question
+from fastvlm_edge.machine.peak_memory import DeviceMemory
 
 
 @dataclass
@@ -44,7 +44,7 @@ def load_transformers(checkpoint: Path, dtype: str, image_size: int, device: str
     """`FastVlmForConditionalGeneration` on the GPU; no id ends a reply. Raises RuntimeError where this PyTorch has no CUDA."""
     import torch
 
-    from tests.timm_reference import import_timm
+    from tests.support.timm_reference import import_timm
 
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("this PyTorch has no CUDA; install one that has, see pytorch.org")
@@ -66,7 +66,7 @@ def begin_transformers(task: Task, dtype: str, device: str) -> tuple[Loaded, Par
         if torch.cuda.is_available():
             torch.cuda.init()
             memory = DeviceMemory(lambda: int(torch.cuda.mem_get_info()[0]))
-    from fastvlm_edge.manifest import read_manifest
+    from fastvlm_edge.model_dir.manifest import read_manifest
 
     began = time.perf_counter()
     size = read_manifest(model_directory(task, "model", task.precisions[0])).vision.image_size
@@ -76,9 +76,9 @@ def begin_transformers(task: Task, dtype: str, device: str) -> tuple[Loaded, Par
 
 def template_ids(task: Task, loaded: Loaded, positions: int) -> Any:
     """The ids that our own backends are asked with."""
-    from fastvlm_edge.manifest import read_manifest
-    from fastvlm_edge.prompt import ChatTemplate
-    from fastvlm_edge.tokenizer import TextTokenizer
+    from fastvlm_edge.inputs.prompt import ChatTemplate
+    from fastvlm_edge.inputs.tokenizer import TextTokenizer
+    from fastvlm_edge.model_dir.manifest import read_manifest
 
     directory = model_directory(task, "model", task.precisions[0])
     manifest = read_manifest(directory)
@@ -109,10 +109,10 @@ def preprocessor(task: Task, loaded: Loaded) -> Callable[[], Any]:
 
 def ask_demo_in_transformers(task: Task, dtype: str, reply: Reply, device: str = "cuda") -> list[list[int]]:
     """Ids of the greedy replies to the demo questions, by `generate` or by the loop that is compiled in the speed step."""
-    from fastvlm_edge.manifest import read_manifest
-    from fastvlm_edge.preprocess import preprocess
-    from fastvlm_edge.prompt import ChatTemplate
-    from fastvlm_edge.tokenizer import TextTokenizer
+    from fastvlm_edge.inputs.preprocess import preprocess
+    from fastvlm_edge.inputs.prompt import ChatTemplate
+    from fastvlm_edge.inputs.tokenizer import TextTokenizer
+    from fastvlm_edge.model_dir.manifest import read_manifest
 
     directory = model_directory(task, "demo", "fp32")
     manifest = read_manifest(directory)

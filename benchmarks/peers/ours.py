@@ -39,15 +39,15 @@ def samples_of(directory: Path, settings: Settings) -> Samples:
 
 def measure_llm(workload: Workload, precision: str) -> Samples:
     """The decoder alone, through the backend that answers questions."""
-    from fastvlm_edge import heap
+    from fastvlm_edge.backends import malloc
     from fastvlm_edge.backends.ort import OrtDecoder
     from fastvlm_edge.backends.ort_session import on_device
-    from fastvlm_edge.manifest import read_manifest
+    from fastvlm_edge.model_dir.manifest import read_manifest
 
     directory = workload.folder / precision
 
     def load() -> OrtDecoder:
-        with heap.loading():
+        with malloc.loading():
             return OrtDecoder(on_device(directory, read_manifest(directory), threads=workload.threads))
 
     decoder, samples = timed_load(load)

@@ -144,7 +144,7 @@ def timed_load(load: Callable[[], Any]) -> tuple[Any, Samples]:
 
 def peak_host_mib() -> float:
     """The toolkit's own way of measuring it, from its file: importing the package would load onnxruntime into every peer."""
-    spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "fastvlm_edge" / "bench" / "memory.py")
+    spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "fastvlm_edge" / "machine" / "peak_memory.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -25,7 +25,7 @@ from benchmarks import machine
 from benchmarks.peers.protocol import FIELDS, ROOT, Peer
 from benchmarks.peers.workload import prepare
 from fastvlm_edge.bench.record import Samples, write_json
-from fastvlm_edge.bench.state import read_state
+from fastvlm_edge.machine.state import read_state
 from fastvlm_edge.progress import stderr_progress
 
 SCRIPTS = {

@@ -12,11 +12,11 @@ import numpy as np
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.peers.protocol import ROOT
 from fastvlm_edge.bench.workload import TEXT_TOKENS, Pictures, question_near
-from fastvlm_edge.manifest import read_manifest
-from fastvlm_edge.preprocess import preprocess
+from fastvlm_edge.inputs.preprocess import preprocess
+from fastvlm_edge.inputs.prompt import ChatTemplate
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.progress import Progress
-from fastvlm_edge.prompt import ChatTemplate
-from fastvlm_edge.tokenizer import TextTokenizer
 
 PRECISIONS = ("fp32", "int8", "int4")
 PICTURES = 8
@@ -24,8 +24,11 @@ NEW_TOKENS = 65
 
 
 def prepare(folder: Path, size: str, progress: Progress) -> None:
-    """Everything below `folder`; what is there stays, but for models of an older converter. `size` is one of `tests.checkpoints.SIZES`."""
-    from fastvlm_edge.convert.convert import convert
+    """Everything below `folder`; what is there stays, but for models of an older converter.
+
+    `size` is one of `tests.support.checkpoints.SIZES`.
+    """
+    from fastvlm_edge.convert.pipeline import convert
 
     progress.stage("random checkpoint")
     checkpoint = random_checkpoint(folder, size)

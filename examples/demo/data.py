@@ -16,7 +16,7 @@ from scenes import OBJECT_KINDS, make_scene
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fastvlm_edge.manifest import STRIDE
+from fastvlm_edge.model_dir.manifest import STRIDE
 
 GLYPH_INDEX = {name: index for index, name in enumerate(GLYPHS)}
 TINT_INDEX = {name: index for index, name in enumerate(TINTS)}

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from scenes import make_scene
 
 from fastvlm_edge import FastVLM, FastVLMError
-from fastvlm_edge.convert.convert import convert
+from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.progress import stderr_progress
 
 CHECKPOINT = Path(__file__).resolve().parent / "fastvlm-demo"

@@ -1,7 +1,7 @@
 """The demo's FastVLM: a small FastViTHD, the projector and a small Qwen2, with the auxiliary heads that training uses.
 
-Vision runs in the inference form of `fastvlm_edge.convert.fastvithd`, where each merged convolution has been replaced by a convolution with
-BatchNorm that folds back into it. One branch instead of three trains twice as fast on a CPU and ends in the same network.
+Vision runs in the inference form of `fastvlm_edge.convert.reference.fastvithd`, where each merged convolution has been
+replaced by a convolution with BatchNorm that folds back into it. One branch instead of three trains twice as fast on a CPU and ends in the same network.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from training_kernels import DepthwiseConv, gelu
 from transformers import Qwen2Config, Qwen2Model
 
-from fastvlm_edge.convert.fastvithd import (
+from fastvlm_edge.convert.reference.fastvithd import (
     BATCH_NORM_EPS,
     ConvFFN,
     FastViTHD,
@@ -30,7 +30,7 @@ from fastvlm_edge.convert.fastvithd import (
     identity_kernel,
     image_tokens,
 )
-from fastvlm_edge.manifest import STRIDE
+from fastvlm_edge.model_dir.manifest import STRIDE
 
 GLYPHS = ("", *DIGITS, *LETTERS, *SHAPES)
 """Classes of the dense head: nothing, a character or a shape."""

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvlm_edge.cuda import Cuda, PinnedMemory
-from fastvlm_edge.dtypes import storage, to_float32
+from fastvlm_edge.backends.dtypes import storage, to_float32
+from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY, next_capacity
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.kv_cache import FIRST_CAPACITY, next_capacity
-from fastvlm_edge.manifest import DecoderSpec
+from fastvlm_edge.model_dir.manifest import DecoderSpec
+from fastvlm_edge.nvidia.cuda import Cuda, PinnedMemory
 
 ALIGNMENT = 256
 """What TensorRT asks of every address."""

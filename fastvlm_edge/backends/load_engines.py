@@ -13,14 +13,14 @@ import numpy as np
 
 from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.tensorrt import Platform, TensorRTBackend
-from fastvlm_edge.cuda import open_cuda
-from fastvlm_edge.engine_record import EngineRecord, engine_folders, mismatch, read_record
+from fastvlm_edge.backends.verification import Answers, answer, compare
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import Manifest
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.model_dir.engine_record import EngineRecord, engine_folders, mismatch, read_record
+from fastvlm_edge.model_dir.manifest import Manifest
+from fastvlm_edge.nvidia.drivers import open_cuda
+from fastvlm_edge.nvidia.tensorrt_library import find_library
 from fastvlm_edge.progress import Progress, SilentProgress
-from fastvlm_edge.self_check import Answers, answer, compare
-from fastvlm_edge.tensorrt_library import find_library
-from fastvlm_edge.tokenizer import TextTokenizer
 
 BOUNDS = {"float32": 0.999, "float16": 0.99, "bfloat16": 0.97}
 """Smallest cosine of an engine's features and logits with those of onnxruntime on the CPU, by the decoder's type (docs/tensorrt.md)."""

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvlm_edge.backends import ImageFeatures, StepOutput, check_pixels
+from fastvlm_edge.backends.dtypes import storage, to_float32
+from fastvlm_edge.backends.kv_cache import KVCache
 from fastvlm_edge.backends.ort_session import DTYPES, Setup, check_tensors, on_device, ort_value, run
-from fastvlm_edge.dtypes import storage, to_float32
+from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput, check_pixels
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.kv_cache import KVCache
-from fastvlm_edge.manifest import Manifest
+from fastvlm_edge.model_dir.manifest import Manifest
 from fastvlm_edge.progress import Progress, SilentProgress
 
 _KEPT_SEQ = 16

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import Manifest
+from fastvlm_edge.model_dir.manifest import Manifest
 
 _ONNX_BFLOAT16 = 16
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}

@@ -17,14 +17,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvlm_edge.atomic import whole_file
-from fastvlm_edge.backends import ImageFeatures, StepOutput, check_pixels
 from fastvlm_edge.backends.device_memory import Arena, Buffer, DeviceCache, DeviceFeatures, FeatureStore, aligned, cache_addresses
-from fastvlm_edge.cuda import Cuda, OutOfDeviceMemory
-from fastvlm_edge.dtypes import storage
-from fastvlm_edge.engine_record import PARTS
+from fastvlm_edge.backends.dtypes import storage
+from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput, check_pixels
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import DecoderSpec, Manifest, VisionSpec
+from fastvlm_edge.model_dir.atomic import whole_file
+from fastvlm_edge.model_dir.engine_record import PARTS
+from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest, VisionSpec
+from fastvlm_edge.nvidia.cuda import Cuda, OutOfDeviceMemory
 from fastvlm_edge.progress import Progress, SilentProgress
 
 _INT64, _FLOAT32 = 8, 4

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastvlm_edge.bench.machine import IDENTITY
 from fastvlm_edge.bench.record import figures_of, more_is_better, title_of, unit
 from fastvlm_edge.bench.table import aligned, number
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.machine.description import IDENTITY
 
 ALPHA = 0.01
 LEAST = 0.02

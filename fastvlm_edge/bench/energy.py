@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastvlm_edge.bench.record import digits
-from fastvlm_edge.power import NoSensor, PowerFigures, PowerRecorder, find_sensor
+from fastvlm_edge.machine.power import NoSensor, PowerFigures, PowerRecorder, find_sensor
 
 
 @dataclass

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.backends import Backend
+from fastvlm_edge.backends.protocol import Backend
 from fastvlm_edge.bench.energy import Meter
-from fastvlm_edge.bench.memory import DeviceMemory, peak_host_mib
 from fastvlm_edge.bench.record import DECODE
 from fastvlm_edge.bench.timed_backend import TimedBackend
 from fastvlm_edge.bench.workload import TEXT_TOKENS, WORDS, Pictures, question_near
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import Manifest
-from fastvlm_edge.prompt import ChatTemplate
-from fastvlm_edge.reply import Reply
-from fastvlm_edge.tokenizer import TextTokenizer
-from fastvlm_edge.vlm import EncodedImage, FastVLM
+from fastvlm_edge.generation.reply import Reply
+from fastvlm_edge.generation.vlm import EncodedImage, FastVLM
+from fastvlm_edge.inputs.prompt import ChatTemplate
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.machine.peak_memory import DeviceMemory, peak_host_mib
+from fastvlm_edge.model_dir.manifest import Manifest
 
 DEPTHS = (512, 1024, 2048)
 NEW_TOKENS = 65
@@ -203,7 +203,7 @@ def _device_memory(backend: str) -> DeviceMemory | None:
     """What is free on the GPU before anything is loaded; None where there is no GPU, or none is wanted."""
     if backend == "ort":
         return None
-    from fastvlm_edge.cuda import open_cuda
+    from fastvlm_edge.nvidia.drivers import open_cuda
 
     try:
         return DeviceMemory(open_cuda().free_bytes)

@@ -7,10 +7,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.atomic import whole_file
 from fastvlm_edge.bench.record import DECODE
 from fastvlm_edge.bench.table import number
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir.atomic import whole_file
 
 FORMATS = ("png", "svg")
 PARTS = (

@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from fastvlm_edge.bench.machine import describe, describe_gpu, gpu_versions
 from fastvlm_edge.bench.measure import Line, Plan, Settings, plan_for
 from fastvlm_edge.bench.record import Samples, document_of
-from fastvlm_edge.bench.state import hottest, read_state
-from fastvlm_edge.engine_record import find_records
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import read_manifest, verify_files
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.machine.description import describe, describe_gpu, gpu_versions
+from fastvlm_edge.machine.state import hottest, read_state
+from fastvlm_edge.model_dir.engine_record import find_records
+from fastvlm_edge.model_dir.manifest import read_manifest, verify_files
 from fastvlm_edge.progress import Progress
-from fastvlm_edge.tokenizer import TextTokenizer
 
 _ERROR = "fastvlm-edge: error: "
 CHILD = "--process"

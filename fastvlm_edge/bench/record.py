@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.atomic import whole_file
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir.atomic import whole_file
 
 SCHEMA = 1
 KIND = "fastvlm-edge bench"

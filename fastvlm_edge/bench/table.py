@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvlm_edge.bench.record import figures_of, title_of, unit
-from fastvlm_edge.bench.state import busy
+from fastvlm_edge.machine.state import busy
 
 
 def format_record(document: dict[str, Any]) -> str:

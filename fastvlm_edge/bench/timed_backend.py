@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvlm_edge.backends import Backend, ImageFeatures, StepOutput
+from fastvlm_edge.backends.protocol import Backend, ImageFeatures, StepOutput
 
 
 class TimedBackend:

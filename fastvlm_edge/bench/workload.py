@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.image_input import load_rgb
+from fastvlm_edge.inputs.image_input import load_rgb
 
 TEXT_TOKENS = 34
 """Positions of text around the picture: the template's own and a question of some 12 words."""

@@ -18,21 +18,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import fastvlm_edge
-import fastvlm_edge.calib
-import fastvlm_edge.engines
 from fastvlm_edge.bundling import start
 from fastvlm_edge.bundling.licences import OWN_LICENCE, list_licences, model_licences, own_licence
 from fastvlm_edge.bundling.targets import BundleTarget
 from fastvlm_edge.bundling.wheels import Wheel
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import MANIFEST_NAME, read_manifest, sha256, verify_files
+from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, read_manifest, sha256, verify_files
 from fastvlm_edge.progress import Progress, SilentProgress
 from fastvlm_edge.version import __version__
 
 HEADER_BYTES = 4096
 _BEGINNING = (1980, 1, 1, 0, 0, 0)  # the oldest that a zip entry can have
-_EVAL = ("__init__", "data", "evaluate", "formats", "metrics")
-"""What `eval` needs of calib/; the rest needs torch."""
+_NEEDS_TORCH = ("convert", "calib")
+"""Packages that stay behind: a board converts nothing."""
 _BLOCK = 1 << 22
 
 _HEADER = """#!/bin/sh
@@ -186,16 +184,13 @@ def _new_file(output: Path, *, force: bool) -> Iterator[BinaryIO]:
 
 
 def _sources() -> Iterator[tuple[str, Path]]:
-    """Name below the runtime folder and file of everything of ours: the runtime and `engines`, no conversion."""
+    """Name below the runtime folder and file of everything of ours but conversion and calibration, which need PyTorch."""
     home = Path(fastvlm_edge.__file__).parent
-    for path in home.rglob("*"):
-        name = path.relative_to(home)
-        if name.parts[0] not in ("convert", "engines", "calib") and path.suffix in (".py", ".jpg", ".typed"):
-            yield f"fastvlm_edge/{name.as_posix()}", path
-    for path in Path(next(iter(fastvlm_edge.engines.__path__))).glob("*.py"):
-        yield f"fastvlm_edge/engines/{path.name}", path
-    for stem in _EVAL:
-        yield f"fastvlm_edge/calib/{stem}.py", Path(next(iter(fastvlm_edge.calib.__path__))) / f"{stem}.py"
+    for folder, folders, files in os.walk(home, followlinks=True):  # a clone has engines/ behind a link
+        folders[:] = sorted({*folders} - {"__pycache__", *_NEEDS_TORCH})
+        for path in (Path(folder, name) for name in files):
+            if path.suffix in (".py", ".jpg", ".typed"):
+                yield f"fastvlm_edge/{path.relative_to(home).as_posix()}", path
     yield OWN_LICENCE, own_licence()
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from fastvlm_edge import cli
 from fastvlm_edge.bundling import unit
 from fastvlm_edge.bundling.start import Bundle, BundleError, ensure, state_folder, unpacked
-from fastvlm_edge.cuda import open_cuda
-from fastvlm_edge.engine_record import find_records, mismatch
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import read_manifest
+from fastvlm_edge.model_dir.engine_record import find_records, mismatch
+from fastvlm_edge.model_dir.manifest import read_manifest
+from fastvlm_edge.nvidia.drivers import open_cuda
+from fastvlm_edge.nvidia.tensorrt_library import find_library
 from fastvlm_edge.progress import stderr_progress
-from fastvlm_edge.tensorrt_library import find_library
 
 MODEL = "model"
 """Stands for the bundled model on the command line, where there is no folder of that name."""

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlparse
 
 from fastvlm_edge.bundling.targets import BundleTarget
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import sha256
+from fastvlm_edge.model_dir.manifest import sha256
 
 RUNTIME = ("numpy>=1.26", "pillow>=10.3", "tokenizers>=0.20", "onnxruntime>=1.22")
 """As pyproject.toml has them. What else these name as needs (sympy and protobuf, huggingface_hub and its HTTP client) serves their tools

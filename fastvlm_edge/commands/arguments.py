@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastvlm_edge.manifest import STRIDE
+from fastvlm_edge.model_dir.manifest import STRIDE
 
 
 def positive(text: str) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.backends import BACKENDS
+from fastvlm_edge.backends.select import BACKENDS
 from fastvlm_edge.bench.compare import RULE, check_comparable, compare, format_changes
 from fastvlm_edge.bench.measure import DEPTHS, NEW_TOKENS, Settings, measure
 from fastvlm_edge.bench.plot import check_matplotlib, draw

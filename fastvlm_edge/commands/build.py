@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastvlm_edge.commands.arguments import positive
-from fastvlm_edge.engine_record import ENGINES, capability
 from fastvlm_edge.engines.build import LAYERS_NAME, Options, build, read_layers
 from fastvlm_edge.engines.engine_cache import default_cache
 from fastvlm_edge.engines.layers import count_kinds
 from fastvlm_edge.engines.targets import TARGETS
+from fastvlm_edge.model_dir.engine_record import ENGINES, capability
 from fastvlm_edge.progress import stderr_progress
 
 

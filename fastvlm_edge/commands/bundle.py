@@ -12,7 +12,7 @@ from pathlib import Path
 from fastvlm_edge.bundling.archive import write_bundle
 from fastvlm_edge.bundling.targets import TARGETS, find_target
 from fastvlm_edge.bundling.wheels import collect_wheels
-from fastvlm_edge.manifest import read_manifest
+from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.progress import stderr_progress
 
 

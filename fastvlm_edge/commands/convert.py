@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastvlm_edge.commands.arguments import multiple_of_64, positive
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import PRECISIONS, Manifest
+from fastvlm_edge.model_dir.manifest import PRECISIONS, Manifest
 from fastvlm_edge.progress import stderr_progress
 
 _EXTRA = ("torch", "onnx", "ml_dtypes", "safetensors", "huggingface_hub")
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     """Convert, and print what was made."""
     options = _parser().parse_args(arguments)
     try:
-        convert = import_module("fastvlm_edge.convert.convert").convert
+        convert = import_module("fastvlm_edge.convert.pipeline").convert
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRA:

@@ -12,8 +12,8 @@ from fastvlm_edge.doctor.check_model import check_model
 from fastvlm_edge.doctor.check_software import check_software
 from fastvlm_edge.doctor.facts import read_facts
 from fastvlm_edge.doctor.findings import worst
-from fastvlm_edge.doctor.probe import Probe
 from fastvlm_edge.doctor.report import to_json, to_text
+from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.progress import SilentProgress, stderr_progress
 
 

@@ -10,13 +10,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
-from fastvlm_edge.backends import BACKENDS
+from fastvlm_edge.backends.select import BACKENDS
 from fastvlm_edge.bench.record import check_writable
-from fastvlm_edge.calib.data import open_data
-from fastvlm_edge.calib.evaluate import MAX_NEW_TOKENS, Answer, Evaluation, Subject, check_answers, format_table
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.evaluation.data import open_data
+from fastvlm_edge.evaluation.evaluate import MAX_NEW_TOKENS, Answer, Evaluation, Subject, check_answers, format_table
+from fastvlm_edge.generation.sampling import SamplingParams
 from fastvlm_edge.progress import SilentProgress, stderr_progress
-from fastvlm_edge.sampling import SamplingParams
 
 
 def main(arguments: Sequence[str]) -> int:

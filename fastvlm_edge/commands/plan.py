@@ -13,7 +13,7 @@ from fastvlm_edge.bench.plot import check_matplotlib
 from fastvlm_edge.commands.arguments import multiple_of_64, positive
 from fastvlm_edge.engines.memory import predicted_peak
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import read_manifest
+from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.planning.boards import BOARDS, Board, Mode, find_board
 from fastvlm_edge.planning.predict import MEDIAN_ERROR, SPREAD, Prediction, predict
 from fastvlm_edge.planning.recommend import recommend

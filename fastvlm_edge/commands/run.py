@@ -9,16 +9,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fastvlm_edge.backends import BACKENDS
+from fastvlm_edge.backends.select import BACKENDS
 from fastvlm_edge.commands.arguments import positive
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.power import NoSensor, PowerFigures, PowerRecorder, find_sensor, power_json
-from fastvlm_edge.preprocess import GEOMETRIES
+from fastvlm_edge.generation.reply import Reply
+from fastvlm_edge.generation.sampling import SamplingParams
+from fastvlm_edge.generation.session import PREFILL_CHUNK
+from fastvlm_edge.generation.vlm import FastVLM
+from fastvlm_edge.inputs.preprocess import GEOMETRIES
+from fastvlm_edge.machine.power import NoSensor, PowerFigures, PowerRecorder, find_sensor, power_json
 from fastvlm_edge.progress import SilentProgress, stderr_progress
-from fastvlm_edge.reply import Reply
-from fastvlm_edge.sampling import SamplingParams
-from fastvlm_edge.session import PREFILL_CHUNK
-from fastvlm_edge.vlm import FastVLM
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastvlm_edge.doctor.facts import Facts
 from fastvlm_edge.doctor.findings import Finding, ok, problem, warning
-from fastvlm_edge.doctor.jetpack import CHIPS, SUPPORTED
-from fastvlm_edge.doctor.machine import Jetson
+from fastvlm_edge.machine.host import Jetson
+from fastvlm_edge.machine.jetpack import CHIPS, SUPPORTED
 
 GIB = 1 << 30
 OLDEST_TENSORRT = (10, 3)

@@ -7,9 +7,9 @@ from pathlib import Path
 from fastvlm_edge.doctor.check_board import gib
 from fastvlm_edge.doctor.facts import Facts
 from fastvlm_edge.doctor.findings import Finding, ok, problem, warning
-from fastvlm_edge.engine_record import EngineRecord, engine_folders, mismatch, read_record
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import Manifest, read_manifest, verify_files
+from fastvlm_edge.model_dir.engine_record import EngineRecord, engine_folders, mismatch, read_record
+from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
 
 
 def check_model(directory: Path, facts: Facts) -> list[Finding]:

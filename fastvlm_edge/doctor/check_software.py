@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastvlm_edge.doctor.check_board import FLASH, HOT, OLDEST_TENSORRT
 from fastvlm_edge.doctor.facts import Facts
 from fastvlm_edge.doctor.findings import Finding, ok, problem, warning
-from fastvlm_edge.doctor.libraries import PACKAGES, Card
+from fastvlm_edge.machine.libraries import PACKAGES, Card
 
 OLDEST_PYTHON = (3, 10)
 OLDEST_RTX = (1, 2)

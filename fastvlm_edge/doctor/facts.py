@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.doctor.libraries import Cuda, Driver, Python, TensorRT, read_cuda, read_driver, read_python, read_tensorrt
-from fastvlm_edge.doctor.machine import (
+from fastvlm_edge.machine.host import (
     Clock,
     Heat,
     Jetson,
@@ -24,7 +23,8 @@ from fastvlm_edge.doctor.machine import (
     read_processor,
     read_system,
 )
-from fastvlm_edge.doctor.probe import Probe
+from fastvlm_edge.machine.libraries import Cuda, Driver, Python, TensorRT, read_cuda, read_driver, read_python, read_tensorrt
+from fastvlm_edge.machine.probe import Probe
 
 _DEVICES = ("dev/nvmap", "dev/nvgpu/igpu0/*", "dev/nvhost-ctrl-gpu", "dev/nvidia[0-9]*", "dev/nvidiactl", "dev/nvidia-uvm", "dev/dxg")
 """Device files that CUDA opens: Orin's, Thor's and a card's, WSL's."""

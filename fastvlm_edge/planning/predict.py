@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastvlm_edge.manifest import STRIDE
+from fastvlm_edge.model_dir.manifest import STRIDE
 from fastvlm_edge.planning.boards import Board, Mode
 from fastvlm_edge.planning.fit import THOR, Efficiency
 from fastvlm_edge.planning.published import MEASURED_SHARE_OF_POWER

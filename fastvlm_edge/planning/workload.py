@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.manifest import STRIDE, Manifest
+from fastvlm_edge.model_dir.manifest import STRIDE, Manifest
 
 FP32 = 4.0
 FP16 = 2.0

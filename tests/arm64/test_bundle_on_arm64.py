@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fastvlm_edge import FastVLM
-from fastvlm_edge.convert.convert import convert
+from fastvlm_edge.convert.pipeline import convert
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "demo"

@@ -24,11 +24,11 @@ from benchmarks.gpu.workload import Task, photograph
 from fastvlm_edge import FastVLM
 from fastvlm_edge.bench.record import summary
 from fastvlm_edge.bench.workload import question
-from fastvlm_edge.convert.fastvithd import FastViTHDConfig
 from fastvlm_edge.convert.precision import precision_plan
-from tests.checkpoints import SIZES
-from tests.fastvlm_edge.test_vlm import PROMPT
-from tests.timm_reference import import_timm
+from fastvlm_edge.convert.reference.fastvithd import FastViTHDConfig
+from tests.fastvlm_edge.generation.test_vlm import PROMPT
+from tests.support.checkpoints import SIZES
+from tests.support.timm_reference import import_timm
 
 TEXT = SIZES["0.5b"].text(152000, tied=True)
 """24 layers of 896, 14 heads of 64, 2 of keys and values, 4864 in between."""
@@ -84,8 +84,8 @@ def test_operations_of_a_picture_are_those_that_pytorch_counts():
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from fastvlm_edge.convert.fastvithd import FastViTHD
-    from tests.checkpoints import TINY_VISION
+    from fastvlm_edge.convert.reference.fastvithd import FastViTHD
+    from tests.support.checkpoints import TINY_VISION
 
     encoder = FastViTHD(TINY_VISION).eval()
     with (
@@ -99,7 +99,7 @@ def test_operations_of_a_picture_are_those_that_pytorch_counts():
 
 
 def test_the_floor_follows_from_the_measured_rates(tmp_path):
-    from tests.checkpoints import write_checkpoint
+    from tests.support.checkpoints import write_checkpoint
 
     source = write_checkpoint(tmp_path / "ck", layout="native")
     limits = {"copy_gb_per_second": 1.0, "matrix_tflops": {"float16": 0.001}}
@@ -272,12 +272,13 @@ def test_only_keeps_the_others_of_the_same_gpu(tmp_path):
 
 
 def test_without_a_gpu_it_says_what_is_missing(tmp_path, monkeypatch, capsys):
-    from fastvlm_edge import FastVLMError, cuda
+    from fastvlm_edge import FastVLMError
+    from fastvlm_edge.nvidia import drivers
 
     def no_gpu():
         raise FastVLMError("no NVIDIA driver on this machine")
 
-    monkeypatch.setattr(cuda, "open_cuda", no_gpu)
+    monkeypatch.setattr(drivers, "open_cuda", no_gpu)
     assert be_step("device", Task(tmp_path, tmp_path, ("fp16",), 1)) == 1
     line = capsys.readouterr().out
     assert json.loads(line.removeprefix(PART)) == {"error": "device: no NVIDIA driver on this machine"}
@@ -345,8 +346,8 @@ def test_a_reply_that_is_not_decoded_token_by_token_has_no_speed():
 @pytest.mark.usefixtures("one_thread")
 def test_transformers_and_the_loop_that_is_compiled_say_the_same(tmp_path, monkeypatch):
     """Speed steps on the CPU, uncompiled: what they do is right, how fast it is does not matter here."""
-    from fastvlm_edge.convert.convert import convert
-    from tests.checkpoints import write_checkpoint
+    from fastvlm_edge.convert.pipeline import convert
+    from tests.support.checkpoints import write_checkpoint
 
     import_timm()
     task = Task(tmp_path, write_checkpoint(tmp_path / "ck", layout="native", image_size=256), ("fp32",), 2)

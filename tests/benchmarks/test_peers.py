@@ -172,7 +172,7 @@ def test_the_llm_alone_is_a_checkpoint_that_transformers_reads(tmp_path: Path) -
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tests.checkpoints import SIZES, write_checkpoint
+    from tests.support.checkpoints import SIZES, write_checkpoint
 
     source = write_checkpoint(tmp_path / "ck", layout="native")
     write_llm(source, tmp_path / "llm")
@@ -195,7 +195,7 @@ def test_llava_onevision_has_the_tokens_that_the_paper_counts() -> None:
 
 
 def test_the_encoder_is_counted_from_the_checkpoint(tmp_path: Path) -> None:
-    from tests.checkpoints import SIZES, native_rows, stored_shapes, write_safetensors
+    from tests.support.checkpoints import SIZES, native_rows, stored_shapes, write_safetensors
 
     text = SIZES["0.5b"].text(native_rows(SIZES["0.5b"].rows), tied=True)
     write_safetensors(tmp_path, stored_shapes(SIZES["0.5b"].vision, text, "native"), None, layout="native")  # holes: no disk

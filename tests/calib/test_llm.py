@@ -11,15 +11,15 @@ import onnxruntime as ort
 import pytest
 
 from fastvlm_edge.calib.llm import calibrate_decoder, quantize_gptq
-from fastvlm_edge.convert.checkpoint import open_checkpoint
-from fastvlm_edge.convert.decoder import build_decoder
-from fastvlm_edge.convert.decoder_weights import write_decoder_weights
-from fastvlm_edge.convert.graph import GraphBuilder, WeightsFile
+from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
+from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
+from fastvlm_edge.convert.graphs.decoder import build_decoder
 from fastvlm_edge.convert.precision import FLOAT_TYPES, INT4_BLOCK, INT8_CHANNEL, PLAIN, PLANS, WeightType, on_cpu
-from fastvlm_edge.convert.quantize import dequantize, quantize_matrix
-from fastvlm_edge.convert.reference import reference_logits
+from fastvlm_edge.convert.reference.decoder import reference_logits
+from fastvlm_edge.convert.weights.decoder import write_decoder_weights
+from fastvlm_edge.convert.weights.quantize import dequantize, quantize_matrix
 from fastvlm_edge.errors import FastVLMError
-from tests.checkpoints import SIZES, write_checkpoint
+from tests.support.checkpoints import SIZES, write_checkpoint
 
 KINDS = [INT8_CHANNEL, WeightType(4, 32), WeightType(4, 64), WeightType(4, 128)]
 
@@ -226,7 +226,7 @@ import json, resource, sys
 import numpy as np, torch
 torch.set_num_threads(1)
 from fastvlm_edge.calib.llm import calibrate_decoder
-from fastvlm_edge.convert.checkpoint import open_checkpoint
+from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 from fastvlm_edge.convert.precision import PLANS
 checkpoint = open_checkpoint(sys.argv[1])
 talk = [(list(range(16)), np.zeros((0, checkpoint.text.hidden), np.float32))] * 2

@@ -16,14 +16,14 @@ from fastvlm_edge.calib.judge import Question, Score, drop, score
 from fastvlm_edge.calib.llm import calibrate_decoder
 from fastvlm_edge.calib.quantizer import Options, Quantizer
 from fastvlm_edge.cli import main
-from fastvlm_edge.convert.checkpoint import open_checkpoint
-from fastvlm_edge.convert.convert import convert
+from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
+from fastvlm_edge.convert.graphs.placement import check_placement
+from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import precision_plan
-from fastvlm_edge.convert.quantized_decoder import QuantizedDecoder
+from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
 from fastvlm_edge.engines.parser_table import check_graph
-from fastvlm_edge.engines.placement import check_placement
-from fastvlm_edge.manifest import read_manifest, verify_files
-from tests.checkpoints import write_checkpoint
+from fastvlm_edge.model_dir.manifest import read_manifest, verify_files
+from tests.support.checkpoints import write_checkpoint
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "fastvlm-demo"
 DATA = "demo:calibration:48"
@@ -49,7 +49,7 @@ def test_a_calibrated_model_directory_is_whole_and_answers(model):
     verify_files(model, manifest, hashes=True)
     assert {path.name for path in model.iterdir()} == {*manifest.files, "fastvlm.json"}
     assert {"quantization.json", "quantization.html", "vision.cpu.onnx", "decoder.cpu.onnx"} <= set(manifest.files)
-    from fastvlm_edge.calib.data import open_data
+    from fastvlm_edge.evaluation.data import open_data
 
     right = []
     with FastVLM.load(model, "ort") as vlm:
@@ -159,7 +159,7 @@ def test_what_cannot_work_is_said_at_once(tmp_path, capsys, arguments, says):
 
 def test_the_command_passes_everything_on(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr("fastvlm_edge.convert.convert.convert", lambda *_, **options: seen.update(options) or read_manifest(tmp_path))
+    monkeypatch.setattr("fastvlm_edge.convert.pipeline.convert", lambda *_, **options: seen.update(options) or read_manifest(tmp_path))
     convert_options = "--precision int8 --calib demo:calibration:16 --calib-limit 9 --accuracy-drop 1.5 --images"
     assert main(["convert", str(DEMO), "-o", str(tmp_path), *convert_options.split(), str(tmp_path)]) == 1  # tmp_path is no model directory
     options = seen["calibrator"].options
@@ -250,10 +250,10 @@ def test_the_judge_computes_with_the_weights_that_the_graph_gets(tmp_path, monke
     with calibrate_decoder(source, [(ids, features)], plan, directory=tmp_path) as quantized:
         found = score(QuantizedDecoder(source, quantized, embedding=True), [question], [features], lambda: None)
         plain = score(source, [question], [features], lambda: None)
-        from fastvlm_edge.convert.decoder import build_decoder
-        from fastvlm_edge.convert.decoder_weights import write_decoder_weights
-        from fastvlm_edge.convert.graph import GraphBuilder, WeightsFile
+        from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
+        from fastvlm_edge.convert.graphs.decoder import build_decoder
         from fastvlm_edge.convert.precision import on_cpu
+        from fastvlm_edge.convert.weights.decoder import write_decoder_weights
 
         weights = WeightsFile(tmp_path / "model" / "decoder.weights")
         write_decoder_weights(source, plan, weights, lambda: None, quantized)

@@ -15,14 +15,14 @@ from fastvlm_edge.calib.observers import OBSERVERS, Histogram
 from fastvlm_edge.calib.recipe import Recipe
 from fastvlm_edge.calib.rounding import fake_quantize, round_to_data, round_to_nearest
 from fastvlm_edge.calib.vision import VisionSearch, cosine_loss, quantize_vision
-from fastvlm_edge.convert.fastvithd import image_tokens
-from fastvlm_edge.convert.graph import GraphBuilder, WeightsFile
+from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
+from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.precision import precision_plan
-from fastvlm_edge.convert.vision import build_vision
-from fastvlm_edge.convert.vision_weights import write_vision_weights
+from fastvlm_edge.convert.reference.fastvithd import image_tokens
+from fastvlm_edge.convert.weights.vision import write_vision_weights
 from fastvlm_edge.engines.parser_table import check_graph
 from fastvlm_edge.errors import FastVLMError
-from tests.convert.test_vision import HIDDEN, TINY, random_encoder
+from tests.convert.graphs.test_vision import HIDDEN, TINY, random_encoder
 
 SIZE = 128
 PLAIN = Recipe(

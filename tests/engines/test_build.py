@@ -16,14 +16,14 @@ import pytest
 
 from fastvlm_edge import FastVLMError
 from fastvlm_edge.cli import main
-from fastvlm_edge.convert.convert import convert
-from fastvlm_edge.engine_record import PARTS, RECORD_NAME, read_record
+from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.engines import build as module
 from fastvlm_edge.engines.build import Options, build, read_layers
 from fastvlm_edge.engines.engine_cache import EngineCache
 from fastvlm_edge.engines.layers import count_kinds
-from fastvlm_edge.manifest import read_manifest, sha256
-from tests.checkpoints import write_checkpoint
+from fastvlm_edge.model_dir.engine_record import PARTS, RECORD_NAME, read_record
+from fastvlm_edge.model_dir.manifest import read_manifest, sha256
+from tests.support.checkpoints import write_checkpoint
 
 pytest.importorskip("tensorrt_rtx")
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "fastvlm-demo"

@@ -8,10 +8,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fastvlm_edge.convert.convert import convert
+from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.engines.parser_table import OPERATORS, Finding, check_graph, list_doubts
-from fastvlm_edge.manifest import PRECISIONS
-from tests.checkpoints import write_checkpoint
+from fastvlm_edge.model_dir.manifest import PRECISIONS
+from tests.support.checkpoints import write_checkpoint
 
 F32, F16, I64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import onnx
 import pytest
 
-from fastvlm_edge.convert.convert import convert
-from fastvlm_edge.engines.placement import check_placement
-from fastvlm_edge.manifest import read_manifest
+from fastvlm_edge.convert.graphs.placement import check_placement
+from fastvlm_edge.convert.pipeline import convert
+from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.planning.workload import PRECISIONS, shape_of, vision_work, weight_bytes
-from tests.checkpoints import write_checkpoint
+from tests.support.checkpoints import write_checkpoint
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])

@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from fastvlm_edge import FastVLM
-from fastvlm_edge.convert.convert import convert
-from fastvlm_edge.manifest import PRECISIONS, sha256
-from fastvlm_edge.preprocess import preprocess
+from fastvlm_edge.convert.pipeline import convert
+from fastvlm_edge.inputs.preprocess import preprocess
+from fastvlm_edge.model_dir.manifest import PRECISIONS, sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "examples" / "demo" / "fastvlm-demo"
@@ -52,7 +52,7 @@ def test_answers_are_right_in_every_precision(vlm, scenes):
 def test_transformers_gives_the_same_answers(tmp_path, scenes):
     import torch
 
-    from tests.timm_reference import load_reference
+    from tests.support.timm_reference import load_reference
 
     convert(str(CHECKPOINT), tmp_path / "model")
     reference = load_reference(CHECKPOINT)

@@ -188,7 +188,7 @@ def test_the_machines_limits_are_no_bugs(
 def test_convert_passes_everything_on(model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import types
 
-    from fastvlm_edge.manifest import read_manifest
+    from fastvlm_edge.model_dir.manifest import read_manifest
 
     seen: dict[str, Any] = {}
 
@@ -196,9 +196,9 @@ def test_convert_passes_everything_on(model_dir: Path, monkeypatch: pytest.Monke
         seen.update(options, checkpoint=checkpoint, output=output)
         return read_manifest(model_dir)
 
-    module = types.ModuleType("fastvlm_edge.convert.convert")
+    module = types.ModuleType("fastvlm_edge.convert.pipeline")
     module.convert = convert  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fastvlm_edge.convert.convert", module)
+    monkeypatch.setitem(sys.modules, "fastvlm_edge.convert.pipeline", module)
     options = "--precision int4 --image-size 512 --geometry crop --context 4096 --force"
     assert main(["convert", "org/name", "-o", "out", *options.split()]) == 0
     seen.pop("progress")
@@ -220,7 +220,7 @@ def _size(directory: Path) -> float:
 
 
 def test_convert_without_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "fastvlm_edge.convert.convert", None)
+    monkeypatch.setitem(sys.modules, "fastvlm_edge.convert.pipeline", None)
     assert main(["convert", "x", "-o", "y"]) == 1
     assert "a bug" in capsys.readouterr().err
     blocker = textwrap.dedent("""

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from fastvlm_edge import FastVLM, FastVLMError
-from fastvlm_edge.backends import select
+from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY
 from fastvlm_edge.backends.load_engines import BOUNDS
-from fastvlm_edge.convert.convert import convert
-from fastvlm_edge.cuda import Cuda, open_cuda
-from fastvlm_edge.engine_record import ENGINES, engine_folders, find_records
+from fastvlm_edge.backends.select import select
+from fastvlm_edge.backends.verification import compare
+from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.engines.build import Options, build
-from fastvlm_edge.kv_cache import FIRST_CAPACITY
-from fastvlm_edge.manifest import PRECISIONS, read_manifest
-from fastvlm_edge.preprocess import preprocess
-from fastvlm_edge.self_check import compare
-from fastvlm_edge.tensorrt_library import Library, find_library
+from fastvlm_edge.inputs.preprocess import preprocess
+from fastvlm_edge.model_dir.engine_record import ENGINES, engine_folders, find_records
+from fastvlm_edge.model_dir.manifest import PRECISIONS, read_manifest
+from fastvlm_edge.nvidia.cuda import Cuda
+from fastvlm_edge.nvidia.drivers import open_cuda
+from fastvlm_edge.nvidia.tensorrt_library import Library, find_library
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
 

@@ -1,0 +1,298 @@
+"""A FastVLM checkpoint in any of its layouts, opened for reading: the first object on the path from checkpoint to text.
+
+Opening reads headers and json only. Weights come one tensor at a time, under the same canonical names whatever the layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastvlm_edge.convert.checkpoint.configs import Settings, read_settings
+from fastvlm_edge.convert.checkpoint.hub import locate
+from fastvlm_edge.convert.checkpoint.layouts import (
+    OPTIONAL,
+    TextConfig,
+    canonical_names,
+    check_shapes,
+    expected_shapes,
+    find_weights,
+    is_train_form,
+    listing,
+    text_structure,
+    vision_structure,
+)
+from fastvlm_edge.convert.checkpoint.shards import DTYPES, Entry, first_non_finite, read_shards, read_tensor
+from fastvlm_edge.convert.reference.fastvithd import FastViTHD, FastViTHDConfig, MobileOneConv
+from fastvlm_edge.errors import FastVLMError
+
+__all__ = ["Checkpoint", "TextConfig", "load_projector", "load_vision", "open_checkpoint"]
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+EMBEDDING, HEAD = "llm.embed_tokens.weight", "lm_head.weight"
+COMPARE_ROWS = 4096
+HASH_BLOCK = 1 << 24
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+
+
+@dataclass
+class Checkpoint:
+    """An open checkpoint. Make one with `open_checkpoint`."""
+
+    location: str
+    """As the user gave it: a folder or a hub id."""
+    name: str
+    directory: Path
+    layout: str
+    """`apple`, `hub` or `native`."""
+    vision: FastViTHDConfig
+    text: TextConfig
+    image_size: int
+    """Pixels on a side that the checkpoint was trained at."""
+    image_token_id: int | None
+    """The id that stands for a visual token, None where the layout has no such id."""
+    eos_ids: tuple[int, ...]
+    """End of sequence by config.json and generation_config.json, sorted."""
+    train_form: bool
+    """Whether the encoder still has its train-time branches (`load_vision` merges them)."""
+    notes: list[str]
+    """Where the config contradicted the tensors and what was taken, for the user to read."""
+    weights: list[Path]
+    _entries: dict[str, Entry] = field(repr=False)
+    _hashes: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def head_name(self) -> str:
+        """The tensor to multiply hidden states with for logits: the embedding when the head is tied."""
+        return EMBEDDING if self.text.tied else HEAD
+
+    def names(self) -> tuple[str, ...]:
+        """Canonical names along the data path. `lm_head.weight` is among them only when the head is not tied."""
+        return tuple(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises KeyError for a name that is not in `names()`."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Stored type of a tensor: float32, float16, ml_dtypes.bfloat16, or int64 for a BatchNorm counter."""
+        return self._entries[name].dtype
+
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """Read one tensor in its stored type.
+
+        Raises KeyError for an unknown name, FastVLMError that names tensor and position when it holds a NaN or an infinity.
+        """
+        return self._finite(name, read_tensor(name, self._entries[name]), 0)
+
+    def tensor_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Read rows [start, stop) along the first axis, checked like `tensor`. Raises IndexError when they are out of range."""
+        return self._finite(name, read_tensor(name, self._entries[name], (start, stop)), start)
+
+    def _finite(self, name: str, array: npt.NDArray[Any], first_row: int) -> npt.NDArray[Any]:
+        flat = first_non_finite(array)
+        if flat is not None:
+            index = [int(part) for part in np.unravel_index(flat, array.shape)]
+            value = float(array[tuple(index)])
+            if index:
+                index[0] += first_row
+            raise FastVLMError(
+                f"tensor {name} of {self.directory} holds {value} at {index}: these weights are broken; download the "
+                "checkpoint again, or use another training step"
+            )
+        return array
+
+    @property
+    def files(self) -> dict[str, str]:
+        """sha256 of every file that the conversion reads, by file name. Slow the first time: see `hash_files`."""
+        return self.hash_files()
+
+    def hash_files(self, progress: Progress | None = None) -> dict[str, str]:
+        """Hash every file of the checkpoint that matters (weights, config, tokenizer); the result is kept.
+
+        Reading 15 GB takes a while: call this in a thread beside other work, hashing does not hold the interpreter lock.
+        `progress(done, total)` counts bytes. Raises FastVLMError when a file cannot be read.
+        """
+        if not self._hashes:
+            paths = sorted({*self.weights, *(path for name in SIDE_FILES if (path := self.directory / name).is_file())})
+            hashes: dict[str, str] = {}
+            buffer = bytearray(HASH_BLOCK)
+            view = memoryview(buffer)
+            done = 0
+            try:
+                total = sum(path.stat().st_size for path in paths)
+                for path in paths:
+                    digest = hashlib.sha256()
+                    with path.open("rb", buffering=0) as file:
+                        while count := file.readinto(buffer):
+                            digest.update(view[:count])
+                            done += count
+                            if progress is not None:
+                                progress(done, total)
+                    hashes[path.name] = digest.hexdigest()
+            except OSError as error:
+                raise FastVLMError(f"a file of {self.directory} cannot be read ({error})") from None
+            self._hashes = hashes
+        return dict(self._hashes)
+
+
+def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint:
+    """Open a folder or a hub id (`org/name`, at `revision`), in any of the three layouts, and check all of it but the values.
+
+    Raises FastVLMError that names what is not supported, missing, unknown, damaged or of the wrong shape.
+    """
+    directory = locate(location, revision=revision)
+    try:
+        weights = find_weights(directory)
+        settings = read_settings(directory)
+        entries = read_shards(directory, weights)
+    except OSError as error:
+        raise FastVLMError(f"{directory} cannot be read ({error})") from None
+    where = str(directory)
+    _check_types(entries, where)
+    stored = canonical_names(entries, settings.layout, where)
+    found = {name: entries[key] for name, key in stored.items()}
+    shapes = {name: entry.shape for name, entry in found.items()}
+    vision = vision_structure(shapes, where)
+    train_form = is_train_form(shapes)
+    text = text_structure(shapes, settings, where)
+    expected = expected_shapes(vision, text, train_form=train_form)
+    check_shapes(shapes, expected, stored, where)
+    notes = [*settings.notes, *_contradictions(settings, vision, text)]
+    tied = _is_tied(found, settings, where, notes)
+    text = dataclasses.replace(text, tied=tied)
+    if settings.image_token_id is not None and not 0 <= settings.image_token_id < text.vocab:
+        raise FastVLMError(
+            f"{where} has image token {settings.image_token_id}, but the embedding has {text.vocab} rows; correct config.json"
+        )
+    return Checkpoint(
+        location=location,
+        name=directory.resolve().name if Path(location).expanduser().is_dir() else location.rpartition("/")[2],
+        directory=directory,
+        layout=settings.layout,
+        vision=vision,
+        text=text,
+        image_size=settings.image_size,
+        image_token_id=settings.image_token_id,
+        eos_ids=settings.eos_ids,
+        train_form=train_form,
+        notes=notes,
+        weights=weights,
+        _entries={name: found[name] for name in expected if name in found and not (tied and name == HEAD)},
+    )
+
+
+def _check_types(entries: dict[str, Entry], where: str) -> None:
+    """Raise FastVLMError for quantised or exotic types; int64 is for BatchNorm counters and buffers only."""
+    bad = [
+        f"{name} ({entry.kind})"
+        for name, entry in entries.items()
+        if entry.kind not in DTYPES or (entry.kind == "I64" and not name.endswith(("num_batches_tracked", "position_ids")))
+    ]
+    if bad:
+        raise FastVLMError(
+            f"{where} holds tensors of types that are not read: {listing(bad)}; start from a checkpoint in bfloat16, float16 or float32"
+        )
+
+
+def _contradictions(settings: Settings, vision: FastViTHDConfig, text: TextConfig) -> list[str]:
+    """One note for each size that config.json gives otherwise than the tensors do."""
+    actual = {
+        "out_dim": vision.out_dim,
+        "hidden": text.hidden,
+        "layers": text.layers,
+        "intermediate": text.intermediate,
+        "vocab": text.vocab,
+    }
+    return [
+        f"config.json says {claim} for {key}, the tensors have {actual[key]}; took {actual[key]}"
+        for key, claim in settings.claims.items()
+        if key in actual and claim != actual[key]
+    ]
+
+
+def _is_tied(found: dict[str, Entry], settings: Settings, where: str, notes: list[str]) -> bool:
+    """A head in the file counts, whatever the config says; it is tied when bit-equal. Without one the config has to allow tying."""
+    head = found.get(HEAD)
+    if head is None:
+        if settings.tied is False:
+            raise FastVLMError(
+                f"{where} lacks tensor {HEAD}, and config.json says that the head is not tied to the embedding; download "
+                "the checkpoint again, or, if it is tied, correct tie_word_embeddings"
+            )
+        if settings.tied is None:
+            notes.append(f"no {HEAD} and no tie_word_embeddings in config.json; took the embedding as the head")
+        return True
+    embedding = found[EMBEDDING]
+    equal = head.kind == embedding.kind
+    for start in range(0, head.shape[0], COMPARE_ROWS) if equal else ():
+        rows = (start, min(start + COMPARE_ROWS, head.shape[0]))
+        if read_tensor(HEAD, head, rows).tobytes() != read_tensor(EMBEDDING, embedding, rows).tobytes():
+            equal = False
+            break
+    if settings.tied is not None and settings.tied != equal:
+        notes.append(
+            f"config.json says tie_word_embeddings {str(settings.tied).lower()}, but {HEAD} is "
+            f"{'bit-equal to' if equal else 'not'} the embedding; took the tensors"
+        )
+    return equal
+
+
+def load_vision(checkpoint: Checkpoint) -> FastViTHD:
+    """The encoder with its weights in float32: inference form (train-time branches merged), eval mode, no gradients.
+
+    Raises FastVLMError when a weight is not finite.
+    """
+    with torch.device("meta"):
+        encoder = FastViTHD(checkpoint.vision, train_form=checkpoint.train_form)
+    present = set(checkpoint.names())
+    if checkpoint.train_form:
+        for index, conv in enumerate(encoder.stem):
+            if isinstance(conv, MobileOneConv) and not any(name.startswith(f"vision.stem.{index}.conv_scale.") for name in present):
+                conv.conv_scale = None
+    state = {}
+    for name, blank in encoder.state_dict().items():
+        canonical = f"vision.{name}"
+        if canonical in present:
+            array = checkpoint.tensor(canonical)
+            state[name] = torch.from_numpy(array.astype(np.int64 if array.dtype == np.int64 else np.float32, copy=False))
+        elif OPTIONAL.fullmatch(canonical):
+            state[name] = torch.zeros(blank.shape, dtype=blank.dtype)
+    encoder.load_state_dict(state, assign=True)
+    return encoder.eval().requires_grad_(False).reparameterize()
+
+
+def load_projector(checkpoint: Checkpoint) -> torch.nn.Sequential:
+    """The projector in float32, [..., out_dim] -> [..., hidden]: linear, exact GELU, linear. Raises FastVLMError like `load_vision`."""
+    hidden = checkpoint.text.hidden
+    with torch.device("meta"):
+        layers = torch.nn.Sequential(torch.nn.Linear(checkpoint.vision.out_dim, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, hidden))
+    state = {
+        f"{position}.{part}": torch.from_numpy(checkpoint.tensor(f"projector.linear_{index}.{part}").astype(np.float32, copy=False))
+        for index, position in ((1, 0), (2, 2))
+        for part in ("weight", "bias")
+    }
+    layers.load_state_dict(state, assign=True)
+    return layers.eval().requires_grad_(False)

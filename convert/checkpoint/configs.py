@@ -1,0 +1,254 @@
+"""The json files of a checkpoint folder: which layout it is, what it claims, and what in it this toolkit does not support.
+
+Only what tensors cannot tell is taken from here (head count, rotary base, image size, special ids); widths are claims to be checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastvlm_edge.convert.checkpoint.shards import refuse_lfs_pointer
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir.manifest import STRIDE
+
+LAYOUTS = ("apple", "hub", "native")
+IMAGE_TOKEN_ID = 151646
+IMAGE_SEQ_LENGTH = 576
+ROPE_THETA = 10_000.0
+TIMM_ARCHITECTURES = ("fastvit_mci3", "fastvit_mci4")
+TIMM_ARGUMENTS = {
+    "inference_mode",
+    "layers",
+    "embed_dims",
+    "mlp_ratios",
+    "cls_ratio",
+    "num_classes",
+    "global_pool",
+    "in_chans",
+    "drop_rate",
+    "drop_path_rate",
+    "proj_drop_rate",
+    "layer_scale_init_value",
+}
+"""Arguments of timm's FastVit that a FastViTHD may set: widths, which the tensors repeat, and what inference does not see.
+The remaining ones (activation, mixers, kernel sizes, strides) change the computation."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the json files say. `claims` are sizes that the tensors decide; `None` or absent means not said."""
+
+    layout: str
+    heads: int
+    head_dim: int | None
+    rope_theta: float
+    rms_norm_eps: float
+    max_positions: int
+    tied: bool | None
+    image_size: int
+    image_token_id: int | None
+    eos_ids: tuple[int, ...]
+    claims: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a json file. Raises FastVLMError that names a damaged file or a git-LFS pointer."""
+    refuse_lfs_pointer(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FastVLMError(f"{path} is damaged ({error}); copy or download it again") from None
+    if not isinstance(document, dict):
+        raise FastVLMError(f"{path} is damaged (it is no json object); copy or download it again")
+    return document
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """Like `read_json`, an empty object when there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
+def read_settings(directory: Path) -> Settings:
+    """Read `config.json` and its companions.
+
+    Raises FastVLMError for another kind of model, a missing or senseless value, or a feature that FastVLM as released does not use.
+    """
+    path = directory / "config.json"
+    config = read_json(path)
+    kind = config.get("model_type")
+    if kind not in ("llava_qwen2", "fast_vlm"):
+        raise FastVLMError(
+            f"{path} has model_type {kind!r}, which is no FastVLM; this toolkit reads llava_qwen2 (Apple's) and fast_vlm (transformers')"
+        )
+    if "quantization_config" in config or "quantization" in config:
+        raise FastVLMError(
+            f"{directory} is a quantised checkpoint; start from the bfloat16, float16 or float32 one and let "
+            "`convert --precision` quantise it"
+        )
+    try:
+        return _native(directory, config) if kind == "fast_vlm" else _apple(directory, config)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FastVLMError(f"{path} holds a value of the wrong kind ({error}); copy or download it again") from None
+
+
+def _apple(directory: Path, config: Mapping[str, Any]) -> Settings:
+    path = directory / "config.json"
+    tower = str(config.get("mm_vision_tower") or "")
+    if not tower:
+        raise FastVLMError(f"{path} names no mm_vision_tower: a language model without vision; give the whole FastVLM checkpoint")
+    size = tower.rpartition("_")[2]
+    if "mobileclip" not in tower or not size.isdecimal():
+        raise FastVLMError(f"{path} has mm_vision_tower {tower!r}; this toolkit reads FastViTHD, named like mobileclip_l_1024")
+    _require(path, config, "mm_projector_type", ("mlp2x_gelu",))
+    _require(path, config, "mm_use_im_start_end", (False,))
+    _require(path, config, "mm_patch_merge_type", ("flat",))
+    aspect = config.get("image_aspect_ratio") or "pad"
+    if "anyres" in aspect or "highres" in aspect:
+        raise FastVLMError(f"{path} has image_aspect_ratio {aspect!r}: pictures cut into tiles are not supported, only 'pad' and 'square'")
+    claims = {"mm_hidden_size": "out_dim", **TEXT_CLAIMS}
+    return _settings(
+        path,
+        config,
+        layout="hub" if "auto_map" in config else "apple",
+        tied=config.get("tie_word_embeddings"),
+        image_size=int(size),
+        image_token_id=None,
+        eos=(config,),
+        claims={ours: config[key] for key, ours in claims.items() if config.get(key) is not None},
+        notes=[],
+    )
+
+
+TEXT_CLAIMS = {
+    "hidden_size": "hidden",
+    "num_hidden_layers": "layers",
+    "intermediate_size": "intermediate",
+    "vocab_size": "vocab",
+    "num_key_value_heads": "kv_heads",
+}
+
+
+def _native(directory: Path, config: Mapping[str, Any]) -> Settings:
+    path = directory / "config.json"
+    text, vision = config.get("text_config"), config.get("vision_config")
+    if not isinstance(text, dict):
+        raise FastVLMError(f"{path} has no text_config; copy or download it again")
+    if not isinstance(vision, dict):
+        raise FastVLMError(f"{path} has no vision_config: a language model without vision; give the whole FastVLM checkpoint")
+    _require(path, text, "model_type", ("qwen2",))
+    _require(path, vision, "model_type", ("timm_wrapper",))
+    _require(path, vision, "architecture", TIMM_ARCHITECTURES)
+    arguments = vision.get("model_args") or {}
+    for key in sorted(set(arguments) - TIMM_ARGUMENTS):
+        raise FastVLMError(
+            f"{path} sets vision_config.model_args.{key} to {arguments[key]!r}, which makes it another encoder than FastViTHD"
+        )
+    _require(path, arguments, "in_chans", (3,))
+    _require(path, config, "projector_hidden_act", ("gelu",))
+    _require(path, config, "multimodal_projector_bias", (True,))
+    _require(path, config, "vision_feature_layer", (-1,))
+    _require(path, config, "vision_feature_select_strategy", ("full",))
+    ties = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
+    notes: list[str] = []
+    token = config.get("image_token_index", config.get("image_token_id"))
+    claims = {ours: text[key] for key, ours in TEXT_CLAIMS.items() if text.get(key) is not None}
+    if vision.get("hidden_size") is not None:
+        claims["out_dim"] = vision["hidden_size"]
+    return _settings(
+        path,
+        text,
+        layout="native",
+        tied=any(ties) if ties else None,
+        image_size=_native_image_size(directory, config, notes),
+        image_token_id=IMAGE_TOKEN_ID if token is None else int(token),
+        eos=(config, text),
+        claims=claims,
+        notes=notes,
+    )
+
+
+def _native_image_size(directory: Path, config: Mapping[str, Any], notes: list[str]) -> int:
+    """Pixels on a side: the processor's crop, which decides how many image tokens a prompt gets, else from image_seq_length."""
+    length = int(config.get("image_seq_length", IMAGE_SEQ_LENGTH))
+    from_length = math.isqrt(length) * STRIDE
+    processor = read_optional_json(directory / "preprocessor_config.json")
+    processor = processor or read_optional_json(directory / "processor_config.json").get("image_processor") or {}
+    crop = processor.get("crop_size")
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    if any(processor.get("image_mean") or ()) or any(value != 1 for value in processor.get("image_std") or ()):
+        notes.append("the image processor normalises with a mean and a deviation; FastVLM takes pixels in 0..1 and these are ignored")
+    if crop is not None:
+        if "image_seq_length" in config and int(crop) != from_length:
+            notes.append(f"image_seq_length {length} means {from_length} px, the image processor crops to {crop}; took {crop}")
+        return int(crop)
+    if "image_seq_length" not in config:
+        notes.append(f"neither an image size nor image_seq_length is given; took the class default, {from_length} px")
+    elif math.isqrt(length) ** 2 != length:
+        raise FastVLMError(f"{directory / 'config.json'} has image_seq_length {length}, which is no square of whole image tokens")
+    return from_length
+
+
+def _settings(
+    path: Path,
+    text: Mapping[str, Any],
+    *,
+    layout: str,
+    tied: bool | None,
+    image_size: int,
+    image_token_id: int | None,
+    eos: tuple[Mapping[str, Any], ...],
+    claims: dict[str, int],
+    notes: list[str],
+) -> Settings:
+    """The part that the layouts share. `text` holds the Qwen2 keys."""
+    _require(path, text, "hidden_act", ("silu",))
+    if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or ()):
+        raise FastVLMError(f"{path} turns sliding window attention on, which is not supported; the released FastVLM does not use it")
+    if text.get("num_attention_heads") is None:
+        raise FastVLMError(f"{path} does not say num_attention_heads, which the tensors cannot tell; add it")
+    if image_size < STRIDE or image_size % STRIDE:
+        raise FastVLMError(f"{path} means pictures of {image_size} px; FastViTHD takes multiples of {STRIDE}")
+    ids: list[int] = []
+    for document in (*eos, read_optional_json(path.parent / "generation_config.json")):
+        value = document.get("eos_token_id")
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    return Settings(
+        layout=layout,
+        heads=int(text["num_attention_heads"]),
+        head_dim=None if text.get("head_dim") is None else int(text["head_dim"]),
+        rope_theta=_rope_theta(path, text, notes),
+        rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+        max_positions=int(text.get("max_position_embeddings", 32768)),
+        tied=tied,
+        image_size=image_size,
+        image_token_id=image_token_id,
+        eos_ids=tuple(sorted({int(value) for value in ids})),
+        claims={key: int(value) for key, value in claims.items()},
+        notes=notes,
+    )
+
+
+def _rope_theta(path: Path, text: Mapping[str, Any], notes: list[str]) -> float:
+    """The rotary base: `rope_theta` before transformers 5, `rope_parameters` since. Scaled variants are refused."""
+    rope = text.get("rope_parameters") or {}
+    for block in (rope, text.get("rope_scaling") or {}):
+        kind = block.get("rope_type", block.get("type", "default"))
+        if kind != "default":
+            raise FastVLMError(f"{path} asks for rotary scaling of type {kind!r}, which is not supported; the released FastVLM has none")
+    theta = rope.get("rope_theta", text.get("rope_theta"))
+    if theta is None:
+        notes.append(f"no rope_theta is given; took transformers' default, {ROPE_THETA:g}")
+    return float(ROPE_THETA if theta is None else theta)
+
+
+def _require(path: Path, config: Mapping[str, Any], key: str, allowed: tuple[Any, ...]) -> None:
+    """A key that is given must have one of the supported values."""
+    value = config.get(key)
+    if value is not None and value not in allowed:
+        raise FastVLMError(f"{path} has {key} {value!r}, which is not supported; expected {' or '.join(repr(item) for item in allowed)}")

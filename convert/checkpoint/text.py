@@ -1,0 +1,148 @@
+"""The text side of a checkpoint: its tokenizer, the ids that end an answer, and the system prompt of the conversation."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
+from fastvlm_edge.convert.checkpoint.configs import read_json, read_optional_json
+from fastvlm_edge.convert.checkpoint.shards import refuse_lfs_pointer
+from fastvlm_edge.errors import FastVLMError
+
+SYSTEM_PROMPT = "You are a helpful assistant."
+IMAGE_TOKEN = "<image>"
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>")
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Qwen2 cuts text before byte-level BPE: a constant of the vocabulary, as in the tokenizer.json files of Qwen2."""
+
+
+@dataclass(frozen=True)
+class TextAssets:
+    """What the runtime needs for text."""
+
+    tokenizer: Tokenizer
+    stop_ids: list[int]
+    """Ids that end an answer, sorted."""
+    token_count: int
+    """The first id from which on there are only padding rows and the image token."""
+    image_token_id: int | None
+    """The id of `<image>`, which is never sampled either; below `token_count` only in an unusual vocabulary."""
+    system_prompt: str = SYSTEM_PROMPT
+    source: Path | None = field(default=None, repr=False)
+    """The tokenizer.json that can be copied as it is."""
+
+    def write_tokenizer(self, path: Path) -> None:
+        """Write `tokenizer.json`: the checkpoint's own file byte for byte where it has one, else the same thing built from its parts."""
+        if self.source is not None:
+            shutil.copyfile(self.source, path)
+        else:
+            self.tokenizer.save(str(path), pretty=False)
+
+
+def read_text(checkpoint: Checkpoint) -> TextAssets:
+    """Read the tokenizer and the special ids of a checkpoint.
+
+    Raises FastVLMError when there is no tokenizer, when it is damaged, when it lacks the tokens of the conversation, or when an id has
+    no row in the embedding.
+    """
+    directory, vocab = checkpoint.directory, checkpoint.text.vocab
+    path = directory / "tokenizer.json"
+    tokenizer = read_tokenizer(directory)
+    source = path if path.is_file() and tokenizer.truncation is None and tokenizer.padding is None else None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for token in PROMPT_TOKENS:
+        if tokenizer.token_to_id(token) is None:
+            raise FastVLMError(
+                f"the tokenizer of {directory} has no token {token}, which every FastVLM conversation needs; use the "
+                "tokenizer files that came with the checkpoint"
+            )
+    image = checkpoint.image_token_id
+    image = tokenizer.token_to_id(IMAGE_TOKEN) if image is None else image
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    token, largest = max(ids.items(), key=lambda item: item[1])
+    if largest >= vocab:
+        raise FastVLMError(
+            f"the tokenizer of {directory} gives {token!r} the id {largest}, but the embedding has {vocab} rows; use the "
+            "tokenizer files that came with the checkpoint"
+        )
+    stops = {*checkpoint.eos_ids, *(number for name in STOP_TOKENS if (number := tokenizer.token_to_id(name)) is not None)}
+    if max(stops) >= vocab:
+        raise FastVLMError(f"{directory} has the end-of-sequence id {max(stops)}, but the embedding has {vocab} rows; correct eos_token_id")
+    return TextAssets(tokenizer, sorted(stops), 1 + max(number for number in ids.values() if number != image), image, source=source)
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a folder, from `tokenizer.json` or else from `vocab.json` and `merges.txt`. Raises FastVLMError."""
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        refuse_lfs_pointer(path)
+        try:
+            tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise FastVLMError(f"{path} is damaged ({error}); copy or download it again") from None
+        return tokenizer
+    missing = [name for name in ("vocab.json", "merges.txt") if not (directory / name).is_file()]
+    if missing:
+        raise FastVLMError(
+            f"{directory} has no tokenizer: neither tokenizer.json nor {' and '.join(missing)}; download the whole checkpoint"
+        )
+    return build_tokenizer(directory)
+
+
+def build_tokenizer(directory: Path) -> Tokenizer:
+    """Qwen2's byte-level BPE from `vocab.json`, `merges.txt` and the added tokens of `added_tokens.json` or `tokenizer_config.json`."""
+    vocab = read_json(directory / "vocab.json")
+    refuse_lfs_pointer(directory / "merges.txt")
+    try:
+        lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    except ValueError as error:
+        raise FastVLMError(f"{directory / 'merges.txt'} is damaged ({error}); copy or download it again") from None
+    if lines[0].startswith("#version"):
+        del lines[0]
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if left]
+    try:
+        tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise FastVLMError(f"vocab.json and merges.txt of {directory} do not fit together ({error}); download both again") from None
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    for number, token in sorted(_added_tokens(directory).items()):
+        tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != number:
+            raise FastVLMError(
+                f"the added token {token.content!r} of {directory} should have the id {number}, but the vocabulary puts it "
+                f"at {tokenizer.token_to_id(token.content)}; use the tokenizer files that came with the checkpoint"
+            )
+    return tokenizer
+
+
+def _added_tokens(directory: Path) -> dict[int, AddedToken]:
+    """Id -> token. `tokenizer_config.json` knows the flags; `added_tokens.json` only names and ids."""
+    found: dict[int, AddedToken] = {}
+    try:
+        for content, number in read_optional_json(directory / "added_tokens.json").items():
+            found[int(number)] = AddedToken(content, special=True, normalized=False)
+        decoder: dict[str, Any] = read_optional_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        for key, token in decoder.items():
+            flags = {flag: bool(token.get(flag, False)) for flag in ("special", "lstrip", "rstrip", "single_word", "normalized")}
+            found[int(key)] = AddedToken(token["content"], **flags)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FastVLMError(
+            f"the added tokens of {directory} are damaged ({error}); download tokenizer_config.json and added_tokens.json again"
+        ) from None
+    return found

@@ -1,0 +1,169 @@
+"""The decoder's weights in the types of a precision plan, written tensor by tensor: a 7B model needs far less memory than its size.
+
+Names: `llm.layers.N.{qkv,qkv.bias,o_proj,gate_up,down,input_norm,post_norm}`, `llm.embedding`, `llm.norm`, `llm.head`; a matrix is
+[inputs, outputs], and one stored as integers has its scales beside it as `NAME.scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, TextConfig
+from fastvlm_edge.convert.graphs.builder import WeightsFile, cast_weight
+from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan, WeightType
+from fastvlm_edge.convert.weights.quantize import Quantized, quantize_channels, quantize_matrix
+
+ROWS = 8192
+"""Rows of the embedding or head that are read at a time."""
+
+Float32 = npt.NDArray[np.float32]
+
+
+class QuantizedMatrices(Protocol):
+    """Matrices that were quantised before, such as `calib.llm.DecoderQuantization`."""
+
+    @property
+    def scale_type(self) -> np.dtype[Any]:
+        """The type that the scales are exact in."""
+
+    def matrix(self, name: str) -> Quantized:
+        """Integers [inputs, outputs] and scales of a matrix by its name among the decoder's weights."""
+
+
+def write_decoder_weights(
+    source: Checkpoint,
+    plan: PrecisionPlan,
+    weights: WeightsFile,
+    advance: Callable[[], None],
+    quantized: QuantizedMatrices | None = None,
+) -> None:
+    """Append every weight of the decoder to `weights` in the types of the plan; `advance` is called once a layer and twice around them.
+
+    Matrices that the plan stores as integers come from `quantized` where it is given, and are rounded to nearest otherwise.
+    Memory stays at one layer's largest matrix in float32, or at the head in its stored type.
+    Raises ValueError where the scales of `quantized` are not of the plan's type.
+    """
+    if quantized is not None and quantized.scale_type != FLOAT_TYPES[plan.decoder]:
+        raise ValueError(f"the scales are {quantized.scale_type}, and the plan's decoder is {plan.decoder}; calibrate with the same plan")
+    text = source.text
+    store = _Store(weights, FLOAT_TYPES[plan.decoder], quantized)
+    store.embedding(source, plan)
+    advance()
+    for layer in range(text.layers):
+        name = f"llm.layers.{layer}"
+        store.vector(f"{name}.input_norm", source.tensor(f"{name}.input_layernorm.weight"))
+        store.vector(f"{name}.post_norm", source.tensor(f"{name}.post_attention_layernorm.weight"))
+        parts = attention_parts(name, text)
+        store.matrix(f"{name}.qkv", _matrices(source, parts), plan.body)
+        biases = [_float32(source.tensor(f"{part}.bias")) * np.float32(scale) for part, scale in parts]
+        store.vector(f"{name}.qkv.bias", np.concatenate(biases))
+        store.matrix(f"{name}.o_proj", _matrices(source, [(f"{name}.self_attn.o_proj", 1.0)]), plan.body)
+        gate_up = [(f"{name}.mlp.gate_proj", 1.0), (f"{name}.mlp.up_proj", 1.0)]
+        store.matrix(f"{name}.gate_up", _matrices(source, gate_up), plan.body)
+        store.matrix(f"{name}.down", _matrices(source, [(f"{name}.mlp.down_proj", 1.0)]), plan.body)
+        advance()
+    store.vector("llm.norm", source.tensor("llm.norm.weight"))
+    store.head(source, plan)
+    advance()
+
+
+def attention_parts(layer: str, text: TextConfig) -> list[tuple[str, float]]:
+    """The modules of `qkv` of a layer in order, each with the factor on its weight and bias.
+
+    1 / sqrt(head_dim) goes into the queries; the rotation that follows is linear.
+    """
+    scales = {"q_proj": text.head_dim**-0.5, "k_proj": 1.0, "v_proj": 1.0}
+    return [(f"{layer}.self_attn.{part}", scale) for part, scale in scales.items()]
+
+
+def _float32(array: npt.NDArray[Any]) -> Float32:
+    return array.astype(np.float32)
+
+
+def _matrices(source: Checkpoint, parts: list[tuple[str, float]]) -> Iterator[Float32]:
+    """Each part as [inputs, outputs], scaled."""
+    for part, scale in parts:
+        weight = np.ascontiguousarray(_float32(source.tensor(f"{part}.weight")).T)
+        yield weight if scale == 1.0 else weight * np.float32(scale)
+
+
+class _Store:
+    """Writes weights in their stored types."""
+
+    def __init__(self, weights: WeightsFile, dtype: npt.DTypeLike, calibrated: QuantizedMatrices | None) -> None:
+        self.weights = weights
+        self.dtype = dtype
+        self.calibrated = calibrated
+
+    def vector(self, name: str, array: npt.NDArray[Any]) -> None:
+        self.weights.add(name, cast_weight(name, array, self.dtype))
+
+    def matrix(self, name: str, parts: Iterator[Float32], kind: WeightType) -> None:
+        """Matrices of the same inputs beside each other: one product computes them all."""
+        if not kind.bits:
+            self.weights.add(name, np.concatenate([cast_weight(name, part, self.dtype) for part in parts], axis=1))
+            return
+        if self.calibrated is not None:
+            known = self.calibrated.matrix(name)
+            self.quantized(name, known.values, known.scales)
+            return
+        quantized = [quantize_matrix(part, kind, self.dtype) for part in parts]
+        self.quantized(name, np.concatenate([q.values for q in quantized], axis=1), np.concatenate([q.scales for q in quantized], axis=-1))
+
+    def quantized(self, name: str, values: npt.NDArray[Any], scales: Float32) -> None:
+        self.weights.add(name, values)
+        self.weights.add(f"{name}.scale", scales.astype(self.dtype))
+
+    def embedding(self, source: Checkpoint, plan: PrecisionPlan) -> None:
+        """[vocab, hidden], as it is or as int8 with one scale a row."""
+        text = source.text
+        name = "llm.embed_tokens.weight"
+        if plan.embedding.bits:
+            values = np.empty((text.vocab, text.hidden), np.int8)
+            scales = np.empty(text.vocab, np.float32)
+            for start, chunk in self._rows(source, name):
+                quantized = quantize_channels(chunk, 0, scale_type=self.dtype)
+                values[start : start + len(chunk)], scales[start : start + len(chunk)] = quantized.values, quantized.scales
+            self.quantized("llm.embedding", values, scales)
+            return
+        self.weights.add("llm.embedding", self._table(source, name))
+
+    def head(self, source: Checkpoint, plan: PrecisionPlan) -> None:
+        """[hidden, vocab] as integers; as floats [vocab, hidden], where a tied head is the embedding itself."""
+        text = source.text
+        if not plan.head.bits and text.tied:
+            return
+        name = "llm.embed_tokens.weight" if text.tied else "lm_head.weight"
+        if not plan.head.bits:
+            self.weights.add("llm.head", self._table(source, name))
+            return
+        if self.calibrated is not None:
+            known = self.calibrated.matrix("llm.head")
+            self.quantized("llm.head", known.values, known.scales)
+            return
+        values: npt.NDArray[Any] | None = None
+        scales = []
+        for start, chunk in self._rows(source, name):
+            quantized = quantize_matrix(np.ascontiguousarray(chunk.T), plan.head, self.dtype)
+            if values is None:
+                values = np.empty((text.hidden, text.vocab), quantized.values.dtype)
+            values[:, start : start + len(chunk)] = quantized.values
+            scales.append(quantized.scales)
+        assert values is not None
+        self.quantized("llm.head", values, np.concatenate(scales, axis=-1))
+
+    def _table(self, source: Checkpoint, name: str) -> npt.NDArray[Any]:
+        """[vocab, hidden] in the float type."""
+        table = np.empty((source.text.vocab, source.text.hidden), self.dtype)
+        for start, chunk in self._rows(source, name):
+            table[start : start + len(chunk)] = cast_weight(name, chunk, self.dtype)
+        return table
+
+    @staticmethod
+    def _rows(source: Checkpoint, name: str) -> Iterator[tuple[int, Float32]]:
+        for start in range(0, source.text.vocab, ROWS):
+            yield start, _float32(source.tensor_rows(name, start, min(start + ROWS, source.text.vocab)))

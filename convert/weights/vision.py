@@ -1,0 +1,155 @@
+"""The encoder's weights folded for inference and written in the types of a precision plan.
+
+Folded: every train-time branch (re-parameterisation), BatchNorm into the 7 x 7 convolution before it, layer scale into the product before
+it, and 1 / sqrt(head_dim) into the rows of the queries. Names are the module's own paths: `vision.stages.0.blocks.0.mlp.fc1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastvlm_edge.convert.graphs.builder import WeightsFile, cast_weight
+from fastvlm_edge.convert.precision import FLOAT_TYPES, VISION_STAGES, PrecisionPlan
+from fastvlm_edge.convert.reference.fastvithd import (
+    HEAD_DIM,
+    Attention,
+    AttentionBlock,
+    ConvFFN,
+    FastViTHD,
+    LayerScale,
+    MobileOneConv,
+    Reparameterizable,
+    RepMixerBlock,
+    Stage,
+    fold_batch_norm,
+)
+from fastvlm_edge.convert.weights.quantize import quantize_channels
+
+if TYPE_CHECKING:
+    from fastvlm_edge.calib.vision import VisionQuantization
+
+
+@torch.no_grad()
+def write_vision_weights(
+    encoder: FastViTHD,
+    projector: nn.Sequential,
+    plan: PrecisionPlan,
+    weights: WeightsFile,
+    advance: Callable[[], None],
+    quantized: VisionQuantization | None = None,
+) -> None:
+    """Append the folded weights of `encoder` (re-parameterised) and `projector`; `advance` is called once a stage.
+
+    A convolution is [outputs, inputs / groups, k, k], a linear layer [inputs, outputs]. With `quantized`, made for the same plan, its
+    layers are what it says and all others floats; without it, every weight is rounded to nearest where the plan has integers.
+    """
+    store = _Store(weights, plan, quantized)
+    for index, conv in enumerate(encoder.stem):
+        assert isinstance(conv, MobileOneConv)
+        store.reparameterized(f"vision.stem.{index}", conv, "stem")
+    advance()
+    for index, stage in enumerate(encoder.stages):
+        assert isinstance(stage, Stage)
+        name, key = f"vision.stages.{index}", VISION_STAGES[index + 1]
+        for path, module in stage.named_modules():
+            if isinstance(module, Reparameterizable):
+                store.reparameterized(f"{name}.{path}", module, key)
+        for number, block in enumerate(stage.blocks):
+            path = f"{name}.blocks.{number}"
+            if isinstance(block, AttentionBlock):
+                store.floats(f"{path}.norm.weight", block.norm.weight, key)
+                store.floats(f"{path}.norm.bias", block.norm.bias, key)
+                store.attention(f"{path}.token_mixer", block.token_mixer, block.layer_scale_1, key)
+                store.feed_forward(f"{path}.mlp", block.mlp, block.layer_scale_2, key)
+            elif isinstance(block, RepMixerBlock):
+                store.feed_forward(f"{path}.mlp", block.mlp, block.layer_scale, key)
+        advance()
+    store.reparameterized("vision.final_conv", encoder.final_conv, "final_conv")
+    assert encoder.final_conv.se is not None
+    for part in ("fc1", "fc2"):
+        conv = getattr(encoder.final_conv.se, part)
+        store.convolution(f"vision.final_conv.se.{part}", conv.weight, conv.bias, "final_conv")
+    advance()
+    for part, linear in (("linear_1", projector[0]), ("linear_2", projector[2])):
+        assert isinstance(linear, nn.Linear)
+        store.linear(f"projector.{part}", linear.weight, linear.bias, "projector")
+    advance()
+
+
+def fold_feed_forward(mlp: ConvFFN, gamma: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight and bias of `conv`, `fc1` and `fc2` with BatchNorm and layer scale in them."""
+    assert mlp.fc1.bias is not None and mlp.fc2.bias is not None
+    gamma = gamma.flatten()
+    return {
+        "conv": fold_batch_norm(mlp.conv.conv.weight, mlp.conv.bn),
+        "fc1": (mlp.fc1.weight, mlp.fc1.bias),
+        "fc2": (mlp.fc2.weight * gamma.reshape(-1, 1, 1, 1), mlp.fc2.bias * gamma),
+    }
+
+
+def fold_attention(attention: Attention, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [3 dim, dim] with the queries' scale in it; weight and bias of the projection with the layer scale."""
+    qkv = attention.qkv.weight.clone()
+    qkv[: qkv.shape[1]] *= HEAD_DIM**-0.5
+    gamma = gamma.flatten()
+    return qkv, attention.proj.weight * gamma[:, None], attention.proj.bias * gamma
+
+
+class _Store:
+    def __init__(self, weights: WeightsFile, plan: PrecisionPlan, quantized: VisionQuantization | None) -> None:
+        self.weights = weights
+        self.plan = plan
+        self.quantized = quantized
+
+    def floats(self, name: str, tensor: Tensor, stage: str) -> None:
+        array = tensor.float().contiguous().numpy()
+        if self.quantized is not None:
+            array = self.quantized.floats.get(name, array)
+        self.weights.add(name, cast_weight(name, array, FLOAT_TYPES[self.plan.vision[stage]]))
+
+    def matrix(self, name: str, tensor: Tensor, bias: Tensor | None, stage: str, axis: int) -> None:
+        """A weight whose outputs lie along `axis`, and its bias; integers where `quantized` or else the plan says so."""
+        dtype = FLOAT_TYPES[self.plan.vision[stage]]
+        layer = None if self.quantized is None else self.quantized.layers.get(name)
+        if layer is not None:
+            self.weights.add(f"{name}.weight", layer.values)
+            self.weights.add(f"{name}.weight.scale", layer.scales.astype(dtype))
+            for part in ("bias", "plain_bias", "factor", "offset"):
+                if (array := getattr(layer, part)) is not None:
+                    shaped = array if part.endswith("bias") else array.reshape(-1, 1, 1)  # channels before a map
+                    self.weights.add(f"{name}.{part}", cast_weight(f"{name}.{part}", shaped, dtype))
+            return
+        if self.quantized is not None or not self.plan.vision_weights.bits:
+            self.floats(f"{name}.weight", tensor, stage)
+        else:
+            array = np.ascontiguousarray(tensor.float().numpy())
+            rounded = quantize_channels(array, axis, self.plan.vision_weights.bits, dtype)
+            self.weights.add(f"{name}.weight", rounded.values)
+            self.weights.add(f"{name}.weight.scale", rounded.scales.astype(dtype))
+        if bias is not None:
+            self.floats(f"{name}.bias", bias, stage)
+
+    def convolution(self, name: str, weight: Tensor, bias: Tensor | None, stage: str) -> None:
+        assert bias is not None
+        self.matrix(name, weight, bias, stage, axis=0)
+
+    def linear(self, name: str, weight: Tensor, bias: Tensor | None, stage: str) -> None:
+        self.matrix(name, weight.T.contiguous(), bias, stage, axis=1)
+
+    def reparameterized(self, name: str, module: Reparameterizable, stage: str) -> None:
+        assert module.reparam_conv is not None
+        self.convolution(name, module.reparam_conv.weight, module.reparam_conv.bias, stage)
+
+    def feed_forward(self, name: str, mlp: ConvFFN, scale: LayerScale, stage: str) -> None:
+        for part, (weight, bias) in fold_feed_forward(mlp, scale.gamma).items():
+            self.convolution(f"{name}.{part}", weight, bias, stage)
+
+    def attention(self, name: str, attention: Attention, scale: LayerScale, stage: str) -> None:
+        qkv, weight, bias = fold_attention(attention, scale.gamma)
+        self.linear(f"{name}.qkv", qkv, None, stage)
+        self.linear(f"{name}.proj", weight, bias, stage)

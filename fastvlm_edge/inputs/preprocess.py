@@ -1,0 +1,73 @@
+"""RGB picture -> `pixel_values`, the input of `vision.onnx`.
+
+FastVLM normalises with mean 0 and standard deviation 1, so pixel values are simply 0..1. Two geometries: `pad` is Apple's `predict.py` and
+what training used (black square around the picture, then bicubic resize); `crop` is the model card's image processor (short side resized,
+centre square cut out).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.inputs.image_input import ImageInput, load_rgb
+
+GEOMETRIES = ("pad", "crop")
+MAX_ASPECT_RATIO = 50
+"""Beyond it `pad` leaves the picture a few pixels thick and `crop` sees less than a hundredth of it."""
+_BAND_PIXELS = 1 << 22
+
+
+def preprocess(image: ImageInput, image_size: int, geometry: str) -> NDArray[np.float32]:
+    """One picture -> pixel_values [1, 3, image_size, image_size] float32 in 0..1.
+
+    Raises FastVLMError where the picture cannot be read, is too large, or is more than 50 times as long as it is wide.
+    """
+    if geometry not in GEOMETRIES:
+        raise FastVLMError(f"geometry {geometry!r} is unknown; use one of: {', '.join(GEOMETRIES)}")
+    rgb = load_rgb(image)
+    if max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
+        raise FastVLMError(
+            f"the picture is {rgb.width} x {rgb.height} pixels, more than {MAX_ASPECT_RATIO} times as long as it is wide; "
+            "cut it into shorter pieces first"
+        )
+    square = pad_and_resize(rgb, image_size) if geometry == "pad" else resize_and_crop(rgb, image_size)
+    planes = np.asarray(square).transpose(2, 0, 1)[np.newaxis]  # [1, 3, S, S] uint8
+    pixel_values: NDArray[np.float32] = np.divide(planes, np.float32(255), dtype=np.float32, order="C")
+    return pixel_values
+
+
+def pad_and_resize(image: Image.Image, size: int) -> Image.Image:
+    """Centre the picture on a black square as wide as its long side, then resize to size x size, bicubic.
+
+    Bit for bit what padding first and resizing after gives, without ever holding the padded square: Pillow resizes rows first and columns
+    after, rows do not depend on each other, so bands of rows are padded and shrunk one at a time.
+    """
+    side = max(image.size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    if image.width == image.height:
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+    shrunk = Image.new("RGB", (size, side))
+    rows = max(1, _BAND_PIXELS // side)
+    for y in range(0, image.height, rows):
+        band = image.crop((0, y, image.width, min(y + rows, image.height)))
+        if image.width < side:
+            wide = Image.new("RGB", (side, band.height))
+            wide.paste(band, (left, 0))
+            band = wide
+        shrunk.paste(band.resize((size, band.height), Image.Resampling.BICUBIC), (0, top + y))
+    return shrunk.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the short side to `size`, bicubic, and keep the centre square.
+
+    Sizes and offsets round like transformers' `CLIPImageProcessor`: the long side is int(size * long / short), the offset half of what is
+    left over, rounded down.
+    """
+    short = min(image.size)
+    whole = image.resize((int(size * image.width / short), int(size * image.height / short)), Image.Resampling.BICUBIC)
+    left, top = (whole.width - size) // 2, (whole.height - size) // 2
+    return whole.crop((left, top, left + size, top + size))

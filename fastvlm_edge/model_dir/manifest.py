@@ -1,0 +1,157 @@
+"""`fastvlm.json`, the manifest of a model directory: everything the runtime has to know about the graphs beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir.json_record import from_json
+
+MANIFEST_NAME = "fastvlm.json"
+SCHEMA = 2
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+STRIDE = 64
+"""Pixels of a side of one visual token: FastViTHD halves the picture six times."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from. `files` maps each checkpoint file that was read to its sha256."""
+
+    checkpoint: str
+    layout: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """`vision.onnx`: pixel_values [batch, 3, image_size, image_size], float32 in 0..1 -> image_features [batch, tokens, hidden].
+
+    The features have the decoder's type.
+    """
+
+    image_size: int
+    geometry: str
+    """`pad` (black square around the picture) or `crop` (centre square)."""
+    tokens: int
+    hidden: int
+    dims: list[int] = field(default_factory=list)
+    """Channels of every stage; this and what follows is for `plan`, and missing in older manifests."""
+    depths: list[int] = field(default_factory=list)
+    out_dim: int = 0
+    se_dim: int = 0
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """`decoder.onnx`, the graph of the Qwen2 LLM. An id of `vocab + k` is row k of image_features."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocab: int
+    context: int
+    """Positions that a conversation may use, picture included."""
+    candidates: int
+    """Length of top_values and top_ids."""
+    dtype: str
+    """numpy name of the type of image_features, of the KV cache and of kv_new: `float32`, `float16` or `bfloat16`."""
+    heads: int = 0
+    """This and what follows is for `plan`, and missing in older manifests."""
+    intermediate: int = 0
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """The conversation around the picture."""
+
+    system_prompt: str
+    stop_ids: list[int]
+    token_count: int
+    """Ids from here on are padding rows of the embedding and are never sampled."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the model directory."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole manifest. `plan` names the type of every stage, `parity` the figures of the check against PyTorch."""
+
+    name: str
+    toolkit_version: str
+    source: Source
+    precision: str
+    plan: dict[str, str]
+    vision: VisionSpec
+    decoder: DecoderSpec
+    text: TextSpec
+    files: dict[str, FileRecord]
+    parity: dict[str, Any] = field(default_factory=dict)
+    activations: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def write(self, directory: Path) -> None:
+        """Write `fastvlm.json` into `directory`."""
+        (directory / MANIFEST_NAME).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check `fastvlm.json`.
+
+    Raises FastVLMError where the directory is no model directory, or was written by a newer toolkit.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise FastVLMError(
+            f"{directory} is not a model directory: it has no {MANIFEST_NAME}. "
+            f"Make one with: fastvlm-edge convert CHECKPOINT -o {directory}"
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        schema = document["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FastVLMError(f"{path} is damaged ({error}); convert the checkpoint again") from None
+    if schema != SCHEMA:
+        raise FastVLMError(f"{path} has schema {schema}, this toolkit reads {SCHEMA}; convert the checkpoint again with this version")
+    try:
+        manifest: Manifest = from_json(Manifest, document)
+    except ValueError as error:
+        raise FastVLMError(f"{path} is damaged ({error}); convert the checkpoint again") from None
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_files(directory: Path, manifest: Manifest, *, hashes: bool = False) -> None:
+    """Check that every file of the manifest is there in its recorded size, and with `hashes` byte for byte.
+
+    Raises FastVLMError that names the first file that differs.
+    """
+    for name, record in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise FastVLMError(f"{path} is missing; copy the whole model directory, or convert the checkpoint again")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise FastVLMError(f"{path} has {size} bytes, the manifest says {record.bytes}; copy it again, or convert the checkpoint again")
+        if hashes and sha256(path) != record.sha256:
+            raise FastVLMError(f"{path} is not the file that was converted (sha256 differs); copy it again, or convert again")

@@ -1,0 +1,268 @@
+"""What is wrong with a checkpoint is named in one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastvlm_edge.convert.checkpoint.checkpoint import load_vision, open_checkpoint
+from fastvlm_edge.errors import FastVLMError
+from tests.support.checkpoints import write_checkpoint, write_json
+
+Tensors = dict[str, torch.Tensor]
+VISION = "model.vision_tower.vision_tower.model."
+
+
+def refuse(directory: Path, message: str) -> None:
+    """Opening fails with one line that matches."""
+    with pytest.raises(FastVLMError, match=message) as raised:
+        open_checkpoint(str(directory))
+    assert "\n" not in str(raised.value)
+
+
+def edit_tensors(directory: Path, change: Callable[[Tensors], None]) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+@pytest.fixture
+def apple(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "apple", layout="apple")
+
+
+@pytest.fixture
+def native(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "native", layout="native")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": "{}", "pytorch_model-00001-of-00002.bin": ""}, r"pytorch_model\*\.bin.*convert it to safetensors"),
+        ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "holds a LoRA adapter only; merge it"),
+        ({"config.json": "{}", "mm_projector.bin": ""}, "holds only a projector"),
+        ({"config.json": "{}", "fastvithd.mlpackage": ""}, "export for CoreML or MLX"),
+        ({"config.json": "{}", "weights.npz": ""}, "export for CoreML or MLX"),
+        ({"config.json": "{}"}, "no safetensors file"),
+        ({"llava-fastvithd_0.5b_stage3.zip": ""}, r"no config\.json; unpack llava-fastvithd_0\.5b_stage3\.zip first"),
+        ({"llava-fastvithd_0.5b_stage3/config.json": "{}"}, "did you mean .*llava-fastvithd_0.5b_stage3"),
+        ({"notes.txt": ""}, r"is no checkpoint: it has no config\.json; check the path"),
+        ({"config.json": "{", "model.safetensors": ""}, r"config\.json is damaged"),
+        ({"config.json": '{"model_type": "qwen2"}', "model.safetensors": ""}, "model_type 'qwen2', which is no FastVLM"),
+        ({"config.json": '{"model_type": "llava_qwen2"}', "model.safetensors": ""}, "mm_vision_tower: a language model without vision"),
+        ({"config.json": "{}", "a.safetensors": "", "b.safetensors": ""}, r"2 safetensors files but no model\.safetensors\.index\.json"),
+    ],
+)
+def test_folders_that_are_no_checkpoint(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    refuse(tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mm_projector_type": "linear"}, "mm_projector_type 'linear', which is not supported; expected 'mlp2x_gelu'"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres': pictures cut into tiles"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type 'spatial_unpad'"),
+        ({"use_sliding_window": True}, "sliding window"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rotary scaling of type 'yarn'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end True"),
+        ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "reads FastViTHD, named like mobileclip_l_1024"),
+        ({"mm_vision_tower": "mobileclip_l_1000"}, "pictures of 1000 px; FastViTHD takes multiples of 64"),
+        ({"quantization_config": {"bits": 4}}, "quantised checkpoint; start from"),
+        ({"num_attention_heads": 3}, "says 3 attention heads of 42, but the q and k projections have 128 and 64 rows"),
+        ({"num_attention_heads": 2}, "says 2 key-value heads, but 64 rows of k at 64 a head make 1"),
+        ({"num_attention_heads": None}, "does not say num_attention_heads"),
+        ({"rms_norm_eps": "small"}, "value of the wrong kind"),
+    ],
+)
+def test_unsupported_settings_of_apple_are_named(apple: Path, changes: dict[str, Any], message: str) -> None:
+    write_json(apple / "config.json", json.loads((apple / "config.json").read_text()) | changes)
+    refuse(apple, message)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("vision_config", {"architecture": "resnet50"}, "architecture 'resnet50'"),
+        ("vision_config", {"model_args": {"lkc_use_act": False}}, r"model_args\.lkc_use_act to False"),
+        ("text_config", {"model_type": "llama"}, "model_type 'llama'"),
+        ("text_config", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+        ("", {"projector_hidden_act": "gelu_pytorch_tanh"}, "projector_hidden_act 'gelu_pytorch_tanh'"),
+        ("", {"vision_config": None}, "has no vision_config"),
+        ("", {"image_token_index": 704}, "image token 704, but the embedding has 704 rows"),
+    ],
+)
+def test_unsupported_settings_of_native_are_named(native: Path, part: str, changes: dict[str, Any], message: str) -> None:
+    config = json.loads((native / "config.json").read_text())
+    (config[part] if part else config).update(changes)
+    write_json(native / "config.json", config)
+    refuse(native, message)
+
+
+def test_an_absent_head_that_is_not_tied(native: Path) -> None:
+    config = json.loads((native / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    write_json(native / "config.json", config)
+    refuse(native, r"lacks tensor lm_head\.weight.*not tied")
+
+
+def test_unknown_missing_and_misshapen_tensors_are_named(apple: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.1.self_attn.q_norm.weight"] = torch.ones(32)
+        tensors[f"{VISION}patch_embed.1.reparam_conv.bias"] = torch.ones(15)
+
+    edit_tensors(apple, change)
+    refuse(
+        apple,
+        r"missing: llm\.layers\.1\.mlp\.up_proj\.weight; of the wrong shape: model\.vision_tower.*patch_embed\.1\.reparam_conv\."
+        r"bias \[15\] instead of \[16\]; unknown: model\.layers\.1\.self_attn\.q_norm\.weight",
+    )
+
+
+def test_a_language_model_without_the_encoder(apple: Path) -> None:
+    edit_tensors(apple, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(VISION)] and None)
+    refuse(apple, "has no vision tower in its weights, only llm, lm_head, projector")
+
+
+def test_an_encoder_without_the_language_model(apple: Path) -> None:
+    edit_tensors(apple, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".vision_tower." not in name] and None)
+    refuse(apple, "has no language model in its weights")
+
+
+def test_an_encoder_of_another_structure(apple: Path) -> None:
+    def drop_last_stage(tensors: Tensors) -> None:
+        for name in list(tensors):
+            if ".network.10." in name:
+                del tensors[name]
+
+    edit_tensors(apple, drop_last_stage)
+    refuse(apple, "no FastViTHD: FastViTHD has five stages")
+
+
+def test_an_unmerged_adapter(apple: Path) -> None:
+    edit_tensors(apple, lambda tensors: tensors.update({"base_model.model.layers.0.q_proj.lora_A.weight": torch.ones(2, 2)}))
+    refuse(apple, "LoRA tensors")
+
+
+def test_quantised_tensors(apple: Path) -> None:
+    edit_tensors(apple, lambda tensors: tensors.update({"model.norm.weight": torch.ones(128, dtype=torch.int8)}))
+    refuse(apple, r"types that are not read: model\.norm\.weight \(I8\)")
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", shards=3)
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    refuse(directory, r"model-00002-of-00003\.safetensors is missing \(1 of 3 shards")
+
+
+def test_an_index_that_lies(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", shards=2)
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.extra"] = "model-00001-of-00002.safetensors"
+    write_json(path, index)
+    refuse(directory, r"tensor model\.extra is in model-00001-of-00002\.safetensors, but it is not")
+    path.write_text('{"weight_map": 3}')
+    refuse(directory, r"index\.json is damaged")
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", shards=2)
+    edited = directory / "model-00002-of-00002.safetensors"
+    first = next(iter(load_file(directory / "model-00001-of-00002.safetensors").items()))
+    save_file(load_file(edited) | {first[0]: first[1]}, edited)
+    refuse(directory, f"tensor {first[0]} stands twice, in model-00001")
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (5, "cut short or is not safetensors: 5 bytes"),
+        (1000, "cut short or is not safetensors: 1000 bytes"),
+        (-1, "is cut short: .* and tensor .* ends at byte"),
+    ],
+)
+def test_truncated_files(apple: Path, keep: int, message: str) -> None:
+    path = apple / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refuse(apple, message)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{}x", "header of .* is damaged"),
+        ("[1]", "header of .* is damaged"),
+        ('{"a": {"dtype": "F32"}}', "header of .* is damaged"),
+        ('{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}', "header of .* is damaged"),
+        ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', r"a \[1\] lies at -4 to 0"),
+        ('{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}', r"a \[3\] F32 cannot have 4 bytes"),
+        (
+            '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+            "tensor a stands twice in the header",
+        ),
+    ],
+)
+def test_damaged_headers(apple: Path, header: str, message: str) -> None:
+    (apple / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(16))
+    refuse(apple, message)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_git_lfs_pointers(apple: Path, name: str) -> None:
+    (apple / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    refuse(apple, f"{name} is a git-LFS pointer")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_named_with_their_place(tmp_path: Path, dtype: str, value: float) -> None:
+    directory = write_checkpoint(tmp_path / "model", dtype=dtype)
+
+    def spoil(tensors: Tensors) -> None:
+        tensors["model.embed_tokens.weight"][600, 5] = value
+        tensors["model.embed_tokens.weight"][601, 1] = value
+        tensors[f"{VISION}conv_exp.se.reduce.bias"][3] = value
+
+    edit_tensors(directory, spoil)
+    checkpoint = open_checkpoint(str(directory))
+    with pytest.raises(FastVLMError, match=rf"llm\.embed_tokens\.weight .* holds {value} at \[600, 5\]"):
+        checkpoint.tensor("llm.embed_tokens.weight")
+    with pytest.raises(FastVLMError, match=r"\[601, 1\]"):
+        checkpoint.tensor_rows("llm.embed_tokens.weight", 601, 640)
+    checkpoint.tensor_rows("llm.embed_tokens.weight", 0, 600)
+    with pytest.raises(FastVLMError, match=r"vision\.final_conv\.se\.fc1\.bias .* at \[3\]"):
+        load_vision(checkpoint)
+
+
+def test_a_core_ml_export_beside_the_weights_does_no_harm(apple: Path) -> None:
+    (apple / "fastvithd.mlpackage").mkdir()
+    assert open_checkpoint(str(apple)).layout == "apple"
+
+
+def test_a_file_that_goes_after_opening(apple: Path) -> None:
+    checkpoint = open_checkpoint(str(apple))
+    (apple / "model.safetensors").unlink()
+    with pytest.raises(FastVLMError, match=r"model\.safetensors cannot be read"):
+        checkpoint.tensor("llm.norm.weight")
+
+
+def test_a_file_that_shrinks_after_opening(apple: Path) -> None:
+    checkpoint = open_checkpoint(str(apple))
+    path = apple / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(FastVLMError, match=r"ends inside tensor llm\.norm\.weight"):
+        checkpoint.tensor("llm.norm.weight")

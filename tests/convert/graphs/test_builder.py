@@ -1,0 +1,60 @@
+"""The graph builder: weights on disk at page borders, shared names, values that onnxruntime reads back."""
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from fastvlm_edge.convert.graphs.builder import ALIGNMENT, GraphBuilder, WeightsFile, cast_weight, to_bytes
+from fastvlm_edge.convert.weights.quantize import dequantize, quantize_blocks, quantize_channels
+from fastvlm_edge.errors import FastVLMError
+
+
+def run(graph, path, feeds):
+    graph.weights.close()
+    graph.save(path)
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)
+
+
+@pytest.mark.parametrize("kind", ["float", "channel", "block"])
+def test_weights_come_back_as_they_were_written(tmp_path, kind):
+    weight = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
+    weights = WeightsFile(tmp_path / "w.weights")
+    weights.add("other", np.ones(3, np.float32))
+    expected = weight
+    if kind == "float":
+        weights.add("w", weight)
+    else:
+        quantized = quantize_channels(weight, 1) if kind == "channel" else quantize_blocks(weight, 16, 4)
+        weights.add("w", quantized.values)
+        weights.add("w.scale", quantized.scales)
+        expected = dequantize(quantized)
+    assert weights.entries["w"].offset % ALIGNMENT == 0
+    graph = GraphBuilder("test", weights)
+    x = graph.input("x", np.float32, ["n", 64])
+    value = graph.dequantized("w", "/w", np.float32) if graph.is_quantized("w") else graph.weight("w")
+    graph.output("y", graph.node("MatMul", [x, value], "/product"), np.float32, ["n", 6])
+    (found,) = run(graph, tmp_path / "g.onnx", {"x": np.eye(64, dtype=np.float32)})
+    np.testing.assert_allclose(found, expected, atol=2e-3 if kind == "block" else 1e-6)
+
+
+def test_four_bit_values_share_bytes_low_half_first():
+    assert bytes(to_bytes(np.array([1, -2, 7], dtype=ml_dtypes.int4))) == bytes([0xE1, 0x07])
+
+
+def test_two_nodes_of_one_name_are_refused(tmp_path):
+    graph = GraphBuilder("test", WeightsFile(tmp_path / "w"))
+    graph.node("Relu", ["x"], "/a")
+    with pytest.raises(ValueError, match="/a/Relu"):
+        graph.node("Relu", ["x"], "/a")
+
+
+def test_equal_constants_are_shared(tmp_path):
+    graph = GraphBuilder("test", WeightsFile(tmp_path / "w"))
+    assert graph.ints(1, 2) == graph.ints(1, 2) != graph.ints(2, 1)
+
+
+def test_a_value_that_fp16_cannot_hold_is_named():
+    with pytest.raises(FastVLMError, match=r"llm\.norm holds 70000.*bf16"):
+        cast_weight("llm.norm", np.array([1, 70000], np.float32), np.float16)
+    assert cast_weight("w", np.array([70000], np.float32), ml_dtypes.bfloat16).dtype == ml_dtypes.bfloat16

@@ -1,0 +1,173 @@
+"""The decoder graph against an independent Qwen2 in PyTorch, and what its contract promises about cache, chunks and pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
+from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
+from fastvlm_edge.convert.graphs.decoder import build_decoder
+from fastvlm_edge.convert.precision import on_cpu, precision_plan
+from fastvlm_edge.convert.reference.decoder import reference_logits
+from fastvlm_edge.convert.weights.decoder import write_decoder_weights
+from tests.support.checkpoints import write_checkpoint
+
+CONTEXT = 128
+RNG = np.random.default_rng(0)
+PRECISIONS = {"fp32": 1e-5, "fp16": 6e-3, "bf16": 2e-2, "int8": 0.1, "int4": 0.6}
+"""Bound on the relative error of the logits, random weights."""
+
+
+class Graph:
+    """One decoder graph in onnxruntime, its cache managed in plain numpy as the contract says."""
+
+    def __init__(self, path: Path, checkpoint, precision: str, *, cpu: bool = False) -> None:
+        self.text = checkpoint.text
+        plan = precision_plan(precision)
+        weights = WeightsFile(path / "decoder.weights")
+        write_decoder_weights(checkpoint, plan, weights, lambda: None)
+        weights.close()
+        graph = GraphBuilder("decoder", weights)
+        build_decoder(graph, checkpoint.text, on_cpu(plan), cpu_context=CONTEXT if cpu else None)
+        graph.save(path / "decoder.onnx")
+        self.cpu = cpu
+        self.path = str(path / "decoder.onnx")
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # rounded activations would hide small faults
+        self.session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        self.dtype = np.float16 if precision == "fp16" else np.float32
+        self.features = RNG.standard_normal((4, self.text.hidden)).astype(self.dtype)
+
+    def cache(self, capacity: int, batch: int = 1):
+        text = self.text
+        return np.zeros((text.layers, 2, batch, text.kv_heads, capacity, text.head_dim), self.dtype)
+
+    def step(self, ids, start, cache, logit_positions):
+        """Run `ids` [batch, seq] from position `start` on, append to `cache`, return logits, top_values, top_ids."""
+        ids = np.atleast_2d(ids)
+        batch, seq = ids.shape
+        feeds = {
+            "input_ids": ids,
+            "position_ids": np.tile(np.arange(start, start + seq), (batch, 1)),
+            "image_features": self.features,
+            "logit_positions": np.tile(logit_positions, (batch, 1)),
+        }
+        for layer in range(self.text.layers):
+            feeds[f"past_key_values.{layer}.key"] = cache[layer, 0]
+            feeds[f"past_key_values.{layer}.value"] = cache[layer, 1]
+        asked = ["logits", "top_values", "top_ids"]
+        if not self.cpu:
+            *rest, kv_new = self.session.run([*asked, "kv_new"], feeds)
+            cache[..., start : start + seq, :] = kv_new
+            return rest
+        binding = self.session.io_binding()
+        for name, array in feeds.items():
+            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            binding.bind_ortvalue_input(name, value)
+            if name.startswith("past_key_values"):
+                assert value.data_ptr() == array.ctypes.data
+                binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+        for name in asked:
+            binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        return [value.numpy() for value in binding.get_outputs()[-len(asked) :]]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def checkpoint(request, tmp_path_factory):
+    return open_checkpoint(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"), layout="native", tied=request.param)))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["engines", "cpu"])
+def graph(request, checkpoint, tmp_path_factory):
+    return Graph(tmp_path_factory.mktemp("graph"), checkpoint, "fp32", cpu=request.param)
+
+
+@pytest.fixture(scope="module")
+def ids(checkpoint):
+    """Text, four rows of a picture, text."""
+    vocab = checkpoint.text.vocab
+    words = RNG.integers(0, vocab, 20)
+    return np.concatenate([words[:5], vocab + np.arange(4), words[5:]])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_logits_are_those_of_the_reference(checkpoint, ids, precision, tmp_path):
+    graph = Graph(tmp_path, checkpoint, precision)
+    positions = list(range(len(ids)))
+    logits, values, top = graph.step(ids, 0, graph.cache(32), positions)
+    expected, _ = reference_logits(checkpoint, ids, graph.features.astype(np.float32), positions, lambda: None)
+    assert np.linalg.norm(logits[0] - expected) / np.linalg.norm(expected) < PRECISIONS[precision]
+    np.testing.assert_array_equal(values, -np.sort(-logits, axis=-1)[..., :64])
+    np.testing.assert_array_equal(np.take_along_axis(logits, top, -1), values)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_the_graph_for_the_cpu_computes_what_the_one_for_engines_does(checkpoint, ids, precision, tmp_path):
+    logits = []
+    for cpu in (True, False):
+        (tmp_path / str(cpu)).mkdir()
+        graph = Graph(tmp_path / str(cpu), checkpoint, precision, cpu=cpu)
+        graph.features[:] = 0.5
+        logits.append(graph.step(ids, 0, graph.cache(32), [3, len(ids) - 1])[0])
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cuts", [(1,), (5, 9), (7,), tuple(range(1, 24))])
+def test_chunked_prefill_equals_one_shot(graph, ids, cuts):
+    whole = graph.cache(32)
+    expected, *_ = graph.step(ids, 0, whole, [len(ids) - 1])
+    cache, start = graph.cache(32), 0
+    for stop in (*cuts, len(ids)):
+        logits, *_ = graph.step(ids[start:stop], start, cache, [stop - start - 1])
+        start = stop
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(cache, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_what_lies_beyond_the_valid_cache_does_not_matter(graph, ids):
+    clean, dirty = graph.cache(24), graph.cache(64)
+    graph.step(ids[:10], 0, clean, [0])
+    graph.step(ids[:10], 0, dirty, [0])
+    dirty[..., 10:, :] = 50.0
+    first, *_ = graph.step(ids[10:], 10, clean, [3])
+    second, *_ = graph.step(ids[10:], 10, dirty, [3])
+    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_rolling_back_is_a_matter_of_the_counter(graph, ids):
+    cache = graph.cache(32)
+    graph.step(ids[:12], 0, cache, [0])
+    expected, *_ = graph.step(ids[12:15], 12, cache, [2])
+    graph.step(ids[15:], 15, cache, [0])
+    again, *_ = graph.step(ids[12:15], 12, cache, [2])
+    np.testing.assert_allclose(again, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_a_batch_do_not_see_each_other(graph, ids):
+    other = np.roll(ids, 3)
+    both, *_ = graph.step(np.stack([ids, other]), 0, graph.cache(32, batch=2), [5, len(ids) - 1])
+    for row, single in zip(both, (ids, other), strict=True):
+        alone, *_ = graph.step(single, 0, graph.cache(32), [5, len(ids) - 1])
+        np.testing.assert_allclose(row, alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_layer_computes_what_is_asked_for_alone(graph, ids):
+    every, *_ = graph.step(ids, 0, graph.cache(32), list(range(len(ids))))
+    some, *_ = graph.step(ids, 0, graph.cache(32), [7, 2, 7])
+    np.testing.assert_allclose(some, every[:, [7, 2, 7]], rtol=1e-4, atol=1e-4)
+    nodes = onnx.load(graph.path, load_external_data=False).graph.node
+    made_by = {output: node.op_type for node in nodes for output in node.output}
+    inputs = [made_by[node.input[0]] for node in nodes if node.name.endswith("/attn/o_proj/MatMul")]
+    assert inputs == ["GroupQueryAttention" if graph.cpu else "Reshape"] * (len(inputs) - 1) + ["GatherND"] and len(inputs) > 1
+
+
+def test_only_standard_operators_of_one_opset_but_for_attention_on_the_cpu(graph):
+    model = onnx.load(graph.path, load_external_data=False)
+    own = {node.op_type for node in model.graph.node if node.domain}
+    assert own == ({"GroupQueryAttention"} if graph.cpu else set())
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 21)] + [("com.microsoft", 1)] * graph.cpu
+    onnx.checker.check_model(graph.path)

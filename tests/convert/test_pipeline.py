@@ -1,0 +1,303 @@
+"""The whole conversion: what it writes, what it refuses, and that it leaves nothing behind."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastvlm_edge import FastVLM, FastVLMError
+from fastvlm_edge.backends.verification import compare
+from fastvlm_edge.cli import main
+from fastvlm_edge.convert import pipeline as module
+from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
+from fastvlm_edge.convert.graphs import decoder
+from fastvlm_edge.convert.parity import BOUNDS
+from fastvlm_edge.convert.pipeline import convert, estimated_bytes
+from fastvlm_edge.convert.precision import PLANS, VISION_STAGES, precision_plan
+from fastvlm_edge.convert.reference.decoder import Magnitudes
+from fastvlm_edge.model_dir.manifest import PRECISIONS, read_manifest, verify_files
+from tests.support.checkpoints import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "tiny-fastvlm", layout="native")
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def model(request, checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("models") / request.param
+    convert(str(checkpoint), output, precision=request.param)
+    return output
+
+
+def test_a_model_directory_is_whole_and_runs(model):
+    manifest = read_manifest(model)
+    verify_files(model, manifest, hashes=True)
+    assert set(manifest.files) | {"fastvlm.json"} == {path.name for path in model.iterdir()}
+    assert manifest.name == "tiny-fastvlm"
+    assert manifest.source.layout == "native"
+    assert "model.safetensors" in manifest.source.files
+    with FastVLM.load(model, threads=1) as vlm:
+        reply = vlm.generate("What is this?", image=np.zeros((40, 60, 3), np.uint8), max_new_tokens=4)
+    assert len(reply.token_ids) == 4 or reply.stop_reason == "stop"
+
+
+def test_the_manifest_has_the_figures_of_the_check(model):
+    manifest = read_manifest(model)
+    bounds = BOUNDS[manifest.precision]
+    assert bounds.features <= manifest.parity["image_features"]["cosine"] <= 1.0000001
+    assert bounds.logits <= manifest.parity["logits"]["cosine"] <= 1.0000001
+    if bounds.stored is None:
+        assert "logits_stored_weights" not in manifest.parity
+    else:
+        stored = manifest.parity["logits_stored_weights"]["cosine"]
+        assert max(bounds.stored, manifest.parity["logits"]["cosine"]) < stored <= 1.0000001
+    assert set(manifest.activations["largest"]) == set(VISION_STAGES)
+    assert all(value > 0 for value in manifest.activations["largest"].values())
+
+
+def test_a_faulty_graph_is_told_from_coarse_weights(checkpoint, tmp_path, monkeypatch):
+    """With half its frequencies wrong the graph still has logits as close to the checkpoint's as INT4 may be; the check sees it."""
+    angles = decoder._Decoder._angles
+
+    def wrong(self, position):
+        text, self.text = self.text, replace(self.text, rope_theta=self.text.rope_theta / 2)
+        try:
+            return angles(self, position)
+        finally:
+            self.text = text
+
+    monkeypatch.setattr(decoder._Decoder, "_angles", wrong)
+    with pytest.raises(FastVLMError, match=r"cosine to the logits of the stored weights is 0\.[5-9]"):
+        convert(str(checkpoint), tmp_path / "model", precision="int4")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_user_hears_what_the_integers_cost(checkpoint, tmp_path, capsys):
+    for precision, heard in (("int4", 1), ("fp16", 0)):
+        assert main(["convert", str(checkpoint), "-o", str(tmp_path / precision), "--precision", precision]) == 0
+        assert capsys.readouterr().err.count("of greedy tokens are equal; --calib would keep more") == heard
+
+
+def test_every_precision_has_a_plan_and_bounds():
+    assert set(PLANS) == set(BOUNDS) == set(PRECISIONS)
+
+
+def test_the_estimate_of_the_size_is_close(checkpoint, model):
+    manifest = read_manifest(model)
+    weights = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".weights"))
+    needed = estimated_bytes(open_checkpoint(str(checkpoint)), precision_plan(manifest.precision))
+    assert needed < weights < needed + 4096 * 400  # each tensor begins at a page
+
+
+@pytest.mark.parametrize("layout", ["apple", "hub"])
+def test_both_public_layouts_give_the_same_model(checkpoint, tmp_path, layout):
+    other = write_checkpoint(tmp_path / layout, layout=layout)
+    kwargs = {"precision": "fp32", "image_size": 256, "context": 512}
+    logits = []
+    for number, source in enumerate((checkpoint, other)):
+        output = tmp_path / f"model{number}"
+        convert(str(source), output, **kwargs)
+        with FastVLM.load(output, threads=1) as vlm:
+            logits.append(vlm.generate("Describe it.", image=np.full((8, 8, 3), 99, np.uint8), max_new_tokens=24).token_ids)
+    assert logits[0] == logits[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"precision": "fp8"}, "unknown precision 'fp8'; choose one of fp32, fp16"),
+        ({"image_size": 300}, "image size 300 is not supported; choose 256 to 1536 in steps of 64"),
+        ({"image_size": 1600}, "image size 1600 is not supported"),
+        ({"geometry": "stretch"}, "unknown geometry 'stretch'; choose pad or crop"),
+        ({"context": 20}, "a context of 20 is too small for a picture of 16 tokens"),
+        ({"context": 10**6}, "a context of 1000000 is more than the 32768 positions"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(checkpoint, tmp_path, arguments, message):
+    with pytest.raises(FastVLMError, match=message):
+        convert(str(checkpoint), tmp_path / "model", **arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_safe(checkpoint, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(FastVLMError, match="exists and is no model directory"):
+            convert(str(checkpoint), tmp_path / "mine", force=force)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_model_directory_is_replaced_only_when_told_to(checkpoint, tmp_path):
+    convert(str(checkpoint), tmp_path / "model", precision="fp32")
+    with pytest.raises(FastVLMError, match="add --force"):
+        convert(str(checkpoint), tmp_path / "model", precision="int8")
+    assert read_manifest(tmp_path / "model").precision == "fp32"
+    convert(str(checkpoint), tmp_path / "model", precision="int8", force=True)
+    assert read_manifest(tmp_path / "model").precision == "int8"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), FastVLMError),
+        (RuntimeError("something else"), RuntimeError),
+    ],
+)
+@pytest.mark.parametrize("stage", ["write_vision_weights", "write_decoder_weights", "check_parity"])
+def test_nothing_is_left_behind(checkpoint, tmp_path, monkeypatch, error, expected, stage):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(module, stage, fail)
+    with pytest.raises(expected) as caught:
+        convert(str(checkpoint), tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+    if expected is FastVLMError:
+        assert "is full" in str(caught.value)
+
+
+def test_an_output_behind_a_link_is_written_where_the_link_points(checkpoint, tmp_path):
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    for precision in ("fp32", "int8"):  # the empty folder, then a model that is there
+        convert(str(checkpoint), tmp_path / "link", precision=precision, force=True)
+        assert read_manifest(tmp_path / "link").precision == precision
+    assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+
+
+def test_what_cannot_be_replaced_is_told_before_any_work_or_in_a_sentence(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
+    with pytest.raises(FastVLMError, match=r"mounted is a mount point.*name a folder in it: .*mounted/model"):
+        convert(str(checkpoint), tmp_path / "mounted")
+
+    def busy(self, target):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(FastVLMError, match=r"could not be written .*Device or resource busy"):
+        convert(str(checkpoint), tmp_path / "model")
+    assert not any((tmp_path / "mounted").iterdir()) and [path.name for path in tmp_path.iterdir()] == ["mounted"]
+
+
+def test_a_failed_replacement_keeps_the_old_model(checkpoint, tmp_path, monkeypatch):
+    convert(str(checkpoint), tmp_path / "model")
+    monkeypatch.setattr(module, "check_parity", lambda *_, **__: (_ for _ in ()).throw(FastVLMError("do not agree")))
+    with pytest.raises(FastVLMError, match="do not agree"):
+        convert(str(checkpoint), tmp_path / "model", precision="int4", force=True)
+    verify_files(tmp_path / "model", read_manifest(tmp_path / "model"), hashes=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_too_little_disk_is_said_before_any_work(checkpoint, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(FastVLMError, match=r"needs about 8 MB, and .* has 0 MB free; make room"):
+        convert(str(checkpoint), tmp_path / "model")
+
+
+def test_what_a_killed_conversion_left_is_cleared_by_the_next(checkpoint, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".model.partial-{gone.pid}").mkdir()
+    mine = tmp_path / f".model.partial-{os.getppid()}"
+    mine.mkdir()
+    convert(str(checkpoint), tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, "model"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_command_and_leaves_nothing(checkpoint, tmp_path, number):
+    command = [sys.executable, "-m", "fastvlm_edge", "convert", str(checkpoint), "-o", str(tmp_path / "model")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in errors
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_graph_that_disagrees_is_not_published(checkpoint, tmp_path, monkeypatch):
+    """A real fault: the rotary base is read wrongly. The check must notice."""
+    real = module.build_decoder
+
+    def wrong(graph, text, plan, *, cpu_context):
+        real(graph, type(text)(**{**text.__dict__, "rope_theta": 100.0}), plan, cpu_context=cpu_context)
+
+    monkeypatch.setattr(module, "build_decoder", wrong)
+    with pytest.raises(FastVLMError, match="do not agree with PyTorch"):
+        convert(str(checkpoint), tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_a_model_that_does_not_fit_fp16_gets_wider_types(checkpoint, tmp_path, monkeypatch, precision):
+    """As if the checkpoint were one with large activations; the graphs that follow are whole and agree with PyTorch."""
+    real = module.probe_activations
+
+    def probe(*args):
+        largest, features = real(*args)
+        return {**largest, "stage3": 20_000.0}, features
+
+    monkeypatch.setattr(module, "probe_activations", probe)
+    monkeypatch.setattr(Magnitudes, "largest", lambda _self: 30_000.0)
+    manifest = convert(str(checkpoint), tmp_path / "model", precision=precision)
+    assert manifest.plan["vision.stage2"].endswith("fp16")
+    assert manifest.plan["vision.stage3"].endswith("fp32")
+    assert manifest.plan["decoder.body"].endswith("bf16")
+    assert manifest.decoder.dtype == "bfloat16"
+    with FastVLM.load(tmp_path / "model", threads=1) as vlm:
+        assert vlm.generate("What is this?", image=np.zeros((40, 60, 3), np.uint8), max_new_tokens=4).token_ids
+
+
+def test_the_manifest_says_how_large_every_layer_gets(model):
+    seen = read_manifest(model).activations["decoder"]
+    layers = read_manifest(model).decoder.layers
+    assert set(seen) == {"qkv", "scores", "product", "residual"}
+    assert all(len(values) == layers and min(values) > 0 for values in seen.values())
+
+
+def test_compare_knows_the_same_from_the_opposite():
+    a = np.arange(6, dtype=np.float32)
+    assert compare(a, a).cosine == pytest.approx(1)
+    assert compare(a, a).relative == 0
+    assert compare(-a, a).cosine == pytest.approx(-1)
+    assert compare(a + 1, a).largest == pytest.approx(1)
+
+
+def test_the_manifest_is_plain_json(model):
+    document = json.loads((model / "fastvlm.json").read_text())
+    assert document["schema"] == 2
+    assert document["plan"]["decoder.body"]
+
+
+@pytest.mark.parametrize("image_size", [320, 1536])
+def test_image_sizes_in_steps_of_64(checkpoint, tmp_path, image_size):
+    manifest = convert(str(checkpoint), tmp_path / "model", image_size=image_size)
+    assert manifest.vision.tokens == (image_size // 64) ** 2
+    assert manifest.parity["image_features"]["cosine"] > BOUNDS["fp32"].features
+    with FastVLM.load(tmp_path / "model") as vlm:
+        assert vlm.encode_image(np.zeros((50, 90, 3), np.uint8)).numpy().shape == (manifest.vision.tokens, manifest.vision.hidden)
+
+
+def test_the_command_takes_the_size_that_the_checkpoint_was_trained_at(tmp_path):
+    source = write_checkpoint(tmp_path / "ck", layout="native", image_size=192)
+    assert main(["convert", str(source), "-o", str(tmp_path / "model"), "--image-size", "192"]) == 0
+    assert read_manifest(tmp_path / "model").vision.image_size == 192
+    assert main(["convert", str(source), "-o", str(tmp_path / "other"), "--image-size", "128"]) == 1

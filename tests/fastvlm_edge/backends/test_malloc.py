@@ -1,0 +1,91 @@
+"""What loading a model gives back: the heap's memory, and the processor once nothing runs."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnxruntime
+import pytest
+
+from fastvlm_edge import FastVLM, FastVLMError
+from fastvlm_edge.backends import malloc
+
+on_glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+
+
+def kept_mib(context: str) -> int:
+    """MiB that a process holds once every other one of 128 blocks of 2 MiB was freed within `context`; 128 are in use."""
+    script = """
+    import contextlib
+    from pathlib import Path
+    from fastvlm_edge.backends import malloc
+
+    def resident():
+        return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) >> 10
+
+    before = resident()
+    bytes(bytearray(2 << 20))  # freed: from here on glibc has blocks of this size in its heap, as while a model is loaded
+    with {context}:
+        blocks = [bytearray(b"x" * (2 << 20)) for _ in range(128)]
+        del blocks[::2]
+    print(resident() - before)
+    """
+    code = textwrap.dedent(script).replace("{context}", context)
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout)
+
+
+@on_glibc
+def test_what_a_load_frees_goes_back_to_the_system() -> None:
+    assert kept_mib("contextlib.nullcontext()") > 240  # so there is something to win
+    assert kept_mib("malloc.loading()") < 140
+
+
+def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    calls: list[tuple[str, int]] = []
+    library = SimpleNamespace(mallopt=lambda option, _: calls.append(("mallopt", option)), malloc_trim=lambda _: calls.append(("trim", 0)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_MMAP_THRESHOLD_", "65536"), ("MALLOC_TRIM_THRESHOLD_", "0"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536:x.y=1")],
+)
+def test_a_threshold_of_the_user_stays(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    calls = record_calls(monkeypatch)
+    with malloc.loading():
+        pass
+    assert [name for name, _ in calls] == ["mallopt"] * 3 + ["trim"]
+    calls.clear()
+    monkeypatch.setenv(name, value)
+    with malloc.loading():
+        pass
+    assert calls == [("trim", 0)]
+
+
+def test_a_load_that_fails_gives_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record_calls(monkeypatch)
+    with pytest.raises(FastVLMError), malloc.loading():
+        raise FastVLMError("no")
+    assert [name for name, _ in calls] == ["mallopt"] * 3 + ["trim"]
+
+
+def test_a_c_library_without_these_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    with malloc.loading():
+        pass
+
+
+@pytest.mark.skipif(tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 26), reason="onnxruntime 1.26 is the first that can")
+def test_threads_sleep_soon(model_dir: Path) -> None:
+    time.sleep(0.1)  # threads of earlier tests
+    with FastVLM.load(model_dir, "ort", threads=3):
+        began = time.process_time()
+        time.sleep(0.1)
+        assert time.process_time() - began < 0.03  # four threads that wait as onnxruntime has it take 0.06 and more

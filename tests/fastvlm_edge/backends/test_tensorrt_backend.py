@@ -1,0 +1,531 @@
+"""The TensorRT backend over a fake GPU and fake engines: buffers, graphs, cache, memory, and what it refuses.
+
+That its answers are those of onnxruntime, token for token, test_vlm.py proves: its `vlm` is both backends.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from skimage import data
+
+from fastvlm_edge import FastVLM, FastVLMError
+from fastvlm_edge.backends import load_engines as module
+from fastvlm_edge.backends.device_memory import aligned
+from fastvlm_edge.backends.kv_cache import next_capacity
+from fastvlm_edge.backends.load_engines import BOUNDS, load_engines
+from fastvlm_edge.backends.ort import OrtBackend
+from fastvlm_edge.backends.select import select
+from fastvlm_edge.backends.tensorrt import TensorRTBackend
+from fastvlm_edge.backends.verification import compare
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.model_dir.engine_record import RECORD_NAME, find_records, read_record
+from fastvlm_edge.model_dir.manifest import read_manifest
+from fastvlm_edge.nvidia.cuda import CudaError
+from fastvlm_edge.progress import stderr_progress
+from tests.support import fake_engine
+from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_engine import CHUNK, POSITIONS, FakeContext, build_engines, fake_platform
+from tests.support.fake_model import HIDDEN, IMAGE_SIZE, TOKENS, VOCAB, build_model
+
+PROMPT = "What does the meter read?"
+PIXELS = np.random.default_rng(0).random((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+ROUNDING = 1e-3
+"""Between sums over the whole conversation in other orders: the fake model adds hundreds of values and takes the sine."""
+IDS = list(np.random.default_rng(1).integers(0, VOCAB, 400))
+
+
+@pytest.fixture
+def directory(model_dir: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(model_dir, tmp_path / "model")
+
+
+@pytest.fixture
+def cuda() -> FakeCuda:
+    return FakeCuda()
+
+
+def load(directory: Path, cuda: FakeCuda, **options: Any) -> TensorRTBackend:
+    return load_engines(directory, read_manifest(directory), opener=lambda _: fake_platform(cuda, **options))
+
+
+@pytest.fixture
+def backend(directory: Path, cuda: FakeCuda) -> TensorRTBackend:
+    build_engines(directory)
+    return load(directory, cuda)
+
+
+@pytest.fixture
+def ort(model_dir: Path) -> OrtBackend:
+    return OrtBackend(model_dir, read_manifest(model_dir), threads=1)
+
+
+def logits(backend: Any, ids: list[int], pictures: Any = (), **options: Any) -> Any:
+    output = backend.step(ids, pictures, want_logits=True, **options)
+    return output.logits.copy()
+
+
+# Work that is enqueued ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_decoded_token_is_one_graph_one_strided_copy_and_one_wait(backend: TensorRTBackend, cuda: FakeCuda) -> None:
+    backend.step(IDS[:20])
+    for token in IDS[20:22]:
+        backend.step([token])
+    cuda.log.clear()
+    for token in IDS[22:52]:
+        backend.step([token])
+    assert cuda.log == ["launch", "copy_2d", "synchronize"] * 30
+
+
+def test_the_first_decoded_token_of_a_shape_runs_and_the_second_is_captured(backend: TensorRTBackend, cuda: FakeCuda) -> None:
+    backend.step(IDS[:20])
+    seen = []
+    for _ in range(4):
+        cuda.log.clear()
+        backend.step([5])
+        seen.append([name for name in cuda.log if name in ("decoder engine", "capture", "launch")])
+    assert seen == [["decoder engine"], ["capture", "decoder engine", "launch"], ["launch"], ["launch"]]
+    assert cuda.live()["graphs"] == 1
+
+
+def test_a_picture_is_one_graph_from_the_third_on(backend: TensorRTBackend, cuda: FakeCuda) -> None:
+    expected = backend.encode(PIXELS).numpy()
+    backend.encode(PIXELS[..., ::-1])
+    cuda.log.clear()
+    assert np.array_equal(backend.encode(PIXELS).numpy(), expected)
+    work = ["launch", "copy", "synchronize"]
+    read = ["allocate_pinned", "copy", "synchronize", "free_pinned"]
+    assert Counter(cuda.log) == Counter(["free", "allocate", *work, *read])  # the memory of the first picture, whom nobody holds
+
+
+def test_without_cuda_graphs_it_computes_the_same(directory: Path, ort: OrtBackend) -> None:
+    build_engines(directory)
+    cuda = FakeCuda(supports_graphs=False)
+    backend = load(directory, cuda)
+    for step in ([*IDS[:30]], *([token] for token in IDS[30:60])):
+        assert np.array_equal(logits(backend, step), logits(ort, step))
+    assert "launch" not in cuda.log
+
+
+def test_work_that_cannot_be_recorded_runs_as_it_is(
+    directory: Path, cuda: FakeCuda, ort: OrtBackend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_stream: int, _work: Any) -> int:
+        raise CudaError("cuStreamEndCapture", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed")
+
+    monkeypatch.setattr(cuda, "capture", refuse)
+    build_engines(directory)
+    backend = load_engines(directory, read_manifest(directory), opener=lambda _: fake_platform(cuda), progress=stderr_progress())
+    for _ in range(3):
+        assert np.allclose(backend.encode(PIXELS).numpy(), ort.encode(PIXELS).numpy(), atol=ROUNDING)
+    for each in (backend, ort):
+        each.step(IDS[:9])
+    for token in IDS[9:14]:
+        assert np.allclose(logits(backend, [token]), logits(ort, [token]), atol=ROUNDING)
+    assert capsys.readouterr().err.count("without CUDA graphs, which is slower: cuStreamEndCapture failed") == 2  # encoder, decoder
+
+
+@pytest.mark.parametrize("profiles", [1, 2])
+def test_decoding_takes_the_last_profile_and_prefill_the_first(directory: Path, cuda: FakeCuda, ort: OrtBackend, profiles: int) -> None:
+    build_engines(directory, profiles=profiles)
+    backend = load(directory, cuda)
+    assert (backend._decoder._prefill.profile, backend._decoder._decode.profile) == (0, profiles - 1)  # type: ignore[attr-defined]
+    for step in ([*IDS[:30]], [IDS[30]], [IDS[31]], [IDS[32]]):
+        assert np.array_equal(logits(backend, step), logits(ort, step))
+
+
+# Cache --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_grows_in_buckets_and_recaptures(backend: TensorRTBackend, cuda: FakeCuda, ort: OrtBackend) -> None:
+    """400 ids one by one cross three borders; every row of logits is that of onnxruntime."""
+    cuda.log.clear()
+    for token in IDS:
+        assert np.array_equal(logits(backend, [token]), logits(ort, [token]))
+    assert cuda.log.count("capture") == 4
+    assert backend._decoder.cache.capacity == next_capacity(400) == 512
+    assert cuda.live()["graphs"] == 1
+
+
+def test_truncate_and_reset_leave_no_trace(backend: TensorRTBackend, ort: OrtBackend) -> None:
+    for each in (backend, ort):
+        each.step(IDS[:140])
+        each.truncate(50)
+    assert np.array_equal(logits(backend, IDS[200:230]), logits(ort, IDS[200:230]))
+    for each in (backend, ort):
+        each.reset()
+        assert each.length == 0
+    assert np.array_equal(logits(backend, IDS[:9]), logits(ort, IDS[:9]))
+    with pytest.raises(ValueError, match="outside the 9 positions"):
+        backend.truncate(10)
+
+
+def test_the_context_is_the_limit(directory: Path, cuda: FakeCuda) -> None:
+    small = build_model(directory.parent / "small", context=100)
+    build_engines(small)
+    backend = load(small, cuda)
+    backend.step(IDS[:99])
+    with pytest.raises(FastVLMError, match="101 positions do not fit into the context of 100"):
+        backend.step(IDS[:2])
+    assert backend.length == 99
+
+
+@pytest.mark.parametrize("length", [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
+@pytest.mark.parametrize("positions", [None, [0], [2, 40], "spread"])
+def test_calls_longer_than_the_engine_takes(backend: TensorRTBackend, ort: OrtBackend, length: int, positions: Any) -> None:
+    asked = list(range(0, length, length // 9)) if positions == "spread" else positions
+    found = backend.step(IDS[:length], logit_positions=asked, want_logits=True)
+    expected = ort.step(IDS[:length], logit_positions=asked, want_logits=True)
+    assert found.logits is not None and expected.logits is not None
+    np.testing.assert_allclose(found.logits, expected.logits, atol=ROUNDING)
+    np.testing.assert_array_equal(found.top_values, np.take_along_axis(found.logits, found.top_ids, 1))
+    np.testing.assert_array_equal(found.top_values, -np.sort(-found.logits)[:, : found.top_ids.shape[1]])
+    np.testing.assert_allclose(logits(backend, [7]), logits(ort, [7]), atol=ROUNDING)
+
+
+def test_too_many_positions_are_refused_before_anything_runs(backend: TensorRTBackend) -> None:
+    with pytest.raises(FastVLMError, match=f"logits of {POSITIONS + 1} positions were asked for; the engine gives 1 to {POSITIONS}"):
+        backend.step(IDS[:30], logit_positions=range(POSITIONS + 1))
+    assert backend.length == 0
+
+
+# Pictures -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_features_stay_on_the_device_until_nobody_holds_them(backend: TensorRTBackend, cuda: FakeCuda) -> None:
+    before = cuda.live()["allocations"]
+    features = [backend.encode(PIXELS * share) for share in (1.0, 0.5, 0.25)]
+    assert cuda.live()["allocations"] == before + 3
+    assert features[0].numpy().shape == (TOKENS, HIDDEN)
+    del features[1:]
+    gc.collect()
+    backend.step([VOCAB, 3], (features[0],))
+    assert cuda.live()["allocations"] == before + 1
+    features.clear()
+    gc.collect()
+    backend.step([3])  # no pictures: the backend forgets them too
+    backend.step([3])
+    assert cuda.live()["allocations"] == before
+
+
+def test_features_of_another_backend_are_refused(backend: TensorRTBackend, ort: OrtBackend, directory: Path) -> None:
+    other = FakeCuda()
+    twin = load(directory, other)
+    for foreign in (ort.encode(PIXELS), twin.encode(PIXELS)):
+        with pytest.raises(FastVLMError, match="come from another model or backend"):
+            backend.step([VOCAB, 3], (foreign,))
+    twin.close()
+
+
+def test_more_pictures_need_a_larger_buffer_and_a_new_graph(backend: TensorRTBackend, ort: OrtBackend) -> None:
+    shares = (1.0, 0.5, 0.25)
+    mine, theirs = ([each.encode(PIXELS * share) for share in shares] for each in (backend, ort))
+    for count in (1, 2, 3, 1, 0, 2):
+        for each in (backend, ort):
+            each.reset()
+        ids = [VOCAB + row for row in range(count * TOKENS)] + IDS[:5]
+        first = (logits(backend, ids, tuple(mine[:count])), logits(ort, ids, tuple(theirs[:count])))
+        np.testing.assert_allclose(*first, atol=ROUNDING)
+        for token in IDS[5:9]:
+            steps = (logits(backend, [token], tuple(mine[:count])), logits(ort, [token], tuple(theirs[:count])))
+            np.testing.assert_allclose(*steps, atol=ROUNDING)
+
+
+def test_pixels_of_another_size_are_refused(backend: TensorRTBackend) -> None:
+    with pytest.raises(FastVLMError, match=r"pixel_values have shape \[1, 3, 8, 8\]; this model takes \[1, 3, 256, 256\]"):
+        backend.encode(np.zeros((1, 3, 8, 8), np.float32))
+
+
+# Memory and interruptions -------------------------------------------------------------------------------------------------------
+
+
+def test_close_gives_everything_back(backend: TensorRTBackend, cuda: FakeCuda) -> None:
+    features = backend.encode(PIXELS)
+    backend.step([VOCAB, *IDS[:200]], (features,))
+    for token in IDS[:5]:
+        backend.step([token], (features,))
+    backend.close()
+    backend.close()
+    assert not any(cuda.live().values()), cuda.live()
+    with pytest.raises(FastVLMError, match="was closed"):
+        backend.encode(PIXELS)
+
+
+def test_who_forgets_to_close_gets_everything_back(directory: Path) -> None:
+    build_engines(directory)
+    cuda = FakeCuda()
+    backend = load(directory, cuda)
+    features = backend.encode(PIXELS)
+    backend.step(IDS[:9])
+    del backend
+    gc.collect()
+    assert not any(cuda.live().values())
+    with pytest.raises(FastVLMError, match="the model that encoded this picture was closed"):
+        features.numpy()
+
+
+def test_a_question_without_a_picture_survives_a_picture_that_did_not_fit(directory: Path, ort: OrtBackend) -> None:
+    build_engines(directory)
+    cuda = FakeCuda()
+    backend = load(directory, cuda)
+    picture = backend.encode(PIXELS)
+    allocate, cuda.allocate = cuda.allocate, lambda nbytes: allocate(1 << 40 if nbytes > aligned(4 * HIDDEN) else nbytes)  # type: ignore[method-assign]
+    with pytest.raises(FastVLMError, match="MiB of GPU memory are needed"):
+        backend.step(IDS[:9], (picture,))
+    assert backend._decoder._features.address
+    assert np.allclose(logits(backend, IDS[:9]), logits(ort, IDS[:9]), atol=ROUNDING)
+
+
+def test_every_shortage_while_loading_is_explained_and_leaves_nothing(directory: Path) -> None:
+    """Whichever allocation it is that fails."""
+    build_engines(directory, weights=1 << 20)
+    roomy = FakeCuda()
+    backend = load(directory, roomy)
+    needed = roomy.peak_bytes
+    backend.close()
+    for limit in np.linspace(0, needed - 1, 23).astype(int):
+        cuda = FakeCuda(memory_limit=int(limit))
+        with pytest.raises(FastVLMError, match=r"MiB of GPU memory are needed and .* MiB are free; choose a smaller context"):
+            load(directory, cuda)
+        gc.collect()
+        assert not any(cuda.live().values()), (limit, cuda.live())
+
+
+def test_a_cache_that_cannot_grow_stays_as_it_was(directory: Path, ort: OrtBackend) -> None:
+    build_engines(directory)
+    roomy = FakeCuda()
+    backend = load(directory, roomy)
+    needed = roomy.peak_bytes
+    backend.close()
+    tight = FakeCuda(memory_limit=needed + 4096)
+    backend = load(directory, tight)
+    for each in (backend, ort):
+        each.step(IDS[:120])
+    with pytest.raises(FastVLMError, match="MiB of GPU memory are needed"):
+        backend.step(IDS[120:140])
+    assert backend.length == 120
+    assert np.array_equal(logits(backend, [9]), logits(ort, [9]))
+    backend.close()
+    assert not any(tight.live().values())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), FastVLMError("the engine failed")])
+@pytest.mark.parametrize("call", range(5))
+def test_an_interrupted_call_leaves_the_backend_usable(
+    backend: TensorRTBackend, ort: OrtBackend, monkeypatch: pytest.MonkeyPatch, error: BaseException, call: int
+) -> None:
+    for each in (backend, ort):
+        each.step(IDS[:100])
+    calls = 0
+    enqueue = FakeContext.enqueue
+
+    def fail(self: FakeContext, stream: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > call:
+            raise error
+        enqueue(self, stream)
+
+    monkeypatch.setattr(FakeContext, "enqueue", fail)
+    with pytest.raises(type(error)):
+        backend.step(IDS[100 : 100 + 5 * CHUNK])  # five calls of the engine
+    monkeypatch.undo()
+    assert backend.length == 100
+    for token in IDS[:4]:
+        assert np.array_equal(logits(backend, [token]), logits(ort, [token]))
+
+
+# Loading ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_engines_that_do_not_belong_here_are_refused_in_one_sentence(directory: Path) -> None:
+    model = str(directory)
+    with pytest.raises(FastVLMError, match=f"{model} has no engines; run: fastvlm-edge build {model}$"):
+        load(directory, FakeCuda())
+    changes = {
+        r"built with tensorrt 10\.3\.0, here is 10\.16\.2": ({}, {"version": "10.16.2"}),
+        "built with tensorrt, here is tensorrt_rtx": ({}, {"library": "tensorrt_rtx"}),
+        r"built for compute capability 8\.6, 8\.9, Fake GPU has 8\.7": ({"compute_capabilities": [[8, 6], [8, 9]]}, {}),
+        "built from another conversion of the model": ({"onnx": {"vision.onnx": "0"}}, {}),
+    }
+    for says, (record, platform) in changes.items():
+        shutil.rmtree(directory / "engines", ignore_errors=True)
+        build_engines(directory, **record)
+        cuda = FakeCuda()
+        with pytest.raises(FastVLMError, match=rf"{says}; run: fastvlm-edge build {model} --force$") as caught:
+            load(directory, cuda, **platform)
+        assert "\n" not in str(caught.value)
+        assert not any(cuda.live().values())
+
+
+def test_the_pair_that_runs_here_is_found_among_several(directory: Path, cuda: FakeCuda) -> None:
+    build_engines(directory, target="rtx", library="tensorrt_rtx", compute_capabilities=[[8, 6]])
+    build_engines(directory, target="orin")
+    backend = load(directory, cuda)
+    assert backend._directory.name == "orin"
+
+
+def test_a_damaged_record_does_not_hide_another_pair(directory: Path, cuda: FakeCuda) -> None:
+    (build_engines(directory, target="agx") / RECORD_NAME).write_text("{")
+    build_engines(directory, target="orin")
+    assert load(directory, cuda)._directory.name == "orin"
+    assert [record.target for record in find_records(directory)] == ["orin"]
+
+
+def test_engines_that_cannot_be_loaded_leave_no_context(directory: Path, cuda: FakeCuda) -> None:
+    (build_engines(directory) / "decoder.engine").unlink()
+    with pytest.raises(FastVLMError, match=r"decoder\.engine is missing"):
+        load(directory, cuda)
+    assert cuda._closed
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "record", "type", "schema"])
+def test_damaged_engines_are_named(directory: Path, cuda: FakeCuda, damage: str) -> None:
+    folder = build_engines(directory)
+    path = folder / ("decoder.engine" if damage in ("missing", "short") else RECORD_NAME)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "short":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "record":
+        path.write_text(path.read_text()[:-9])
+    elif damage == "type":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "compute_capabilities": 86}))
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
+    with pytest.raises(FastVLMError, match=rf"{path} (is missing|has \d+ bytes|is damaged|has schema 99).*; run: fastvlm-edge build"):
+        load(directory, cuda)
+
+
+def test_an_engine_of_other_tensors_is_refused(directory: Path, cuda: FakeCuda) -> None:
+    half = build_model(directory.parent / "half", dtype="float16")
+    folder = build_engines(directory)
+    shutil.copy(half / "decoder.onnx", directory / "other.onnx")
+    engine = json.loads((folder / "decoder.engine").read_text())
+    (folder / "decoder.engine").write_text(json.dumps({**engine, "onnx": "other.onnx"}))
+    size = (folder / "decoder.engine").stat().st_size
+    record = read_record(folder)
+    files = {**record.files, "decoder.engine": replace(record.files["decoder.engine"], bytes=size)}
+    replace(record, files=files).write(folder)
+    with pytest.raises(FastVLMError, match="tensor image_features is float16, expected float32"):
+        load(directory, cuda)
+    gc.collect()
+    assert not any(cuda.live().values())
+
+
+def test_kernels_that_were_compiled_are_kept_for_the_next_start(directory: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build_engines(directory, kernels=True)
+    first = load(directory, cuda)
+    assert first._engines["decoder"].restored == b""  # type: ignore[attr-defined]
+    first.close()
+    second = load(directory, FakeCuda())
+    kept = (folder / "vision.sm87.kernels").read_bytes()
+    assert second._engines["vision"].restored == kept == b"kernels of vision.onnx"  # type: ignore[attr-defined]
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    (folder / "decoder.sm87.kernels").unlink()
+    second.close()
+    assert not list(folder.glob("*decoder.sm87*"))
+
+
+# Verification -------------------------------------------------------------------------------------------------------------------
+
+
+def test_unverified_engines_are_compared_once_and_then_believed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build_engines(directory, verified=False)
+    assert not read_record(folder).verified
+    backend = load(directory, FakeCuda())
+    assert backend.length == 0
+    record = read_record(folder)
+    assert record.verified
+    assert record.parity["logits"]["cosine"] == pytest.approx(1)
+    assert record.parity["device"] == "Fake GPU"
+    monkeypatch.setattr(module, "verify_engines", None)
+    load(directory, FakeCuda()).close()
+
+
+@pytest.mark.parametrize("part", ["vision", "decoder"])
+def test_an_engine_that_computes_something_else_is_refused_and_the_evidence_kept(
+    directory: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_engines(directory, verified=False)
+    enqueue = FakeContext.enqueue
+
+    def garbage(self: FakeContext, stream: int) -> None:
+        enqueue(self, stream)
+        if self.engine.path.stem == part:
+            name = "image_features" if part == "vision" else "logits"
+            values = TOKENS * HIDDEN if part == "vision" else VOCAB
+            address, cuda = self.addresses[name], self.engine.cuda
+
+            def spoil() -> None:
+                found = cuda.memory(address, 4 * values).view(np.float32)
+                found[:] = found[::-1].copy()
+
+            cuda.enqueue(stream, spoil, uses=[(address, 4 * values)])
+
+    monkeypatch.setattr(FakeContext, "enqueue", garbage)
+    cuda = FakeCuda()
+    with pytest.raises(FastVLMError, match=rf"{part}\.engine does not compute what .*; the evidence is in .*mismatch"):
+        load(directory, cuda)
+    gc.collect()
+    assert not any(cuda.live().values())
+    assert not read_record(folder).verified
+    evidence = np.load(folder.parent / "sm87.mismatch" / "answers.npz")
+    name = "features" if part == "vision" else "logits"
+    assert compare(evidence[f"engine_{name}"], evidence[f"onnxruntime_{name}"]).cosine < BOUNDS["float32"]
+    with pytest.raises(FastVLMError, match="does not compute"):
+        load(directory, FakeCuda())
+
+
+def test_a_read_only_model_directory_is_compared_each_time(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_engines(directory, verified=False)
+    monkeypatch.setattr(module.EngineRecord, "write", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    for _ in range(2):
+        load(directory, FakeCuda()).close()
+
+
+# Which backend ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """A machine with a fake GPU."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(
+        module.load_engines, "__kwdefaults__", {**module.load_engines.__kwdefaults__, "opener": lambda _: fake_platform(cuda)}
+    )
+    return cuda
+
+
+def test_auto_takes_the_engines_where_they_run(directory: Path, gpu: FakeCuda) -> None:
+    build_engines(directory)
+    with FastVLM.load(directory) as vlm:
+        assert (vlm.backend.name, vlm.backend.description) == ("tensorrt", f"tensorrt {fake_engine.VERSION}, Fake GPU (auto)")
+        assert vlm.generate(PROMPT, data.coffee(), max_new_tokens=3).backend == "tensorrt"
+    assert not any(gpu.live().values())
+
+
+def test_auto_says_why_it_took_something_else(directory: Path, gpu: FakeCuda, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = read_manifest(directory)
+    assert select("auto", directory, manifest).description.endswith("(auto: no TensorRT engines; onnxruntime without CUDA)")
+    build_engines(directory, compute_capabilities=[[8, 6]])
+    backend = select("auto", directory, manifest)
+    assert backend.name == "ort"
+    assert r"built for compute capability 8.6, Fake GPU has 8.7" in backend.description
+
+
+def test_the_api_loads_engines_by_name(directory: Path, gpu: FakeCuda) -> None:
+    build_engines(directory)
+    with FastVLM.load(directory, "tensorrt") as vlm, FastVLM.load(directory, "ort", threads=1) as expected:
+        asked = (PROMPT, [data.coffee(), data.astronaut()])
+        assert vlm.generate(*asked, max_new_tokens=40).token_ids == expected.generate(*asked, max_new_tokens=40).token_ids
+        assert TextTokenizer(directory / "tokenizer.json")

@@ -1,0 +1,517 @@
+"""Bundles. One is made of the packages that are installed here and is started for real by a Python that has none of them; the format's
+corner cases are tried on tiny made-up wheels.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fastvlm_edge import FastVLM, FastVLMError, cli
+from fastvlm_edge.bundling import board, start, unit
+from fastvlm_edge.bundling.archive import HEADER_BYTES, write_bundle
+from fastvlm_edge.bundling.start import Bundle, BundleError, ensure
+from fastvlm_edge.bundling.targets import TARGETS, BundleTarget, find_target
+from fastvlm_edge.bundling.wheels import RUNTIME, Wheel, collect_wheels, requirements
+from tests.support.fake_model import build_model
+
+ROOT = Path(__file__).resolve().parents[3]
+HERE = dataclasses.replace(find_target("x86_64", None), machine=platform.machine(), glibc=(2, 17))
+QUESTION = ("--prompt", "What is it?", "--max-new-tokens", "6")
+
+
+# A bundle that runs -------------------------------------------------------------------------------------------------------------
+
+
+def _wheel_of_installed(name: str, folder: Path) -> Path:
+    """A wheel again of a package that is installed here, so that the test needs no network."""
+    distribution = importlib.metadata.distribution(name)
+    path = folder / f"{name.replace('-', '_')}-{distribution.version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in distribution.files or ():
+            if ".." not in file.parts and "__pycache__" not in file.parts and Path(str(file.locate())).is_file():
+                archive.write(str(file.locate()), str(file))
+    return path
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    (folder / "wheels").mkdir()
+    for name in ("numpy", "pillow", "tokenizers", "onnxruntime"):
+        _wheel_of_installed(name, folder / "wheels")
+    command = ["bundle", str(model_dir), "--target", "x86_64", "--wheels", str(folder / "wheels"), "-o", str(folder / "app")]
+    if platform.machine() != "x86_64":
+        pytest.skip("the bundle of this test is for x86_64; make test-arm64 starts one for Arm")
+    assert cli.main(command) == 0
+    return folder / "app"
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment with a Python that has no packages, a `uname`, and a state folder that all tests share."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "bin").mkdir()
+    version = "{}.{}".format(*sys.version_info)
+    (folder / "bin" / f"python{version}").symlink_to(os.path.realpath(f"{sys.base_prefix}/bin/python{version}"))
+    for tool in ("uname", "env"):
+        (folder / "bin" / tool).symlink_to(shutil.which(tool) or tool)
+    return {"PATH": str(folder / "bin"), "HOME": str(folder), "FASTVLM_EDGE_STATE": str(folder / "state")}
+
+
+@pytest.fixture(scope="session")
+def run(made: Path, bare: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+
+    def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(made), *arguments], env={**bare, **environment}, cwd=elsewhere, capture_output=True, text=True)
+
+    return call
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_a_bundle_answers_with_the_tokens_of_the_installed_toolkit_in_a_python_without_packages(run: Run, model_dir: Path) -> None:
+    with FastVLM.load(model_dir, "ort") as vlm:
+        expected = list(vlm.generate("What is it?", max_new_tokens=6).token_ids)
+    for words in ((), ("model",)):
+        done = run("run", *words, *QUESTION, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["token_ids"] == expected
+
+
+def test_only_the_first_start_unpacks(run: Run, bare: dict[str, str]) -> None:
+    run("prepare")
+    state = Path(bare["FASTVLM_EDGE_STATE"])
+    before = {path: path.stat().st_ino for part in ("runtime-*", "model-*") for path in state.glob(f"{part}/*")}
+    done = run("run", *QUESTION)
+    assert before and "unpacking" not in done.stderr
+    assert before == {path: path.stat().st_ino for part in ("runtime-*", "model-*") for path in state.glob(f"{part}/*")}
+
+
+def test_every_command_of_a_board_imports_from_a_bundle_alone(run: Run, bare: dict[str, str]) -> None:
+    run("prepare")
+    runtime = next(Path(bare["FASTVLM_EDGE_STATE"]).glob("runtime-*/fastvlm_edge")).parent
+    commands = sorted(set(cli.COMMANDS) - set(board.NOT_HERE))
+    python = next(Path(bare["PATH"]).glob("python3*"))
+    code = f"""
+import sys
+from importlib import import_module
+sys.path.insert(0, {str(runtime)!r})
+for command in {commands!r}:
+    import_module(f"fastvlm_edge.commands.{{command}}")
+import fastvlm_edge.engines.build
+assert not {{"torch", "onnx", "huggingface_hub"}} & set(sys.modules)
+"""
+    done = subprocess.run([str(python), "-I", "-c", code], env=bare, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(run("doctor", "--json").stdout)
+    assert run("--version").stdout.startswith("fastvlm-edge ")
+
+
+def test_the_engine_builder_imports_without_onnx_and_torch(run: Run) -> None:
+    done = run("build")
+    assert done.returncode == 1
+    assert "GPU" in done.stderr and "bug" not in done.stderr and "No module" not in done.stderr
+
+
+@pytest.mark.parametrize("command", sorted(board.NOT_HERE))
+def test_what_is_no_part_of_a_bundle_says_so_in_one_line(run: Run, command: str) -> None:
+    done = run(command, "x", "-o", "y")
+    assert done.returncode == 1
+    assert done.stderr.startswith("app: error: ") and "not part of a bundle" in done.stderr and done.stderr.count("\n") == 1
+    assert command not in run("--help").stdout.split("usage")[1].replace("bundled", "").replace("fastvlm", "").split()
+
+
+def test_a_damaged_unpacked_file_is_found_at_the_next_start_and_unpacked_again(run: Run, bare: dict[str, str]) -> None:
+    run("prepare")
+    state = Path(bare["FASTVLM_EDGE_STATE"])
+    for pattern in ("runtime-*/numpy/version.py", "model-*/decoder.onnx"):
+        path = next(state.glob(pattern))
+        good = path.read_bytes()
+        path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+        done = run("run", *QUESTION)
+        assert done.returncode == 0, done.stderr
+        assert "damaged" in done.stderr and path.name in done.stderr
+        assert path.read_bytes() == good
+
+
+def test_licences_of_everything_can_be_read(run: Run, made: Path) -> None:
+    listed = run("licenses").stdout
+    for name in ("fastvlm-edge", "numpy", "onnxruntime", "pillow", "tokenizers", "model"):
+        assert re.search(rf"^{name}\s", listed, re.MULTILINE)
+    assert "NumPy Developers" in run("licenses", "numpy").stdout
+    assert all(row["files"] for row in _open(made).index["licences"])
+    assert "no licence text of 'torch'" in run("licenses", "torch").stderr
+
+
+def test_about_names_every_wheel_with_its_hash_and_none_of_them_is_a_framework(run: Run, made: Path) -> None:
+    about = json.loads(run("about").stdout)
+    wheels = {wheel["file"]: wheel["sha256"] for wheel in about["wheels"]}
+    with zipfile.ZipFile(made) as archive:
+        assert archive.testzip() is None
+        inside = {name.removeprefix("wheels/") for name in archive.namelist() if name.startswith("wheels/")}
+        assert inside == set(wheels)
+        assert all(hashlib.sha256(archive.read(f"wheels/{name}")).hexdigest() == digest for name, digest in wheels.items())
+    assert {wheel["name"] for wheel in about["wheels"]} == {"numpy", "pillow", "tokenizers", "onnxruntime"}
+    assert not [
+        name for name in Bundle(made, about["index_sha256"]).files("runtime") if name.startswith(("torch", "onnx/", "transformers"))
+    ]
+
+
+# The format, with tiny wheels ---------------------------------------------------------------------------------------------------
+
+
+def _tiny_wheel(folder: Path, name: str, version: str = "1.0", tag: str = "py3-none-any") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{name.replace('-', '_')}-{version}"
+    path = folder / f"{stem}-{tag}.whl"
+    files = {
+        f"{name.replace('-', '_')}/__init__.py": f"version = {version!r}\n",
+        f"{stem}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nLicense: MIT\n",
+        f"{stem}.dist-info/WHEEL": f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n",
+        f"{stem}.data/purelib/{name}_extra.py": "extra = 1\n",
+        f"{stem}.data/scripts/tool": "#!python\n",
+    }
+    record = "".join(
+        f"{file},sha256={base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b'=').decode()},{len(text)}\n"
+        for file, text in files.items()
+    )
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file, text in {**files, f"{stem}.dist-info/RECORD": record}.items():
+            archive.writestr(file, text)
+    return path
+
+
+def _tiny(folder: Path, model: Path, target: BundleTarget = HERE, name: str = "app") -> Path:
+    wheel = _tiny_wheel(folder / "wheels", "little")
+    wheels = [Wheel(wheel, "little", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "MIT")]
+    return write_bundle(model, target, wheels, folder / name).path
+
+
+def _open(path: Path) -> Bundle:
+    found = re.search(rb'module\.start\(sys\.argv\[1\], "([0-9a-f]{64})"', path.read_bytes()[:HEADER_BYTES])
+    assert found
+    return Bundle(path, found.group(1).decode())
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTVLM_EDGE_STATE", str(tmp_path / "state"))
+    return _tiny(tmp_path, model_dir)
+
+
+def test_the_same_inputs_give_the_same_bytes_whatever_the_name_place_and_time(tmp_path: Path, model_dir: Path) -> None:
+    one = _tiny(tmp_path / "a", model_dir)
+    copied = shutil.copytree(model_dir, tmp_path / "copy")
+    for path in copied.iterdir():
+        os.utime(path, (1, 1))
+        path.chmod(0o600)
+    wheel = one.parent / "wheels" / "little-1.0-py3-none-any.whl"
+    wheels = [Wheel(shutil.copy(wheel, tmp_path), "little", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "MIT")]
+    wheels = [dataclasses.replace(wheels[0], path=tmp_path / wheel.name)]
+    other = write_bundle(copied, HERE, wheels, tmp_path / "b" / "another-name").path
+    assert one.read_bytes() == other.read_bytes()
+    assert os.access(other, os.X_OK)
+
+
+def test_unpacking_gives_the_files_of_the_wheel_and_of_the_model(tiny: Path, model_dir: Path) -> None:
+    bundle = _open(tiny)
+    runtime, model = ensure(bundle, "runtime", hashes=True), ensure(bundle, "model", hashes=True)
+    assert (runtime / "little" / "__init__.py").read_text() == "version = '1.0'\n"
+    assert (runtime / "little_extra.py").is_file()
+    assert not list(runtime.rglob("tool"))
+    assert (runtime / "fastvlm_edge" / "engines" / "build.py").is_file()
+    assert not (runtime / "fastvlm_edge" / "convert").exists()
+    for path in model_dir.iterdir():
+        assert (model / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("where", ["model/decoder.onnx", "wheels/little-1.0-py3-none-any.whl"])
+def test_a_flipped_bit_in_the_file_is_found_and_nothing_is_left_unpacked(tiny: Path, where: str) -> None:
+    with zipfile.ZipFile(tiny) as archive:
+        info = archive.getinfo(where)
+    data = bytearray(tiny.read_bytes())
+    data[info.header_offset + 30 + len(where) + 60] ^= 1
+    tiny.write_bytes(data)
+    bundle = _open(tiny)
+    with pytest.raises(BundleError, match="damaged"):
+        ensure(bundle, where.split("/")[0].replace("wheels", "runtime"), hashes=False)
+    assert not [path for path in start.state_folder().iterdir() if path.is_dir()]
+
+
+def test_a_file_that_is_cut_off_or_whose_start_was_changed_says_so(tiny: Path, tmp_path: Path, bare: dict[str, str]) -> None:
+    data = tiny.read_bytes()
+    for damaged in (data[: len(data) // 2], data[: HEADER_BYTES + 9] + b"#" + data[HEADER_BYTES + 10 :]):
+        path = tmp_path / "damaged"
+        path.write_bytes(damaged)
+        path.chmod(0o755)
+        done = subprocess.run([str(path), "doctor"], env=bare, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "damaged or cut off; copy it again" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_wrong_python_or_machine_is_told_in_one_sentence(tmp_path: Path, model_dir: Path, bare: dict[str, str]) -> None:
+    python = _tiny(tmp_path / "a", model_dir, dataclasses.replace(HERE, python=(3, 99)))
+    done = subprocess.run([str(python), "doctor"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "is for Python 3.99" in done.stderr and "here is Python 3." in done.stderr
+    machine = _tiny(tmp_path / "b", model_dir, dataclasses.replace(HERE, machine="riscv64"))
+    done = subprocess.run([str(machine), "doctor"], env=bare, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"is for riscv64 (x86-64, glibc 2.28 or newer, CPU), this machine is {platform.machine()}" in done.stderr
+    glibc = _tiny(tmp_path / "c", model_dir, dataclasses.replace(HERE, glibc=(2, 99)))
+    done = subprocess.run([str(glibc), "doctor"], env=bare, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "needs glibc 2.99" in done.stderr
+
+
+def test_two_first_starts_at_once_unpack_once(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    begun, written = threading.Event(), 0
+
+    def slowly(count: int) -> None:
+        nonlocal written
+        written += count
+        begun.set()
+        waiting.wait(5)
+
+    waiting = threading.Event()
+    first = threading.Thread(target=lambda: ensure(_open(tiny), "model", hashes=False, advance=slowly))
+    first.start()
+    assert begun.wait(10)
+    threading.Timer(0.3, waiting.set).start()
+    second = 0
+
+    def count(bytes_: int) -> None:
+        nonlocal second
+        second += bytes_
+
+    folder = ensure(_open(tiny), "model", hashes=True, advance=count)
+    first.join()
+    assert written == sum(path.stat().st_size for path in folder.iterdir())
+    assert second == 0
+    assert "waiting for another start" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_interrupted_or_failed_unpacking_leaves_nothing_and_the_next_one_works(tiny: Path, what: BaseException) -> None:
+    def stop(_count: int) -> None:
+        raise what
+
+    expected, said = (KeyboardInterrupt, None) if isinstance(what, KeyboardInterrupt) else (BundleError, "is full")
+    with pytest.raises(expected, match=said):
+        ensure(_open(tiny), "model", hashes=False, advance=stop)
+    assert not [path for path in start.state_folder().iterdir() if path.is_dir()]
+    assert ensure(_open(tiny), "model", hashes=False).is_dir()
+
+
+def test_too_little_disk_is_told_before_anything_is_written(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.shutil, "disk_usage", lambda _path: SimpleNamespace(free=10))
+    with pytest.raises(BundleError, match=r"is full .* MB free.*FASTVLM_EDGE_STATE=FOLDER"):
+        ensure(_open(tiny), "model", hashes=False)
+
+
+def test_a_model_that_is_unpacked_is_shared_by_bundles_of_another_runtime(tiny: Path, tmp_path: Path, model_dir: Path) -> None:
+    wheel = _tiny_wheel(tmp_path / "other", "little", "2.0")
+    newer = write_bundle(model_dir, HERE, [Wheel(wheel, "little", "2.0", "0" * 64, "MIT")], tmp_path / "newer").path
+    assert ensure(_open(tiny), "model", hashes=False) == ensure(_open(newer), "model", hashes=False)
+    assert ensure(_open(tiny), "runtime", hashes=False) != ensure(_open(newer), "runtime", hashes=False)
+
+
+def test_a_full_disk_while_bundling_leaves_no_file(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FastVLMError, match="is full; nothing was left there"):
+        _tiny(tmp_path, model_dir)
+    assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
+
+
+def test_a_name_that_is_taken_is_kept(tiny: Path, tmp_path: Path, model_dir: Path) -> None:
+    before = tiny.read_bytes()
+    with pytest.raises(FastVLMError, match="exists; --force replaces it"):
+        _tiny(tmp_path, model_dir)
+    assert tiny.read_bytes() == before
+
+
+def test_a_damaged_model_is_not_bundled(tmp_path: Path) -> None:
+    model = build_model(tmp_path / "model")
+    data = bytearray((model / "decoder.onnx").read_bytes())
+    data[5] ^= 1
+    (model / "decoder.onnx").write_bytes(data)
+    with pytest.raises(FastVLMError, match="sha256 differs"):
+        _tiny(tmp_path, model)
+
+
+def test_the_licence_of_a_model_travels_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTVLM_EDGE_STATE", str(tmp_path / "state"))
+    model = build_model(tmp_path / "model")
+    (model / "LICENSE").write_text("For research only.\n")
+    bundle = _open(_tiny(tmp_path, model))
+    ensure(bundle, "runtime", hashes=False)
+    assert board.main(bundle, ["licenses", "model"]) == 0
+    assert capsys.readouterr().out == "For research only.\n\n"
+
+
+@pytest.mark.slow
+def test_a_model_of_more_than_four_gigabytes_is_bundled_and_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTVLM_EDGE_STATE", str(tmp_path / "state"))
+    model = build_model(tmp_path / "model")
+    with (model / "LICENSE.large").open("wb") as file:
+        file.truncate((1 << 32) + 10)
+    bundle = _open(_tiny(tmp_path, model))
+    assert (ensure(bundle, "model", hashes=False) / "LICENSE.large").stat().st_size == (1 << 32) + 10
+
+
+# Targets and wheels -------------------------------------------------------------------------------------------------------------
+
+
+def test_jetsons_have_the_python_and_cuda_of_their_jetpack() -> None:
+    assert [(TARGETS[name].python, TARGETS[name].cuda) for name in ("orin-jp6", "orin-jp7", "thor")] == [
+        ((3, 10), 12),
+        ((3, 12), 13),
+        ((3, 12), 13),
+    ]
+    assert "cuda-bindings>=12.6,<13" in requirements(TARGETS["orin-jp6"])
+    assert "cuda-bindings>=13.0,<14" in requirements(TARGETS["thor"])
+    assert requirements(TARGETS["x86_64"]) == RUNTIME
+    with pytest.raises(FastVLMError, match=r"orin-jp6 has Python 3\.10"):
+        find_target("orin-jp6", (3, 12))
+    with pytest.raises(FastVLMError, match="use one of: orin-jp6"):
+        find_target("orin", None)
+    assert find_target("aarch64", (3, 12)).python == (3, 12)
+
+
+def test_a_bundle_has_the_packages_that_the_project_needs() -> None:
+    dependencies = re.search(r"^dependencies = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert dependencies
+    assert tuple(json.loads(dependencies.group(1))) == RUNTIME
+
+
+def test_a_folder_of_wheels_is_enough_and_of_several_the_fitting_newest_is_taken(tmp_path: Path) -> None:
+    versions = {"numpy": "2.0", "pillow": "11.0", "tokenizers": "0.21", "onnxruntime": "1.22"}
+    for name, version in versions.items():
+        _tiny_wheel(tmp_path, name, version)
+    _tiny_wheel(tmp_path, "numpy", "2.1")
+    _tiny_wheel(tmp_path, "numpy", "2.2", tag="cp36-cp36m-win32")
+    wheels = collect_wheels(find_target("aarch64", (3, 12)), tmp_path)
+    assert {wheel.name: wheel.version for wheel in wheels} == {**versions, "numpy": "2.1"}
+
+
+def test_a_wheel_that_is_missing_from_the_folder_is_named(tmp_path: Path) -> None:
+    _tiny_wheel(tmp_path, "numpy", "2.0")
+    with pytest.raises(FastVLMError, match=r"wheels for aarch64, Python 3\.12 cannot be had: .*pillow"):
+        collect_wheels(find_target("aarch64", (3, 12)), tmp_path)
+
+
+# On the board -------------------------------------------------------------------------------------------------------------------
+
+
+class _FakeBuild:
+    """TensorRT and a GPU that board.build_missing_engines sees, and a `build` that is counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: str = "") -> None:
+        self.calls = 0
+        self.records: list[Any] = []
+        self.error = error
+        device = SimpleNamespace(name="Orin", compute_capability=(8, 7))
+        monkeypatch.setattr(board, "find_library", lambda: SimpleNamespace(name="tensorrt", version="10.3.0"))
+        monkeypatch.setattr(board, "open_cuda", lambda: SimpleNamespace(device=device, close=lambda: None))
+        monkeypatch.setattr(board, "find_records", lambda _model: self.records)
+        monkeypatch.setattr(board, "mismatch", lambda *_: None)
+        monkeypatch.setattr("fastvlm_edge.engines.build.build", self)
+
+    def __call__(self, model: Path, **_: Any) -> None:
+        self.calls += 1
+        if self.error:
+            raise FastVLMError(self.error)
+        self.records.append(object())
+
+
+def test_the_bundles_packages_come_first_and_those_of_jetpack_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", ["/somewhere/site-packages"])
+    monkeypatch.setattr(os.path, "isdir", lambda _path: True)
+    monkeypatch.setenv("PYTHONPATH", "")
+    start._set_path("/bundle")
+    jetpack = ["/usr/lib/python{}.{}/dist-packages".format(*sys.version_info), "/usr/lib/python3/dist-packages"]
+    assert sys.path == ["/bundle", "/somewhere/site-packages", *jetpack]
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == ["/bundle", *jetpack]
+
+
+def test_engines_are_built_at_the_first_use_and_kept(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, ran = _FakeBuild(monkeypatch), []
+    monkeypatch.setattr(cli, "main", lambda words: ran.append(words) or 0)
+    for _ in range(2):
+        assert board.main(_open(tiny), ["run", *QUESTION]) == 0
+    assert fake.calls == 1
+    model = str(ensure(_open(tiny), "model", hashes=False))
+    assert ran == [["run", model, *QUESTION]] * 2
+
+
+@pytest.mark.parametrize("words", [["run", "--backend", "ort"], ["run", "--backend=ort-cuda"], ["doctor", "model"], ["build"]])
+def test_no_engines_are_built_where_none_are_asked(tiny: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    fake = _FakeBuild(monkeypatch)
+    monkeypatch.setattr(cli, "main", lambda _words: 0)
+    assert board.main(_open(tiny), words) == 0
+    assert fake.calls == 0
+
+
+def test_engines_that_cannot_be_built_are_told_and_not_tried_at_every_question(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake = _FakeBuild(monkeypatch, error="not enough memory")
+    monkeypatch.setattr(cli, "main", lambda _words: 0)
+    for _ in range(2):
+        assert board.main(_open(tiny), ["run", *QUESTION]) == 0
+        assert "not enough memory" in capfd.readouterr().err
+    assert fake.calls == 1
+
+
+def test_the_systemd_unit_prepares_and_systemd_accepts_it(tmp_path: Path, tiny: Path) -> None:
+    odd = tmp_path / 'a "b" 100% $HOME'
+    odd.mkdir()
+    bundle = odd / "app"
+    shutil.copy(tiny, bundle)
+    text = unit.install(bundle, tmp_path / "root")
+    path = tmp_path / "root/etc/systemd/system/fastvlm-edge-app.service"
+    assert str(path) in text
+    assert (path.parent / "multi-user.target.wants" / path.name).is_symlink()
+    said = path.read_text()
+    assert "Type=oneshot" in said and said.count(" prepare\n") == 1
+    assert "ExecStart=/bin/sh " + '"' + str(tmp_path) + '/a \\"b\\" 100%% $$HOME/app" prepare' in said
+    if shutil.which("systemd-analyze"):
+        done = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True)
+        assert path.name not in done.stderr, done.stderr
+    unit.uninstall(bundle, tmp_path / "root")
+    assert not path.exists() and not list(path.parent.rglob("*app*"))
+    with pytest.raises(FastVLMError, match="not installed under this name"):
+        unit.uninstall(bundle, tmp_path / "root")
+
+
+def test_wrong_usage_of_the_own_commands_is_status_2(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = _open(tiny)
+    for words in (["prepare", "x"], ["install", "--rot", "x"], ["install", "--root"], ["licenses", "a", "b"]):
+        assert board.main(bundle, words) == 2
+        assert "does not take" in capsys.readouterr().err

@@ -1,0 +1,245 @@
+"""The predictions: the work is that of the graphs, the fit is that of the published rows, and the command says what fits."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastvlm_edge import FastVLMError
+from fastvlm_edge.cli import main
+from fastvlm_edge.commands.plan import predict_one
+from fastvlm_edge.planning import fit as fitting
+from fastvlm_edge.planning import predict as module
+from fastvlm_edge.planning.boards import BOARDS, find_board
+from fastvlm_edge.planning.fit import Efficiency, fit, hold_out, ideal_ms, median_error, rows_of, runtime_bytes, spread
+from fastvlm_edge.planning.published import MODELS, ROWS, Row, Stage
+from fastvlm_edge.planning.recommend import recommend
+from fastvlm_edge.planning.workload import FP16, INT4, INT8, PRECISIONS, SIZES, VisionShape, decode_bytes, prefill_macs, vision_work
+
+RECORD = Path(__file__).parents[3] / "benchmarks" / "results" / "plan_error.json"
+
+
+# Work ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_encoder_has_the_multiply_accumulates_that_were_counted_elsewhere() -> None:
+    """243.4 and 59.6 billion at 1024 and 512 px without the projector (fvcore on the reference code), 122.7 million parameters."""
+    for image_size, billions in ((512, 59.6), (1024, 243.4)):
+        work = vision_work(VisionShape(), 896, image_size)
+        projector = (image_size // 64) ** 2 * (3072 * 896 + 896**2)
+        assert (work.dense + work.grouped - projector) / 1e9 == pytest.approx(billions, rel=1e-3)
+    assert work.weights - 3072 * 896 - 896**2 == pytest.approx(122_714_208, rel=3e-3), "but for biases and norms"
+
+
+def test_matrices_of_the_released_decoders() -> None:
+    """Parameters of layers and head by the checkpoints' tensor lists, without norms and biases."""
+    for size, layers, embedding in (
+        ("0.5b", 357_898_112, 136_134_656),
+        ("1.5b", 1_310_340_608, 233_373_696),
+        ("7b", 6_525_621_760, 544_997_376),
+    ):
+        text = SIZES[size].text
+        assert text.head == embedding
+        assert text.body == pytest.approx(layers, rel=3e-4)
+
+
+def test_bytes_of_a_token_and_products_of_a_prompt() -> None:
+    text = SIZES["0.5b"].text
+    assert text.cache_bytes(1) == 12_288
+    assert decode_bytes(text, FP16, FP16, 0) == 2 * (text.body + text.head)
+    assert decode_bytes(text, INT4, INT8, 100) == text.body * (0.5 + 2 / 128) + text.head + 100 * 12_288
+    assert prefill_macs(text, 290) - prefill_macs(text, 0) == 290 * text.body + 2 * 24 * 896 * 290**2
+
+
+# Fit ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_constants_are_what_the_published_rows_give() -> None:
+    for stage, board, constant in (
+        ("decode", "orin", module.DECODE),
+        ("prefill", "orin", module.PREFILL),
+        ("prefill", "thor", module.PREFILL_ON_THOR),
+        ("vision", "orin", module.VISION),
+    ):
+        found = fit(rows_of(stage, board))
+        assert (constant.slope, constant.constant_ms) == pytest.approx((found.slope, found.constant_ms), abs=5e-5)
+        assert module.MEDIAN_ERROR[stage] == pytest.approx(median_error(hold_out(stage)), abs=5e-4)
+        assert module.SPREAD[stage] == pytest.approx(spread(hold_out(stage)), abs=5e-4)
+    assert pytest.approx(runtime_bytes(), rel=1e-4) == module.RUNTIME_BYTES
+
+
+def test_the_record_is_what_the_script_gives() -> None:
+    """The median error is under a quarter for decoding and prefill; for vision only across boards, since two encoders are all there is."""
+    from benchmarks.plan_error import record
+
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+    assert recorded == json.loads(json.dumps(record()))
+    stages = recorded["stages"]
+    assert stages["decode"]["median_error"] < 0.25 and stages["prefill"]["median_error"] < 0.25
+    assert all(figures["median_error_by_board"] < 0.25 for figures in stages.values())
+
+
+@pytest.mark.parametrize("stage", ["decode", "prefill", "vision"])
+def test_no_row_is_predicted_from_a_row_of_its_own_model_or_encoder(monkeypatch: pytest.MonkeyPatch, stage: Stage) -> None:
+    seen: list[list[Row]] = []
+    real = fitting.fit
+
+    def spy(rows: list[Row]) -> Efficiency:
+        seen.append(list(rows))
+        return real(rows)
+
+    monkeypatch.setattr(fitting, "fit", spy)
+    held = hold_out(stage)
+    assert len(held) == len(rows_of(stage)) == len(seen)
+    for each, used in zip(held, seen, strict=True):
+        assert all(MODELS[row.model] != MODELS[each.row.model] for row in used)
+        assert stage != "vision" or all(row.work != each.row.work for row in used)
+
+
+def test_a_fit_finds_a_line_and_no_constant_below_zero() -> None:
+    rows = [replace(row, milliseconds=1.5 * ideal_ms(row) + 4) for row in rows_of("decode")]
+    assert fit(rows) == Efficiency(pytest.approx(1.5), pytest.approx(4.0))
+    rows = [replace(row, milliseconds=max(1.5 * ideal_ms(row) - 4, 1)) for row in rows_of("decode")]
+    assert fit(rows).constant_ms == 0.0
+
+
+def test_nothing_published_is_faster_than_its_board() -> None:
+    for row in ROWS:
+        assert ideal_ms(row) < row.milliseconds, row
+
+
+# Predictions --------------------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_follow_from_work_and_board() -> None:
+    nano, shape = BOARDS["orin-nano"], SIZES["0.5b"]
+    slow, fast = (predict_one(shape, nano, nano.mode(name), "int4", 1024, 2048) for name in ("15W", "MAXN_SUPER"))
+    assert slow.ttft_ms > fast.ttft_ms
+    assert slow.tokens_per_second < fast.tokens_per_second
+    limit = nano.mode("MAXN_SUPER").bandwidth / decode_bytes(shape.text, INT4, INT8, 354)
+    assert 0.5 * limit < fast.tokens_per_second < limit
+    by_precision = [predict_one(shape, nano, nano.mode(None), name, 1024, 2048) for name in ("fp16", "int8", "int4")]
+    for more, less in itertools.pairwise(by_precision):
+        assert more.tokens_per_second < less.tokens_per_second
+        assert more.run_bytes > less.run_bytes and more.build_bytes > less.build_bytes
+        assert more.joules_per_token > less.joules_per_token
+    long = predict_one(shape, nano, nano.mode(None), "int4", 1024, 32768)
+    assert long.run_bytes - by_precision[2].run_bytes == 12_288 * (32768 - 2048)
+    assert predict_one(shape, nano, nano.mode(None), "int4", 1536, 2048).ttft_ms > fast.ttft_ms
+
+
+def test_the_recommendation_is_the_most_exact_that_is_quick_and_fits() -> None:
+    nano = BOARDS["orin-nano"]
+
+    def of(size: str) -> tuple[str | None, str]:
+        chosen, why = recommend([predict_one(SIZES[size], nano, nano.mode(None), name, 1024, 4096) for name in ("fp16", "int8", "int4")])
+        return chosen.precision if chosen else None, why
+
+    assert of("0.5b")[0] == "fp16"
+    precision, why = of("7b")
+    assert precision == "int4" and "swap" in why
+
+
+def test_what_does_not_fit_says_what_to_change() -> None:
+    nano = BOARDS["orin-nano"]
+    chosen, why = recommend([predict_one(SIZES["7b"], nano, nano.mode(None), "fp16", 1024, 4096)])
+    assert chosen is None
+    assert "17.1 GB" in why and "--context" not in why, "the weights alone are too much"
+    chosen, why = recommend([predict_one(SIZES["7b"], nano, nano.mode(None), "int4", 1024, 65536)])
+    assert chosen is None and "a smaller --context" in why
+
+
+# The command --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_table_or_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "1.5b", "--target", "orin-nano", "--power", "25w"]) == 0
+    table = capsys.readouterr().out
+    assert "25W" in table and "A prediction, not yet run on hardware" in table and "take " in table
+    assert main(["plan", "1.5b", "--target", "thor", "--json", "--image-size", "512", "--context", "1024"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["prediction"] is True
+    assert [row["precision"] for row in document["rows"]] == ["fp16", "int8", "int4"]
+    assert document["recommended"] == {"precision": "fp16", "image_size": 512, "context": 1024}
+    low, high = document["rows"][0]["ttft_range_ms"]
+    assert low < document["rows"][0]["ttft_ms"] < high
+    assert document["rows"][0]["ttft_ms"] == pytest.approx(document["rows"][0]["vision_ms"] + document["rows"][0]["prefill_ms"], abs=0.01)
+
+
+def test_a_model_that_fits_nowhere_ends_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "7b", "--target", "orin-nano", "--precision", "fp16"]) == 1
+    assert "fp16 does not fit; --precision int4 does, in 6.0 GB" in capsys.readouterr().out
+    assert main(["plan", "7b", "--target", "orin-nano", "--context", "65536"]) == 1
+    assert "nothing fits: int4 takes" in capsys.readouterr().out
+
+
+def test_every_precision_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for precision in PRECISIONS:
+        assert main(["plan", "0.5b", "--target", "orin", "--precision", precision]) == 0
+        assert f"take {precision}" in capsys.readouterr().out
+
+
+def test_a_smaller_context_is_tried_where_the_model_s_own_does_not_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastvlm_edge.commands.plan.DEFAULT_CONTEXT", 65536)
+    assert main(["plan", "7b", "--target", "orin-nano", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recommended"]["context"] == 2048
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["13b", "--target", "thor"], "neither a model directory nor one of the released sizes: 0.5b, 1.5b, 7b"),
+        (["7b", "--target", "rtx"], "no figures of target 'rtx'; plan knows: orin-nano"),
+        (["7b", "--target", "orin-nano", "--power", "7W"], "no power mode '7W' here; use one of: 15W, 25W, MAXN_SUPER"),
+    ],
+)
+def test_what_cannot_be_planned_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_older_manifest_says_to_convert_again(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(model_dir), "--target", "thor"]) == 1
+    assert "convert the checkpoint again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_the_plot_is_drawn(tmp_path: Path, ending: str) -> None:
+    assert main(["plan", "0.5b", "--target", "orin", "--plot", str(tmp_path / f"ttft.{ending}")]) == 0
+    head = (tmp_path / f"ttft.{ending}").read_bytes()[:64]
+    assert head.startswith(b"\x89PNG") if ending == "png" else b"<?xml" in head
+
+
+def test_a_plot_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "0.5b", "--target", "orin", "--plot", str(tmp_path / "no" / "ttft.png")]) == 1
+    assert "could not be written" in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_names_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["plan", "0.5b", "--target", "orin", "--plot", "x.png"]) == 1
+    assert "fastvlm-edge[bench]" in capsys.readouterr().err
+
+
+def test_planning_needs_neither_torch_nor_onnx() -> None:
+    code = (
+        "import sys\nfrom fastvlm_edge.cli import main\nassert main(['plan', '0.5b', '--target', 'thor', '--json']) == 0\n"
+        "bad = {'torch', 'onnx', 'transformers', 'matplotlib', 'onnxruntime'} & set(sys.modules)\nassert not bad, bad"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_every_board_is_a_target_of_build() -> None:
+    from fastvlm_edge.engines.targets import TARGETS
+
+    assert set(BOARDS) <= set(TARGETS)
+    with pytest.raises(FastVLMError, match="plan knows"):
+        find_board("sm86")
