@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.extras import missing_package
 from fastvlm_edge.version import __version__
 
 COMMANDS = {
@@ -48,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding does not
+    wants_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
-        options = _parser().parse_args(arguments)
+        options = parser().parse_args(arguments)
         status: int = import_module(f"fastvlm_edge.commands.{options.command}").main(options.arguments)
         sys.stdout.flush()
         return status
@@ -65,22 +68,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("FASTVLM_EDGE_DEBUG"):
             raise
-        print(f"fastvlm-edge: error: {_explain(error)}", file=sys.stderr)
+        told = _explain(error)
+        if wants_json:
+            print(json.dumps({"error": {"message": told.what, "mend": told.mend}}, ensure_ascii=False), flush=True)
+        else:
+            print(f"fastvlm-edge: error: {' '.join(str(told).split())}", file=sys.stderr)
         return EXIT_FAILED
 
 
-def _explain(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def _explain(error: Exception) -> FastVLMError:
+    """Any exception as what is wrong and what to do."""
     if isinstance(error, FastVLMError):
-        return text
+        return error
+    if isinstance(error, ModuleNotFoundError) and (missing := missing_package(error.name or "")):
+        return missing
     if isinstance(error, MemoryError):
-        return "not enough memory; close other programs, or use a smaller model or precision"
+        return FastVLMError("not enough memory", "close other programs, or use a smaller model or precision")
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"a bug in fastvlm-edge {__version__}, please report it: {type(error).__name__}: {text} (FASTVLM_EDGE_DEBUG=1 shows where)"
+        return FastVLMError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return FastVLMError(
+        f"a bug in fastvlm-edge {__version__}: {type(error).__name__}: {error}",
+        "please report it; FASTVLM_EDGE_DEBUG=1 shows where it happened",
+    )
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvlm-edge",
         description="FastVLM on NVIDIA edge hardware and plain CPUs.",

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure and print, or compare; after Ctrl-C or an error what there is of it is printed and written."""
     if arguments and arguments[0] == "compare":
         return _compare(arguments[1:])
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.process is not None:
         settings = json.loads(options.process)
         return _be_process(options.models[0], Settings(**settings | {"depths": settings["depths"] and tuple(settings["depths"])}))
@@ -132,7 +132,7 @@ def _single(path: Path) -> dict[str, Any]:
     return records[0]
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvlm-edge bench",
         description="Measure model directories on this machine (docs/bench.md): first token of new and known pictures, decoding, memory, "

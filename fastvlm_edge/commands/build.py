@@ -17,13 +17,13 @@ from fastvlm_edge.progress import stderr_progress
 
 def main(arguments: Sequence[str]) -> int:
     """Build, and print what was made."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    command = parser()
+    options = command.parse_args(arguments)
     if options.list_targets:
         print(_table())
         return 0
     if options.model is None:
-        parser.error("the following arguments are required: MODEL")
+        command.error("the following arguments are required: MODEL")
     settings = Options(
         workspace=options.workspace,
         weakly_typed=options.weakly_typed,
@@ -58,7 +58,7 @@ def _table() -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastvlm-edge build", description="Build TensorRT engines for a model directory.")
     parser.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="model directory, as fastvlm-edge convert writes it")
     parser.add_argument("--target", metavar="NAME", default="auto", help="auto is the GPU of this machine; see --list-targets")

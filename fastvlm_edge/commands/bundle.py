@@ -18,7 +18,7 @@ from fastvlm_edge.progress import stderr_progress
 
 def main(arguments: Sequence[str]) -> int:
     """Bundle, and print what was made."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     target = find_target(options.target, options.python)
     read_manifest(options.model)  # what is wrong with it is told before anything is fetched
     progress = stderr_progress()
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvlm-edge bundle",
         description="Write one executable file with the runtime, its packages and a model, for a board without a network.",

@@ -18,7 +18,7 @@ _GEOMETRIES = ("pad", "crop")
 
 def main(arguments: Sequence[str]) -> int:
     """Convert, and print what was made."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         convert = import_module("fastvlm_edge.convert.pipeline").convert
     except ModuleNotFoundError as error:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastvlm-edge convert", description="Turn a FastVLM checkpoint into a model directory.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or a hub id such as apple/FastVLM-0.5B")
     parser.add_argument("-o", "--output", metavar="MODEL", type=Path, required=True, help="model directory to write")

@@ -19,7 +19,7 @@ from fastvlm_edge.progress import SilentProgress, stderr_progress
 
 def main(arguments: Sequence[str], probe: Probe | None = None) -> int:
     """Print the report. Returns 1 where there is a problem, otherwise 0; `probe` is the machine at hand unless a test brings one."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     model = Path(options.model) if options.model else None
     facts = read_facts(probe or Probe(), model)
     findings = check_board(facts) + check_software(facts)
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str], probe: Probe | None = None) -> int:
     return 1 if worst(findings) == "problem" else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvlm-edge doctor",
         description="Look at this machine, and say what keeps FastVLM from running well on it. Exit status 1 where there is a problem.",

@@ -21,7 +21,7 @@ from fastvlm_edge.progress import SilentProgress, stderr_progress
 
 def main(arguments: Sequence[str]) -> int:
     """Ask everything, then print a table, or with `--json` one object; after Ctrl-C or an error what there is of it."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     SamplingParams(max_new_tokens=options.max_new_tokens)  # what can be wrong is told before the model loads
     if options.save is not None and options.save.exists():
         raise FastVLMError(f"{options.save} exists, and answers are never overwritten; give --save another name, or remove it")
@@ -64,7 +64,7 @@ def _print(evaluation: Evaluation, *, as_json: bool) -> None:
     print(json.dumps(report, ensure_ascii=False) if as_json else format_table(report), flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvlm-edge eval", description="Ask a model questions with known answers, and count how often it is right (docs/eval.md)."
     )

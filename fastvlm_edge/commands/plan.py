@@ -27,8 +27,8 @@ RESOLUTIONS = range(256, 1536 + 1, 128)
 
 def main(arguments: Sequence[str]) -> int:
     """Print the predictions; 1 where nothing fits."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    command = parser()
+    options = command.parse_args(arguments)
     shape, image_size, context = _subject(options.model)
     image_size, context = options.image_size or image_size, options.context or context
     board = find_board(options.target)
@@ -149,7 +149,7 @@ def draw(shape: Shape, precision: str, path: Path) -> None:
         plt.close(figure)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvlm-edge plan",
         description="Predict memory, time to first token, speed and energy of a model on a board, before anything is built (docs/plan.md).",

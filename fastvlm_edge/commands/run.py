@@ -23,7 +23,7 @@ from fastvlm_edge.progress import SilentProgress, stderr_progress
 
 def main(arguments: Sequence[str]) -> int:
     """Stream the answer, or with `--json` print one object. Timings go to stderr."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     sampling: dict[str, Any] = {
         field.name: tuple(getattr(options, field.name)) if field.name == "stop" else getattr(options, field.name)
         for field in dataclasses.fields(SamplingParams)
@@ -88,7 +88,7 @@ def _power(figures: PowerFigures | NoSensor, tokens: int) -> str:
     return "; " + ", ".join(parts)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastvlm-edge run", description="Ask a question about a picture. The answer streams to stdout.")
     parser.add_argument("model", metavar="MODEL", help="model directory, made by fastvlm-edge convert")
     parser.add_argument("--image", metavar="FILE", action="append", help="the picture; repeat it for several, leave it out for text alone")

@@ -21,9 +21,9 @@ from fastvlm_edge.convert.graphs.placement import check_placement
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import precision_plan
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
-from fastvlm_edge.engines.parser_table import check_graph
 from fastvlm_edge.model_dir.manifest import read_manifest, verify_files
 from tests.support.checkpoints import write_checkpoint
+from tests.support.parser_of_tensorrt_10_3 import check_graph
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "fastvlm-demo"
 DATA = "demo:calibration:48"

@@ -20,9 +20,9 @@ from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.precision import precision_plan
 from fastvlm_edge.convert.reference.fastvithd import image_tokens
 from fastvlm_edge.convert.weights.vision import write_vision_weights
-from fastvlm_edge.engines.parser_table import check_graph
 from fastvlm_edge.errors import FastVLMError
 from tests.convert.graphs.test_vision import HIDDEN, TINY, random_encoder
+from tests.support.parser_of_tensorrt_10_3 import check_graph
 
 SIZE = 128
 PLAIN = Recipe(

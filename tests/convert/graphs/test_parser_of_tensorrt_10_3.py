@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fastvlm_edge.convert.pipeline import convert
-from fastvlm_edge.engines.parser_table import OPERATORS, Finding, check_graph, list_doubts
 from fastvlm_edge.model_dir.manifest import PRECISIONS
 from tests.support.checkpoints import write_checkpoint
+from tests.support.parser_of_tensorrt_10_3 import OPERATORS, Finding, check_graph, list_doubts
 
 F32, F16, I64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
 
@@ -281,5 +281,5 @@ def test_every_operator_of_the_table_is_one_of_onnx():
 
 
 def test_the_table_is_there_without_onnx():
-    code = "import sys; sys.modules['onnx'] = None; import fastvlm_edge.engines.parser_table"
+    code = "import sys; sys.modules['onnx'] = None; import tests.support.parser_of_tensorrt_10_3"
     subprocess.run([sys.executable, "-c", code], check=True)
