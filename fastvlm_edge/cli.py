@@ -71,8 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = _explain(error)
         if wants_json:
             print(json.dumps({"error": {"message": told.what, "mend": told.mend}}, ensure_ascii=False), flush=True)
-        else:
-            print(f"fastvlm-edge: error: {' '.join(str(told).split())}", file=sys.stderr)
+        print(f"fastvlm-edge: error: {' '.join(str(told).split())}", file=sys.stderr)
         return EXIT_FAILED
 
 
