@@ -166,7 +166,7 @@ def make(method: str, bits: int, block: int, folder: Path) -> dict[str, float]:
 
 def make_ours(method: str, bits: int, block: int, folder: Path) -> None:
     """With this project's code."""
-    from fastvlm_edge.calib.llm import calibrate_decoder
+    from fastvlm_edge.calib.decoder import calibrate_decoder
     from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 
     checkpoint: Any = open_checkpoint((folder / "checkpoint.txt").read_text())
@@ -289,7 +289,7 @@ class Clipped:
 
     def matrix(self, name: str) -> Any:
         """As `DecoderQuantization.matrix`."""
-        from fastvlm_edge.calib.llm import quantize_gptq
+        from fastvlm_edge.calib.decoder import quantize_gptq
 
         layer, _, part = name.rpartition(".")
         if part == "head":
@@ -448,7 +448,7 @@ class Layer:
         import torch
         import torch.nn.functional as F
 
-        from fastvlm_edge.calib.llm import _rotary
+        from fastvlm_edge.calib.decoder import _rotary
 
         def times(site: str, value: Any) -> Any:
             taps.setdefault(site, []).append(value)

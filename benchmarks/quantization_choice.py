@@ -24,10 +24,10 @@ import numpy.typing as npt
 import torch
 
 from benchmarks import machine
+from fastvlm_edge.calib.encoder.histogram import OBSERVERS
+from fastvlm_edge.calib.encoder.quantize_layer import Recipe
+from fastvlm_edge.calib.encoder.search import DISPROPORTION, VisionSearch, squared_error
 from fastvlm_edge.calib.judge import Question, score
-from fastvlm_edge.calib.observers import OBSERVERS
-from fastvlm_edge.calib.recipe import Recipe
-from fastvlm_edge.calib.vision import DISPROPORTION, VisionSearch, squared_error
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import precision_plan

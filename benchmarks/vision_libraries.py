@@ -34,9 +34,9 @@ from benchmarks.quantization_choice import (
     judge,
 )
 from benchmarks.vision_quantization import Model, graph_features, static_features, write_fp32
+from fastvlm_edge.calib.encoder.search import VisionSearch, squared_error
 from fastvlm_edge.calib.judge import score
 from fastvlm_edge.calib.quantizer import DAMAGE
-from fastvlm_edge.calib.vision import VisionSearch, squared_error
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.precision import precision_plan
 

@@ -26,9 +26,9 @@ from torch import nn
 
 from benchmarks.checkpoint import random_checkpoint
 from fastvlm_edge.backends.verification import stored_pictures
-from fastvlm_edge.calib.observers import OBSERVERS
-from fastvlm_edge.calib.recipe import Recipe
-from fastvlm_edge.calib.vision import VisionQuantization, VisionSearch, cosine_loss, squared_error
+from fastvlm_edge.calib.encoder.histogram import OBSERVERS
+from fastvlm_edge.calib.encoder.quantize_layer import Recipe
+from fastvlm_edge.calib.encoder.search import VisionQuantization, VisionSearch, cosine_loss, squared_error
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.vision import build_vision

@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from fastvlm_edge.backends.verification import ANSWER, QUESTION
+from fastvlm_edge.calib.decoder import DecoderQuantization, calibrate_decoder
+from fastvlm_edge.calib.encoder.cache import FeatureCache, ObservationCache
+from fastvlm_edge.calib.encoder.quantize_layer import Recipe
+from fastvlm_edge.calib.encoder.search import LayerRecord, VisionQuantization, VisionSearch
 from fastvlm_edge.calib.judge import Question, Score, drop, score
-from fastvlm_edge.calib.llm import DecoderQuantization, calibrate_decoder
-from fastvlm_edge.calib.observation import FeatureCache, ObservationCache
-from fastvlm_edge.calib.recipe import Recipe
-from fastvlm_edge.calib.report import (
+from fastvlm_edge.calib.report.document import (
     CalibrationData,
     Decision,
     DecoderReport,
@@ -33,7 +34,6 @@ from fastvlm_edge.calib.report import (
     VisionReport,
     write_report,
 )
-from fastvlm_edge.calib.vision import LayerRecord, VisionQuantization, VisionSearch
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
 from fastvlm_edge.convert.graphs.placement import check_placement
 from fastvlm_edge.convert.precision import PrecisionPlan

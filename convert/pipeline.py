@@ -44,7 +44,7 @@ class Calibrated(Protocol):
     """What calibration found, such as `calib.quantizer.Calibrated`."""
 
     vision: Any
-    """`calib.vision.VisionQuantization`"""
+    """`calib.encoder.search.VisionQuantization`"""
     decoder: Any
     """`convert.decoder_weights.QuantizedMatrices`"""
 

@@ -24,7 +24,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 class QuantizedMatrices(Protocol):
-    """Matrices that were quantised before, such as `calib.llm.DecoderQuantization`."""
+    """Matrices that were quantised before, such as `calib.decoder.DecoderQuantization`."""
 
     @property
     def scale_type(self) -> np.dtype[Any]:

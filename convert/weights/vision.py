@@ -31,7 +31,7 @@ from fastvlm_edge.convert.reference.fastvithd import (
 from fastvlm_edge.convert.weights.quantize import quantize_channels
 
 if TYPE_CHECKING:
-    from fastvlm_edge.calib.vision import VisionQuantization
+    from fastvlm_edge.calib.encoder.search import VisionQuantization
 
 
 @torch.no_grad()

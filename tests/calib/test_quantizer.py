@@ -12,8 +12,8 @@ from PIL import Image
 
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.calib import quantizer as module
+from fastvlm_edge.calib.decoder import calibrate_decoder
 from fastvlm_edge.calib.judge import Question, Score, drop, score
-from fastvlm_edge.calib.llm import calibrate_decoder
 from fastvlm_edge.calib.quantizer import Options, Quantizer
 from fastvlm_edge.cli import main
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastvlm_edge.calib.report import (
+from fastvlm_edge.calib.report.document import (
     HTML_NAME,
     JSON_NAME,
     CalibrationData,

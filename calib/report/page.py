@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fastvlm_edge.calib.report import (
+from fastvlm_edge.calib.report.document import (
     JSON_NAME,
     Decision,
     DecoderReport,
@@ -18,7 +18,7 @@ from fastvlm_edge.calib.report import (
     QuantizationReport,
     VisionReport,
 )
-from fastvlm_edge.calib.report_drawing import (
+from fastvlm_edge.calib.report.drawing import (
     Mark,
     amount,
     draw_chart,

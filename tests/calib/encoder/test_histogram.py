@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastvlm_edge.calib.observers import BINS, OBSERVERS, EntropyObserver, Histogram, MaxObserver, MSEObserver, PercentileObserver
+from fastvlm_edge.calib.encoder.histogram import BINS, OBSERVERS, EntropyObserver, Histogram, MaxObserver, MSEObserver, PercentileObserver
 
 
 def histogram(*parts):

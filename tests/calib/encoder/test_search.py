@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from benchmarks.vision_quantization import add_heavy_tails
-from fastvlm_edge.calib import vision
-from fastvlm_edge.calib.observers import OBSERVERS, Histogram
-from fastvlm_edge.calib.recipe import Recipe
-from fastvlm_edge.calib.rounding import fake_quantize, round_to_data, round_to_nearest
-from fastvlm_edge.calib.vision import VisionSearch, cosine_loss, quantize_vision
+from fastvlm_edge.calib.encoder import search as vision
+from fastvlm_edge.calib.encoder.histogram import OBSERVERS, Histogram
+from fastvlm_edge.calib.encoder.quantize_layer import Recipe
+from fastvlm_edge.calib.encoder.rounding import fake_quantize, round_to_data, round_to_nearest
+from fastvlm_edge.calib.encoder.search import VisionSearch, cosine_loss, quantize_vision
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.precision import precision_plan

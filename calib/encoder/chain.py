@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvlm_edge.calib.observers import Histogram
-from fastvlm_edge.calib.rounding import fake_quantize
+from fastvlm_edge.calib.encoder.histogram import Histogram
+from fastvlm_edge.calib.encoder.rounding import fake_quantize
 from fastvlm_edge.convert.precision import FLOAT_TYPES, VISION_STAGES, PrecisionPlan
 from fastvlm_edge.convert.reference.fastvithd import (
     HEAD_DIM,

@@ -133,7 +133,7 @@ def write_report(directory: Path, document: QuantizationReport) -> None:
     """Write `quantization.json` and `quantization.html` into `directory`."""
     text = json.dumps(_finite(dataclasses.asdict(document)), indent=1, allow_nan=False)
     (directory / JSON_NAME).write_text(text + "\n", encoding="utf-8")
-    from fastvlm_edge.calib.report_page import render  # it reads this module
+    from fastvlm_edge.calib.report.page import render  # it reads this module
 
     (directory / HTML_NAME).write_text(render(document), encoding="utf-8")
 

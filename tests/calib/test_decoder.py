@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from fastvlm_edge.calib.llm import calibrate_decoder, quantize_gptq
+from fastvlm_edge.calib.decoder import calibrate_decoder, quantize_gptq
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.decoder import build_decoder
@@ -225,7 +225,7 @@ MEASURED = """
 import json, resource, sys
 import numpy as np, torch
 torch.set_num_threads(1)
-from fastvlm_edge.calib.llm import calibrate_decoder
+from fastvlm_edge.calib.decoder import calibrate_decoder
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 from fastvlm_edge.convert.precision import PLANS
 checkpoint = open_checkpoint(sys.argv[1])

@@ -1,6 +1,6 @@
 """W8A8 of the encoder and projector: folded PyTorch modules and calibration pictures -> `VisionQuantization`, which `convert` writes.
 
-The encoder is a chain of units (encoder_chain.py); recipe.py has the techniques, and here is the search for the plan, in three steps:
+The encoder is a chain of units (chain.py); quantize_layer.py has the techniques, and here is the search for the plan, in three steps:
 
     observe     unit by unit over all pictures: ranges of each input channel, then equalised: histogram and samples -> clip, integers, bias
     measure     one group at a time: what it alone does to the image features
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvlm_edge.calib.encoder_chain import Decision, Float32, Layer, QuantizedLayer, Ranges, Unit, build_chain
-from fastvlm_edge.calib.observation import Activations, ObservationCache, run_watched
-from fastvlm_edge.calib.observers import Histogram
-from fastvlm_edge.calib.recipe import Recipe, equalize_layer, quantize_layer
+from fastvlm_edge.calib.encoder.cache import Activations, ObservationCache, run_watched
+from fastvlm_edge.calib.encoder.chain import Decision, Float32, Layer, QuantizedLayer, Ranges, Unit, build_chain
+from fastvlm_edge.calib.encoder.histogram import Histogram
+from fastvlm_edge.calib.encoder.quantize_layer import Recipe, equalize_layer, quantize_layer
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan
 from fastvlm_edge.convert.reference.fastvithd import FastViTHD
 from fastvlm_edge.errors import FastVLMError

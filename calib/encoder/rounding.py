@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastvlm_edge.calib.observers import LEVELS
+from fastvlm_edge.calib.encoder.histogram import LEVELS
 
 DAMPING = 0.01
 """Share of the mean second moment that is added to each (Frantar et al., GPTQ, arXiv 2210.17323, section 3.3)."""
