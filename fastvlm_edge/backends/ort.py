@@ -101,7 +101,7 @@ class OrtDecoder:
         check_tensors(path, outputs, self._output_types)
         self.cache = KVCache(layers=spec.layers, kv_heads=spec.kv_heads, head_dim=spec.head_dim, context=spec.context, dtype=spec.dtype)
         self._no_picture = np.zeros((1, spec.hidden), dtype=storage(spec.dtype))
-        self._pictures: tuple[ImageFeatures, ...] = ()
+        self._image_features: tuple[ImageFeatures, ...] = ()
         self._features = self._no_picture
         self._shared_inputs: list[tuple[str, Any]] | None = None
         self._calls: dict[tuple[int, int, bool], _Call] = {}
@@ -109,7 +109,7 @@ class OrtDecoder:
     def step(
         self,
         input_ids: Sequence[int],
-        pictures: tuple[ImageFeatures, ...] = (),
+        image_features: tuple[ImageFeatures, ...] = (),
         *,
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
@@ -119,7 +119,7 @@ class OrtDecoder:
         if start + seq > self.cache.context:
             raise FastVLMError(f"{start + seq} positions do not fit into the context of {self.cache.context}; shorten the conversation")
         positions = (seq - 1,) if logit_positions is None else logit_positions
-        self._show(pictures)
+        self._show(image_features)
         if self._appends and self.cache.reserve(start + seq):
             self._forget_bindings()
         call = self._call(seq, len(positions), want_logits)
@@ -143,16 +143,18 @@ class OrtDecoder:
         if self.cache.reset():
             self._forget_bindings()
 
-    def _show(self, pictures: tuple[ImageFeatures, ...]) -> None:
-        """Make `pictures` the rows of image_features, unless they are already."""
-        if len(pictures) == len(self._pictures) and all(new is old for new, old in zip(pictures, self._pictures, strict=True)):
+    def _show(self, image_features: tuple[ImageFeatures, ...]) -> None:
+        """Make `image_features` the rows of the graph input of that name, unless they are already."""
+        if len(image_features) == len(self._image_features) and all(
+            new is old for new, old in zip(image_features, self._image_features, strict=True)
+        ):
             return
         spec = self._spec
-        hosts = [picture for picture in pictures if isinstance(picture, HostFeatures)]
-        if len(hosts) < len(pictures) or any((host.dtype, host.data.shape[1]) != (spec.dtype, spec.hidden) for host in hosts):
+        hosts = [picture for picture in image_features if isinstance(picture, HostFeatures)]
+        if len(hosts) < len(image_features) or any((host.dtype, host.data.shape[1]) != (spec.dtype, spec.hidden) for host in hosts):
             raise FastVLMError("image features come from another model or backend; encode the picture again with this one")
         self._features = np.concatenate([host.data for host in hosts]) if hosts else self._no_picture
-        self._pictures = pictures
+        self._image_features = image_features
         self._forget_bindings()
 
     def _forget_bindings(self) -> None:
@@ -191,7 +193,7 @@ class OrtDecoder:
         for name in given:
             call.binding.bind_ortvalue_output(name, ort_value(getattr(call, name), types[name]))
         if self._appends:
-            for name, value in self._shared_inputs[:-1]:  # all but the pictures
+            for name, value in self._shared_inputs[:-1]:  # all but image_features
                 call.binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
         return call
 
@@ -228,13 +230,13 @@ class OrtBackend:
     def step(
         self,
         input_ids: Sequence[int],
-        pictures: tuple[ImageFeatures, ...] = (),
+        image_features: tuple[ImageFeatures, ...] = (),
         *,
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
         """Run the decoder on `input_ids` after what the cache holds, and append to it."""
-        return self._decoder.step(input_ids, pictures, logit_positions=logit_positions, want_logits=want_logits)
+        return self._decoder.step(input_ids, image_features, logit_positions=logit_positions, want_logits=want_logits)
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on."""

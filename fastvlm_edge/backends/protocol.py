@@ -57,14 +57,14 @@ class Backend(Protocol):
     def step(
         self,
         input_ids: Sequence[int],
-        pictures: tuple[ImageFeatures, ...] = (),
+        image_features: tuple[ImageFeatures, ...] = (),
         *,
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
         """Run the decoder on `input_ids` and append their keys and values to the cache.
 
-        An id of `vocab + k` is row k of all `pictures` one after another. `logit_positions` index into `input_ids`; None is the last.
+        An id of `vocab + k` is row k of all `image_features` one after another. `logit_positions` index into `input_ids`; None is the last.
         Raises FastVLMError where the context is full or the library fails; the cache then is as before.
         """
 

@@ -176,7 +176,7 @@ class _Decoder:
         self._row_bytes = spec.hidden * storage(spec.dtype).itemsize
         sizes = (self._input_bytes, self._output_bytes, logit_bytes, self.cache.bytes_at(self.chunk), self._row_bytes)
         self._in, self._out, self._device_logits, self._kv_new, self._features = map(arena.buffer, sizes)
-        self._pictures: tuple[ImageFeatures, ...] = ()
+        self._image_features: tuple[ImageFeatures, ...] = ()
         self._rows = 1
         self._clear_features()
         # Two contexts: what a graph has captured of a context must not be changed by calls of other shapes.
@@ -210,17 +210,19 @@ class _Decoder:
         self._cuda.synchronize(self._stream)
         return StepOutput(self._top_values[:m], self._top_ids[:m], self._logits[:m] if want_logits else None)
 
-    def show(self, pictures: tuple[ImageFeatures, ...], store: FeatureStore) -> None:
-        """Make `pictures` the rows of image_features, unless they are already."""
-        if len(pictures) == len(self._pictures) and all(new is old for new, old in zip(pictures, self._pictures, strict=True)):
+    def show(self, image_features: tuple[ImageFeatures, ...], store: FeatureStore) -> None:
+        """Make `image_features` the rows of the graph input of that name, unless they are already."""
+        if len(image_features) == len(self._image_features) and all(
+            new is old for new, old in zip(image_features, self._image_features, strict=True)
+        ):
             return
-        own = [picture for picture in pictures if isinstance(picture, DeviceFeatures) and store.holds(picture)]
-        if len(own) < len(pictures):
+        own = [picture for picture in image_features if isinstance(picture, DeviceFeatures) and store.holds(picture)]
+        if len(own) < len(image_features):
             raise FastVLMError("image features come from another model or backend; encode the picture again with this one")
         rows = sum(picture.rows for picture in own)
         if rows > self._largest_rows:
             raise FastVLMError(f"{len(own)} pictures have {rows} visual tokens, more than the context of {self._spec.context}; send fewer")
-        self._pictures, self._rows = (), 1  # should memory be short, nothing is shown
+        self._image_features, self._rows = (), 1  # should memory be short, nothing is shown
         if rows * self._row_bytes > self._features.nbytes:
             self._unbind()
             try:
@@ -235,7 +237,7 @@ class _Decoder:
         for picture in own:
             self._cuda.copy(at, picture.address, picture.rows * self._row_bytes, self._stream)
             at += picture.rows * self._row_bytes
-        self._pictures, self._rows = pictures, max(rows, 1)
+        self._image_features, self._rows = image_features, max(rows, 1)
 
     def release(self) -> None:
         """Let go of the contexts and their graph."""
@@ -367,7 +369,7 @@ class TensorRTBackend:
     def step(
         self,
         input_ids: Sequence[int],
-        pictures: tuple[ImageFeatures, ...] = (),
+        image_features: tuple[ImageFeatures, ...] = (),
         *,
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
@@ -381,7 +383,7 @@ class TensorRTBackend:
         if not 0 < len(positions) <= decoder.most_positions:
             raise FastVLMError(f"logits of {len(positions)} positions were asked for; the engine gives 1 to {decoder.most_positions}")
         with self._working():
-            decoder.show(pictures, self._store)
+            decoder.show(image_features, self._store)
             try:
                 return self._in_chunks(input_ids, positions, want_logits)
             except BaseException:

@@ -34,14 +34,14 @@ class TimedBackend:
     def step(
         self,
         input_ids: Sequence[int],
-        pictures: tuple[ImageFeatures, ...] = (),
+        image_features: tuple[ImageFeatures, ...] = (),
         *,
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
         """As the backend does, timed."""
         began = time.perf_counter()
-        output = self._backend.step(input_ids, pictures, logit_positions=logit_positions, want_logits=want_logits)
+        output = self._backend.step(input_ids, image_features, logit_positions=logit_positions, want_logits=want_logits)
         self.step_seconds += time.perf_counter() - began
         return output
 

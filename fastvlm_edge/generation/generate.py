@@ -39,7 +39,7 @@ class Generation:
         tokenizer: TextTokenizer,
         manifest: Manifest,
         ids: Sequence[int],
-        pictures: tuple[ImageFeatures, ...],
+        image_features: tuple[ImageFeatures, ...],
         params: SamplingParams,
         *,
         reuse: bool = False,
@@ -51,7 +51,7 @@ class Generation:
         """
         check_room(ids, manifest)
         self._session, self._tokenizer, self._manifest = session, tokenizer, manifest
-        self._ids, self._pictures, self._params = ids, pictures, params
+        self._ids, self._image_features, self._params = ids, image_features, params
         self._reuse, self._chunk = reuse, chunk
         self.token_ids: list[int] = []
         """Ids of the reply so far, without the one that ended it."""
@@ -70,7 +70,7 @@ class Generation:
 
         began = time.perf_counter()
         ticket, output, self.prefilled_tokens = self._session.prefill(
-            self._ids, self._pictures, reuse=self._reuse, chunk=self._chunk, want_logits=params.wants_logits
+            self._ids, self._image_features, reuse=self._reuse, chunk=self._chunk, want_logits=params.wants_logits
         )
         while True:
             logits = None if output.logits is None else output.logits[-1]

@@ -23,13 +23,13 @@ class Session:
         self.lock = threading.RLock()
         self._vocab = vocab
         self._ids: list[int] = []  # what the cache holds, at least as long as it
-        self._pictures: tuple[ImageFeatures, ...] = ()
+        self._image_features: tuple[ImageFeatures, ...] = ()
         self._ticket: object | None = None
 
     def prefill(
         self,
         ids: Sequence[int],
-        pictures: tuple[ImageFeatures, ...],
+        image_features: tuple[ImageFeatures, ...],
         *,
         reuse: bool = False,
         chunk: int = PREFILL_CHUNK,
@@ -42,17 +42,17 @@ class Session:
         """
         with self.lock:
             self._ticket = ticket = object()
-            kept = min(self._common_length(ids, pictures), len(ids) - 1) if reuse else 0
+            kept = min(self._common_length(ids, image_features), len(ids) - 1) if reuse else 0
             if kept:
                 self.backend.truncate(kept)
             else:
                 self.backend.reset()
             # Recorded before it is computed: should an exception come in between, the backend's length says how much of it is true.
-            self._ids, self._pictures = list(ids), pictures
+            self._ids, self._image_features = list(ids), image_features
             last = len(ids) - 1
             for start in range(kept, len(ids), chunk):
                 part = ids[start : start + chunk]
-                output = self.backend.step(part, pictures, want_logits=want_logits and start + len(part) > last)
+                output = self.backend.step(part, image_features, want_logits=want_logits and start + len(part) > last)
             return ticket, output, len(ids) - kept
 
     def decode(self, ticket: object, token_id: int, *, want_logits: bool = False) -> StepOutput:
@@ -61,7 +61,7 @@ class Session:
             if ticket is not self._ticket:
                 raise FastVLMError("this reply was cut short by a newer question to the same model; finish one stream before the next")
             self._ids.append(token_id)
-            return self.backend.step((token_id,), self._pictures, want_logits=want_logits)
+            return self.backend.step((token_id,), self._image_features, want_logits=want_logits)
 
     def close(self) -> None:
         """Close the backend; unfinished replies end with an error."""
@@ -69,10 +69,10 @@ class Session:
             self._ticket = None
             self.backend.close()
 
-    def _common_length(self, ids: Sequence[int], pictures: tuple[ImageFeatures, ...]) -> int:
+    def _common_length(self, ids: Sequence[int], image_features: tuple[ImageFeatures, ...]) -> int:
         """How many leading ids the cache holds already, counting rows of a picture only where the picture is the same."""
         same_rows = 0
-        for new, old in zip(pictures, self._pictures, strict=False):
+        for new, old in zip(image_features, self._image_features, strict=False):
             if new is not old:
                 break
             same_rows += new.rows

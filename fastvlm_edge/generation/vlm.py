@@ -193,8 +193,8 @@ class FastVLM:
         def run() -> Iterator[str]:
             self._check_open()
             began = time.perf_counter()
-            pictures, preprocess_seconds, vision_seconds = self._encode_all(images)
-            shown = (*earlier, *pictures)
+            image_features, preprocess_seconds, vision_seconds = self._encode_all(images)
+            shown = (*earlier, *image_features)
             generation = Generation(self._session, self._tokenizer, self.manifest, ids, shown, params, reuse=reuse, chunk=self._chunk)
             before_prefill = prompt_seconds + time.perf_counter() - began
             texts: list[str] = []
@@ -271,7 +271,7 @@ class Chat:
         self._vlm = vlm
         self._template = template
         self._ids: list[int] = []
-        self._pictures: tuple[ImageFeatures, ...] = ()
+        self._image_features: tuple[ImageFeatures, ...] = ()
 
     @property
     def token_count(self) -> int:
@@ -285,11 +285,11 @@ class Chat:
     def stream(self, prompt: str, image: ImageInput | EncodedImage | Sequence[Any] | None = None, **sampling: Any) -> ReplyStream:
         """Like `ask`, piece by piece."""
         history = [*self._ids, *self._template.closing()] if self._ids else self._template.opening()
-        return self._vlm._ask(history, self._pictures, prompt, image, sampling, reuse=True, on_end=self._remember)
+        return self._vlm._ask(history, self._image_features, prompt, image, sampling, reuse=True, on_end=self._remember)
 
     def reset(self) -> None:
         """Begin a new conversation."""
-        self._ids, self._pictures = [], ()
+        self._ids, self._image_features = [], ()
 
-    def _remember(self, ids: list[int], pictures: tuple[ImageFeatures, ...]) -> None:
-        self._ids, self._pictures = ids, pictures
+    def _remember(self, ids: list[int], image_features: tuple[ImageFeatures, ...]) -> None:
+        self._ids, self._image_features = ids, image_features

@@ -68,8 +68,8 @@ def ort(model_dir: Path) -> OrtBackend:
     return OrtBackend(model_dir, read_manifest(model_dir), threads=1)
 
 
-def logits(backend: Any, ids: list[int], pictures: Any = (), **options: Any) -> Any:
-    output = backend.step(ids, pictures, want_logits=True, **options)
+def logits(backend: Any, ids: list[int], image_features: Any = (), **options: Any) -> Any:
+    output = backend.step(ids, image_features, want_logits=True, **options)
     return output.logits.copy()
 
 
