@@ -149,7 +149,7 @@ def speeds(models: dict[str, Path]) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, list[Any]] = {name: [] for name in models}
     for _ in range(ROUNDS):
         for name, model in models.items():
-            with FastVLM.load(model, "ort") as vlm:
+            with FastVLM.load(model, "ort", tune_process=True) as vlm:
                 found[name] += [reply.timings for reply in _replies(vlm)][WARM_UP:]
 
     def spread(values: list[float]) -> dict[str, float]:

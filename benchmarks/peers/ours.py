@@ -41,12 +41,13 @@ def measure_llm(workload: Workload, precision: str) -> Samples:
     """The decoder alone, through the backend that answers questions."""
     from fastvlm_edge.backends import malloc
     from fastvlm_edge.backends.ort import OrtDecoder
-    from fastvlm_edge.backends.ort_session import on_device
+    from fastvlm_edge.backends.ort_session import on_device, share_arena
     from fastvlm_edge.model_dir.manifest import read_manifest
 
     directory = workload.folder / precision
 
     def load() -> OrtDecoder:
+        share_arena()
         with malloc.loading():
             return OrtDecoder(on_device(directory, read_manifest(directory), threads=workload.threads))
 

@@ -85,7 +85,7 @@ def measure(directory: Path, settings: Settings) -> Iterator[Line]:
     """Load a model directory and measure it. A generator, so that what was measured is known when it is stopped."""
     memory = _device_memory(settings.backend)
     began = time.perf_counter()
-    vlm = FastVLM.load(directory, settings.backend, threads=settings.threads)
+    vlm = FastVLM.load(directory, settings.backend, threads=settings.threads, tune_process=True)
     yield _figure("load_ms", (time.perf_counter() - began) * 1e3)
     with vlm:
         backend = vlm.backend

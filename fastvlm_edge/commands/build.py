@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastvlm_edge.backends.ort_session import share_arena
 from fastvlm_edge.commands.arguments import positive
 from fastvlm_edge.engines.build import LAYERS_NAME, Options, build, read_layers
 from fastvlm_edge.engines.engine_cache import default_cache
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         force=options.force,
         cache=None if options.no_cache else default_cache(),
     )
+    share_arena()  # for the comparison with onnxruntime
     record = build(options.model, options.target, settings, progress=stderr_progress())
     folder = options.model / ENGINES / record.target
     if options.report:

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str]) -> int:
         if missing not in _EXTRA:
             raise
         raise FastVLMError(f"converting needs {missing}, which is not installed; run: pip install 'fastvlm-edge[convert]'") from None
+    import_module("fastvlm_edge.backends.ort_session").share_arena()  # for the comparison with PyTorch
     calibrator = None
     if options.calib is not None:
         calibration = import_module("fastvlm_edge.calib.quantizer")

@@ -31,11 +31,15 @@ def main(arguments: Sequence[str]) -> int:
     check_answers(dataset)
     progress = stderr_progress() if not options.json or sys.stderr.isatty() else SilentProgress()
     with ExitStack() as stack:
-        subject = stack.enter_context(Subject.load(options.model, options.backend, threads=options.threads, progress=progress))
+        subject = stack.enter_context(
+            Subject.load(options.model, options.backend, threads=options.threads, tune_process=True, progress=progress)
+        )
         reference = None
         if options.reference is not None:
             backend = options.reference_backend or options.backend
-            reference = stack.enter_context(Subject.load(options.reference, backend, threads=options.threads, progress=progress))
+            reference = stack.enter_context(
+                Subject.load(options.reference, backend, threads=options.threads, tune_process=True, progress=progress)
+            )
         evaluation = Evaluation(subject, dataset, reference=reference, max_new_tokens=options.max_new_tokens, suffix=options.suffix)
         saved = None if options.save is None else stack.enter_context(open(options.save, "x", encoding="utf-8", errors="replace"))
         try:

@@ -36,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         verify=options.verify,
         geometry=options.geometry,
         prefill_chunk=options.prefill_chunk,
+        tune_process=True,
         progress=SilentProgress() if options.json else stderr_progress(),
     )
     with vlm:

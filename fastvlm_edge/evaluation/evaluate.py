@@ -65,9 +65,17 @@ class Subject:
         self._shown: tuple[Path | LazyPicture, EncodedImage] | None = None
 
     @classmethod
-    def load(cls, directory: Path, backend: str = "auto", *, threads: int | None = None, progress: Progress | None = None) -> Subject:
-        """Load a model directory. Raises FastVLMError where `FastVLM.load` does."""
-        return cls(directory, FastVLM.load(directory, backend, threads=threads, progress=progress))
+    def load(
+        cls,
+        directory: Path,
+        backend: str = "auto",
+        *,
+        threads: int | None = None,
+        tune_process: bool = False,
+        progress: Progress | None = None,
+    ) -> Subject:
+        """Load a model directory. Options and errors as in `FastVLM.load`."""
+        return cls(directory, FastVLM.load(directory, backend, threads=threads, tune_process=tune_process, progress=progress))
 
     def __enter__(self) -> Subject:
         return self

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fastvlm_edge.backends import malloc
 from fastvlm_edge.backends.protocol import Backend, ImageFeatures
 from fastvlm_edge.backends.select import select
 from fastvlm_edge.errors import FastVLMError
@@ -110,12 +109,15 @@ class FastVLM:
         verify: bool = False,
         geometry: str | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        tune_process: bool = False,
         progress: Progress | None = None,
     ) -> FastVLM:
         """Load a model directory.
 
         `threads` is for the CPU, by default all that this process may use. `verify` compares the sha256 of every file with the manifest.
         `geometry` (`pad` or `crop`) overrides the manifest's. `prefill_chunk` bounds the memory of a long prompt and changes nothing else.
+        `tune_process` saves memory with two settings that last as long as the process and concern all of it (`backends.select.select`): the
+        commands of the toolkit ask for them; a program that embeds the model decides for itself. Answers are the same either way.
         Raises FastVLMError where the directory is incomplete, damaged, or not for this machine.
         """
         directory = Path(path)
@@ -125,8 +127,7 @@ class FastVLM:
         manifest = read_manifest(directory)
         verify_files(directory, manifest, hashes=verify)
         tokenizer = TextTokenizer(directory / "tokenizer.json")
-        with malloc.loading():
-            runner = select(backend, directory, manifest, threads=threads, progress=progress)
+        runner = select(backend, directory, manifest, threads=threads, tune_process=tune_process, progress=progress)
         return cls(manifest, tokenizer, runner, geometry=geometry, prefill_chunk=prefill_chunk)
 
     @property

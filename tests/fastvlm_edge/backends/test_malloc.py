@@ -1,8 +1,9 @@
-"""What loading a model gives back: the heap's memory, and the processor once nothing runs."""
+"""What loading a model gives back, the heap's memory and the processor once nothing runs, and what it leaves alone unless asked."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import subprocess
 import sys
 import textwrap
@@ -80,6 +81,51 @@ def test_a_c_library_without_these_calls(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
     with malloc.loading():
         pass
+
+
+LOAD = """
+import ctypes, json, sys
+import onnxruntime as ort
+from fastvlm_edge import FastVLM
+
+calls = []
+
+class Library:
+    def __init__(self, name):
+        self.malloc_trim = lambda size: calls.append("malloc_trim")
+        self.mallopt = lambda option, value: calls.append("mallopt")
+
+def register(*arguments, real=ort.create_and_register_allocator):
+    calls.append("create_and_register_allocator")
+    real(*arguments)
+
+def session(*arguments, real=ort.InferenceSession, **options):
+    made = real(*arguments, **options)
+    calls.append(made.get_session_options().get_session_config_entry("session.use_env_allocators"))
+    return made
+
+ctypes.CDLL, ort.create_and_register_allocator, ort.InferenceSession = Library, register, session
+load = {"ask": {"tune_process": True}, "default": {}}[sys.argv[2]]
+with FastVLM.load(sys.argv[1], "ort", threads=2, **load) as vlm:
+    ids = vlm.generate("What is this?", max_new_tokens=24).token_ids
+print(json.dumps([ids, calls]))
+"""
+
+
+def load_in_a_process(model_dir: Path, way: str) -> tuple[list[int], list[str]]:
+    """Token ids of an answer, and what the load changed: calls that concern the process, and each session's session.use_env_allocators."""
+    command = [sys.executable, "-c", LOAD, str(model_dir), way]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    ids, calls = json.loads(done.stdout)
+    return ids, calls
+
+
+def test_only_a_load_that_is_asked_to_tunes_the_process(model_dir: Path) -> None:
+    ids, calls = load_in_a_process(model_dir, "default")
+    assert calls == ["0", "0"]
+    tuned, calls = load_in_a_process(model_dir, "ask")
+    assert calls == ["create_and_register_allocator", "mallopt", "1", "1", "mallopt", "mallopt", "malloc_trim"]
+    assert len(ids) == 24 and tuned == ids
 
 
 @pytest.mark.skipif(tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 26), reason="onnxruntime 1.26 is the first that can")
