@@ -23,7 +23,15 @@ from torch import Tensor
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan, WeightType
 from fastvlm_edge.convert.weights.decoder import ROWS, attention_parts
-from fastvlm_edge.convert.weights.quantize import LARGEST, SMALLEST, Quantized, dequantize, quantize_channels, quantize_matrix, stored_type
+from fastvlm_edge.convert.weights.round_to_nearest import (
+    LARGEST,
+    SMALLEST,
+    Quantized,
+    dequantize,
+    quantize_channels,
+    quantize_matrix,
+    stored_type,
+)
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.progress import Progress, SilentProgress
 

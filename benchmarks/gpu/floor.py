@@ -11,7 +11,7 @@ from benchmarks.gpu.record import Part
 from fastvlm_edge.bench.record import digits
 
 if TYPE_CHECKING:
-    from fastvlm_edge.convert.checkpoint.layouts import TextConfig
+    from fastvlm_edge.convert.checkpoint.tensor_names import TextConfig
     from fastvlm_edge.convert.precision import PrecisionPlan
     from fastvlm_edge.convert.reference.fastvithd import FastViTHDConfig
 

@@ -18,8 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastvlm_edge.calib.encoder.chain import Decision, Layer, QuantizedLayer, Ranges, Unit
+from fastvlm_edge.calib.encoder.chain import Decision, Layer, Ranges, Unit
 from fastvlm_edge.calib.encoder.histogram import Histogram
+from fastvlm_edge.convert.weights.vision import QuantizedLayer
 from fastvlm_edge.model_dir.atomic import whole_file
 
 OPTIONS: tuple[Decision, ...] = ("weights", "w8a8")

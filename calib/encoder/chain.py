@@ -30,7 +30,7 @@ from fastvlm_edge.convert.reference.fastvithd import (
     Stage,
     image_tokens,
 )
-from fastvlm_edge.convert.weights.vision import fold_attention, fold_feed_forward
+from fastvlm_edge.convert.weights.vision import QuantizedLayer, fold_attention, fold_feed_forward
 
 Float32 = npt.NDArray[np.float32]
 Decision = Literal["w8a8", "weights", "wide"]
@@ -38,23 +38,6 @@ Decision = Literal["w8a8", "weights", "wide"]
 
 TIME = {"fp16": 2.0, "bf16": 2.0, "fp32": 4.0}
 """Time of a multiply-accumulate where INT8 takes 1: Ampere's tensor cores do INT8, FP16 and TF32 at 4 : 2 : 1 (GA102 white paper)."""
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """What a layer becomes. A convolution's `values` are [outputs, inputs, 1, 1], a linear layer's [inputs, outputs]."""
-
-    values: npt.NDArray[np.int8]
-    scales: Float32
-    """[outputs], rounded to the float type of the layer's stage"""
-    bias: Float32 | None
-    activation_scale: float | None
-    """None: only the weights are INT8."""
-    factor: Float32 | None = None
-    """[inputs]: the input is multiplied by it, and `offset` is added, before it is quantised."""
-    offset: Float32 | None = None
-    plain_bias: Float32 | None = None
-    """Where there is a factor: the bias for inputs that are neither scaled, shifted nor quantised, and weights times the factor."""
 
 
 @dataclass

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastvlm_edge.calib.encoder.chain import Layer, QuantizedLayer, Ranges
+from fastvlm_edge.calib.encoder.chain import Layer, Ranges
 from fastvlm_edge.calib.encoder.histogram import LEVELS, OBSERVERS, Observer
 from fastvlm_edge.calib.encoder.rounding import fake_quantize, round_scale, round_to_data, round_to_nearest, shrink, weight_scales
+from fastvlm_edge.convert.weights.vision import QuantizedLayer
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """How much of the difference between channels moves from activations to weights: alpha of SmoothQuant (arXiv 2211.10438, equation 4)."""

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm_edge.calib.encoder.cache import Activations, ObservationCache, run_watched
-from fastvlm_edge.calib.encoder.chain import Decision, Float32, Layer, QuantizedLayer, Ranges, Unit, build_chain
+from fastvlm_edge.calib.encoder.chain import Decision, Float32, Layer, Ranges, Unit, build_chain
 from fastvlm_edge.calib.encoder.histogram import Histogram
 from fastvlm_edge.calib.encoder.quantize_layer import Recipe, equalize_layer, quantize_layer
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan
 from fastvlm_edge.convert.reference.fastvithd import FastViTHD
+from fastvlm_edge.convert.weights.vision import QuantizedLayer
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.progress import Progress, SilentProgress
 

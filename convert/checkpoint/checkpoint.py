@@ -18,7 +18,8 @@ import torch
 
 from fastvlm_edge.convert.checkpoint.configs import Settings, read_settings
 from fastvlm_edge.convert.checkpoint.hub import locate
-from fastvlm_edge.convert.checkpoint.layouts import (
+from fastvlm_edge.convert.checkpoint.shards import DTYPES, Entry, first_non_finite, read_shards, read_tensor
+from fastvlm_edge.convert.checkpoint.tensor_names import (
     OPTIONAL,
     TextConfig,
     canonical_names,
@@ -30,7 +31,6 @@ from fastvlm_edge.convert.checkpoint.layouts import (
     text_structure,
     vision_structure,
 )
-from fastvlm_edge.convert.checkpoint.shards import DTYPES, Entry, first_non_finite, read_shards, read_tensor
 from fastvlm_edge.convert.reference.fastvithd import FastViTHD, FastViTHDConfig, MobileOneConv
 from fastvlm_edge.errors import FastVLMError
 

@@ -12,7 +12,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, TextConfig
 from fastvlm_edge.convert.graphs.builder import WeightsFile
 from fastvlm_edge.convert.weights.decoder import QuantizedMatrices, attention_parts
-from fastvlm_edge.convert.weights.quantize import Quantized, dequantize, quantize_channels
+from fastvlm_edge.convert.weights.round_to_nearest import Quantized, dequantize, quantize_channels
 
 Float32 = npt.NDArray[np.float32]
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, TextConfig
 from fastvlm_edge.convert.graphs.builder import WeightsFile, cast_weight
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan, WeightType
-from fastvlm_edge.convert.weights.quantize import Quantized, quantize_channels, quantize_matrix
+from fastvlm_edge.convert.weights.round_to_nearest import Quantized, quantize_channels, quantize_matrix
 
 ROWS = 8192
 """Rows of the embedding or head that are read at a time."""

@@ -7,9 +7,10 @@ it, and 1 / sqrt(head_dim) into the rows of the queries. Names are the module's 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -28,10 +29,40 @@ from fastvlm_edge.convert.reference.fastvithd import (
     Stage,
     fold_batch_norm,
 )
-from fastvlm_edge.convert.weights.quantize import quantize_channels
+from fastvlm_edge.convert.weights.round_to_nearest import quantize_channels
 
-if TYPE_CHECKING:
-    from fastvlm_edge.calib.encoder.search import VisionQuantization
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """The integers of one layer. `values` of a convolution are [outputs, inputs, 1, 1], of a linear layer [inputs, outputs]."""
+
+    values: npt.NDArray[np.int8]
+    scales: Float32
+    """[outputs], exactly representable in the float type of the layer's stage"""
+    bias: Float32 | None
+    activation_scale: float | None
+    """The scale of the layer's input; None where only the weights are INT8."""
+    factor: Float32 | None = None
+    """[inputs]: before it is quantised, the input is multiplied by `factor` and `offset` is added."""
+    offset: Float32 | None = None
+    plain_bias: Float32 | None = None
+    """Only with a factor: the bias for a graph that leaves the input as it is and multiplies the weights by the factor instead."""
+
+
+@dataclass(frozen=True)
+class VisionIntegers:
+    """What calibration chose for the encoder and projector: quantised layers, by the names of the weights file without `.weight`."""
+
+    layers: dict[str, QuantizedLayer]
+    floats: dict[str, Float32]
+    """Tensors that stay floats but that calibration changed, by their names in the weights file."""
+
+    @property
+    def activation_scales(self) -> dict[str, float]:
+        """Layer -> scale of its input, for `build_vision`: the layers whose inputs are INT8 as well."""
+        return {name: layer.activation_scale for name, layer in self.layers.items() if layer.activation_scale is not None}
 
 
 @torch.no_grad()
@@ -41,7 +72,7 @@ def write_vision_weights(
     plan: PrecisionPlan,
     weights: WeightsFile,
     advance: Callable[[], None],
-    quantized: VisionQuantization | None = None,
+    quantized: VisionIntegers | None = None,
 ) -> None:
     """Append the folded weights of `encoder` (re-parameterised) and `projector`; `advance` is called once a stage.
 
@@ -101,7 +132,7 @@ def fold_attention(attention: Attention, gamma: Tensor) -> tuple[Tensor, Tensor,
 
 
 class _Store:
-    def __init__(self, weights: WeightsFile, plan: PrecisionPlan, quantized: VisionQuantization | None) -> None:
+    def __init__(self, weights: WeightsFile, plan: PrecisionPlan, quantized: VisionIntegers | None) -> None:
         self.weights = weights
         self.plan = plan
         self.quantized = quantized

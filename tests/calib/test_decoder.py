@@ -17,7 +17,7 @@ from fastvlm_edge.convert.graphs.decoder import build_decoder
 from fastvlm_edge.convert.precision import FLOAT_TYPES, INT4_BLOCK, INT8_CHANNEL, PLAIN, PLANS, WeightType, on_cpu
 from fastvlm_edge.convert.reference.decoder import reference_logits
 from fastvlm_edge.convert.weights.decoder import write_decoder_weights
-from fastvlm_edge.convert.weights.quantize import dequantize, quantize_matrix
+from fastvlm_edge.convert.weights.round_to_nearest import dequantize, quantize_matrix
 from fastvlm_edge.errors import FastVLMError
 from tests.support.checkpoints import SIZES, write_checkpoint
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
-from fastvlm_edge.convert.checkpoint.layouts import APPLE_INNER, APPLE_TOP, TextConfig, expected_shapes
+from fastvlm_edge.convert.checkpoint.tensor_names import APPLE_INNER, APPLE_TOP, TextConfig, expected_shapes
 from fastvlm_edge.convert.checkpoint.text import QWEN2_SPLIT
 from fastvlm_edge.convert.reference.fastvithd import FastViTHDConfig
 
@@ -169,7 +169,7 @@ def stored_name(name: str, layout: str) -> str:
 
 
 def apple_vision_name(name: str) -> str:
-    """The inverse of the mapping in `convert.layouts`."""
+    """The inverse of the mapping in `convert.checkpoint.tensor_names`."""
     for apple, ours in sorted(APPLE_TOP.items(), key=lambda item: -len(item[1])):
         if name.startswith(f"{ours}."):
             name = apple + name[len(ours) :]

@@ -6,7 +6,7 @@ import onnxruntime as ort
 import pytest
 
 from fastvlm_edge.convert.graphs.builder import ALIGNMENT, GraphBuilder, WeightsFile, cast_weight, to_bytes
-from fastvlm_edge.convert.weights.quantize import dequantize, quantize_blocks, quantize_channels
+from fastvlm_edge.convert.weights.round_to_nearest import dequantize, quantize_blocks, quantize_channels
 from fastvlm_edge.errors import FastVLMError
 
 

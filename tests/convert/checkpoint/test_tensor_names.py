@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
-from fastvlm_edge.convert.checkpoint.layouts import canonical_name, canonical_names
+from fastvlm_edge.convert.checkpoint.tensor_names import canonical_name, canonical_names
 from fastvlm_edge.errors import FastVLMError
 from tests.support.checkpoints import (
     SIZES,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fastvlm_edge.convert.precision import INT4_BLOCK, INT8_CHANNEL
-from fastvlm_edge.convert.weights.quantize import dequantize, quantize_blocks, quantize_channels, quantize_matrix
+from fastvlm_edge.convert.weights.round_to_nearest import dequantize, quantize_blocks, quantize_channels, quantize_matrix
 
 RNG = np.random.default_rng(0)
 
