@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python examples/demo/demo.py
+	$(BIN)/python -m examples.demo.demo
 
 test: lint
 	$(BIN)/python -m pytest

@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.checkpoint import random_checkpoint
+from examples.demo_training.scenes import scene_questions
 from fastvlm_edge.model_dir.manifest import read_manifest
 
 RESULT = Path(__file__).resolve().parent / "results" / "calibration.json"
@@ -43,7 +44,7 @@ def main() -> int:
         "machine": machine.describe(),
         "results": {},
     }
-    data = f"demo:calibration:{options.examples}"
+    data = scene_questions(options.work, "calibration", options.examples)
     for precision in options.precision:
         model = folder / precision
         calibrate = ["convert", checkpoint, "-o", model, "--precision", precision, "--calib", data, "--calib-limit", options.examples]

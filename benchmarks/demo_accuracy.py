@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "demo")]
+sys.path.insert(0, str(ROOT))
 
 CHECKPOINT = ROOT / "examples" / "demo" / "fastvlm-demo"
 SEED = 2026
@@ -47,9 +47,8 @@ def main() -> int:
 
 def measure(checkpoint: Path, precision: str, count: int) -> dict[str, Any]:
     """Size of the model directory, exact match by kind, and agreement of the graphs with PyTorch."""
-    from evaluate import score
-    from scenes import make_scene
-
+    from examples.demo_training.evaluate import score
+    from examples.demo_training.scenes import make_scene
     from fastvlm_edge import FastVLM
     from fastvlm_edge.convert.pipeline import convert
 

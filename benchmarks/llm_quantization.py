@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "demo")]
+sys.path.insert(0, str(ROOT))
 
 DEMO = ROOT / "examples" / "demo" / "fastvlm-demo"
 SEED = 2026
@@ -90,10 +90,10 @@ def main() -> int:
 def demo_questions(split: str, count: int) -> list[Question]:
     """The first question about each picture of a split, with the features of the FP32 encoder."""
     import torch
-    from language import Prompter
-    from scenes import make_scene
     from tokenizers import Tokenizer
 
+    from examples.demo_training.language import Prompter
+    from examples.demo_training.scenes import make_scene
     from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
     from fastvlm_edge.convert.reference.fastvithd import image_tokens
 
@@ -363,7 +363,7 @@ def _awq_scale(weight: Any, x: Any, kind: Any, tie: Callable[[Any], Any] | None)
     """mean |x| to the power that changes the outputs least, of 21 powers. weight [inputs, outputs], x [rows, inputs]."""
     import torch
 
-    from fastvlm_edge.convert.weights.quantize import dequantize, quantize_matrix
+    from fastvlm_edge.convert.weights.round_to_nearest import dequantize, quantize_matrix
 
     moments, size = x.T @ x, x.abs().mean(0).clamp(min=1e-6)
     size = size if tie is None else tie(size)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "demo")]
+sys.path.insert(0, str(ROOT))
 
 from benchmarks import llm_quantization as llm  # noqa: E402
 from benchmarks.checkpoint import random_checkpoint  # noqa: E402

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from examples.demo_training.scenes import SEED, scene_questions
 from fastvlm_edge import FastVLM
 from fastvlm_edge.calib.quantizer import Options, Quantizer
 from fastvlm_edge.convert.pipeline import convert
@@ -79,8 +80,8 @@ def main() -> int:
     document: dict[str, Any] = {
         "what": "the demo model on held-out questions, greedy, one question a picture, beside itself in FP32",
         "model_sha256": sha256(options.checkpoint / "model.safetensors"),
-        "data": f"demo:heldout:{options.count}",
-        "calibration": f"demo:calibration:{CALIBRATION}",
+        "data": f"{options.count} scenes of the split heldout, seed {SEED}",
+        "calibration": f"{CALIBRATION} scenes of the split calibration, seed {SEED}",
         "machine": machine.describe(),
         "results": {},
     }
@@ -97,7 +98,7 @@ def main() -> int:
 def measure_speed(document: dict[str, Any], checkpoint: Path, folder: Path, out: Path) -> None:
     """Put the speeds into a record, all contenders in turns."""
     models = {each.name: make_model(each, checkpoint, folder) for each in CONTENDERS if not each.gpu_graphs}
-    for name, found in speeds(models).items():
+    for name, found in speeds(models, scene_questions(folder, "heldout", WARM_UP + TIMED)).items():
         document["results"][name]["speed"] = found
     document["speed_machine"] = machine.describe()
     out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -107,7 +108,11 @@ def make_model(contender: Contender, checkpoint: Path, folder: Path) -> Path:
     """The contender's model directory, made where it is not there yet."""
     model = folder / f"{contender.precision}{'-calibrated' if contender.calibrated else ''}"
     if not model.exists():
-        calibrator = Quantizer(Options(f"demo:calibration:{CALIBRATION}", limit=CALIBRATION)) if contender.calibrated else None
+        calibrator = (
+            Quantizer(Options(str(scene_questions(folder, "calibration", CALIBRATION)), limit=CALIBRATION))
+            if contender.calibrated
+            else None
+        )
         convert(str(checkpoint), model, precision=contender.precision, calibrator=calibrator, progress=stderr_progress())
     return model
 
@@ -127,7 +132,7 @@ def measure(contender: Contender, checkpoint: Path, folder: Path, reference: Pat
     if contender.gpu_graphs:
         model = without_cpu_graphs(model, folder / f"{model.name}-gpu", manifest)
     with Subject.load(model, "ort") as subject, Subject.load(reference, "ort") as fp32:
-        evaluation = Evaluation(subject, open_data(f"demo:heldout:{count}"), reference=fp32, max_new_tokens=16)
+        evaluation = Evaluation(subject, open_data(scene_questions(folder, "heldout", count)), reference=fp32, max_new_tokens=16)
         evaluation.run(progress=stderr_progress())
     figures = evaluation.report()
     return row | {name: figures[name] for name in ("exact_match", "by_kind", "count", "token_agreement", "kl_divergence", "perplexity")}
@@ -143,14 +148,14 @@ def without_cpu_graphs(model: Path, copy: Path, manifest: Manifest) -> Path:
     return copy
 
 
-def speeds(models: dict[str, Path]) -> dict[str, dict[str, dict[str, float]]]:
+def speeds(models: dict[str, Path], questions: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Milliseconds of vision and prefill, tokens/s of decoding: median, least and most of all replies of all rounds."""
     fields = ("vision_ms", "prefill_ms", "decode_tokens_per_second")
     found: dict[str, list[Any]] = {name: [] for name in models}
     for _ in range(ROUNDS):
         for name, model in models.items():
             with FastVLM.load(model, "ort", tune_process=True) as vlm:
-                found[name] += [reply.timings for reply in _replies(vlm)][WARM_UP:]
+                found[name] += [reply.timings for reply in _replies(vlm, questions)][WARM_UP:]
 
     def spread(values: list[float]) -> dict[str, float]:
         return {"median": round(statistics.median(values), 2), "min": round(min(values), 2), "max": round(max(values), 2)}
@@ -158,8 +163,8 @@ def speeds(models: dict[str, Path]) -> dict[str, dict[str, dict[str, float]]]:
     return {name: {each: spread([getattr(timing, each) for timing in timings]) for each in fields} for name, timings in found.items()}
 
 
-def _replies(vlm: FastVLM) -> Iterator[Any]:
-    for _, image in open_data(f"demo:heldout:{WARM_UP + TIMED}").read():
+def _replies(vlm: FastVLM, questions: Path) -> Iterator[Any]:
+    for _, image in open_data(questions).read():
         yield vlm.generate("Describe the picture in one sentence.", image=image, max_new_tokens=16)
 
 

@@ -126,8 +126,7 @@ def development(each: int, size: int) -> Iterator[Any]:
 
 def demo_scenes() -> Any:
     """The module that draws them."""
-    sys.path.insert(0, str(ROOT / "examples" / "demo"))
-    return importlib.import_module("scenes")
+    return importlib.import_module("examples.demo_training.scenes")
 
 
 def asked(scenes: Iterable[Any]) -> tuple[npt.NDArray[np.uint8], list[Question], list[str]]:
@@ -158,7 +157,7 @@ def calibrated(checkpoint: Any, variant: Variant) -> tuple[VisionSearch, list[Fl
 
 
 def calibration_pictures(count: int, size: int) -> list[Float32]:
-    """The first pictures of `demo:calibration:COUNT`."""
+    """The first pictures of the split `calibration`."""
     make_scene = demo_scenes().make_scene
     return [preprocess(make_scene("calibration", CALIBRATION_SEED, index, size=size).image, size, "pad") for index in range(count)]
 

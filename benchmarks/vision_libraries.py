@@ -104,8 +104,8 @@ def main() -> int:
         ways["nncf, run by OpenVINO"] = lambda: nncf_features(model, size, seen, pictures(), options.nncf)
     document: dict[str, Any] = {
         "what": __doc__.split("\n\n")[2].replace("\n", " ").strip(),
-        "data": f"demo:heldout:{options.count}",
-        "calibration": f"demo:calibration:{PICTURES}",
+        "data": f"{options.count} scenes of the split heldout, seed {CALIBRATION_SEED}",
+        "calibration": f"{PICTURES} scenes of the split calibration, seed {CALIBRATION_SEED}",
         "machine": machine.describe(),
         "results": {},
     }

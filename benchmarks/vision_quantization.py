@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -291,8 +290,7 @@ def random_model(work: Path) -> Model:
 
 def scenes(split: str, count: int, size: int) -> list[Float32]:
     """Pictures of the demo."""
-    sys.path.insert(0, str(ROOT / "examples" / "demo"))
-    from scenes import make_scene
+    from examples.demo_training.scenes import make_scene
 
     return [preprocess(make_scene(split, SEED, index, size=size).image, size, "pad") for index in range(count)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,3 +43,16 @@ def vlm(request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytes
     with FastVLM(manifest, TextTokenizer(directory / "tokenizer.json"), backend) as loaded:
         yield loaded
     assert not any(cuda.live().values())
+
+
+@pytest.fixture(scope="session")
+def demo_scenes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """(split, count) -> `questions.jsonl` of the demo's first scenes of that split, drawn once a session; do not write beside it."""
+    folder = tmp_path_factory.mktemp("scenes")
+
+    def questions(split: str, count: int) -> Path:
+        from examples.demo_training.scenes import scene_questions  # it draws with matplotlib's fonts
+
+        return scene_questions(folder, split, count)
+
+    return questions

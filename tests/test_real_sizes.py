@@ -92,7 +92,7 @@ def test_0_5b_engines_keep_the_types_of_their_weights(tmp_path, precision):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_0_5b_with_int8_activations_builds_for_sm86_and_keeps_its_types(tmp_path, precision):
+def test_0_5b_with_int8_activations_builds_for_sm86_and_keeps_its_types(tmp_path, demo_scenes, precision):
     """As above, calibrated: Q and DQ around the encoder's products, integers from GPTQ. Half the trained size, to save an hour."""
     pytest.importorskip("tensorrt_rtx")
     from fastvlm_edge.calib.quantizer import Options as Calibration
@@ -101,7 +101,7 @@ def test_0_5b_with_int8_activations_builds_for_sm86_and_keeps_its_types(tmp_path
     from fastvlm_edge.engines.build import Options, build
 
     native = write_checkpoint(tmp_path / "ck", layout="native", size="0.5b")
-    calibrator = Quantizer(Calibration("demo:calibration:8", limit=8))
+    calibrator = Quantizer(Calibration(str(demo_scenes("calibration", 8)), limit=8))
     manifest = convert(str(native), tmp_path / "model", precision=precision, image_size=512, calibrator=calibrator)
     assert check_placement(tmp_path / "model" / "vision.onnx").share("INT8") > 0.5
     record = build(tmp_path / "model", "sm86", Options(cache=None))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ NEW_TOKENS = 129
 """The first comes from prefill, the others are 128 decode steps."""
 QUESTIONS, SEED = 16, 2026
 SHOWN_TOKENS = 16
-
-sys.path.insert(0, str(DEMO.parent))  # for `scenes`
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def photograph() -> Any:
 
 def demo_questions(count: int = QUESTIONS) -> list[tuple[str, Any]]:
     """(prompt, PIL image) of held-out scenes."""
-    from scenes import make_scene
+    from examples.demo_training.scenes import make_scene
 
     scenes = [make_scene("heldout", SEED, index) for index in range(count)]
     return [(scene.questions[0].prompt, scene.image) for scene in scenes]

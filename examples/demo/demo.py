@@ -10,10 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from scenes import make_scene
-
+from examples.demo_training.scenes import make_scene
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.progress import stderr_progress
@@ -30,7 +27,7 @@ def main() -> int:
         began = time.perf_counter()
         convert(str(CHECKPOINT), work / "model", precision="fp32", progress=stderr_progress())
         print(f"converted {CHECKPOINT.name} in {time.perf_counter() - began:.1f} s\n")
-        with FastVLM.load(work / "model") as vlm:
+        with FastVLM.load(work / "model", tune_process=True) as vlm:
             print(f"{vlm.backend.description}\n")
             for kind, index in ASKED:
                 scene = make_scene("heldout", 0, index, kind=kind)

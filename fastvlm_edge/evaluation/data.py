@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import json
 import os
-import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +22,6 @@ from fastvlm_edge.evaluation.formats import ACCEPTED, Parsed, Row, Unusable, fro
 from fastvlm_edge.inputs.image_input import ImageInput, load_rgb
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-DEMO_SEED = 2026
-"""The series of `benchmarks/demo_accuracy.py`, so that figures can be compared."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Dataset:
         """Use `open_data`."""
         self.source = source
         self.format = format
-        """`pictures`, `jsonl`, `json`, `llava`, `webdataset`, `demo`, `textvqa`, `docvqa`, `chartqa` or `vqav2`."""
+        """`pictures`, `jsonl`, `json`, `llava`, `webdataset`, `textvqa`, `docvqa`, `chartqa` or `vqav2`."""
         self.total = len(items)
         """How many the source has, chosen or not."""
         self.skipped: list[Unusable] = []
@@ -138,19 +134,16 @@ def open_data(source: str | os.PathLike[str], *, images: Path | None = None, lim
         raise FastVLMError(f"the limit is {limit}; give a whole number of at least 1")
     if images is not None and not images.is_dir():
         raise FastVLMError(f"{images} is not a folder; give the folder of the pictures with --images DIR")
-    if source.startswith("demo:"):
-        format, items = "demo", _demo(source)
+    path = Path(source)
+    if path.is_dir():
+        format, items = "pictures", _folder(path)
+    elif not path.is_file():
+        raise FastVLMError(f"{path} does not exist", f"give {ACCEPTED}")
+    elif tarfile.is_tarfile(path):
+        format, items = "webdataset", _webdataset(path)
     else:
-        path = Path(source)
-        if path.is_dir():
-            format, items = "pictures", _folder(path)
-        elif not path.is_file():
-            raise FastVLMError(f"{path} does not exist; --data takes {ACCEPTED}")
-        elif tarfile.is_tarfile(path):
-            format, items = "webdataset", _webdataset(path)
-        else:
-            parsed = parse_file(path)
-            format, items = parsed.format, _find_pictures(path, parsed, images)
+        parsed = parse_file(path)
+        format, items = parsed.format, _find_pictures(path, parsed, images)
     return Dataset(source, format, items, limit=limit, seed=seed)
 
 
@@ -257,36 +250,3 @@ def _read_part(path: Path, offset: int, size: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
-
-
-class _DemoScenes(Sequence[Example | Unusable]):
-    """Scenes of `examples/demo/scenes.py`, drawn when asked for."""
-
-    def __init__(self, make_scene: Callable[..., Any], split: str, seed: int, count: int) -> None:
-        self._make_scene, self._split, self._seed, self._count = make_scene, split, seed, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        name = f"{self._split}-{self._seed}-{index}"
-        scene = self._make_scene(self._split, self._seed, index)
-        question = scene.questions[0]
-        return Example(name, LazyPicture(name, lambda: scene.image), question.prompt, (question.answer,), question.kind)
-
-
-def _demo(source: str) -> Sequence[Example | Unusable]:
-    """demo:SPLIT:COUNT or demo:SPLIT:COUNT:SEED."""
-    folders = [root / "examples" / "demo" for root in (Path(__file__).resolve().parents[2], Path.cwd())]
-    folder = next((folder for folder in folders if (folder / "scenes.py").is_file()), None)
-    if folder is None:
-        raise FastVLMError(f"{source} needs examples/demo/scenes.py, which is not installed; run the command in a clone of fastvlm-edge")
-    sys.path.insert(0, str(folder))
-    try:
-        scenes = importlib.import_module("scenes")
-    finally:
-        sys.path.remove(str(folder))
-    split, *numbers = source.split(":")[1:]
-    if split not in scenes.SPLITS or not 1 <= len(numbers) <= 2 or not all(n.isdecimal() for n in numbers) or int(numbers[0]) < 1:
-        raise FastVLMError(f"{source!r} is not demo:SPLIT:COUNT[:SEED] with one of {', '.join(scenes.SPLITS)}, such as demo:heldout:2000")
-    return _DemoScenes(scenes.make_scene, split, int(numbers[1]) if len(numbers) == 2 else DEMO_SEED, int(numbers[0]))

@@ -16,7 +16,7 @@ from typing import Any
 from fastvlm_edge.errors import FastVLMError
 
 ACCEPTED = (
-    "a folder of pictures, JSON lines or a JSON list of {image, prompt, answer}, LLaVA conversations, a WebDataset .tar, demo:SPLIT:COUNT, "
+    "a folder of pictures, JSON lines or a JSON list of {image, prompt, answer}, LLaVA conversations, a WebDataset .tar, "
     "or TextVQA, DocVQA, ChartQA or VQAv2 as published"
 )
 

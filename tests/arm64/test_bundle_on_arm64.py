@@ -43,9 +43,8 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def questions(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Asked]:
-    sys.path.insert(0, str(DEMO))
-    from demo import ASKED
-    from scenes import make_scene
+    from examples.demo.demo import ASKED
+    from examples.demo_training.scenes import make_scene
 
     folder = tmp_path_factory.mktemp("pictures")
     asked = []

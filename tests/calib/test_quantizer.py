@@ -26,7 +26,7 @@ from tests.support.checkpoints import write_checkpoint
 from tests.support.parser_of_tensorrt_10_3 import check_graph
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "fastvlm-demo"
-DATA = "demo:calibration:48"
+EXAMPLES = 48
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +34,23 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTVLM_EDGE_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(scope="session")
+def data(demo_scenes):
+    """Questions about EXAMPLES scenes of the split `calibration`."""
+    return str(demo_scenes("calibration", EXAMPLES))
+
+
 @pytest.fixture(scope="module", params=["int8", "int4"])
-def model(request, tmp_path_factory):
+def model(request, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("calibrated") / request.param
-    convert(str(DEMO), output, precision=request.param, calibrator=Quantizer(Options(DATA, limit=48)))
+    convert(str(DEMO), output, precision=request.param, calibrator=Quantizer(Options(data, limit=EXAMPLES)))
     return output
 
 
 # Conversion ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_calibrated_model_directory_is_whole_and_answers(model):
+def test_a_calibrated_model_directory_is_whole_and_answers(model, demo_scenes):
     manifest = read_manifest(model)
     verify_files(model, manifest, hashes=True)
     assert {path.name for path in model.iterdir()} == {*manifest.files, "fastvlm.json"}
@@ -53,7 +59,7 @@ def test_a_calibrated_model_directory_is_whole_and_answers(model):
 
     right = []
     with FastVLM.load(model, "ort") as vlm:
-        for example, image in open_data("demo:heldout:24").read():
+        for example, image in open_data(demo_scenes("heldout", 24)).read():
             right.append(vlm.generate(example.prompt, image, max_new_tokens=16).text == example.answers[0])
     assert sum(right) >= 23
 
@@ -74,9 +80,9 @@ def test_the_figures_of_int8_activations_are_in_the_manifest(model):
     assert 0.95 <= parity["image_features_w8a8"]["cosine"] < parity["image_features"]["cosine"] <= 1
 
 
-def test_the_report_says_what_was_decided(model):
+def test_the_report_says_what_was_decided(model, data):
     report = json.loads((model / "quantization.json").read_text())
-    assert report["calibration"]["source"] == DATA and report["calibration"]["used"] == 48
+    assert report["calibration"]["source"] == data and report["calibration"]["used"] == EXAMPLES
     groups = {group["name"]: group for group in report["vision"]["groups"]}
     assert {group["decision"] for group in groups.values()} >= {"int8", "wide"}
     assert all(group["reason"] for group in groups.values())
@@ -99,14 +105,14 @@ def test_engines_are_built_from_the_calibrated_graphs(model):
     assert len(int8) >= 10
 
 
-def test_accuracy_bounds_the_plan(tmp_path, monkeypatch):
+def test_accuracy_bounds_the_plan(tmp_path, monkeypatch, demo_scenes):
     """A judge that finds every quantised encoder wanting leaves it in floats; one that minds nothing gets the cheapest plan."""
     shares = {}
     monkeypatch.setattr(module, "DAMAGES", (0.05, 0.0))
     for name, losses in (("nothing", [0.0]), ("everything", [9.0, 0.5])):
         left = iter(losses)
         monkeypatch.setattr(module, "drop", lambda *_, left=left: next(left))
-        calibrator = Quantizer(Options("demo:calibration:64", limit=48, accuracy_drop=0.5))
+        calibrator = Quantizer(Options(str(demo_scenes("calibration", 64)), limit=48, accuracy_drop=0.5))
         convert(str(DEMO), tmp_path / name, precision="int8", calibrator=calibrator)
         shares[name] = check_placement(tmp_path / name / "vision.onnx").share("INT8")
         evaluation = json.loads((tmp_path / name / "quantization.json").read_text())["evaluation"]
@@ -120,10 +126,11 @@ def test_accuracy_bounds_the_plan(tmp_path, monkeypatch):
     assert not (tmp_path / "never").exists()
 
 
-def test_an_accuracy_drop_needs_examples_to_judge_by():
+def test_an_accuracy_drop_needs_examples_to_judge_by(demo_scenes):
+    ten = str(demo_scenes("calibration", 10))
     with pytest.raises(FastVLMError, match="has 10 examples and calibration, with some to judge the accuracy drop by, needs at least 11"):
-        Quantizer(Options("demo:calibration:10", limit=8, accuracy_drop=0.5))
-    Quantizer(Options("demo:calibration:10", limit=8))
+        Quantizer(Options(ten, limit=8, accuracy_drop=0.5))
+    Quantizer(Options(ten, limit=8))
 
 
 def test_a_folder_of_pictures_is_enough_and_bad_ones_are_named(tmp_path, capsys):
@@ -144,26 +151,27 @@ def test_a_folder_of_pictures_is_enough_and_bad_ones_are_named(tmp_path, capsys)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--precision", "fp16", "--calib", DATA], "--precision fp16 has no integers to calibrate; choose int8 or int4"),
+        (["--precision", "fp16", "--calib", "{data}"], "--precision fp16 has no integers to calibrate; choose int8 or int4"),
         (["--precision", "int8", "--accuracy-drop", "0.5"], "--accuracy-drop needs questions to measure it with"),
-        (["--precision", "int8", "--calib", "demo:calibration:4"], "has 4 examples and calibration needs at least 8"),
-        (["--precision", "int8", "--calib", DATA, "--calib-limit", "3"], "calibration with 3 examples is too little"),
-        (["--precision", "int8", "--calib", DATA, "--accuracy-drop", "-1"], "an accuracy drop of -1 points cannot be promised"),
+        (["--precision", "int8", "--calib", "{few}"], "has 4 examples and calibration needs at least 8"),
+        (["--precision", "int8", "--calib", "{data}", "--calib-limit", "3"], "calibration with 3 examples is too little"),
+        (["--precision", "int8", "--calib", "{data}", "--accuracy-drop", "-1"], "an accuracy drop of -1 points cannot be promised"),
     ],
 )
-def test_what_cannot_work_is_said_at_once(tmp_path, capsys, arguments, says):
+def test_what_cannot_work_is_said_at_once(tmp_path, capsys, demo_scenes, data, arguments, says):
+    arguments = [part.format(data=data, few=demo_scenes("calibration", 4)) for part in arguments]
     assert main(["convert", str(DEMO), "-o", str(tmp_path / "model"), *arguments]) == 1
     assert says in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
 
 
-def test_the_command_passes_everything_on(tmp_path, monkeypatch):
+def test_the_command_passes_everything_on(tmp_path, monkeypatch, data):
     seen = {}
     monkeypatch.setattr("fastvlm_edge.convert.pipeline.convert", lambda *_, **options: seen.update(options) or read_manifest(tmp_path))
-    convert_options = "--precision int8 --calib demo:calibration:16 --calib-limit 9 --accuracy-drop 1.5 --images"
+    convert_options = f"--precision int8 --calib {data} --calib-limit 9 --accuracy-drop 1.5 --images"
     assert main(["convert", str(DEMO), "-o", str(tmp_path), *convert_options.split(), str(tmp_path)]) == 1  # tmp_path is no model directory
     options = seen["calibrator"].options
-    assert (options.source, options.images, options.limit) == ("demo:calibration:16", tmp_path, 9)
+    assert (options.source, options.images, options.limit) == (data, tmp_path, 9)
     assert options.accuracy_drop == 1.5
     assert options.cache == tmp_path / "cache" / "calibration"
 
@@ -180,7 +188,7 @@ def test_the_cache_knows_pictures_by_their_pixels_not_by_where_they_lie(tmp_path
     assert digests[0][0] != digests[1][0] and digests[0][1] == digests[1][1]
 
 
-def test_a_run_that_was_broken_off_goes_on_with_what_it_had_encoded(tmp_path, monkeypatch):
+def test_a_run_that_was_broken_off_goes_on_with_what_it_had_encoded(tmp_path, monkeypatch, data):
     encoded = []
 
     def encode(x):
@@ -189,27 +197,33 @@ def test_a_run_that_was_broken_off_goes_on_with_what_it_had_encoded(tmp_path, mo
         encoded.append(x)
         return image_tokens(x)
 
+    def cached():
+        return Quantizer(Options(data, limit=EXAMPLES, cache=tmp_path / "cache"))
+
     image_tokens = module.image_tokens
     monkeypatch.setattr(module, "image_tokens", encode)
     with pytest.raises(KeyboardInterrupt):
-        convert(str(DEMO), tmp_path / "model", precision="int4", calibrator=Quantizer(Options(DATA, limit=48, cache=tmp_path / "cache")))
+        convert(
+            str(DEMO), tmp_path / "model", precision="int4", calibrator=Quantizer(Options(data, limit=EXAMPLES, cache=tmp_path / "cache"))
+        )
     (folder,) = (tmp_path / "cache").iterdir()
     kept = sorted(folder.iterdir())
     assert len(kept) == 30
     kept[3].write_bytes(kept[3].read_bytes()[:100])
     kept[5].write_bytes(b"")
     encoded.clear()
-    convert(str(DEMO), tmp_path / "model", precision="int4", calibrator=Quantizer(Options(DATA, limit=48, cache=tmp_path / "cache")))
+    convert(str(DEMO), tmp_path / "model", precision="int4", calibrator=cached())
     assert len(encoded) == 20
     monkeypatch.setattr(module, "image_tokens", lambda _x: pytest.fail("encoded again"))
-    convert(str(DEMO), tmp_path / "again", precision="int4", calibrator=Quantizer(Options(DATA, limit=48, cache=tmp_path / "cache")))
+    convert(str(DEMO), tmp_path / "again", precision="int4", calibrator=cached())
     for name in ("vision.weights", "decoder.weights", "vision.onnx"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
-def test_a_cache_that_cannot_be_written_does_not_stop_the_calibration(tmp_path):
+def test_a_cache_that_cannot_be_written_does_not_stop_the_calibration(tmp_path, data):
     (tmp_path / "file").write_text("where a folder should be")
-    convert(str(DEMO), tmp_path / "model", precision="int8", calibrator=Quantizer(Options(DATA, limit=48, cache=tmp_path / "file")))
+    calibrator = Quantizer(Options(data, limit=EXAMPLES, cache=tmp_path / "file"))
+    convert(str(DEMO), tmp_path / "model", precision="int8", calibrator=calibrator)
     verify_files(tmp_path / "model", read_manifest(tmp_path / "model"), hashes=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
 

@@ -25,8 +25,8 @@ COUNT = 120
 def scenes(tmp_path_factory):
     """Pictures and questions as the scene command writes them, from the held-out split."""
     folder = tmp_path_factory.mktemp("scenes")
-    command = [sys.executable, str(ROOT / "examples" / "demo" / "scenes.py"), "--seed", "77", "--count", str(COUNT), "--out", str(folder)]
-    subprocess.run([*command, "--split", "heldout"], check=True, capture_output=True)
+    command = [sys.executable, "-m", "examples.demo_training.scenes", "--seed", "77", "--count", str(COUNT), "--out", str(folder)]
+    subprocess.run([*command, "--split", "heldout"], check=True, capture_output=True, cwd=ROOT)
     lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     return [(folder / question["image"], question) for question in map(json.loads, lines)]
 
@@ -81,7 +81,7 @@ def test_the_recorded_accuracy_is_that_of_this_file():
 
 
 def test_the_demo_runs():
-    done = subprocess.run([sys.executable, str(ROOT / "examples" / "demo" / "demo.py")], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "examples.demo.demo"], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     answers = re.findall(r"answer {4}(.*)\n {2}expected {2}(.*)\n", done.stdout)
     assert len(answers) == 3

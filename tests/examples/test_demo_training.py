@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +12,18 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
-sys.path.insert(0, str(DEMO))
-
 import torch.nn.functional as F  # noqa: E402
-from checkpoint import export_checkpoint, load_checkpoint, native_tensors  # noqa: E402
-from data import cell_targets, collate, count_targets, draw_batches, place_targets, relation_targets, slot_targets  # noqa: E402
-from evaluate import answer_scenes, score  # noqa: E402
-from language import AFTER_IMAGE, BEFORE_IMAGE, SPECIAL_TOKENS, Prompter, build_tokenizer  # noqa: E402
-from model import CHARACTERS, GLYPHS, TINTS, DemoConfig, DemoModel, count_parameters, fold  # noqa: E402
-from picture import COLOURS, DIGITS, LETTERS, Mark, Question  # noqa: E402
-from scenes import make_scene  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
-from train import Recipe, learning_rate  # noqa: E402
-from training_kernels import DepthwiseConv, gelu, load_kernels  # noqa: E402
+
+from examples.demo_training.checkpoint import export_checkpoint, load_checkpoint, native_tensors  # noqa: E402
+from examples.demo_training.data import cell_targets, collate, count_targets, draw_batches, place_targets, relation_targets, slot_targets  # noqa: E402
+from examples.demo_training.evaluate import answer_scenes, score  # noqa: E402
+from examples.demo_training.language import AFTER_IMAGE, BEFORE_IMAGE, SPECIAL_TOKENS, Prompter, build_tokenizer  # noqa: E402
+from examples.demo_training.model import CHARACTERS, GLYPHS, TINTS, DemoConfig, DemoModel, count_parameters, fold  # noqa: E402
+from examples.demo_training.picture import COLOURS, DIGITS, LETTERS, Mark, Question  # noqa: E402
+from examples.demo_training.scenes import make_scene  # noqa: E402
+from examples.demo_training.train import Recipe, learning_rate  # noqa: E402
+from examples.demo_training.training_kernels import DepthwiseConv, gelu, load_kernels  # noqa: E402
 
 SMALL = DemoConfig(depths=(1, 1, 1, 1, 1), dims=(8, 16, 32, 32, 32), hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48)
 

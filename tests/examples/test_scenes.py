@@ -15,14 +15,13 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
-DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
-sys.path.insert(0, str(DEMO))
+ROOT = Path(__file__).resolve().parents[2]
 
-from meters import dial_values  # noqa: E402
-from objects import PLURALS  # noqa: E402
-from picture import COLOURS, SHAPES, Scene  # noqa: E402
-from scenes import KINDS, OBJECT_KINDS, SPLITS, make_scene, scene_rng  # noqa: E402
-from signs import CODE_CHARACTERS, WORDS  # noqa: E402
+from examples.demo_training.meters import dial_values  # noqa: E402
+from examples.demo_training.objects import PLURALS  # noqa: E402
+from examples.demo_training.picture import COLOURS, SHAPES, Scene  # noqa: E402
+from examples.demo_training.scenes import KINDS, OBJECT_KINDS, SPLITS, make_scene, scene_rng  # noqa: E402
+from examples.demo_training.signs import CODE_CHARACTERS, WORDS  # noqa: E402
 
 
 def pixels(scene: Scene) -> np.ndarray:
@@ -132,7 +131,9 @@ def test_unknown_kind_and_tiny_size_are_named() -> None:
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(DEMO / "scenes.py"), *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "examples.demo_training.scenes", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+    )
 
 
 def test_command_writes_pictures_and_questions(tmp_path: Path) -> None:

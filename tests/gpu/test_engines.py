@@ -2,7 +2,6 @@
 
 import gc
 import shutil
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from examples.demo_training.scenes import make_scene
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY
 from fastvlm_edge.backends.load_engines import BOUNDS
@@ -23,10 +23,6 @@ from fastvlm_edge.model_dir.manifest import PRECISIONS, read_manifest
 from fastvlm_edge.nvidia.cuda import Cuda
 from fastvlm_edge.nvidia.drivers import open_cuda
 from fastvlm_edge.nvidia.tensorrt_library import Library, find_library
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
-
-from scenes import make_scene
 
 pytestmark = pytest.mark.gpu
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 from PIL import Image
 
 from fastvlm_edge import FastVLMError
-from fastvlm_edge.evaluation import data
 from fastvlm_edge.evaluation.data import Dataset, Example, choose, open_data
 
 QUESTION = "What does the meter read?"
@@ -126,33 +123,6 @@ def test_a_tar_that_is_cut_off_or_compressed_is_an_error(tmp_path: Path) -> None
         archive.add(tmp_path / "a.png", "a.png")
     with pytest.raises(FastVLMError, match="unpack the compression"):
         open_data(str(tmp_path / "b.tar.gz"))
-
-
-def test_the_demo_generator_is_the_series_of_the_benchmark(tmp_path: Path) -> None:
-    dataset = open_data("demo:heldout:3")
-    found = list(dataset.read())
-    assert dataset.format == "demo" and len(found) == 3
-    script = Path(data.__file__).parents[2] / "examples" / "demo" / "scenes.py"
-    subprocess.run([sys.executable, script, "--seed", "2026", "--count", "3", "--out", tmp_path], check=True, capture_output=True)
-    written = list(open_data(str(tmp_path / "questions.jsonl")).read())
-    for (example, image), (same, picture) in zip(found, written, strict=True):
-        assert (example.prompt, example.answers, example.kind) == (same.prompt, same.answers, same.kind)
-        assert image.tobytes() == picture.tobytes()
-    (other, _), *_ = open_data("demo:calibration:1:7").read()
-    assert other.id == "calibration-7-0"
-
-
-@pytest.mark.parametrize("source", ["demo:", "demo:heldout", "demo:nothing:5", "demo:heldout:0", "demo:heldout:many", "demo:heldout:1:2:3"])
-def test_a_demo_source_that_is_none_says_how_it_is_written(source: str) -> None:
-    with pytest.raises(FastVLMError, match=r"is not demo:SPLIT:COUNT.*train, calibration, heldout"):
-        open_data(source)
-
-
-def test_without_the_examples_folder_there_is_no_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "site-packages" / "fastvlm_edge" / "evaluation" / "data.py"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FastVLMError, match="not installed; run the command in a clone"):
-        open_data("demo:heldout:3")
 
 
 def textvqa(folder: Path) -> str:
@@ -303,16 +273,19 @@ def test_a_bad_picture_in_a_tar_is_named(tmp_path: Path) -> None:
     assert dataset.skipped[0].reason.startswith("a.tar/2.png: the picture is not a picture")
 
 
-def test_a_limit_is_reproducible_and_a_larger_one_holds_it() -> None:
+def test_a_limit_is_reproducible_and_a_larger_one_holds_it(tmp_path: Path) -> None:
     few, more = choose(1000, 10, seed=1), choose(1000, 20, seed=1)
     assert list(few) == sorted(set(few)) and len(few) == 10 and set(few) < set(more)
     assert list(choose(1000, 10, seed=1)) == list(few) != list(choose(1000, 10, seed=2))
     assert list(choose(5, 2, seed=0)) == [3, 4]  # for ever
     assert list(choose(3, 10, seed=0)) == [0, 1, 2]
     with pytest.raises(FastVLMError, match="the limit is 0"):
-        open_data("demo:heldout:3", limit=0)
-    dataset = open_data("demo:heldout:50", limit=4, seed=3)
-    assert len(dataset) == 4 and dataset.describe() == "4 of 50 examples of demo:heldout:50 (demo)"
+        open_data(str(tmp_path), limit=0)
+    draw(tmp_path / "a.png")
+    rows = "".join(json.dumps({"image": "a.png", "prompt": f"question {index}"}) + "\n" for index in range(50))
+    source = write(tmp_path / "50.jsonl", rows)
+    dataset = open_data(source, limit=4, seed=3)
+    assert len(dataset) == 4 and dataset.describe() == f"4 of 50 examples of {source} (jsonl)"
 
 
 def test_pictures_are_opened_when_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,8 +224,11 @@ def arguments(model: Path, questions: Path, *more: str) -> list[str]:
     return ["eval", str(model), "--data", str(questions), "--threads", "1", "--backend", "ort", "--max-new-tokens", "4", *more]
 
 
-def test_the_demo_model_is_right_about_the_demo(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", str(demo_model), "--data", "demo:heldout:12", "--reference", str(demo_model), "--threads", "1", "--json"]) == 0
+def test_the_demo_model_is_right_about_the_demo(
+    demo_model: Path, demo_scenes: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(demo_scenes("heldout", 12))
+    assert main(["eval", str(demo_model), "--data", data, "--reference", str(demo_model), "--threads", "1", "--json"]) == 0
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert err == "" and out.count("\n") == 1
@@ -238,7 +241,7 @@ def test_the_demo_model_is_right_about_the_demo(demo_model: Path, capsys: pytest
         "model": str(demo_model),
         "precision": "fp32",
         "backend": "ort",
-        "format": "demo",
+        "format": "jsonl",
         "metric": "exact_match",
         "partial": False,
     }
@@ -305,9 +308,11 @@ def test_an_error_on_the_way_prints_what_there_is(
     assert json.loads(out)["count"] == 3 and json.loads(out)["partial"] and "not finite" in err
 
 
-def test_ctrl_c_loses_no_answer(model_dir: Path, tmp_path: Path) -> None:
+def test_ctrl_c_loses_no_answer(model_dir: Path, pictures: Path, tmp_path: Path) -> None:
+    many = tmp_path / "many.jsonl"
+    many.write_text(20_000 * (json.dumps({"image": str(pictures / "a.png"), "prompt": QUESTION, "answer": "042"}) + "\n"))
     saved = tmp_path / "answers.jsonl"
-    more = ["demo:heldout:100000", "--json", "--max-new-tokens", "2", "--threads", "1", "--save", str(saved)]
+    more = [str(many), "--json", "--max-new-tokens", "2", "--threads", "1", "--save", str(saved)]
     process = subprocess.Popen(
         [sys.executable, "-m", "fastvlm_edge", "eval", str(model_dir), "--data", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

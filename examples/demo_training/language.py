@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from picture import Question
-from scenes import make_scene
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from examples.demo_training.picture import Question
+from examples.demo_training.scenes import make_scene
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 SYSTEM_PROMPT = "You are a helpful assistant."

@@ -1,8 +1,8 @@
 """Scene generator of the demo: pictures of what edge devices look at, with questions whose answers are known.
 
-It feeds training, calibration and evaluation; the three splits never share a random stream. As a command it writes a folder of pictures:
+Training, calibration and evaluation use it; the three splits never share a random stream. As a command it writes a folder of pictures:
 
-    python examples/demo/scenes.py --seed 1 --count 200 --out pictures
+    python -m examples.demo_training.scenes --split heldout --count 2000 --out scenes
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ import argparse
 import json
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from meters import draw_dial, draw_meter
-from objects import ask_objects, draw_objects
-from picture import Canvas, Colour, Question, Scene, pick_weighted
-from signs import draw_label, draw_sign
+
+from examples.demo_training.meters import draw_dial, draw_meter
+from examples.demo_training.objects import ask_objects, draw_objects
+from examples.demo_training.picture import Canvas, Colour, Question, Scene, pick_weighted
+from examples.demo_training.signs import draw_label, draw_sign
 
 SIZE = 192
+"""Pixels of a side: what the demo model sees."""
+SEED = 2026
+"""The series that recorded figures are measured on; training checks itself on another one."""
 SPLITS = ("train", "calibration", "heldout")
 KIND_WEIGHTS = {"reading": 0.44, "dial": 0.07, "sign": 0.06, "label": 0.07, "count": 0.12, "colour": 0.08, "shape": 0.08, "position": 0.08}
 KINDS = tuple(KIND_WEIGHTS)
@@ -99,8 +104,19 @@ def _ask_several(rng: np.random.Generator, canvas: Canvas, kind: str, questions:
     return list(asked.values())
 
 
-def write_scenes(out: Path, *, split: str, seed: int, count: int, size: int | tuple[int, int] = SIZE) -> None:
-    """Write `count` PNG files and `questions.jsonl` (`image`, `prompt`, `answer`, `kind`) into the folder `out`."""
+def write_scenes(
+    out: Path,
+    *,
+    split: str,
+    count: int,
+    seed: int = SEED,
+    size: int | tuple[int, int] = SIZE,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Path:
+    """Write `count` PNG files and `questions.jsonl` (`image`, `prompt`, `answer`, `kind`) into the folder `out`.
+
+    Returns the path of `questions.jsonl`, which `eval --data` and `convert --calib` take. `advance` gets the number of pictures so far.
+    """
     out.mkdir(parents=True, exist_ok=True)
     digits = max(5, len(str(count)))
     with open(out / "questions.jsonl", "w", encoding="utf-8") as lines:
@@ -111,9 +127,19 @@ def write_scenes(out: Path, *, split: str, seed: int, count: int, size: int | tu
             question = scene.questions[0]
             row = {"image": name, "prompt": question.prompt, "answer": question.answer, "kind": question.kind}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-            if (index + 1) % 100 == 0 or index + 1 == count:
-                print(f"\r{index + 1}/{count} pictures", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+            advance(index + 1)
+    return out / "questions.jsonl"
+
+
+def scene_questions(folder: Path, split: str, count: int, seed: int = SEED) -> Path:
+    """`questions.jsonl` of the first `count` scenes of a series, written below `folder` unless they are there already."""
+    out = folder / f"{split}-{seed}-{count}"
+    if out.is_dir():
+        return out / "questions.jsonl"
+    beside = folder / f".{out.name}"
+    write_scenes(beside, split=split, count=count, seed=seed)
+    beside.rename(out)
+    return out / "questions.jsonl"
 
 
 def parse_size(text: str) -> int | tuple[int, int]:
@@ -126,16 +152,21 @@ def parse_size(text: str) -> int | tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw scenes with questions and answers.")
-    parser.add_argument("--seed", type=int, required=True, help="number of the series; one series is the same on every machine")
-    parser.add_argument("--count", type=int, required=True, help="how many pictures")
+    parser.add_argument("--seed", type=int, default=SEED, help="number of the series, the same on every machine; default: %(default)s")
+    parser.add_argument("--count", type=int, required=True, help="number of pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder for the PNG files and questions.jsonl")
     parser.add_argument("--split", choices=SPLITS, default="heldout", help="default: %(default)s")
     parser.add_argument("--size", type=parse_size, default=SIZE, help="pixels, as 192 or 256x192; default: %(default)s")
     args = parser.parse_args(argv)
     if args.count < 1:
         parser.error(f"--count must be at least 1, got {args.count}")
+
+    def advance(done: int) -> None:
+        if done % 100 == 0 or done == args.count:
+            print(f"\r{done}/{args.count} pictures", end="" if done < args.count else "\n", file=sys.stderr, flush=True)
+
     try:
-        write_scenes(args.out, split=args.split, seed=args.seed, count=args.count, size=args.size)
+        write_scenes(args.out, split=args.split, seed=args.seed, count=args.count, size=args.size, advance=advance)
     except (OSError, ValueError) as error:
         print(f"scenes: {error}", file=sys.stderr)
         return 1

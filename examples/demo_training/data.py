@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from language import Prompter, stack_rows
-from model import CHARACTERS, DENSE_STRIDE, GLYPHS, MOST, SLOTS, TINTS, Packed
-from objects import CLEAR_MARGIN
-from picture import COLOURS, SHAPES, Mark, Scene, pick_weighted
-from scenes import OBJECT_KINDS, make_scene
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from examples.demo_training.language import Prompter, stack_rows
+from examples.demo_training.model import CHARACTERS, DENSE_STRIDE, GLYPHS, MOST, SLOTS, TINTS, Packed
+from examples.demo_training.objects import CLEAR_MARGIN
+from examples.demo_training.picture import COLOURS, SHAPES, Mark, Scene, pick_weighted
+from examples.demo_training.scenes import OBJECT_KINDS, make_scene
 from fastvlm_edge.model_dir.manifest import STRIDE
 
 GLYPH_INDEX = {name: index for index, name in enumerate(GLYPHS)}

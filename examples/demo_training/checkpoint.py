@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from language import save_tokenizer
-from model import DemoConfig, DemoModel, fold
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from examples.demo_training.language import save_tokenizer
+from examples.demo_training.model import DemoConfig, DemoModel, fold
 
 PREFIXES = {
     "vision.vision_tower.": "model.vision_tower.timm_model.",

@@ -1,7 +1,7 @@
 """Train the demo checkpoint on a CPU: pictures made on the fly, resumable, safe to kill at any moment.
 
-    python examples/demo/train.py --work DIR --pictures 320000
-    python examples/demo/train.py --work DIR --export examples/demo/fastvlm-demo
+    python -m examples.demo_training.train --work DIR --pictures 320000
+    python -m examples.demo_training.train --work DIR --export examples/demo/fastvlm-demo
 
 Beside the language-model loss on the answers there are auxiliary ones (`model.DemoVision`). The dense head learns characters and shapes an
 order of magnitude sooner than the answers alone would teach them, the summary head brings them into the visual tokens, and the place
@@ -24,16 +24,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from checkpoint import config_dict, export_checkpoint, save_state
-from data import Batch, draw_batches
-from evaluate import answer_scenes, score
-from language import Prompter, build_tokenizer
-from model import DemoConfig, DemoModel
-from scenes import make_scene
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from training_kernels import load_kernels
+
+from examples.demo_training.checkpoint import config_dict, export_checkpoint, save_state
+from examples.demo_training.data import Batch, draw_batches
+from examples.demo_training.evaluate import answer_scenes, score
+from examples.demo_training.language import Prompter, build_tokenizer
+from examples.demo_training.model import DemoConfig, DemoModel
+from examples.demo_training.scenes import make_scene
+from examples.demo_training.training_kernels import load_kernels
 
 CHECK_SEED = 1
 """Held-out seed of the checks during training; `benchmarks/demo_accuracy.py` reports on another one."""

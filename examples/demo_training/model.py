@@ -1,7 +1,7 @@
 """The demo's FastVLM: a small FastViTHD, the projector and a small Qwen2, with the auxiliary heads that training uses.
 
-Vision runs in the inference form of `fastvlm_edge.convert.reference.fastvithd`, where each merged convolution has been
-replaced by a convolution with BatchNorm that folds back into it. One branch instead of three trains twice as fast on a CPU and ends in the same network.
+Vision runs in the inference form of `fastvlm_edge.convert.reference.fastvithd`, with a convolution and a BatchNorm in place of each merged
+convolution; `fold` merges them again. One branch instead of three trains twice as fast on a CPU and ends in the same network.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from picture import COLOURS, DIGITS, LETTERS, SHAPES
 from torch import Tensor, nn
-from training_kernels import DepthwiseConv, gelu
 from transformers import Qwen2Config, Qwen2Model
 
+from examples.demo_training.picture import COLOURS, DIGITS, LETTERS, SHAPES
+from examples.demo_training.training_kernels import DepthwiseConv, gelu
 from fastvlm_edge.convert.reference.fastvithd import (
     BATCH_NORM_EPS,
     ConvFFN,

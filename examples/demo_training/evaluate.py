@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from language import IGNORE, Prompter
-from model import DemoModel, Packed
-from picture import Scene
-from scenes import KINDS
 from torch import Tensor
+
+from examples.demo_training.language import IGNORE, Prompter
+from examples.demo_training.model import DemoModel, Packed
+from examples.demo_training.picture import Scene
+from examples.demo_training.scenes import KINDS
 
 MOST_NEW_TOKENS = 12
 

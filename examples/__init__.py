@@ -1,0 +1,1 @@
+"""Examples; run them from the root of a clone."""
