@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan, WeightType
-from fastvlm_edge.convert.weights.decoder import ROWS, attention_parts
+from fastvlm_edge.convert.weights.decoder import ROWS, layer_matrices
 from fastvlm_edge.convert.weights.round_to_nearest import (
     LARGEST,
     SMALLEST,
@@ -171,7 +171,8 @@ class _Calibration:
     def _attention(self, name: str, cos: Tensor, sin: Tensor) -> None:
         text = self.text
         norm = self._norm(f"{name}.input_layernorm.weight")
-        parts = attention_parts(name, text)
+        matrices = layer_matrices(name, text)
+        parts = matrices[f"{name}.qkv"]
         weight = self._quantize(f"{name}.qkv", parts, (norm(hidden) for hidden in self.hidden))
         bias = torch.cat([self._tensor(f"{part}.bias") * scale for part, scale in parts])
 
@@ -185,20 +186,20 @@ class _Calibration:
             return out[0].transpose(0, 1).flatten(1)
 
         attended = [attend(hidden) for hidden in self.hidden]
-        out = self._quantize(f"{name}.o_proj", [(f"{name}.self_attn.o_proj", 1.0)], iter(attended))
+        out = self._quantize(f"{name}.o_proj", matrices[f"{name}.o_proj"], iter(attended))
         for hidden, added in zip(self.hidden, attended, strict=True):
             hidden += added @ out
 
     def _mlp(self, name: str) -> None:
         norm = self._norm(f"{name}.post_attention_layernorm.weight")
-        parts = [(f"{name}.mlp.gate_proj", 1.0), (f"{name}.mlp.up_proj", 1.0)]
-        weight = self._quantize(f"{name}.gate_up", parts, (norm(hidden) for hidden in self.hidden))
+        matrices = layer_matrices(name, self.text)
+        weight = self._quantize(f"{name}.gate_up", matrices[f"{name}.gate_up"], (norm(hidden) for hidden in self.hidden))
 
         def product(hidden: Tensor) -> Tensor:
             gate, up = (norm(hidden) @ weight).chunk(2, dim=-1)
             return F.silu(gate) * up
 
-        down = self._quantize(f"{name}.down", [(f"{name}.mlp.down_proj", 1.0)], map(product, self.hidden))
+        down = self._quantize(f"{name}.down", matrices[f"{name}.down"], map(product, self.hidden))
         for hidden in self.hidden:
             hidden += product(hidden) @ down
 

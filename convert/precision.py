@@ -1,4 +1,4 @@
-"""Precision plans: which type every stage of the model computes and is stored in (`--precision`)."""
+"""Precision plans (`--precision`): the type that every stage of the model computes in, and the type that its weights are stored in."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 FP16_MAX = 65504.0
 FP16_SAFE = FP16_MAX / 4
+"""The largest magnitude that a probe may find where FP16 is kept: the few pictures of the probe are not the worst ones."""
 
 VISION_STAGES = ("stem", "stage1", "stage2", "stage3", "stage4", "stage5", "final_conv", "projector")
 
 
 @dataclass(frozen=True)
 class WeightType:
-    """How the weights of a stage are stored: a float type as they are, or integers with scales.
+    """How the weights of a stage are stored: as floats in the type that the stage computes in, or as integers with scales.
 
-    `bits` is 0 for plain floats. `block` is the number of consecutive inputs that share a scale, 0 for one scale an output channel.
+    `bits` is 0 for floats. `block` is the number of consecutive inputs that share a scale, or 0 for per-channel scales (one for each
+    output).
     """
 
     bits: int = 0
@@ -37,13 +39,13 @@ class WeightType:
 PLAIN = WeightType()
 INT8_CHANNEL = WeightType(bits=8)
 INT4_BLOCK = WeightType(bits=4, block=128)
-"""4.125 bits a weight with FP16 scales, which are read for every token as well. Blocks of 64 are no more accurate when calibrated
+"""4.125 bits per weight with FP16 scales, which are read for every token as well. Blocks of 64 are not more accurate when calibrated
 (`benchmarks/results/llm_quantization.json`), and onnxruntime's kernels are slower with them."""
 
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """The types of one conversion. Float fields hold a key of FLOAT_TYPES: the type that is computed in."""
+    """The types of one conversion. `vision` and `decoder` hold keys of FLOAT_TYPES: the types that are computed in."""
 
     name: str
     vision: dict[str, str]
@@ -56,11 +58,11 @@ class PrecisionPlan:
     embedding: WeightType = PLAIN
 
     def floats(self) -> set[str]:
-        """Every float type that is computed in."""
+        """Every float type that some stage computes in."""
         return {*self.vision.values(), self.decoder}
 
     def describe(self) -> dict[str, str]:
-        """Flat form for the manifest: stage -> computing type, and the stored type where that is another one."""
+        """Flat form for the manifest: stage -> `fp16`, or `int8 -> fp16` where the weights are stored as integers."""
         plan = {f"vision.{stage}": _both(kind, self.vision_weights) for stage, kind in self.vision.items()}
         for stage in ("embedding", "body", "head"):
             plan[f"decoder.{stage}"] = _both(self.decoder, getattr(self, stage))
@@ -75,8 +77,8 @@ def _uniform(kind: str) -> dict[str, str]:
     return dict.fromkeys(VISION_STAGES, kind)
 
 
-# FP16 holds 65504 at most. Others measured 55,000 to 250,000 behind the downsampling into stage 5, so that stage and all behind it
-# stay in FP32 (6 to 7 % of the multiply-accumulates); conversion probes the real figures of each checkpoint, see `fit`.
+# FP16 ends at 65504. Others measured 55,000 to 250,000 after the downsampling into stage 5, so that stage and all later ones stay in
+# FP32 (6 to 7 % of the multiply-accumulates). The conversion probes the real magnitudes of each checkpoint, see `fit`.
 _FP16_VISION = {**_uniform("fp16"), "stage5": "fp32", "final_conv": "fp32", "projector": "fp32"}
 
 PLANS = {
@@ -92,27 +94,33 @@ PLANS = {
 
 
 def precision_plan(name: str) -> PrecisionPlan:
-    """The plan called `name`; raises FastVLMError with the names there are."""
+    """The plan called `name`. Raises FastVLMError that lists the known names."""
     if name not in PLANS:
-        raise FastVLMError(f"unknown precision {name!r}; choose one of {', '.join(PLANS)}")
+        raise FastVLMError(f"unknown precision {name!r}", f"choose one of {', '.join(PLANS)}")
     return PLANS[name]
+
+
+def vision_stage(name: str) -> str:
+    """The key of VISION_STAGES for the name of a tensor, layer or group: `vision.stages.0.blocks.1.mlp.fc1` belongs to `stage1`."""
+    part, _, rest = name.removeprefix("vision.").partition(".")
+    return f"stage{int(rest.partition('.')[0]) + 1}" if part == "stages" else part
 
 
 def fit(plan: PrecisionPlan, vision: Mapping[str, float], decoder: float) -> PrecisionPlan:
     """The plan with wider types where FP16 is too narrow: FP32 for a stage of the encoder, BF16 for the whole decoder.
 
-    `vision` has the largest magnitude of every stage, `decoder` that of the whole decoder. A stage stays in FP16 up to a quarter of 65504:
-    the few pictures of the probe are not the worst there are.
+    `vision` maps each stage to the largest magnitude that was found there; `decoder` is the largest one of the whole decoder. A stage stays
+    in FP16 up to FP16_SAFE, a quarter of 65504.
     """
     stages = {stage: "fp32" if kind == "fp16" and vision.get(stage, 0.0) > FP16_SAFE else kind for stage, kind in plan.vision.items()}
     return replace(plan, vision=stages, decoder="bf16" if plan.decoder == "fp16" and decoder > FP16_SAFE else plan.decoder)
 
 
 def on_cpu(plan: PrecisionPlan) -> PrecisionPlan:
-    """The plan that onnxruntime's CPU provider computes with the same stored weights.
+    """The plan for onnxruntime's CPU provider, which computes with the same stored weights.
 
-    It has no BF16 kernels (MatMul, Add, Conv, Softmax: onnxruntime 1.31), and computes FP16 as FP32 between two casts. So BF16 becomes
-    FP32 there, and so does everything beside integer weights, whose kernels want FP32; a pure FP16 plan stays as it was asked for.
+    The provider has no BF16 kernels (MatMul, Add, Conv, Softmax: onnxruntime 1.31), and it computes FP16 as FP32 between two casts. So BF16
+    becomes FP32, and plans with integer weights compute in FP32 throughout, as the integer kernels require. A pure FP16 plan stays FP16.
     """
     if not any(kind.bits for kind in (plan.vision_weights, plan.body, plan.head, plan.embedding)) and "bf16" not in plan.floats():
         return plan

@@ -24,7 +24,7 @@ from fastvlm_edge.calib.encoder.cache import Activations, ObservationCache, run_
 from fastvlm_edge.calib.encoder.chain import Decision, Float32, Layer, Ranges, Unit, build_chain
 from fastvlm_edge.calib.encoder.histogram import Histogram
 from fastvlm_edge.calib.encoder.quantize_layer import Recipe, equalize_layer, quantize_layer
-from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan
+from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan, vision_stage
 from fastvlm_edge.convert.reference.fastvithd import FastViTHD
 from fastvlm_edge.convert.weights.vision import QuantizedLayer
 from fastvlm_edge.errors import FastVLMError
@@ -397,7 +397,7 @@ class VisionSearch:
                 continue
             name = "vision." + path.removesuffix(".reparam_conv").removesuffix(".conv.conv")
             name += ".conv" if path.endswith(".conv.conv") else ""
-            stage = f"stage{int(path.split('.')[1]) + 1}" if path.startswith("stages.") else path.split(".")[0]
+            stage = vision_stage(name)
             kind = "squeeze-excite" if ".se." in path else "grouped" if module.groups > 1 else "first"
             count = 1 if kind == "squeeze-excite" else at[stage] * (4 if kind == "first" else 1)  # the stem halves the map twice
             reason = {

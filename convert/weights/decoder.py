@@ -1,7 +1,7 @@
 """The decoder's weights in the types of a precision plan, written tensor by tensor: a 7B model needs far less memory than its size.
 
-Names: `llm.layers.N.{qkv,qkv.bias,o_proj,gate_up,down,input_norm,post_norm}`, `llm.embedding`, `llm.norm`, `llm.head`; a matrix is
-[inputs, outputs], and one stored as integers has its scales beside it as `NAME.scale`.
+Names: `llm.layers.N.{qkv,qkv.bias,o_proj,gate_up,down,input_norm,post_norm}`, `llm.embedding`, `llm.norm`, `llm.head`. A matrix is
+[inputs, outputs]. A matrix stored as integers has its scales in a second tensor, `NAME.scale`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan, WeightTyp
 from fastvlm_edge.convert.weights.round_to_nearest import Quantized, quantize_channels, quantize_matrix
 
 ROWS = 8192
-"""Rows of the embedding or head that are read at a time."""
+"""How many rows of the embedding or head are read at a time."""
 
 Float32 = npt.NDArray[np.float32]
 
 
 class QuantizedMatrices(Protocol):
-    """Matrices that were quantised before, such as `calib.decoder.DecoderQuantization`."""
+    """Matrices that are quantised already: by calibration (`calib.decoder.DecoderQuantization`), or stored (`StoredMatrices`)."""
 
     @property
     def scale_type(self) -> np.dtype[Any]:
-        """The type that the scales are exact in."""
+        """The float type that holds the scales exactly."""
 
     def matrix(self, name: str) -> Quantized:
-        """Integers [inputs, outputs] and scales of a matrix by its name among the decoder's weights."""
+        """Integers [inputs, outputs] and scales of the matrix `name`, as in `layer_matrices` or `llm.head`."""
 
 
 def write_decoder_weights(
@@ -41,14 +41,14 @@ def write_decoder_weights(
     advance: Callable[[], None],
     quantized: QuantizedMatrices | None = None,
 ) -> None:
-    """Append every weight of the decoder to `weights` in the types of the plan; `advance` is called once a layer and twice around them.
+    """Append every weight of the decoder to `weights` in the types of the plan.
 
-    Matrices that the plan stores as integers come from `quantized` where it is given, and are rounded to nearest otherwise.
-    Memory stays at one layer's largest matrix in float32, or at the head in its stored type.
-    Raises ValueError where the scales of `quantized` are not of the plan's type.
+    Matrices that the plan stores as integers come from `quantized` if it is given; otherwise they are rounded to nearest. `advance` is
+    called once for the embedding, once for each layer and once for the head. Memory: one layer's largest matrix in float32, or the head in
+    its stored type. Raises ValueError if the scales of `quantized` do not have the plan's float type.
     """
     if quantized is not None and quantized.scale_type != FLOAT_TYPES[plan.decoder]:
-        raise ValueError(f"the scales are {quantized.scale_type}, and the plan's decoder is {plan.decoder}; calibrate with the same plan")
+        raise ValueError(f"the scales are {quantized.scale_type}, but the plan's decoder is {plan.decoder}: calibrate with the same plan")
     text = source.text
     store = _Store(weights, FLOAT_TYPES[plan.decoder], quantized)
     store.embedding(source, plan)
@@ -57,27 +57,30 @@ def write_decoder_weights(
         name = f"llm.layers.{layer}"
         store.vector(f"{name}.input_norm", source.tensor(f"{name}.input_layernorm.weight"))
         store.vector(f"{name}.post_norm", source.tensor(f"{name}.post_attention_layernorm.weight"))
-        parts = attention_parts(name, text)
-        store.matrix(f"{name}.qkv", _matrices(source, parts), plan.body)
-        biases = [_float32(source.tensor(f"{part}.bias")) * np.float32(scale) for part, scale in parts]
-        store.vector(f"{name}.qkv.bias", np.concatenate(biases))
-        store.matrix(f"{name}.o_proj", _matrices(source, [(f"{name}.self_attn.o_proj", 1.0)]), plan.body)
-        gate_up = [(f"{name}.mlp.gate_proj", 1.0), (f"{name}.mlp.up_proj", 1.0)]
-        store.matrix(f"{name}.gate_up", _matrices(source, gate_up), plan.body)
-        store.matrix(f"{name}.down", _matrices(source, [(f"{name}.mlp.down_proj", 1.0)]), plan.body)
+        for matrix, parts in layer_matrices(name, text).items():
+            store.matrix(matrix, _matrices(source, parts), plan.body)
+            if matrix.endswith(".qkv"):
+                biases = [_float32(source.tensor(f"{part}.bias")) * np.float32(factor) for part, factor in parts]
+                store.vector(f"{matrix}.bias", np.concatenate(biases))
         advance()
     store.vector("llm.norm", source.tensor("llm.norm.weight"))
     store.head(source, plan)
     advance()
 
 
-def attention_parts(layer: str, text: TextConfig) -> list[tuple[str, float]]:
-    """The modules of `qkv` of a layer in order, each with the factor on its weight and bias.
+def layer_matrices(layer: str, text: TextConfig) -> dict[str, list[tuple[str, float]]]:
+    """The matrices of a layer such as `llm.layers.0`: name -> modules of the checkpoint whose outputs it joins, in order.
 
-    1 / sqrt(head_dim) goes into the queries; the rotation that follows is linear.
+    Matrices with the same inputs are one, so that one product computes them all. Each module comes with the factor on its weight and bias:
+    1 / sqrt(head_dim) for the queries, which may be applied before the rotary embedding because the rotation is linear.
     """
-    scales = {"q_proj": text.head_dim**-0.5, "k_proj": 1.0, "v_proj": 1.0}
-    return [(f"{layer}.self_attn.{part}", scale) for part, scale in scales.items()]
+    attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    return {
+        f"{layer}.qkv": [(f"{attention}.q_proj", text.head_dim**-0.5), (f"{attention}.k_proj", 1.0), (f"{attention}.v_proj", 1.0)],
+        f"{layer}.o_proj": [(f"{attention}.o_proj", 1.0)],
+        f"{layer}.gate_up": [(f"{mlp}.gate_proj", 1.0), (f"{mlp}.up_proj", 1.0)],
+        f"{layer}.down": [(f"{mlp}.down_proj", 1.0)],
+    }
 
 
 def _float32(array: npt.NDArray[Any]) -> Float32:
@@ -85,14 +88,14 @@ def _float32(array: npt.NDArray[Any]) -> Float32:
 
 
 def _matrices(source: Checkpoint, parts: list[tuple[str, float]]) -> Iterator[Float32]:
-    """Each part as [inputs, outputs], scaled."""
-    for part, scale in parts:
+    """Each part as [inputs, outputs], times its factor."""
+    for part, factor in parts:
         weight = np.ascontiguousarray(_float32(source.tensor(f"{part}.weight")).T)
-        yield weight if scale == 1.0 else weight * np.float32(scale)
+        yield weight if factor == 1.0 else weight * np.float32(factor)
 
 
 class _Store:
-    """Writes weights in their stored types."""
+    """Writes weights into the file in the types that they are stored in."""
 
     def __init__(self, weights: WeightsFile, dtype: npt.DTypeLike, calibrated: QuantizedMatrices | None) -> None:
         self.weights = weights
@@ -103,7 +106,7 @@ class _Store:
         self.weights.add(name, cast_weight(name, array, self.dtype))
 
     def matrix(self, name: str, parts: Iterator[Float32], kind: WeightType) -> None:
-        """Matrices of the same inputs beside each other: one product computes them all."""
+        """Join `parts`, each [inputs, outputs], along the outputs, and write them as `kind`."""
         if not kind.bits:
             self.weights.add(name, np.concatenate([cast_weight(name, part, self.dtype) for part in parts], axis=1))
             return
@@ -119,7 +122,7 @@ class _Store:
         self.weights.add(f"{name}.scale", scales.astype(self.dtype))
 
     def embedding(self, source: Checkpoint, plan: PrecisionPlan) -> None:
-        """[vocab, hidden], as it is or as int8 with one scale a row."""
+        """[vocab, hidden], as floats or as int8 with one scale for each row."""
         text = source.text
         name = "llm.embed_tokens.weight"
         if plan.embedding.bits:
@@ -133,7 +136,7 @@ class _Store:
         self.weights.add("llm.embedding", self._table(source, name))
 
     def head(self, source: Checkpoint, plan: PrecisionPlan) -> None:
-        """[hidden, vocab] as integers; as floats [vocab, hidden], where a tied head is the embedding itself."""
+        """[hidden, vocab] as integers, [vocab, hidden] as floats. A tied head in floats is the embedding and is not written again."""
         text = source.text
         if not plan.head.bits and text.tied:
             return
@@ -157,7 +160,7 @@ class _Store:
         self.quantized("llm.head", values, np.concatenate(scales, axis=-1))
 
     def _table(self, source: Checkpoint, name: str) -> npt.NDArray[Any]:
-        """[vocab, hidden] in the float type."""
+        """The tensor `name` [vocab, hidden] in the plan's float type."""
         table = np.empty((source.text.vocab, source.text.hidden), self.dtype)
         for start, chunk in self._rows(source, name):
             table[start : start + len(chunk)] = cast_weight(name, chunk, self.dtype)

@@ -100,6 +100,8 @@ class Manifest:
     files: dict[str, FileRecord]
     parity: dict[str, Any] = field(default_factory=dict)
     activations: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """Contradictions in the checkpoint (config.json against the tensors, for example) and how the conversion resolved them."""
     schema: int = SCHEMA
 
     def write(self, directory: Path) -> None:
