@@ -1,4 +1,4 @@
-"""`fastvlm-edge eval`: how often a model is right about questions with known answers, and how far it is from a reference."""
+"""`fastvlm-edge eval`: accuracy on questions with known answers, and the distance from a reference model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastvlm_edge.progress import SilentProgress, stderr_progress
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Ask everything, then print a table, or with `--json` one object; after Ctrl-C or an error what there is of it."""
+    """Ask all questions, then print a table, or with `--json` one object; after Ctrl-C or an error, print what was measured so far."""
     options = parser().parse_args(arguments)
-    SamplingParams(max_new_tokens=options.max_new_tokens)  # what can be wrong is told before the model loads
+    SamplingParams(max_new_tokens=options.max_new_tokens)  # wrong options are reported before the model loads
     if options.save is not None and options.save.exists():
-        raise FastVLMError(f"{options.save} exists, and answers are never overwritten; give --save another name, or remove it")
+        raise FastVLMError(f"{options.save} already exists and is never overwritten", "remove it, or give another name with --save")
     if options.save is not None:
         check_writable(options.save)
     dataset = open_data(options.data, images=options.images, limit=options.limit, seed=options.seed)
@@ -60,7 +60,8 @@ def _save(file: TextIO | None, answer: Answer) -> None:
         file.write(json.dumps(answer.to_json(), ensure_ascii=False) + "\n")
         file.flush()
     except OSError as error:
-        raise FastVLMError(f"{file.name} cannot be written ({error.strerror}); make room, or choose another place with --save") from None
+        mend = "free some space, or choose another place with --save"
+        raise FastVLMError(f"{file.name} cannot be written ({error.strerror})", mend) from None
 
 
 def _print(evaluation: Evaluation, *, as_json: bool) -> None:
@@ -70,22 +71,27 @@ def _print(evaluation: Evaluation, *, as_json: bool) -> None:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fastvlm-edge eval", description="Ask a model questions with known answers, and count how often it is right (docs/eval.md)."
+        prog="fastvlm-edge eval",
+        description="Measure the accuracy of a model on a file of questions, and optionally its distance from a reference (docs/eval.md).",
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="model directory, made by fastvlm-edge convert")
-    group = parser.add_argument_group("the questions")
-    group.add_argument("--data", metavar="FILE", required=True, help="JSON lines, LLaVA JSON, WebDataset tar, TextVQA, DocVQA, ...")
-    group.add_argument("--images", metavar="DIR", type=Path, help="folder of the pictures; default beside FILE")
-    group.add_argument("--limit", metavar="N", type=int, help="ask only N of them, always the same for the same seed")
-    group.add_argument("--seed", metavar="N", type=int, default=0, help="which ones --limit chooses; default %(default)s")
-    group.add_argument("--suffix", metavar="TEXT", help="after each question; default LLaVA's short-answer sentence for published sets")
-    group = parser.add_argument_group("the answers")
-    group.add_argument("--max-new-tokens", metavar="N", type=int, default=MAX_NEW_TOKENS, help="default %(default)s")
+    parser.add_argument("model", metavar="MODEL", type=Path, help="model directory, written by fastvlm-edge convert")
+    group = parser.add_argument_group("questions")
+    group.add_argument("--data", metavar="FILE", required=True, help="JSON lines, LLaVA JSON, a WebDataset tar, TextVQA, DocVQA, ...")
+    group.add_argument("--images", metavar="DIR", type=Path, help="folder of the pictures (default: beside FILE)")
+    group.add_argument("--limit", metavar="N", type=int, help="evaluate a reproducible random subset of N questions")
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the subset that --limit chooses (default: %(default)s)")
+    group.add_argument(
+        "--suffix", metavar="TEXT", help="text to append to each question (default: LLaVA's short-answer sentence for published sets)"
+    )
+    group = parser.add_argument_group("answers")
+    group.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=MAX_NEW_TOKENS, help="longest answer, in tokens (default: %(default)s)"
+    )
     group.add_argument("--reference", metavar="MODEL2", type=Path, help="compare tokens and logits with this model directory")
-    group.add_argument("--save", metavar="FILE.jsonl", type=Path, help="write each answer as it comes")
+    group.add_argument("--save", metavar="FILE.jsonl", type=Path, help="write each answer to this file as soon as it is known")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    group = parser.add_argument_group("how it runs")
-    group.add_argument("--backend", choices=BACKENDS, default="auto", help="default %(default)s")
-    group.add_argument("--reference-backend", choices=BACKENDS, help="of MODEL2; default the same")
-    group.add_argument("--threads", metavar="N", type=int, help="CPU threads; default all that this process may use")
+    group = parser.add_argument_group("backend")
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the model (default: %(default)s)")
+    group.add_argument("--reference-backend", choices=BACKENDS, help="what runs MODEL2 (default: as --backend)")
+    group.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: all that this process may use)")
     return parser

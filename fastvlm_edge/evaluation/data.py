@@ -1,6 +1,6 @@
-"""Pictures, with questions or without, from wherever they lie -> `Dataset`: what calibration looks at and what `eval` asks.
+"""A source of pictures, with or without questions -> `Dataset`: what calibration reads and what `eval` asks.
 
-Pictures are opened one at a time, when they are needed. What cannot be used is counted, named and skipped.
+Pictures are opened one at a time, when they are needed. Examples that cannot be used are counted, named and skipped.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.evaluation.formats import ACCEPTED, Parsed, Row, Unusable, from_fields, parse_file
 from fastvlm_edge.inputs.image_input import ImageInput, load_rgb
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
-class LazyPicture:
-    """A picture that is no file of its own."""
+class ArchivedPicture:
+    """A picture inside an archive; `load` reads its bytes."""
 
     name: str
     load: Callable[[], ImageInput]
@@ -34,31 +34,31 @@ class LazyPicture:
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, and the question about it where there is one. `kind` groups results and may be empty."""
+    """A picture, and a question about it if the source has one. `kind` groups results and may be empty."""
 
     id: str
-    image: Path | LazyPicture
+    image: Path | ArchivedPicture
     prompt: str | None
     answers: tuple[str, ...]
     kind: str = ""
 
     @property
     def picture(self) -> str:
-        """What to call the picture."""
-        return self.image.name if isinstance(self.image, LazyPicture) else str(self.image)
+        """Path of the picture, or its name inside the archive."""
+        return self.image.name if isinstance(self.image, ArchivedPicture) else str(self.image)
 
     def load_image(self) -> Image.Image:
-        """Open and decode the picture: mode RGB, upright. Raises FastVLMError that names it."""
+        """Open and decode the picture: mode RGB, upright. Raises FastVLMError, which names the picture."""
         if isinstance(self.image, Path):
             return load_rgb(self.image)
         try:
             return load_rgb(self.image.load())
         except FastVLMError as error:
-            raise FastVLMError(f"{self.image.name}: {error}") from None
+            raise FastVLMError(f"{self.image.name}: {error.what}", error.mend) from None
 
 
 class Dataset:
-    """The chosen examples of a source, in its order. `skipped` grows while they are read."""
+    """The chosen examples of a source, in the order of the source. `skipped` grows while they are read."""
 
     def __init__(self, source: str, format: str, items: Sequence[Example | Unusable], *, limit: int | None = None, seed: int = 0) -> None:
         """Use `open_data`."""
@@ -66,27 +66,27 @@ class Dataset:
         self.format = format
         """`pictures`, `jsonl`, `json`, `llava`, `webdataset`, `textvqa`, `docvqa`, `chartqa` or `vqav2`."""
         self.total = len(items)
-        """How many the source has, chosen or not."""
+        """Number of examples in the source, chosen or not."""
         self.skipped: list[Unusable] = []
         self._items = items
         self._order = choose(len(items), limit, seed)
 
     def __len__(self) -> int:
-        """How many were chosen."""
+        """Number of chosen examples."""
         return len(self._order)
 
     def examples(self) -> Iterator[Example | Unusable]:
-        """The chosen ones, without opening a picture."""
+        """The chosen examples, without opening a picture."""
         return (self._items[index] for index in self._order)
 
     def read(self, *, minimum: int = 1) -> Iterator[tuple[Example, Image.Image]]:
         """Each usable example with its picture.
 
-        Raises FastVLMError as soon as it is certain that fewer than `minimum` are left, or that more than half cannot be used.
+        Raises FastVLMError as soon as fewer than `minimum` can be left, or more than half cannot be used.
         """
         self.skipped.clear()
         if len(self) < minimum:
-            raise FastVLMError(f"{self.source} has {len(self)} examples and at least {minimum} are needed; add more, or raise the limit")
+            raise FastVLMError(f"{self.source} has {len(self)} examples, but at least {minimum} are needed", "add more, or raise the limit")
         for item in self.examples():
             if isinstance(item, Unusable):
                 self.skip(item.id, item.reason, minimum=minimum)
@@ -99,17 +99,18 @@ class Dataset:
             yield item, image
 
     def skip(self, name: str, reason: str, *, minimum: int = 1) -> None:
-        """Count an example as unusable. Raises FastVLMError when that is one too many."""
+        """Count an example as unusable. Raises FastVLMError as `read` does."""
         self.skipped.append(Unusable(name, reason))
         bad, first = len(self.skipped), self.skipped[0]
-        shown = f"the first is {first.id} ({first.reason})"
+        shown, mend = f"the first is {first.id} ({first.reason})", "correct the data, or choose other data"
         if 2 * bad > len(self):
-            raise FastVLMError(f"more than half of the {len(self)} examples of {self.source} cannot be used; {shown}")
+            raise FastVLMError(f"more than half of the {len(self)} examples of {self.source} cannot be used: {shown}", mend)
         if len(self) - bad < minimum:
-            raise FastVLMError(f"{bad} of the {len(self)} examples of {self.source} cannot be used and {minimum} are needed; {shown}")
+            few = f"{bad} of the {len(self)} examples of {self.source} cannot be used, but {minimum} are needed"
+            raise FastVLMError(f"{few}: {shown}", mend)
 
     def describe(self) -> str:
-        """How many of how many, of what."""
+        """Such as `4 of 50 examples of questions.jsonl (jsonl)`."""
         count = str(len(self)) if len(self) == self.total else f"{len(self)} of {self.total}"
         return f"{count} examples of {self.source} ({self.format})"
 
@@ -123,17 +124,17 @@ class Dataset:
 
 
 def open_data(source: str | os.PathLike[str], *, images: Path | None = None, limit: int | None = None, seed: int = 0) -> Dataset:
-    """Recognise a source of pictures and questions.
+    """Open a file or a folder of pictures and questions; its content tells the format.
 
-    `images` is the folder of the pictures where they do not lie beside the file. `limit` chooses that many, the same for the same `seed`;
-    a larger limit chooses those of a smaller one and more.
-    Raises FastVLMError for what is missing, damaged or of an unknown format.
+    `images` is the folder of the pictures if they are not beside the file. `limit` chooses that many examples at random, always the same
+    ones for the same `seed`; a larger limit chooses these and more.
+    Raises FastVLMError if something is missing, damaged or of an unknown format.
     """
     source = os.fspath(source)
     if limit is not None and limit < 1:
-        raise FastVLMError(f"the limit is {limit}; give a whole number of at least 1")
+        raise FastVLMError(f"the limit is {limit} examples, but must be at least 1", "give a larger limit, or none")
     if images is not None and not images.is_dir():
-        raise FastVLMError(f"{images} is not a folder; give the folder of the pictures with --images DIR")
+        raise FastVLMError(f"{images} is not a folder", "give the folder of the pictures with --images DIR")
     path = Path(source)
     if path.is_dir():
         format, items = "pictures", _folder(path)
@@ -148,7 +149,7 @@ def open_data(source: str | os.PathLike[str], *, images: Path | None = None, lim
 
 
 def choose(count: int, limit: int | None, seed: int) -> Sequence[int]:
-    """`limit` of `count` indices, ascending. By hash, so the choice is the same on every machine and with every version of Python."""
+    """`limit` of `count` indices, ascending. Hashes decide, so every machine and every version of Python chooses the same."""
     if limit is None or limit >= count:
         return range(count)
 
@@ -159,18 +160,18 @@ def choose(count: int, limit: int | None, seed: int) -> Sequence[int]:
 
 
 def _folder(folder: Path) -> list[Example | Unusable]:
-    """Every picture below a folder, sorted by path; what begins with a dot is left out."""
+    """Every picture below a folder, sorted by path; names that begin with a dot are left out."""
     paths: list[Path] = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(root) / name for name in files if not name.startswith(".") and name.lower().endswith(PICTURES)]
+        paths += [Path(root) / name for name in files if not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES)]
     if not paths:
-        raise FastVLMError(f"{folder} has no pictures ({', '.join(PICTURES)}); --data takes {ACCEPTED}")
+        raise FastVLMError(f"{folder} has no pictures ({', '.join(PICTURE_SUFFIXES)})", f"give {ACCEPTED}")
     return [Example(str(path.relative_to(folder)), path, None, ()) for path in sorted(paths)]
 
 
 def _find_pictures(path: Path, parsed: Parsed, images: Path | None) -> list[Example | Unusable]:
-    """Names become paths. Where the pictures lie is settled by the first layout under which any of the first thousand exists."""
+    """Turn names into paths: by the first layout in which any of the first thousand pictures exists."""
     names = [row.picture for row in parsed.rows if isinstance(row, Row)][:1000]
     if not names:
         return [row for row in parsed.rows if isinstance(row, Unusable)]
@@ -178,8 +179,8 @@ def _find_pictures(path: Path, parsed: Parsed, images: Path | None) -> list[Exam
     layouts = [functools.partial(_place, folder / below, flat) for flat in (False, True) for below in ("", *parsed.folders)]
     place = next((layout for layout in layouts if any(layout(name).is_file() for name in names)), None)
     if place is None:
-        remedy = "give their folder with --images DIR" if images is None else "give another folder with --images DIR"
-        raise FastVLMError(f"none of the pictures of {path}, such as {names[0]}, is in {folder}; {remedy}")
+        mend = "give their folder with --images DIR" if images is None else "give another folder with --images DIR"
+        raise FastVLMError(f"none of the pictures of {path}, such as {names[0]}, is in {folder}", mend)
     return [
         row if isinstance(row, Unusable) else Example(row.id, place(row.picture), row.prompt, row.answers, row.kind) for row in parsed.rows
     ]
@@ -192,8 +193,8 @@ def _place(folder: Path, flat: bool, name: str) -> Path:
 def _webdataset(path: Path) -> list[Example | Unusable]:
     """Samples of an uncompressed tar: consecutive members whose names agree up to the first dot after the last slash.
 
-    https://github.com/webdataset/webdataset (README, "The WebDataset Format"). A `json` member is read as a line of our JSON lines would
-    be; a `txt` member is the answer, as it is the caption in published sets.
+    https://github.com/webdataset/webdataset (README, "The WebDataset Format"). A `json` member has the fields of a line of JSON lines; a
+    `txt` member is the answer, because published sets put the caption there.
     """
     items: list[Example | Unusable] = []
     key = ("", "")
@@ -213,15 +214,15 @@ def _webdataset(path: Path) -> list[Example | Unusable]:
             if members:
                 items.append(_sample(path, archive, members))
     except (tarfile.TarError, EOFError) as error:
-        raise FastVLMError(f"{path} is not a readable, uncompressed tar ({error}); copy it again, or unpack the compression") from None
+        raise FastVLMError(f"{path} is not a readable, uncompressed tar ({error})", "copy it again, or uncompress it") from None
     if not any(isinstance(item, Example) for item in items):
-        raise FastVLMError(f"{path} has no pictures ({', '.join(PICTURES)}); --data takes {ACCEPTED}")
+        raise FastVLMError(f"{path} has no pictures ({', '.join(PICTURE_SUFFIXES)})", f"give {ACCEPTED}")
     return items
 
 
 def _sample(path: Path, archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> Example | Unusable:
     first = next(iter(members.values())).name
-    picture = next((member for extension, member in members.items() if f".{extension}".endswith(PICTURES)), None)
+    picture = next((member for extension, member in members.items() if f".{extension}".endswith(PICTURE_SUFFIXES)), None)
     if picture is None:
         return Unusable(first, "no picture")
     fields: Any = {}
@@ -238,7 +239,7 @@ def _sample(path: Path, archive: tarfile.TarFile, members: dict[str, tarfile.Tar
     if isinstance(row, Unusable):
         return row
     load = functools.partial(_read_part, path, picture.offset_data, picture.size)
-    return Example(row.id, LazyPicture(f"{path.name}/{picture.name}", load), row.prompt, row.answers, row.kind)
+    return Example(row.id, ArchivedPicture(f"{path.name}/{picture.name}", load), row.prompt, row.answers, row.kind)
 
 
 def _text_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:

@@ -1,6 +1,6 @@
-"""Questions with known answers -> how often a model directory is right, and how far it is from a reference.
+"""Questions with known answers -> accuracy of a model directory, and its distance from a reference.
 
-Every answer is greedy, by the runtime itself. Logits are taken afterwards, along a given answer (teacher-forced), from the same cache.
+The runtime generates every answer greedily. Logits along a given answer (teacher-forced) are computed afterwards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.evaluation.data import Dataset, Example, LazyPicture
+from fastvlm_edge.evaluation.data import ArchivedPicture, Dataset, Example
 from fastvlm_edge.evaluation.metrics import (
     agreeing_tokens,
     anls,
@@ -43,9 +43,9 @@ METRICS: dict[str, tuple[str, Callable[[str, Sequence[str]], float]]] = {
     "chartqa": ("relaxed_accuracy", relaxed_accuracy),
     "docvqa": ("anls", anls),
 }
-"""What the owners of a published set score it by. Exact match and ANLS are measured for every set."""
+"""Format -> the score that the owners of this published set use. Exact match and ANLS are measured for every set."""
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
-"""What LLaVA appends for sets of short answers (haotian-liu/LLaVA, docs/Evaluation.md), on whose code FastVLM is built."""
+"""LLaVA, on which FastVLM's code is built, appends this to questions of these sets (haotian-liu/LLaVA, docs/Evaluation.md)."""
 MAX_NEW_TOKENS = 128
 _POSITIONS = 16
 """Positions a call whose logits every backend can give; a TensorRT engine is built for so many (engines/profiles.py)."""
@@ -62,7 +62,7 @@ class Subject:
         self.tokenizer = TextTokenizer(directory / "tokenizer.json")
         self._template = ChatTemplate(self.tokenizer, vlm.manifest)
         self._ids: list[int] = []
-        self._shown: tuple[Path | LazyPicture, EncodedImage] | None = None
+        self._shown: tuple[Path | ArchivedPicture, EncodedImage] | None = None
 
     @classmethod
     def load(
@@ -84,23 +84,23 @@ class Subject:
         self.vlm.close()
 
     def check(self, prompt: str) -> None:
-        """Raise FastVLMError where the question is no text or leaves no room for an answer."""
+        """Raise FastVLMError if the question is not valid text, or leaves no room for an answer."""
         check_room(self._prompt_ids(prompt), self.vlm.manifest)
 
-    def answer(self, prompt: str, source: Path | LazyPicture, image: Image.Image, *, max_new_tokens: int) -> Reply:
-        """The greedy answer. A picture that is asked about several times in a row is encoded once."""
+    def answer(self, prompt: str, source: Path | ArchivedPicture, image: Image.Image, *, max_new_tokens: int) -> Reply:
+        """The greedy answer. Consecutive questions about the same picture encode it once."""
         if self._shown is None or self._shown[0] != source:
             self._shown = (source, self.vlm.encode_image(image))
         self._ids = self._prompt_ids(prompt)
         return self.vlm.generate(prompt, self._shown[1], max_new_tokens=max_new_tokens)
 
     def with_end(self, token_ids: Sequence[int], *, ended: bool = True) -> list[int]:
-        """An answer's ids and, where it `ended`, the id that says so."""
+        """An answer's ids and, if it `ended`, the id that ends it."""
         return [*token_ids, *self._template.closing()[: int(ended)]]
 
     @property
     def room(self) -> int:
-        """The longest answer to the last question that has logits at every position."""
+        """Length of the longest answer to the last question for which every position has logits."""
         return self.vlm.manifest.decoder.context - len(self._ids) + 1
 
     def logits_along(self, answer: Sequence[int]) -> Iterator[NDArray[np.float32]]:
@@ -122,7 +122,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Answer:
-    """One question, what was answered, and its scores by name."""
+    """One question, the model's answer, and its scores by name."""
 
     example: Example
     reply: Reply
@@ -145,7 +145,7 @@ class Answer:
 
 
 class Tally:
-    """Means of scores."""
+    """Running means of scores."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -158,12 +158,12 @@ class Tally:
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        """By name, from 0 to 1."""
+        """Score name -> mean, 0 to 1."""
         return {name: round(value / self.count, 6) for name, value in self._sums.items()}
 
 
 class Evaluation:
-    """Asks a model every question of a dataset. `report` is true at any moment, also after an interruption."""
+    """Asks a model every question of a dataset. `report` is valid at any moment, also after an interruption."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class Evaluation:
     ) -> None:
         """`suffix` is appended to every question; None is SHORT_ANSWER for published sets and nothing for others.
 
-        Raises FastVLMError where the reference has another vocabulary, so that tokens cannot be compared.
+        Raises FastVLMError if the reference has another vocabulary: its tokens cannot be compared.
         """
         if reference is not None:
             check_same_vocabulary(reference, subject)
@@ -198,7 +198,7 @@ class Evaluation:
     def run(self, *, on_answer: Callable[[Answer], None] | None = None, progress: Progress | None = None) -> None:
         """Answer all questions; `on_answer` gets each one at once.
 
-        Raises FastVLMError where more than half of the examples cannot be used, or the model's numbers are not finite.
+        Raises FastVLMError if more than half of the examples cannot be used, or the model's logits are not finite.
         """
         progress = progress or SilentProgress()
         progress.stage(f"answering {self._dataset.describe()}", len(self._dataset))
@@ -283,7 +283,7 @@ class Evaluation:
                 divergence += float(kl_divergence(expected, found).sum())
                 agreeing += agreeing_tokens(expected, found)
 
-        # Counted only now, all together, so that an interruption leaves every figure about the same questions.
+        # Counted only now, and all together: after an interruption all figures are about the same questions.
         scores = {"exact_match": exact_match(reply.text, example.answers), "anls": anls(reply.text, example.answers)}
         if self._metric is not None:
             name, score = self._metric
@@ -300,32 +300,28 @@ class Evaluation:
 
 
 def check_answers(dataset: Dataset) -> None:
-    """Raise FastVLMError where there is nothing to ask, before a model is loaded for it."""
+    """Raise FastVLMError if there is nothing to ask. Called before a model is loaded."""
     for number, item in enumerate(dataset.examples()):
         if isinstance(item, Example) and item.prompt and item.answers:
             return
         if number == 1000:
             break
-    remedy = "a folder has none; give a file of them" if dataset.format == "pictures" else "is it a test split?"
-    raise FastVLMError(f"{dataset.source} ({dataset.format}) has no questions with answers, and eval needs them; {remedy}")
+    mend = "give a file of questions, not a folder of pictures" if dataset.format == "pictures" else "give a split that has answers"
+    raise FastVLMError(f"{dataset.source} ({dataset.format}) has no questions with answers, which eval needs", mend)
 
 
 def check_same_vocabulary(reference: Subject, model: Subject) -> None:
     """Raise FastVLMError unless every id stands for the same token in both."""
+    mend = "choose a reference from the same checkpoint, for example with another --precision"
     manifests = [subject.vlm.manifest for subject in (reference, model)]
     counts = [manifest.text.token_count for manifest in manifests]
     if counts[0] != counts[1]:
-        raise FastVLMError(
-            f"{reference.directory} has {counts[0]} tokens and {model.directory} has {counts[1]}; "
-            "a reference must come from the same checkpoint, or another precision of it"
-        )
-    if len({manifest.files["tokenizer.json"].sha256 for manifest in manifests}) > 1:  # layouts of one checkpoint may differ in bytes only
+        raise FastVLMError(f"{reference.directory} has {counts[0]} tokens and {model.directory} has {counts[1]}", mend)
+    # The same tokenizer may be formatted differently in two layouts of one checkpoint, so the hashes alone do not decide.
+    if len({manifest.files["tokenizer.json"].sha256 for manifest in manifests}) > 1:
         first, second = (Tokenizer.from_file(str(s.directory / "tokenizer.json")).get_vocab() for s in (reference, model))
         if first != second:
-            raise FastVLMError(
-                f"{reference.directory} and {model.directory} have different tokenizers; "
-                "a reference must come from the same checkpoint, or another precision of it"
-            )
+            raise FastVLMError(f"{reference.directory} and {model.directory} have different tokenizers", mend)
 
 
 def format_table(report: dict[str, Any]) -> str:
@@ -343,13 +339,13 @@ def format_table(report: dict[str, Any]) -> str:
     if report["perplexity"] is not None:
         lines += ["", f"perplexity of the answers  {report['perplexity']:.3f}"]
     if "reference" in report and report["token_agreement"] is not None:
-        lines.append(f"equal tokens  {100 * report['token_agreement']:.2f} %, KL  {report['kl_divergence']:.6f} nats a token, ")
+        lines.append(f"equal tokens  {100 * report['token_agreement']:.2f} %, KL  {report['kl_divergence']:.6f} nats/token, ")
         lines[-1] += f"against {report['reference']['model']} ({report['reference']['precision']})"
     lines.append(f"{report['model']} ({report['precision']}) on {report['runs_on']}; {report['count']} of {report['examples']} questions")
     if report["skipped"]:
         lines[-1] += f", {report['skipped']} skipped"
     if report["partial"]:
-        lines[-1] += "; partial: it was stopped before the end"
+        lines[-1] += "; partial: the run was stopped before the end"
     return "\n".join(lines)
 
 
@@ -358,7 +354,7 @@ def _identity(subject: Subject) -> dict[str, str]:
 
 
 def _perplexity(nats: float, tokens: int) -> float | None:
-    """exp of the mean; None where there is none or it is beyond a float."""
+    """exp of the mean; None without tokens, or if the result is too large for a float."""
     if not tokens or nats / tokens > 700:
         return None
     return _finite(math.exp(nats / tokens))

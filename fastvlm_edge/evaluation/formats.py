@@ -1,7 +1,7 @@
-"""Questions and answers as files hold them -> rows. Pictures stay names here; `data.py` finds and opens them.
+"""A file of questions and answers -> rows. Pictures are only names here; `data.py` finds and opens them.
 
-Recognised by content: JSON lines and JSON lists of {image, prompt, answer}, LLaVA conversations, and TextVQA, DocVQA, ChartQA and VQAv2 as
-their owners publish them.
+The content tells the format: JSON lines and JSON lists of {image, prompt, answer}, LLaVA conversations, and TextVQA, DocVQA, ChartQA and
+VQAv2 as their owners publish them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ ACCEPTED = (
     "a folder of pictures, JSON lines or a JSON list of {image, prompt, answer}, LLaVA conversations, a WebDataset .tar, "
     "or TextVQA, DocVQA, ChartQA or VQAv2 as published"
 )
+_ONE_PER_LINE = 'write one object per line, such as {"image": "a.jpg", "prompt": "What does the meter read?", "answer": "042"}'
 
 
 @dataclass(frozen=True)
 class Row:
-    """A question about a picture, by name."""
+    """A question about a picture; `picture` is its name in the file."""
 
     id: str
     picture: str
@@ -34,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Unusable:
-    """A row or a picture that cannot be used, and why."""
+    """A row or a picture that cannot be used, and the reason."""
 
     id: str
     reason: str
@@ -42,18 +43,18 @@ class Unusable:
 
 @dataclass(frozen=True)
 class Parsed:
-    """The rows of a file, in its order."""
+    """The rows of a file, in the order of the file."""
 
     format: str
     rows: list[Row | Unusable]
     folders: tuple[str, ...] = ()
-    """Where the owners' archives put the pictures, below the folder of the file."""
+    """Folders, relative to the file's, into which the owners' archives unpack the pictures."""
 
 
 def parse_file(path: Path) -> Parsed:
     """Read a file of questions.
 
-    Raises FastVLMError where it is not JSON (with the line), is of no known format, or lacks its annotations file.
+    Raises FastVLMError if it is not JSON (with the line), has an unknown format, or its file of annotations is missing.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -62,11 +63,11 @@ def parse_file(path: Path) -> Parsed:
             return _from_lines(path)
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
-        raise FastVLMError(f"{path} is not text; --data takes {ACCEPTED}") from None
+        raise FastVLMError(f"{path} is not text", f"give {ACCEPTED}") from None
     except json.JSONDecodeError as error:
-        raise FastVLMError(f"{path}, line {error.lineno}: not JSON ({error.msg}); --data takes {ACCEPTED}") from None
+        raise FastVLMError(f"{path}, line {error.lineno}: not JSON ({error.msg})", f"give {ACCEPTED}") from None
     except RecursionError:
-        raise FastVLMError(f"{path} is nested too deep to be a set of questions; --data takes {ACCEPTED}") from None
+        raise FastVLMError(f"{path} is nested too deeply for a file of questions", f"give {ACCEPTED}") from None
     if isinstance(document, list):
         return _from_list(path, document)
     if isinstance(document, dict):
@@ -75,7 +76,7 @@ def parse_file(path: Path) -> Parsed:
 
 
 def _is_json_lines(path: Path, first: str) -> bool:
-    """Whether every line is an object of its own; a published format may also be one object on one line."""
+    """Whether every line is a separate object. A published format may be one object on one line."""
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return True
     try:
@@ -94,22 +95,20 @@ def _from_lines(path: Path) -> Parsed:
             try:
                 fields = json.loads(line)
             except json.JSONDecodeError as error:
-                raise FastVLMError(f"{path}, line {number}: not JSON ({error.msg}); one object a line, such as {_EXAMPLE}") from None
+                raise FastVLMError(f"{path}, line {number}: not JSON ({error.msg})", _ONE_PER_LINE) from None
             if not isinstance(fields, dict):
-                raise FastVLMError(f"{path}, line {number}: a {type(fields).__name__}, not an object; one a line, such as {_EXAMPLE}")
+                kind = type(fields).__name__
+                raise FastVLMError(f"{path}, line {number}: a {kind}, not an object", _ONE_PER_LINE)
             if not rows and not {"image", "conversations"} & set(fields):
-                raise _unknown(path, f"an object a line, the first with the keys {_keys(fields)}")
+                raise _unknown(path, f"one object per line, the first with the keys {_keys(fields)}")
             rows.append(from_fields(fields, f"line {number}"))
     return Parsed("jsonl", _not_empty(path, rows))
-
-
-_EXAMPLE = '{"image": "a.jpg", "prompt": "What does the meter read?", "answer": "042"}'
 
 
 def _from_list(path: Path, document: list[Any]) -> Parsed:
     first = next((fields for fields in document if isinstance(fields, dict)), None)
     if first is None:
-        raise _unknown(path, "a list of no objects")
+        raise _unknown(path, "a list without objects")
     if {"imgname", "query"} <= set(first):
         return _chartqa(path, document)
     if not {"image", "conversations"} & set(first):
@@ -122,9 +121,8 @@ def _from_object(path: Path, document: dict[str, Any]) -> Parsed:
     if isinstance(document.get("questions"), list):
         return _vqav2(path, document)
     if isinstance(document.get("annotations"), list):
-        raise FastVLMError(
-            f"{path} has the answers of VQAv2; give the file of questions, v2_OpenEnded_mscoco_..._questions.json, beside it"
-        )
+        mend = "give the file of questions beside it, v2_OpenEnded_mscoco_..._questions.json"
+        raise FastVLMError(f"{path} has the answers of VQAv2, not the questions", mend)
     data = document.get("data")
     first = data[0] if isinstance(data, list) and data else None
     if isinstance(data, list) and isinstance(first, dict) and "question" in first:
@@ -136,13 +134,13 @@ def _from_object(path: Path, document: dict[str, Any]) -> Parsed:
 
 
 def from_fields(fields: Any, where: str) -> Row | Unusable:
-    """One object of our own JSON, or one LLaVA conversation; `where` is its id if it has none."""
+    """One object of {image, prompt, answer}, or one LLaVA conversation; `where` is the id of an object without one."""
     if not isinstance(fields, dict):
         return Unusable(where, f"a {type(fields).__name__}, not an object")
     name = str(_first(fields, "id", "question_id", default=where))
     picture = fields.get("image")
     if not isinstance(picture, str) or not picture:
-        return Unusable(name, "several pictures" if isinstance(picture, list) else "no picture")
+        return Unusable(name, "more than one picture" if isinstance(picture, list) else "no picture")
     kind = "" if fields.get("kind") is None else str(fields["kind"])
     if "conversations" in fields:
         turns = _first_turn(fields["conversations"])
@@ -154,10 +152,10 @@ def from_fields(fields: Any, where: str) -> Row | Unusable:
 
 
 def _first_turn(conversations: Any) -> tuple[str, tuple[str, ...]] | None:
-    """The first question and its answer: later turns lean on the ones before, and an example stands alone.
+    """The first question and its answer; later turns depend on earlier ones.
 
     LLaVA docs/Finetune_Custom_Data.md: turns {from: human or gpt, value}, `<image>` in the first. The runtime puts the picture first,
-    as LLaVA's own preprocessing does (llava/train/train.py, preprocess_multimodal), so the mark is dropped.
+    as LLaVA's own preprocessing does (llava/train/train.py, preprocess_multimodal), so `<image>` is dropped.
     """
     turns = [turn for turn in conversations if isinstance(turn, dict)] if isinstance(conversations, list) else []
     for question, answer in pairwise(turns):
@@ -169,7 +167,8 @@ def _first_turn(conversations: Any) -> tuple[str, tuple[str, ...]] | None:
 def _textvqa(path: Path, data: list[Any]) -> Parsed:
     """TextVQA_0.5.1_{train,val}.json: {data: [{question_id, image_id, question, answers: [10 texts], ...}]}, pictures {image_id}.jpg.
 
-    https://textvqa.org/dataset; read alike by LLaVA (llava/eval/eval_textvqa.py) and MMF. The archive of pictures unpacks to train_images.
+    https://textvqa.org/dataset. LLaVA (llava/eval/eval_textvqa.py) and MMF read the same fields. The
+    archive of pictures unpacks to train_images.
     """
     rows = [
         Row(
@@ -186,7 +185,7 @@ def _textvqa(path: Path, data: list[Any]) -> Parsed:
 def _docvqa(path: Path, data: list[Any]) -> Parsed:
     """SP-DocVQA {train,val}_v1.0[_withQT].json: {data: [{questionId, question, image: "documents/x.png", answers, question_types?, ...}]}.
 
-    https://rrc.cvc.uab.es/?ch=17 (task 1); the kind is the first of the question types where the file has them.
+    https://rrc.cvc.uab.es/?ch=17 (task 1); the kind is the first question type, if the file has question types.
     """
     rows = [
         Row(
@@ -222,14 +221,15 @@ def _vqav2(path: Path, document: dict[str, Any]) -> Parsed:
     beside = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     if beside == path or not beside.is_file():
         wanted = beside.name if beside != path else "v2_mscoco_..._annotations.json"
-        raise FastVLMError(f"{path} has questions of VQAv2, and their answers are not beside it; put {wanted} into {path.parent}")
+        raise FastVLMError(f"{path} has questions of VQAv2, but their answers are not beside it", f"put {wanted} into {path.parent}")
     try:
         annotations = json.loads(beside.read_text(encoding="utf-8-sig"))["annotations"]
         known = {int(fields["question_id"]): fields for fields in annotations}
     except json.JSONDecodeError as error:
-        raise FastVLMError(f"{beside}, line {error.lineno}: not JSON ({error.msg}); copy it again") from None
+        raise FastVLMError(f"{beside}, line {error.lineno}: not JSON ({error.msg})", "download it again") from None
     except (KeyError, TypeError, ValueError):
-        raise FastVLMError(f"{beside} is not a VQAv2 annotations file (annotations: question_id, answers); copy it again") from None
+        what = f"{beside} is not an annotations file of VQAv2 (annotations with question_id and answers)"
+        raise FastVLMError(what, "download it again") from None
     subset = str(document.get("data_subtype") or next((part for part in path.stem.split("_") if part[-4:].isdigit()), "val2014"))
     rows: list[Row | Unusable] = []
     for number, fields in _objects(document["questions"]):
@@ -249,7 +249,7 @@ def _objects(data: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _first(fields: dict[str, Any], *keys: str, default: Any = None) -> Any:
-    """The value of the first of `keys` that is there and not null."""
+    """The value of the first of `keys` that is present and not null."""
     return next((fields[key] for key in keys if fields.get(key) is not None), default)
 
 
@@ -258,7 +258,7 @@ def _text(fields: dict[str, Any], key: str) -> str | None:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    """Answers: a text or number, a list of them, or a list of VQAv2's {answer: text}."""
+    """Answers from a text or a number, a list of these, or VQAv2's list of {answer: text}."""
     items = value if isinstance(value, list) else [] if value is None else [value]
     texts = (item.get("answer") if isinstance(item, dict) else item for item in items)
     return tuple(str(text) for text in texts if text is not None)
@@ -266,7 +266,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 def _not_empty(path: Path, rows: list[Row | Unusable]) -> list[Row | Unusable]:
     if not rows:
-        raise FastVLMError(f"{path} is empty; --data takes {ACCEPTED}")
+        raise FastVLMError(f"{path} is empty", f"give {ACCEPTED}")
     return rows
 
 
@@ -275,4 +275,4 @@ def _keys(fields: dict[str, Any]) -> str:
 
 
 def _unknown(path: Path, found: str) -> FastVLMError:
-    return FastVLMError(f"{path} holds {found}, which is no known format; --data takes {ACCEPTED}")
+    return FastVLMError(f"{path} contains {found}, which is not a known format", f"give {ACCEPTED}")

@@ -1,4 +1,4 @@
-"""How right an answer is, and how near two models are. Each measure is defined by the source that it names; all are 0 to 1 unless said."""
+"""Scores of an answer, and the distance of two models. Each function names its source; scores are 0 to 1 unless it says otherwise."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Floats = NDArray[np.float64]
 
 
 def normalize_answer(text: str) -> str:
-    """What exact match compares: lower case, single spaces, nothing around, no period at the end."""
+    """The text that exact match compares: lower case, single spaces, stripped, without a final period."""
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
 def exact_match(prediction: str, answers: Iterable[str]) -> float:
-    """1 where the prediction is one of the answers, both normalised."""
+    """1 if the prediction is one of the answers, all normalised."""
     return float(normalize_answer(prediction) in {normalize_answer(answer) for answer in answers})
 
 
 def anls(prediction: str, answers: Iterable[str], *, threshold: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity of one question: the best answer's, and 0 below the threshold.
+    """ANLS (average normalised Levenshtein similarity) of one question: the similarity to the nearest answer, and 0 below the threshold.
 
-    Biten et al., arXiv 1907.00490, equation 1, as the evaluation script of DocVQA (https://rrc.cvc.uab.es/?ch=17) computes it: lower case
-    and single spaces for the distance, the texts as they came for the length.
+    Biten et al., arXiv 1907.00490, equation 1, as the evaluation script of DocVQA (https://rrc.cvc.uab.es/?ch=17) computes it: the
+    distance is that of texts in lower case with single spaces, the length that of the unchanged texts.
     """
     best = 0.0
     predicted = " ".join(prediction.lower().split())
@@ -37,7 +37,7 @@ def anls(prediction: str, answers: Iterable[str], *, threshold: float = 0.5) -> 
 
 
 def levenshtein(first: str, second: str) -> int:
-    """Fewest insertions, deletions and substitutions that turn one text into the other."""
+    """The smallest number of insertions, deletions and substitutions that turn one text into the other."""
     row = list(range(len(second) + 1))
     for i, left in enumerate(first, start=1):
         diagonal, row[0] = row[0], i
@@ -47,10 +47,10 @@ def levenshtein(first: str, second: str) -> int:
 
 
 def relaxed_accuracy(prediction: str, answers: Iterable[str], *, tolerance: float = 0.05) -> float:
-    """1 where a number is within 5 % of the answer, or a text is the answer but for case.
+    """1 if a number is within 5 % of the answer, or a text equals the answer regardless of case.
 
     ChartQA, arXiv 2203.10244, end of section 5.1; details (percent signs, an answer of 0 is compared as text) as in
-    google-research/pix2struct, pix2struct/metrics.py, relaxed_correctness. Blanks and a period at the end of the prediction do not count.
+    google-research/pix2struct, pix2struct/metrics.py, relaxed_correctness. Spaces around the prediction and a final period are ignored.
     """
     predicted = prediction.strip().removesuffix(".")
     number = _number(predicted)
@@ -75,8 +75,8 @@ def _number(text: str) -> float | None:
 def vqa_accuracy(prediction: str, answers: Sequence[str], *, normalize: Callable[[str], str] | None = None) -> float:
     """VQA accuracy against the answers of ten people: the mean, over the ten, of min(1, matches among the other nine / 3).
 
-    https://visualqa.org/evaluation; GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py. That script leaves prediction and
-    answers alone where all ten agree; here both are always normalised, as submissions are before they are sent.
+    https://visualqa.org/evaluation; GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py. That script does not
+    normalise where all ten agree; here prediction and answers are always normalised, as submissions are before they are sent.
     """
     normalize = normalize or normalize_vqa
     predicted, expected = normalize(prediction), [normalize(answer) for answer in answers]
@@ -88,7 +88,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], *, normalize: Callable
 
 
 def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy with the normalisation of TextVQA (facebookresearch/mmf, mmf/utils/m4c_evaluators.py; LLaVA uses it too)."""
+    """VQA accuracy with the normalisation of TextVQA (facebookresearch/mmf, mmf/utils/m4c_evaluators.py, which LLaVA uses too)."""
     return vqa_accuracy(prediction, answers, normalize=lambda text: normalize_vqa(re.sub("[,?]", "", text.lower()).replace("'s", " 's")))
 
 
@@ -123,26 +123,26 @@ def _one_apostrophe_less(word: str) -> Iterator[str]:
 
 
 _CONTRACTIONS = {short: word for word in _CONTRACTED.split() for short in _one_apostrophe_less(word)} | {"somebody'd": "somebodyd"}
-"""vqaEval.py mends a contraction that lacks one of its apostrophes; the last entry is an oddity of its table."""
+"""vqaEval.py restores a missing apostrophe in a contraction; the last entry is an oddity of its table."""
 
 
 def log_softmax(logits: NDArray[np.float32]) -> Floats:
-    """[n, vocab] -> natural logarithms of probabilities."""
+    """Logits [n, vocab] -> natural logarithms of the probabilities."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def kl_divergence(reference: NDArray[np.float32], model: NDArray[np.float32]) -> Floats:
-    """KL(reference || model) in nats at each position, from logits [n, vocab]: what is lost by believing the model. 0 is none."""
+    """KL(reference || model) in nats at each position, from logits [n, vocab]. 0 means equal distributions."""
     expected, found = log_softmax(reference), log_softmax(model)
     return np.asarray((np.exp(expected) * (expected - found)).sum(axis=-1))
 
 
 def agreeing_tokens(reference: NDArray[np.float32], model: NDArray[np.float32]) -> int:
-    """At how many positions both would choose the same token, from logits [n, vocab]."""
+    """Number of positions at which both would choose the same token, from logits [n, vocab]."""
     return int((reference.argmax(axis=-1) == model.argmax(axis=-1)).sum())
 
 
 def negative_log_likelihood(logits: NDArray[np.float32], tokens: Sequence[int]) -> float:
-    """Nats of a whole text: logits [n, vocab] at the positions that predict its n tokens. Perplexity is exp of the mean over tokens."""
+    """Sum over a text, in nats, from the logits [n, vocab] that predict its n tokens. Perplexity is exp of the mean over all tokens."""
     return float(-log_softmax(logits)[np.arange(len(tokens)), list(tokens)].sum())

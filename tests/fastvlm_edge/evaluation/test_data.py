@@ -121,7 +121,7 @@ def test_a_tar_that_is_cut_off_or_compressed_is_an_error(tmp_path: Path) -> None
         open_data(str(tmp_path / "cut.tar"))
     with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "a.png", "a.png")
-    with pytest.raises(FastVLMError, match="unpack the compression"):
+    with pytest.raises(FastVLMError, match="uncompress it"):
         open_data(str(tmp_path / "b.tar.gz"))
 
 
@@ -190,7 +190,7 @@ def test_published_formats(tmp_path: Path, make: Any, picture: str, expected: tu
 def test_vqav2_needs_its_annotations_and_skips_questions_without(tmp_path: Path) -> None:
     source = Path(vqav2(tmp_path))
     annotations = tmp_path / "v2_mscoco_val2014_annotations.json"
-    with pytest.raises(FastVLMError, match="give the file of questions"):
+    with pytest.raises(FastVLMError, match="give the file of questions beside it"):
         open_data(str(annotations))
     draw(tmp_path / "COCO_val2014_000000262148.jpg")
     document = json.loads(source.read_text())
@@ -211,14 +211,14 @@ def test_vqav2_needs_its_annotations_and_skips_questions_without(tmp_path: Path)
     [
         ("a.jsonl", '{"image": "a.png"}\n\n{"image": \n', r"a\.jsonl, line 3: not JSON"),
         ("a.jsonl", '{"image": "a.png"}\n[1]\n', "line 2: a list, not an object"),
-        ("a.jsonl", '{"picture": "a.png", "text": "?"}\n', "the first with the keys picture, text, which is no known format"),
+        ("a.jsonl", '{"picture": "a.png", "text": "?"}\n', "the first with the keys picture, text, which is not a known format"),
         ("a.jsonl", "", "is empty"),
         ("a.json", '[\n{"image": "a.png",}\n]', r"a\.json, line 2: not JSON"),
-        ("a.json", "[1, 2]", "a list of no objects"),
+        ("a.json", "[1, 2]", "a list without objects"),
         ("a.json", '[{"url": "a.png"}]', "a list of objects with the keys url"),
         ("a.json", '{"data": [{"text": "?"}]}', "an object with the keys data"),
-        ("a.json", '"text"', "a str, which is no known format"),
-        ("a.json", "[" * 100_000, "nested too deep|not JSON"),
+        ("a.json", '"text"', "a str, which is not a known format"),
+        ("a.json", "[" * 100_000, "nested too deeply|not JSON"),
         ("a.parquet", b"PAR1\xff\xfe\x00", "is not text"),
     ],
 )
@@ -232,7 +232,7 @@ def test_what_is_no_known_format_says_what_is(tmp_path: Path, name: str, content
 
 
 def test_a_missing_source_and_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(FastVLMError, match=r"gone\.jsonl does not exist; --data takes a folder of pictures"):
+    with pytest.raises(FastVLMError, match=r"gone\.jsonl does not exist; give a folder of pictures"):
         open_data(str(tmp_path / "gone.jsonl"))
     with pytest.raises(FastVLMError, match="has no pictures"):
         open_data(str(tmp_path))
@@ -253,10 +253,10 @@ def test_too_few_or_more_than_half_bad_is_an_error(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
         draw(tmp_path / name)
     dataset = open_data(str(tmp_path))
-    with pytest.raises(FastVLMError, match="has 3 examples and at least 8 are needed"):
+    with pytest.raises(FastVLMError, match="has 3 examples, but at least 8 are needed"):
         list(dataset.read(minimum=8))
     (tmp_path / "b.png").write_bytes(b"")
-    with pytest.raises(FastVLMError, match=r"1 of the 3 examples .* cannot be used and 3 are needed; the first is b\.png .*is empty"):
+    with pytest.raises(FastVLMError, match=r"1 of the 3 examples .* cannot be used, but 3 are needed: the first is b\.png .*is empty"):
         list(dataset.read(minimum=3))
     assert len(read(dataset)) == 2
     (tmp_path / "c.png").write_bytes(b"")

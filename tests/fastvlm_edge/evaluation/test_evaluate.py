@@ -266,7 +266,7 @@ def test_every_answer_is_saved(model_dir: Path, questions: Path, tmp_path: Path,
     assert (rows[0]["answer"], rows[0]["token_ids"], rows[0]["answers"], rows[0]["kind"]) == (reply.text, reply.token_ids, ["042"], "x")
     assert rows[0]["exact_match"] == 0 and rows[0]["prompt"] == QUESTION
     assert main(arguments(model_dir, questions, "--save", str(saved))) == 1
-    assert "answers are never overwritten" in capsys.readouterr().err
+    assert "already exists and is never overwritten" in capsys.readouterr().err
     assert len(saved.read_text().splitlines()) == 5
 
 
@@ -288,7 +288,7 @@ def test_an_interruption_prints_what_there_is(
         report = json.loads(out)
         assert (report["count"], report["partial"], report["examples"]) == (2, True, 5)
     else:
-        assert "2 of 5 questions; partial: it was stopped before the end" in out
+        assert "2 of 5 questions; partial: the run was stopped before the end" in out
 
 
 def test_an_error_on_the_way_prints_what_there_is(
@@ -330,14 +330,14 @@ def test_ctrl_c_loses_no_answer(model_dir: Path, pictures: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--data", "gone.jsonl"], "gone.jsonl does not exist; --data takes"),
-        (["--data", "{folder}"], "has no questions with answers, and eval needs them; a folder has none"),
+        (["--data", "gone.jsonl"], "gone.jsonl does not exist; give a folder of pictures"),
+        (["--data", "{folder}"], "has no questions with answers, which eval needs; give a file of questions"),
         (["--images", "gone"], "gone is not a folder; give the folder of the pictures with --images DIR"),
         (["--limit", "0"], "the limit is 0"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--threads", "0"], "threads is 0"),
         (["--reference", "gone"], "gone is not a model directory"),
-        (["--save", "{folder}/none/a.jsonl"], "none does not exist; make the folder first"),
+        (["--save", "{folder}/none/a.jsonl"], "none does not exist"),
     ],
 )
 def test_what_is_wrong_is_one_line(
