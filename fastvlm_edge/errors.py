@@ -1,16 +1,20 @@
-"""The one exception that a user is meant to read."""
+"""The exception for everything that a user can put right: a wrong value, a missing file, a machine that does not fit."""
 
 from __future__ import annotations
 
 
 class FastVLMError(Exception):
-    """What is wrong, with which value, and what to do about it.
+    """What is wrong, and what to do about it.
 
-    The command line prints both on stderr, or with `--json` as one object on stdout, and exits with status 1. `str` joins them with "; ".
+    The command line prints `str(error)`, which is "what; mend", on stderr and exits with status 1. With `--json` it also prints both parts
+    as one object on stdout.
     """
 
     def __init__(self, what: str, mend: str | None = None) -> None:
-        """`what` names the thing, the value and what was expected; `mend` is what to do, a command where there is one. No final period."""
+        """`what` names the thing, its value and what was expected. `mend` says what to do, if possible as "run: COMMAND".
+
+        Both are written without a final period.
+        """
         super().__init__(what if mend is None else f"{what}; {mend}")
         self.what = what
         self.mend = mend

@@ -1,4 +1,4 @@
-"""Ids -> text while they are generated, never half a character."""
+"""Token ids -> text, while they are generated. A character appears once all of its bytes are there."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fastvlm_edge.inputs.tokenizer import TextTokenizer
 
 
 class Detokenizer:
-    """Incremental decoder of one reply; linear in its length.
+    """Decodes one reply id by id, in time linear in its length. The pieces joined equal the decoding of all ids at once.
 
-    A byte-level token may end inside a character. Its bytes wait for the rest; bytes that cannot become a character turn into U+FFFD, as
-    many as Unicode recommends (one for each maximal subpart), which is what decoding everything at once gives.
+    A byte-level token may end inside a UTF-8 character; its bytes are kept until the rest arrives. Bytes that cannot become a character
+    turn into U+FFFD, one for each maximal subpart (The Unicode Standard, section 3.9, U+FFFD Substitution of Maximal Subparts).
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
@@ -19,11 +19,11 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The text that this id completes, possibly empty. Special tokens have none."""
+        """The text that this id completes, possibly empty. Special tokens have no text."""
         if token_id in self._tokenizer.special_ids:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """The end of the reply: U+FFFD for a character that never became whole, else empty."""
+        """Call at the end of the reply: U+FFFD if the last character is incomplete, else an empty string."""
         return self._decoder.decode(b"", final=True)

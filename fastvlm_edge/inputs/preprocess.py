@@ -1,8 +1,8 @@
-"""RGB picture -> `pixel_values`, the input of `vision.onnx`.
+"""RGB image -> `pixel_values`, the input of `vision.onnx`.
 
-FastVLM normalises with mean 0 and standard deviation 1, so pixel values are simply 0..1. Two geometries: `pad` is Apple's `predict.py` and
-what training used (black square around the picture, then bicubic resize); `crop` is the model card's image processor (short side resized,
-centre square cut out).
+FastVLM normalises with mean 0 and standard deviation 1, so pixel values are in 0..1. There are two geometries. `pad` is what training and
+Apple's `predict.py` do: pad the image to a black square, then resize it (bicubic). `crop` is what the model card's image processor does:
+resize the short side, then cut out the centre square.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from fastvlm_edge.inputs.image_input import ImageInput, load_rgb
 
 GEOMETRIES = ("pad", "crop")
 MAX_ASPECT_RATIO = 50
-"""Beyond it `pad` leaves the picture a few pixels thick and `crop` sees less than a hundredth of it."""
+"""Above it, `pad` leaves only a few pixels of the short side, and `crop` keeps less than 2 % of the image."""
 _BAND_PIXELS = 1 << 22
 
 
 def preprocess(image: ImageInput, image_size: int, geometry: str) -> NDArray[np.float32]:
-    """One picture -> pixel_values [1, 3, image_size, image_size] float32 in 0..1.
+    """One image -> pixel_values [1, 3, image_size, image_size] float32 in 0..1.
 
-    Raises FastVLMError where the picture cannot be read, is too large, or is more than 50 times as long as it is wide.
+    Raises FastVLMError if the image cannot be read, is too large, or its aspect ratio is above MAX_ASPECT_RATIO.
     """
     if geometry not in GEOMETRIES:
-        raise FastVLMError(f"geometry {geometry!r} is unknown; use one of: {', '.join(GEOMETRIES)}")
+        raise FastVLMError(f"unknown geometry {geometry!r}", f"use one of: {', '.join(GEOMETRIES)}")
     rgb = load_rgb(image)
     if max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
         raise FastVLMError(
-            f"the picture is {rgb.width} x {rgb.height} pixels, more than {MAX_ASPECT_RATIO} times as long as it is wide; "
-            "cut it into shorter pieces first"
+            f"the image has {rgb.width} x {rgb.height} pixels; its aspect ratio is above {MAX_ASPECT_RATIO}",
+            "cut it into shorter pieces",
         )
     square = pad_and_resize(rgb, image_size) if geometry == "pad" else resize_and_crop(rgb, image_size)
     planes = np.asarray(square).transpose(2, 0, 1)[np.newaxis]  # [1, 3, S, S] uint8
@@ -40,10 +40,10 @@ def preprocess(image: ImageInput, image_size: int, geometry: str) -> NDArray[np.
 
 
 def pad_and_resize(image: Image.Image, size: int) -> Image.Image:
-    """Centre the picture on a black square as wide as its long side, then resize to size x size, bicubic.
+    """Centre the image on a black square as wide as its long side, then resize to size x size (bicubic).
 
-    Bit for bit what padding first and resizing after gives, without ever holding the padded square: Pillow resizes rows first and columns
-    after, rows do not depend on each other, so bands of rows are padded and shrunk one at a time.
+    The result is bit for bit that of padding first and resizing afterwards, but the padded square is never held in memory. Pillow resizes
+    horizontally first, where rows do not depend on each other, so bands of rows are padded and shrunk one at a time.
     """
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
@@ -62,10 +62,10 @@ def pad_and_resize(image: Image.Image, size: int) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the short side to `size`, bicubic, and keep the centre square.
+    """Resize the short side to `size` (bicubic) and keep the centre square.
 
-    Sizes and offsets round like transformers' `CLIPImageProcessor`: the long side is int(size * long / short), the offset half of what is
-    left over, rounded down.
+    Sizes and offsets are rounded as in transformers' `CLIPImageProcessor`: the long side is int(size * long / short), and the offset is
+    half of the remainder, rounded down.
     """
     short = min(image.size)
     whole = image.resize((int(size * image.width / short), int(size * image.height / short)), Image.Resampling.BICUBIC)

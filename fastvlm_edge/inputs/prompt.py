@@ -1,10 +1,10 @@
-"""The conversation as ids: template `qwen_2` of FastVLM, with every picture as a run of ids `vocab + k`.
+"""The conversation as token ids: FastVLM's template `qwen_2`, in which an image is a run of ids `vocab + k`.
 
     <|im_start|>system\\n{system}<|im_end|>\\n
-    <|im_start|>user\\n{picture}\\n{prompt}<|im_end|>\\n
+    <|im_start|>user\\n{image}\\n{prompt}<|im_end|>\\n
     <|im_start|>assistant\\n{reply}<|im_end|>\\n ...
 
-Text between two control tokens or pictures is tokenised as one string, as transformers does it, so the ids are the same.
+Text between two control tokens or images is tokenised as one string. transformers does the same, so the ids are equal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastvlm_edge.model_dir.manifest import Manifest
 
 
 class ChatTemplate:
-    """Builds the ids of a conversation piece by piece: `opening`, then for each question `turn` and, after the reply, `closing`."""
+    """Builds the ids of a conversation part by part: `opening`, then `turn` for each question and `closing` after each reply."""
 
     def __init__(self, tokenizer: TextTokenizer, manifest: Manifest) -> None:
         self._tokenizer = tokenizer
@@ -27,24 +27,24 @@ class ChatTemplate:
         self._end = tokenizer.control_id("<|im_end|>")
 
     def opening(self) -> list[int]:
-        """Ids of the system prompt."""
+        """Ids of the system prompt, with which every conversation begins."""
         encode = self._tokenizer.encode
         return [self._start, *encode(f"system\n{self._system_prompt}"), self._end, *encode("\n")]
 
-    def turn(self, prompt: str, picture_rows: Sequence[int] = (), *, first_row: int = 0) -> list[int]:
+    def turn(self, prompt: str, image_rows: Sequence[int] = (), *, first_row: int = 0) -> list[int]:
         """Ids of one question, up to where the reply begins.
 
-        `picture_rows` are the rows of image_features of each picture of this question; they count on from `first_row`, the rows that
-        earlier questions took. Raises FastVLMError for a prompt that is no text or, without a picture, empty.
+        `image_rows` holds the number of rows of image_features for each image of this question. Earlier questions of the conversation have
+        used the rows before `first_row`. Raises FastVLMError if the prompt is not a string, or is empty and there is no image.
         """
         if not isinstance(prompt, str):
-            raise FastVLMError(f"the prompt is a {type(prompt).__name__}; give a string")
-        if not prompt.strip() and not picture_rows:
-            raise FastVLMError("the prompt is empty and there is no picture; ask something")
+            raise FastVLMError(f"the prompt is of type {type(prompt).__name__}, not str", "give a string")
+        if not prompt.strip() and not image_rows:
+            raise FastVLMError("the prompt is empty and there is no image", "give a question or an image")
         encode = self._tokenizer.encode
         ids = [self._start]
         before = "user\n"
-        for rows in picture_rows:
+        for rows in image_rows:
             ids += encode(before)
             ids += range(self._vocab + first_row, self._vocab + first_row + rows)
             first_row += rows
@@ -52,5 +52,5 @@ class ChatTemplate:
         return [*ids, *encode(before + prompt), self._end, *encode("\n"), self._start, *encode("assistant\n")]
 
     def closing(self) -> list[int]:
-        """Ids that end a reply, before the next question."""
+        """Ids between the end of a reply and the next question."""
         return [self._end, *self._tokenizer.encode("\n")]

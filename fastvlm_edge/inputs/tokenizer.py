@@ -1,4 +1,4 @@
-"""`tokenizer.json` of a model directory: text <-> ids, with no way for a user's text to become a control token."""
+"""`tokenizer.json` of a model directory: text <-> ids. Text from a user can never become a control token."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class TextTokenizer:
     """A byte-level BPE tokenizer, as every Qwen2 checkpoint has."""
 
     def __init__(self, path: Path) -> None:
-        """Read `tokenizer.json`. Raises FastVLMError where it is damaged or is not byte-level BPE."""
+        """Read `tokenizer.json`. Raises FastVLMError if it is damaged or not byte-level BPE."""
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
-            raise FastVLMError(f"{path} is not a readable tokenizer ({error}); copy it again, or convert the checkpoint again") from None
+            raise FastVLMError(f"{path} cannot be read as a tokenizer: {error}", "copy it again, or convert the checkpoint again") from None
         if "ByteLevel" not in repr(self._tokenizer.decoder):
-            raise FastVLMError(f"{path} is not a byte-level tokenizer, which FastVLM's Qwen2 needs; convert the checkpoint again")
+            raise FastVLMError(f"{path} is not a byte-level tokenizer, which FastVLM's Qwen2 needs", "convert the checkpoint again")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # From here on "<|im_end|>" in a text is those ten characters; control tokens come from `control_id` alone.
+        # From here on "<|im_end|>" in a text is encoded as those ten characters. Only `control_id` gives control tokens.
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -32,14 +32,17 @@ class TextTokenizer:
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, every character taken literally and nothing added around it."""
+        """Ids of a text. Every character is taken literally, and no tokens are added around it.
+
+        Raises FastVLMError if the text is not valid Unicode.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise FastVLMError("the text is not valid Unicode (it holds half a surrogate pair); pass UTF-8") from None
+            raise FastVLMError("the text is not valid Unicode: it contains half of a surrogate pair", "pass UTF-8") from None
         pieces = [text]
         if self._image_mark_is_plain:
-            # Added without the special flag it would still be matched, so the word is cut after its first character.
+            # An added token without the special flag would still be matched, so the word is split after its first character.
             first, *rest = text.split(_IMAGE_MARK)
             for part in rest:
                 pieces[-1:] = [first + _IMAGE_MARK[0], _IMAGE_MARK[1:] + part]
@@ -47,14 +50,14 @@ class TextTokenizer:
         return [token_id for piece in pieces if piece for token_id in self._tokenizer.encode(piece, add_special_tokens=False).ids]
 
     def control_id(self, name: str) -> int:
-        """Id of a control token such as `<|im_start|>`. Raises FastVLMError where the vocabulary has none of that name."""
+        """Id of a control token such as `<|im_start|>`. Raises FastVLMError if the vocabulary does not contain it."""
         token_id: int | None = self._tokenizer.token_to_id(name)
         if token_id is None:
-            raise FastVLMError(f"the tokenizer has no {name} token, which FastVLM's prompt needs; convert the checkpoint again")
+            raise FastVLMError(f"the tokenizer has no {name} token, which FastVLM's prompt needs", "convert the checkpoint again")
         return token_id
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that an id stands for, b"" for an id with no token. They may begin or end inside a character."""
+        """The UTF-8 bytes of a token, b"" for an id without a token. They may begin or end inside a character."""
         known = self._bytes.get(token_id)
         if known is None:
             token: str | None = self._tokenizer.id_to_token(token_id)
@@ -63,7 +66,10 @@ class TextTokenizer:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE (GPT-2): printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
+    """Character -> byte, as in byte-level BPE (GPT-2, `bytes_to_unicode`).
+
+    Printable Latin-1 characters stand for themselves, the characters from U+0100 on for the other bytes.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}

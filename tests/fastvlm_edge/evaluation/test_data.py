@@ -270,7 +270,7 @@ def test_a_bad_picture_in_a_tar_is_named(tmp_path: Path) -> None:
         add(archive, "2.png", b"not a picture")
     dataset = open_data(str(tmp_path / "a.tar"))
     assert len(read(dataset)) == 1
-    assert dataset.skipped[0].reason.startswith("a.tar/2.png: the picture is not a picture")
+    assert dataset.skipped[0].reason.startswith("a.tar/2.png: the image is not an image")
 
 
 def test_a_limit_is_reproducible_and_a_larger_one_holds_it(tmp_path: Path) -> None:
