@@ -18,11 +18,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.checkpoint import random_checkpoint
 from benchmarks.machine import describe
 from fastvlm_edge.bundling.archive import Written, write_bundle
 from fastvlm_edge.bundling.targets import TARGETS, find_target
 from fastvlm_edge.bundling.wheels import collect_wheels
-from tests.support.fake_model import build_model
+from fastvlm_edge.convert.pipeline import convert
 
 RESULT = Path(__file__).parent / "results" / "bundle_sizes.json"
 PYTHONS = ((3, 10), (3, 11), (3, 12), (3, 13))
@@ -58,8 +59,8 @@ def _sizes(written: Written) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A file that is started again and again with a state folder of its own."""
+class Program:
+    """A file that is started again and again with a state directory of its own."""
 
     file: Path
     command: list[str]
@@ -76,20 +77,20 @@ def compare_starts(work: Path, model: Path) -> dict[str, Any]:
     question = ["--prompt", "What is it?", "--max-new-tokens", "4"]
     began = time.perf_counter()
     ours = write_bundle(model, target, collect_wheels(target, wheels), work / "ours").path
-    contenders = {"bundle": Contender(ours, [str(ours), "run", *question], time.perf_counter() - began)}
-    contenders["pex"] = _make_pex(work, model, [str(path) for path in wheels.glob("*.whl")], question)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    programs = {"bundle": Program(ours, [str(ours), "run", *question], time.perf_counter() - began)}
+    programs["pex"] = _make_pex(work, model, [str(path) for path in wheels.glob("*.whl")], question)
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(STARTS):
-        for name, contender in contenders.items():
+        for name, program in programs.items():
             state = work / f"state-{name}"
             environment = {**os.environ, "FASTVLM_EDGE_STATE": str(state), "PEX_ROOT": str(state)}
             began = time.perf_counter()
-            subprocess.run(contender.command, env=environment, check=True, capture_output=True)
+            subprocess.run(program.command, env=environment, check=True, capture_output=True)
             seconds[name].append(time.perf_counter() - began)
-    return {name: _row(contender, seconds[name], work / f"state-{name}") for name, contender in contenders.items()}
+    return {name: _row(program, seconds[name], work / f"state-{name}") for name, program in programs.items()}
 
 
-def _make_pex(work: Path, model: Path, wheels: list[str], question: list[str]) -> Contender:
+def _make_pex(work: Path, model: Path, wheels: list[str], question: list[str]) -> Program:
     repository = Path(__file__).parents[1]
     own = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", str(repository), "-w", str(work / "own")]
     subprocess.run(own, check=True, capture_output=True)
@@ -104,14 +105,14 @@ def _make_pex(work: Path, model: Path, wheels: list[str], question: list[str]) -
     began = time.perf_counter()
     command = [sys.executable, "-m", "pex", *options, *wheels, *map(str, (work / "own").glob("*.whl"))]
     subprocess.run(command, check=True, capture_output=True)
-    return Contender(work / "app.pex", [sys.executable, str(work / "app.pex"), *question], time.perf_counter() - began)
+    return Program(work / "app.pex", [sys.executable, str(work / "app.pex"), *question], time.perf_counter() - began)
 
 
-def _row(contender: Contender, seconds: list[float], state: Path) -> dict[str, Any]:
+def _row(program: Program, seconds: list[float], state: Path) -> dict[str, Any]:
     unpacked = int(subprocess.run(["du", "-sB1", str(state)], capture_output=True, text=True, check=True).stdout.split()[0])
     return {
-        "bytes": contender.file.stat().st_size,
-        "made_s": round(contender.made_s, 2),
+        "bytes": program.file.stat().st_size,
+        "made_s": round(program.made_s, 2),
         "first_start_s": round(seconds[0], 2),
         "later_start_s": round(statistics.median(seconds[1:]), 2),
         "later_starts_s": [round(each, 2) for each in seconds[1:]],
@@ -123,7 +124,8 @@ def main() -> int:
     """Measure everything and write the record."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        model = build_model(work / "model")
+        model = work / "model"
+        convert(str(random_checkpoint(work, "tiny")), model)
         rows = measure_sizes(work, model)
         starts = compare_starts(work, model)
     document = {"date": date.today().isoformat(), "machine": describe(), "limit_bytes": LIMIT, "targets": rows, "starts": starts}

@@ -44,7 +44,7 @@ def load_transformers(checkpoint: Path, dtype: str, image_size: int, device: str
     """`FastVlmForConditionalGeneration` on the GPU; no id ends a reply. Raises RuntimeError where this PyTorch has no CUDA."""
     import torch
 
-    from tests.support.timm_reference import import_timm
+    from examples.checkpoints.in_transformers import import_timm
 
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("this PyTorch has no CUDA; install one that has, see pytorch.org")

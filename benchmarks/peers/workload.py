@@ -26,7 +26,7 @@ NEW_TOKENS = 65
 def prepare(folder: Path, size: str, progress: Progress) -> None:
     """Everything below `folder`; what is there stays, but for models of an older converter.
 
-    `size` is one of `tests.support.checkpoints.SIZES`.
+    `size` is one of `examples.checkpoints.random_checkpoint.SIZES`.
     """
     from fastvlm_edge.convert.pipeline import convert
 

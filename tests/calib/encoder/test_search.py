@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.vision_quantization import add_heavy_tails
 from fastvlm_edge.calib.encoder import search as vision
 from fastvlm_edge.calib.encoder.histogram import OBSERVERS, Histogram
 from fastvlm_edge.calib.encoder.quantize_layer import Recipe
@@ -22,6 +21,7 @@ from fastvlm_edge.convert.reference.fastvithd import image_tokens
 from fastvlm_edge.convert.weights.vision import write_vision_weights
 from fastvlm_edge.errors import FastVLMError
 from tests.convert.graphs.test_vision import HIDDEN, TINY, random_encoder
+from tests.support.heavy_tails import add_heavy_tails
 from tests.support.parser_of_tensorrt_10_3 import check_graph
 
 SIZE = 128

@@ -22,9 +22,6 @@ from fastvlm_edge.planning.published import MODELS, ROWS, Row, Stage
 from fastvlm_edge.planning.recommend import recommend
 from fastvlm_edge.planning.workload import FP16, INT4, INT8, PRECISIONS, SIZES, VisionShape, decode_bytes, prefill_macs, vision_work
 
-RECORD = Path(__file__).parents[3] / "benchmarks" / "results" / "plan_error.json"
-
-
 # Work ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -72,17 +69,6 @@ def test_the_constants_are_what_the_published_rows_give() -> None:
         assert module.MEDIAN_ERROR[stage] == pytest.approx(median_error(hold_out(stage)), abs=5e-4)
         assert module.SPREAD[stage] == pytest.approx(spread(hold_out(stage)), abs=5e-4)
     assert pytest.approx(runtime_bytes(), rel=1e-4) == module.RUNTIME_BYTES
-
-
-def test_the_record_is_what_the_script_gives() -> None:
-    """The median error is under a quarter for decoding and prefill; for vision only across boards, since two encoders are all there is."""
-    from benchmarks.plan_error import record
-
-    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
-    assert recorded == json.loads(json.dumps(record()))
-    stages = recorded["stages"]
-    assert stages["decode"]["median_error"] < 0.25 and stages["prefill"]["median_error"] < 0.25
-    assert all(figures["median_error_by_board"] < 0.25 for figures in stages.values())
 
 
 @pytest.mark.parametrize("stage", ["decode", "prefill", "vision"])
