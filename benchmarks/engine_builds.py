@@ -86,7 +86,7 @@ def build(job: Job, model: Path) -> dict[str, Any]:
     """Run one build in this process and tell what it cost."""
     import tensorrt_rtx as trt
 
-    from benchmarks.tensorrt_types import LOG, layers
+    from benchmarks.tensorrt_log import LOG, layers
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Adds up phases of the same name; asks to stop after `job.cancel_after` seconds."""

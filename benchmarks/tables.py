@@ -154,10 +154,43 @@ def profiles() -> str:
 
 
 def tensorrt_types() -> str:
-    """`tensorrt_types.json` as a table."""
-    from benchmarks.tensorrt_types import table
+    """The FP16 cases of `tensorrt_types.json` as a table: one row for layers and weights that come out the same."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in load("tensorrt_types")["results"]:
+        kind, _, block = row["weights"].partition("/")
+        form = ("w8a8" if row["quantize_input"] else kind) + (" in blocks" if block else "")
+        form += ", scale in FP32 and a Cast" if row["scale"] else ""
+        if row["weights"] != "plain" and row["activations"] == "fp16" and not (row["scale"] and row["layer"] != "matmul"):
+            form += ", 1 row" if row["rows"] in ("1", "dynamic 1") and kind == "int8" else ""
+            groups.setdefault((form, computed(row)), []).append(row)
+    lines = ["| weights | layers | bits a weight | computed |", "| --- | --- | --- | --- |"]
+    for (form, words), rows in groups.items():
+        bits = [row["bits_per_weight"] for row in rows if "bits_per_weight" in row]
+        extent = f"{min(bits):.1f}" + (f" to {max(bits):.1f}" if max(bits) - min(bits) > 0.1 else "") if bits else "-"
+        lines.append(f"| {form} | {', '.join(dict.fromkeys(row['layer'] for row in rows))} | {extent} | {words} |")
+    return "\n".join(lines)
 
-    return table()
+
+def computed(row: dict[str, Any]) -> str:
+    """What the kernels of a row do with the weights, in words."""
+    if "kernels" not in row:
+        return "does not build"
+    words = []
+    for kernel in row["kernels"]:
+        kind, _, types = kernel.partition(": ")
+        kind, _, steps = kind.partition("[")
+        if "Conc" in steps and "const" in types:
+            words.append("pads groups")
+        if kind == "runtime_fusion":
+            words.append("product reads the integers")
+        elif kind == "kgen" and "Gath" in steps:
+            words.append("reads rows only")
+        elif kind == "kgen" and re.search(r"Int[48] const.* -> (?!Int8)", types):
+            words.append("dequantises into memory")
+        elif kind in ("gemm", "correlation"):
+            integers = types.startswith("Int8+Int8")
+            words.append(f"INT8 {'convolution' if kind == 'correlation' else 'product'} -> {types.split(' ')[-1]}" if integers else "float")
+    return ", ".join(dict.fromkeys(words))
 
 
 def quantization() -> str:

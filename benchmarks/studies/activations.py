@@ -1,9 +1,13 @@
 """The largest activations of encoder and LLM against what FP16 holds: a record and a picture, from what `convert` finds and acts on.
 
-    python benchmarks/activations.py [--work build/bench]
+Question: How near do the largest activations of encoder and decoder come to the limit of FP16?
+Verdict: a factor of 25 below the magnitude at which conversion widens a stage, for the demo model and for random weights of the 0.5B.
+This says nothing about the released weights, so conversion probes every checkpoint itself (docs/precision.md).
+Ran: 2026-11-21, at commit b6e204d (record: benchmarks/results/activations.json).
+Command at that commit: python benchmarks/activations.py
 
 The demo checkpoint has trained weights. The 0.5B has random ones that are drawn so that activations stay small
-(tests/support/checkpoints.py): it shows the depth of the real size, and nothing of what released weights do.
+(examples/checkpoints/random_checkpoint.py): it shows the depth of the real size, and nothing of what released weights do.
 """
 
 from __future__ import annotations
@@ -15,9 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "demo" / "fastvlm-demo"
 RESULT = ROOT / "benchmarks" / "results" / "activations.json"
 PICTURE = ROOT / "docs" / "images" / "activations.png"

@@ -1,6 +1,11 @@
 """W8A8 of the encoder: observers, each technique in turn, plans for several bounds, and onnxruntime's own quantiser beside them.
 
-    python -m benchmarks.vision_quantization [--work build/bench] [demo] [random] [plan] [onnxruntime]
+Question: What does each technique of the encoder's W8A8 calibration contribute, and which bound on the loss is worth its price?
+Verdict: on the demo all techniques together halve the loss of plain rounding (1 - cosine 0.96e-4 against 2.08e-4); the correction of the bias
+brings most of it. The observers max and MSE are near each other, percentile is worse and entropy much worse. A bound of 0.001 keeps 96 % of
+the multiply-accumulates of the random 0.5B in INT8. The product uses all techniques, the MSE observer and this bound.
+Ran: 2026-11-21, at commit d4acf53 (record: benchmarks/results/vision_quantization.json).
+Command at that commit: python -m benchmarks.vision_quantization demo random plan onnxruntime
 
 The demo has trained weights. The 0.5B has random ones with heavy-tailed activations (`add_heavy_tails`) that carry no redundancy: it shows
 the depth of the real size. Losses are 1 - cosine of the image features on pictures that calibration did not see, against FP32.
@@ -36,7 +41,7 @@ from fastvlm_edge.convert.reference.fastvithd import AttentionBlock, ConvFFN, Do
 from fastvlm_edge.convert.weights.vision import write_vision_weights
 from fastvlm_edge.inputs.preprocess import preprocess
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "vision_quantization.json"
 DEMO = ROOT / "examples" / "demo" / "fastvlm-demo"
 SEED = 7
@@ -67,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     document = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    document |= {"what": __doc__.split("\n\n")[2].replace("\n", " "), "machine": machine.describe()}
+    document |= {"what": __doc__.split("\n\n")[-1].replace("\n", " "), "machine": machine.describe()}
     for part in options.parts:
         began = time.perf_counter()
         found = PARTS[part](options.work)

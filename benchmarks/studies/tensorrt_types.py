@@ -1,6 +1,10 @@
 """In which types TensorRT for RTX stores and computes quantised layers: one small graph a case, built for several GPUs without having one.
 
-    python -m benchmarks.tensorrt_types [--table]
+Question: In which types does TensorRT for RTX 1.7.1 store and compute quantised layers?
+Verdict: docs/tensorrt-types.md has the table. INT8 weights of the decoder get one scale per output channel, INT4 weights one per block;
+Q and DQ stand only before dense convolutions, because grouped ones are padded. The converter follows it.
+Ran: 2026-11-21, at commit d5f83d8 (record: benchmarks/results/tensorrt_types.json).
+Command at that commit: python -m benchmarks.tensorrt_types
 
 The evidence is the builder's own log: with detailed profiling verbosity it lists every kernel with the types of its inputs and constants,
 and the bytes of all weights. (`EngineInspector` tells the same, but it needs a CUDA driver, and this does not.)
@@ -11,7 +15,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,10 +28,10 @@ import tensorrt_rtx as trt
 from onnx import TensorProto, helper
 
 from benchmarks.machine import describe
+from benchmarks.tensorrt_log import LOG, layers
 from fastvlm_edge.convert.graphs.builder import IR_VERSION, OPSET, element_type, to_bytes
-from fastvlm_edge.engines.layers import parse_listing
 
-RESULT = Path(__file__).resolve().parent / "results" / "tensorrt_types.json"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "tensorrt_types.json"
 FLOATS: dict[str, npt.DTypeLike] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 GPUS = ("SM86", "SM89", "SM120")
 
@@ -188,20 +191,6 @@ def cases() -> Iterator[Case]:
                     yield from (replace(case, rows=each) for case, each in itertools.product((int8, blocked[3]), rows))
 
 
-class Log(trt.ILogger):  # type: ignore[misc]
-    """Keeps what the builder says. TensorRT has one logger a process: the first."""
-
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.lines: list[tuple[Any, str]] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        self.lines.append((severity, message))
-
-
-LOG = Log()
-
-
 def parse_and_build(model: onnx.ModelProto, gpu: str, *, rows: tuple[int, int, int] = (1, 64, 512)) -> dict[str, Any]:
     """Whether it `parses` and `builds`, the bytes of engine and weights, the kernels; `errors` and `warnings` as TensorRT words them."""
     LOG.lines.clear()
@@ -231,22 +220,6 @@ def parse_and_build(model: onnx.ModelProto, gpu: str, *, rows: tuple[int, int, i
     return row | {"engine_bytes": plan.nbytes, "weights_bytes": int(weights[1]) if weights else None, **layers(text)}
 
 
-def layers(text: str) -> dict[str, Any]:
-    """The builder's list of `kernels`, in order, with the types of inputs, outputs and constants of more than 10,000 values (`stored`)."""
-    kernels, stored = [], dict[str, int]()
-    for layer in parse_listing(text):
-        if layer.kind in ("shape_call", "signal", "wait"):
-            continue
-        large = [constant for constant in layer.constants if constant.values > 10_000]
-        for constant in large:
-            stored[constant.dtype] = stored.get(constant.dtype, 0) + constant.values
-        source = re.sub(r"_myl\d+_\d+$", "", layer.name)
-        kernel = f"{layer.kind}[{source.removeprefix('__myl_')}]" if layer.kind in ("kgen", "runtime_fusion") else layer.kind
-        types = "+".join([tensor.dtype for tensor in layer.inputs] + [f"{tensor.dtype} const" for tensor in large])
-        kernels.append(f"{kernel}: {types} -> {'+'.join(tensor.dtype for tensor in layer.outputs)}")
-    return {"stored": stored, "kernels": kernels}
-
-
 def measure(case: Case) -> list[dict[str, Any]]:
     """One row of the record, or more where the GPUs differ in more than engine size."""
     rows: list[dict[str, Any]] = []
@@ -261,47 +234,6 @@ def measure(case: Case) -> list[dict[str, Any]]:
     return rows
 
 
-def computed(row: dict[str, Any]) -> str:
-    """What the kernels of a row do with the weights, in words."""
-    if "kernels" not in row:
-        return "does not build"
-    words = []
-    for kernel in row["kernels"]:
-        kind, _, types = kernel.partition(": ")
-        kind, _, steps = kind.partition("[")
-        if "Conc" in steps and "const" in types:
-            words.append("pads groups")
-        if kind == "runtime_fusion":
-            words.append("product reads the integers")
-        elif kind == "kgen" and "Gath" in steps:
-            words.append("reads rows only")
-        elif kind == "kgen" and re.search(r"Int[48] const.* -> (?!Int8)", types):
-            words.append("dequantises into memory")
-        elif kind in ("gemm", "correlation"):
-            integers = types.startswith("Int8+Int8")
-            words.append(f"INT8 {'convolution' if kind == 'correlation' else 'product'} -> {types.split(' ')[-1]}" if integers else "float")
-    return ", ".join(dict.fromkeys(words))
-
-
-def table() -> str:
-    """The record's FP16 cases as Markdown: one row for layers and weights that come out the same."""
-    document = json.loads(RESULT.read_text(encoding="utf-8"))
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in document["results"]:
-        kind, _, block = row["weights"].partition("/")
-        form = ("w8a8" if row["quantize_input"] else kind) + (" in blocks" if block else "")
-        form += ", scale in FP32 and a Cast" if row["scale"] else ""
-        if row["weights"] != "plain" and row["activations"] == "fp16" and not (row["scale"] and row["layer"] != "matmul"):
-            form += ", 1 row" if row["rows"] in ("1", "dynamic 1") and kind == "int8" else ""
-            groups.setdefault((form, computed(row)), []).append(row)
-    lines = ["| weights | layers | bits a weight | computed |", "| --- | --- | --- | --- |"]
-    for (form, words), rows in groups.items():
-        bits = [row["bits_per_weight"] for row in rows if "bits_per_weight" in row]
-        extent = f"{min(bits):.1f}" + (f" to {max(bits):.1f}" if max(bits) - min(bits) > 0.1 else "") if bits else "-"
-        lines.append(f"| {form} | {', '.join(dict.fromkeys(row['layer'] for row in rows))} | {extent} | {words} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     rows = []
     for case in cases():
@@ -313,7 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--table"]:
-        print(table())
-    else:
-        main()
+    main()

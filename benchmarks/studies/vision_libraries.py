@@ -1,6 +1,9 @@
 """The demo's encoder as libraries quantise it, on the held-out questions: exact match by kind, beside ours.
 
-python -m benchmarks.vision_libraries [--count 2000] [--modelopt PYTHON] [--nncf PYTHON] [--out benchmarks/results/vision_libraries.json]
+Question: Is the encoder as we quantise it better than as onnxruntime, nvidia-modelopt and NNCF do?
+Verdict: its image features are closer to FP32. The answers of the demo hardly tell the ways apart: two to nine of 2,000 change.
+Ran: 2026-11-24, at commit 37bfea5 (record: benchmarks/results/vision_libraries.json).
+Command at that commit: python -m benchmarks.vision_libraries --modelopt PYTHON --nncf PYTHON
 
 INT8 weights a channel and INT8 activations a tensor; the decoder is FP32, so that the encoder alone is judged. The pictures that calibrate
 are the same for all. `--modelopt` is the interpreter of an environment with nvidia-modelopt[onnx], `--nncf` of one with nncf and openvino,
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks import machine
-from benchmarks.quantization_choice import (
+from benchmarks.studies.quantization_choice import (
     CALIBRATION_SEED,
     DEMO,
     MEASURED,
@@ -33,7 +36,7 @@ from benchmarks.quantization_choice import (
     encode,
     judge,
 )
-from benchmarks.vision_quantization import Model, graph_features, static_features, write_fp32
+from benchmarks.studies.vision_quantization import Model, graph_features, static_features, write_fp32
 from fastvlm_edge.calib.encoder.search import VisionSearch, squared_error
 from fastvlm_edge.calib.judge import score
 from fastvlm_edge.calib.quantizer import DAMAGE
@@ -68,7 +71,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--modelopt", type=Path)
     parser.add_argument("--nncf", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vision_libraries.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "vision_libraries.json")
     options = parser.parse_args()
     torch.set_num_threads(1)  # layers this small only lose time to more
     checkpoint = open_checkpoint(str(DEMO))
@@ -103,7 +106,7 @@ def main() -> int:
     if options.nncf:
         ways["nncf, run by OpenVINO"] = lambda: nncf_features(model, size, seen, pictures(), options.nncf)
     document: dict[str, Any] = {
-        "what": __doc__.split("\n\n")[2].replace("\n", " ").strip(),
+        "what": __doc__.split("\n\n")[-1].replace("\n", " ").strip(),
         "data": f"{options.count} scenes of the split heldout, seed {CALIBRATION_SEED}",
         "calibration": f"{PICTURES} scenes of the split calibration, seed {CALIBRATION_SEED}",
         "machine": machine.describe(),

@@ -1,0 +1,1 @@
+"""Finished measurements, frozen; see README.md."""
