@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all: written beside their final name and renamed into place."""
+"""Directories and files that appear complete or not at all: they are written beside their final name and then renamed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from fastvlm_edge.errors import FastVLMError
 
 @contextmanager
 def written_beside(output: Path, *, replace: bool, elsewhere: str) -> Iterator[Path]:
-    """A new folder beside `output`, links followed, that takes its name when the block ends well and is gone when it does not.
+    """A new directory beside `output` for the block to fill. It is renamed to `output` if the block succeeds, and removed if it fails.
 
-    With `replace` a folder that has the name goes when the new one is there, not before. What killed processes left is cleared away.
-    Raises FastVLMError where the disk is full or not writable; `elsewhere` says what to do then.
+    With `replace`, an old directory of that name is removed only after the new one is complete. If `output` is a symbolic link, its target
+    is written. Leftovers of killed processes are removed. Raises FastVLMError if the disk is full or not writable, with the remedy
+    `elsewhere`.
     """
-    output = Path(os.path.realpath(output))  # what stands at the end of a link, on its own disk
+    output = Path(os.path.realpath(output))  # beside the target of a link: renaming works only within one file system
     marker = f".{output.name}.partial-"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +30,7 @@ def written_beside(output: Path, *, replace: bool, elsewhere: str) -> Iterator[P
         partial = output.parent / f"{marker}{os.getpid()}"
         partial.mkdir()
     except OSError as error:
-        raise FastVLMError(f"{output.parent} cannot be written to ({error.strerror}); {elsewhere}") from None
+        raise FastVLMError(f"{output.parent} cannot be written to ({error.strerror})", elsewhere) from None
     old = output.parent / f"{partial.name}-old"
     try:
         try:
@@ -41,7 +42,9 @@ def written_beside(output: Path, *, replace: bool, elsewhere: str) -> Iterator[P
             partial.rename(output)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise FastVLMError(f"the disk of {output.parent} is full; nothing was left there. Make room, or {elsewhere}") from None
+                raise FastVLMError(
+                    f"the disk of {output.parent} is full; nothing was left there", f"free some space, or {elsewhere}"
+                ) from None
             raise FastVLMError(f"{output} could not be written ({error}); nothing was left there") from error
     finally:
         if old.exists() and not output.exists():
@@ -52,7 +55,10 @@ def written_beside(output: Path, *, replace: bool, elsewhere: str) -> Iterator[P
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name beside `path`: what the block writes there takes the place of `path` when it ends well, and is gone when it does not."""
+    """A temporary name beside `path` for the block to write to.
+
+    The file replaces `path` if the block succeeds, and is removed if it fails.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -67,6 +73,6 @@ def _is_running(pid: str) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Make sure that a file is on the disk before its folder gets the name."""
+    """Make sure that the content of a file is on the disk before its directory is renamed."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

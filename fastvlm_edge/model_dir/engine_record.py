@@ -1,4 +1,4 @@
-"""`engines/<target>/build.json`: what a pair of engines was built from, with and for, and whether it was ever compared on a GPU."""
+"""`engines/<target>/build.json`: the record of a pair of engines: inputs, library, GPUs, and the comparison with onnxruntime."""
 
 from __future__ import annotations
 
@@ -22,62 +22,63 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """A built pair of engines, in `engines/<target>/` of a model directory."""
+    """A pair of engines, `vision.engine` and `decoder.engine`, in `engines/<target>/` of a model directory."""
 
     target: str
     library: str
     """`tensorrt` or `tensorrt_rtx`."""
     version: str
-    """Of the library: an engine runs on the very version that built it."""
+    """Version of the library. An engine runs only with the version that built it."""
     compute_capabilities: list[list[int]]
-    """[major, minor] of every GPU that the engines run on."""
+    """[major, minor] of every GPU architecture that the engines run on."""
     device: str
-    """Name of the GPU that they were built on; empty where there was none."""
+    """Name of the GPU on which they were built; empty if the machine had no GPU."""
     flags: dict[str, Any]
+    """Options of the build, by name."""
     onnx: dict[str, str]
-    """File name -> sha256 of every graph and weights file that went in."""
+    """File name -> sha256 of the graphs and weights that the engines were built from."""
     files: dict[str, FileRecord]
     profiles: dict[str, list[dict[str, list[list[int]]]]]
-    """Part -> profiles: input name -> smallest, optimal and largest shape."""
+    """Part -> its optimization profiles: input name -> [smallest, optimal, largest] shape."""
     build: dict[str, Any]
-    """Date, seconds and peak memory of each part."""
+    """Date, duration and peak memory of the build, per part."""
     parity: dict[str, Any] = field(default_factory=dict)
-    """Figures of the comparison with onnxruntime; empty as long as no GPU has run them."""
+    """Figures of the comparison with onnxruntime; empty until a GPU has run the engines."""
     schema: int = SCHEMA
 
     @property
     def verified(self) -> bool:
-        """Whether the engines were compared with onnxruntime on a GPU, and held."""
+        """Whether the engines ran on a GPU and agreed with onnxruntime."""
         return bool(self.parity)
 
     def write(self, directory: Path) -> None:
-        """Write `build.json` into `directory`, whole or not at all."""
+        """Write `build.json` into `directory`, completely or not at all."""
         with whole_file(directory / RECORD_NAME) as partial:
             partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 def read_record(directory: Path) -> EngineRecord:
-    """Read `build.json`. Raises FastVLMError where it is damaged or from another version of the toolkit."""
+    """Read `build.json`. Raises FastVLMError if it is damaged or written by an incompatible version of the toolkit."""
     path = directory / RECORD_NAME
     again = f"run: fastvlm-edge build {directory.parent.parent} --target {directory.name} --force"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
-            raise FastVLMError(f"{path} has schema {document['schema']}, this toolkit reads {SCHEMA}; {again}")
+            raise FastVLMError(f"{path} has schema {document['schema']}, but this toolkit reads schema {SCHEMA}", again)
         record: EngineRecord = from_json(EngineRecord, document)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FastVLMError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
+        raise FastVLMError(f"{path} is damaged ({type(error).__name__}: {error})", again) from None
     return record
 
 
 def engine_folders(model: Path) -> list[Path]:
-    """Where a model directory has a pair of engines, by name of the target."""
+    """The directories `engines/<target>/` of a model directory that have a record, sorted by target."""
     directories = sorted(path.parent for path in (model / ENGINES).glob(f"*/{RECORD_NAME}"))
     return [directory for directory in directories if not directory.name.startswith(".")]
 
 
 def find_records(model: Path) -> list[EngineRecord]:
-    """Of every pair of engines whose record can be read."""
+    """The records of a model directory. A record that cannot be read is left out."""
     records = []
     for folder in engine_folders(model):
         with contextlib.suppress(FastVLMError):
@@ -86,27 +87,27 @@ def find_records(model: Path) -> list[EngineRecord]:
 
 
 def onnx_hashes(manifest: Manifest) -> dict[str, str]:
-    """sha256 of the files that engines are built from: the graphs for a GPU and the weights."""
+    """File name -> sha256 of the files that engines are built from: the graphs for a GPU, and the weights."""
     names = [f"{part}.{kind}" for part in PARTS for kind in ("onnx", "weights")]
     return {name: manifest.files[name].sha256 for name in names if name in manifest.files}
 
 
 def capability(numbers: tuple[int, ...] | list[int]) -> str:
-    """A compute capability as NVIDIA writes it."""
+    """A compute capability as NVIDIA writes it: (8, 7) -> "8.7"."""
     return ".".join(map(str, numbers))
 
 
 def mismatch(
     record: EngineRecord, manifest: Manifest, library: str, version: str, device: str, compute_capability: tuple[int, int]
 ) -> str | None:
-    """Why engines cannot run here, in half a sentence; None where they can."""
+    """Why engines cannot run on this machine, as a clause that begins with "they were built"; None if they can."""
     if record.onnx != onnx_hashes(manifest):
         return "they were built from another conversion of the model"
     if record.library != library:
-        return f"they were built with {record.library}, here is {library}"
+        return f"they were built with {record.library}, but this machine has {library}"
     if record.version != version:
-        return f"they were built with {record.library} {record.version}, here is {version}"
+        return f"they were built with {record.library} {record.version}, but this machine has {version}"
     if list(compute_capability) not in record.compute_capabilities:
         built = ", ".join(capability(numbers) for numbers in record.compute_capabilities)
-        return f"they were built for compute capability {built}, {device} has {capability(compute_capability)}"
+        return f"they were built for compute capability {built}, but {device} has {capability(compute_capability)}"
     return None

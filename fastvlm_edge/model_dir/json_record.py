@@ -1,4 +1,4 @@
-"""Dataclasses from JSON. Every value is compared with the type of its field, so that a damaged file is told in a sentence."""
+"""JSON -> dataclasses. Every value is checked against the type of its field, so that the error for a damaged file names the place."""
 
 from __future__ import annotations
 
@@ -10,38 +10,28 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _UNIONS = (typing.Union, getattr(types, "UnionType", typing.Union))
 _GENERIC = {"list": typing.List, "dict": typing.Dict}  # noqa: UP006
-"""What `list[int]` means to the Python 3.8 of JetPack 5, where the doctor runs and nothing else."""
+"""Resolves `list[int]` on Python 3.8 (JetPack 5), where only `doctor` runs."""
 
 
 def from_json(kind: Any, value: Any, where: str = "the document") -> Any:
-    """A value of the type `kind` from what `json.loads` gave: a dataclass, `list`, `dict`, `Literal`, `X | None` or a plain type.
+    """Turn `value`, which `json.loads` gave, into the type `kind`: a dataclass, `list`, `dict`, `Literal`, `X | None` or a plain type.
 
-    Fields with a default may be missing; a float may be null, which is NaN. Raises ValueError that says where the value does not fit.
+    A field with a default may be missing, and a float may be null, which becomes NaN. Raises ValueError that names the place of a value
+    that does not fit; `where` names the place of `value`.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
+    if dataclasses.is_dataclass(kind):
+        return _dataclass_from_json(kind, value, where)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{where} is {value!r}, not one of {', '.join(arguments)}")
+            raise ValueError(f"{where} is {value!r}, not one of {', '.join(map(str, arguments))}")
         return value
     if origin in _UNIONS:
         return None if value is None else from_json(arguments[0], value, where)
     if kind is float and value is None:
         return math.nan
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is no object")
-        fields = get_type_hints(kind, localns=_GENERIC)
-        for field in dataclasses.fields(kind):
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            if required and field.name not in value:
-                raise ValueError(f"{where} lacks {field.name!r}")
-        for key in value:
-            if key not in fields:
-                raise ValueError(f"{where} has an unknown {key!r}")
-        make: Any = kind
-        return make(**{key: from_json(fields[key], each, key) for key, each in value.items()})
     expected: Any = (int, float) if kind is float else origin or kind
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ValueError(f"{where} is {str(value)[:40]!r}, not of type {getattr(expected, '__name__', 'float')}")
@@ -50,3 +40,17 @@ def from_json(kind: Any, value: Any, where: str = "the document") -> Any:
     if origin is dict:
         return {key: from_json(arguments[1], each, f"{where} {key}") for key, each in value.items()}
     return value
+
+
+def _dataclass_from_json(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not an object")
+    types_by_name = get_type_hints(kind, localns=_GENERIC)
+    for field in dataclasses.fields(kind):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in value:
+            raise ValueError(f"{where} lacks {field.name!r}")
+    for key in value:
+        if key not in types_by_name:
+            raise ValueError(f"{where} has an unknown {key!r}")
+    return kind(**{key: from_json(types_by_name[key], each, key) for key, each in value.items()})

@@ -1,4 +1,4 @@
-"""`fastvlm.json`, the manifest of a model directory: everything the runtime has to know about the graphs beside it."""
+"""`fastvlm.json`, the manifest of a model directory: everything that the runtime needs to know about the graphs in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MANIFEST_NAME = "fastvlm.json"
 SCHEMA = 2
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 STRIDE = 64
-"""Pixels of a side of one visual token: FastViTHD halves the picture six times."""
+"""A visual token covers 64 x 64 pixels: FastViTHD halves the resolution six times."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Source:
 class VisionSpec:
     """`vision.onnx`: pixel_values [batch, 3, image_size, image_size], float32 in 0..1 -> image_features [batch, tokens, hidden].
 
-    The features have the decoder's type.
+    image_features have the type `DecoderSpec.dtype`.
     """
 
     image_size: int
     geometry: str
-    """`pad` (black square around the picture) or `crop` (centre square)."""
+    """`pad` (pad the image to a black square) or `crop` (cut out the centre square)."""
     tokens: int
     hidden: int
     dims: list[int] = field(default_factory=list)
-    """Channels of every stage; this and what follows is for `plan`, and missing in older manifests."""
+    """Channels of each stage. Only `plan` needs this field and those below; older manifests lack them."""
     depths: list[int] = field(default_factory=list)
     out_dim: int = 0
     se_dim: int = 0
@@ -49,7 +49,7 @@ class VisionSpec:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """`decoder.onnx`, the graph of the Qwen2 LLM. An id of `vocab + k` is row k of image_features."""
+    """`decoder.onnx`, the graph of the Qwen2 LLM. The id `vocab + k` stands for row k of image_features."""
 
     layers: int
     kv_heads: int
@@ -57,24 +57,24 @@ class DecoderSpec:
     hidden: int
     vocab: int
     context: int
-    """Positions that a conversation may use, picture included."""
+    """Largest number of positions of a conversation, visual tokens included."""
     candidates: int
     """Length of top_values and top_ids."""
     dtype: str
-    """numpy name of the type of image_features, of the KV cache and of kv_new: `float32`, `float16` or `bfloat16`."""
+    """Type of image_features, of the KV cache and of kv_new: `float32`, `float16` or `bfloat16`."""
     heads: int = 0
-    """This and what follows is for `plan`, and missing in older manifests."""
+    """Only `plan` needs this field and those below; older manifests lack them."""
     intermediate: int = 0
 
 
 @dataclass(frozen=True)
 class TextSpec:
-    """The conversation around the picture."""
+    """The text around a question."""
 
     system_prompt: str
     stop_ids: list[int]
     token_count: int
-    """Ids from here on are padding rows of the embedding and are never sampled."""
+    """Ids from `token_count` on are padding rows of the embedding and are never sampled."""
 
 
 @dataclass(frozen=True)
@@ -112,25 +112,26 @@ class Manifest:
 def read_manifest(directory: Path) -> Manifest:
     """Read and check `fastvlm.json`.
 
-    Raises FastVLMError where the directory is no model directory, or was written by a newer toolkit.
+    Raises FastVLMError if the directory is not a model directory, or the manifest is damaged or has another schema.
     """
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise FastVLMError(
-            f"{directory} is not a model directory: it has no {MANIFEST_NAME}. "
-            f"Make one with: fastvlm-edge convert CHECKPOINT -o {directory}"
+            f"{directory} is not a model directory: it has no {MANIFEST_NAME}", f"run: fastvlm-edge convert CHECKPOINT -o {directory}"
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         schema = document["schema"]
     except (ValueError, KeyError, TypeError) as error:
-        raise FastVLMError(f"{path} is damaged ({error}); convert the checkpoint again") from None
+        raise FastVLMError(f"{path} is damaged ({error})", "convert the checkpoint again") from None
     if schema != SCHEMA:
-        raise FastVLMError(f"{path} has schema {schema}, this toolkit reads {SCHEMA}; convert the checkpoint again with this version")
+        raise FastVLMError(
+            f"{path} has schema {schema}, but this toolkit reads schema {SCHEMA}", "convert the checkpoint again with this version"
+        )
     try:
         manifest: Manifest = from_json(Manifest, document)
     except ValueError as error:
-        raise FastVLMError(f"{path} is damaged ({error}); convert the checkpoint again") from None
+        raise FastVLMError(f"{path} is damaged ({error})", "convert the checkpoint again") from None
     return manifest
 
 
@@ -144,16 +145,20 @@ def sha256(path: Path) -> str:
 
 
 def verify_files(directory: Path, manifest: Manifest, *, hashes: bool = False) -> None:
-    """Check that every file of the manifest is there in its recorded size, and with `hashes` byte for byte.
+    """Check that every file of the manifest exists and has its recorded size, and with `hashes` also its recorded sha256.
 
     Raises FastVLMError that names the first file that differs.
     """
     for name, record in manifest.files.items():
         path = directory / name
         if not path.is_file():
-            raise FastVLMError(f"{path} is missing; copy the whole model directory, or convert the checkpoint again")
+            raise FastVLMError(f"{path} is missing", "copy the whole model directory again, or convert the checkpoint again")
         size = path.stat().st_size
         if size != record.bytes:
-            raise FastVLMError(f"{path} has {size} bytes, the manifest says {record.bytes}; copy it again, or convert the checkpoint again")
+            raise FastVLMError(
+                f"{path} has {size} bytes, but the manifest says {record.bytes}", "copy it again, or convert the checkpoint again"
+            )
         if hashes and sha256(path) != record.sha256:
-            raise FastVLMError(f"{path} is not the file that was converted (sha256 differs); copy it again, or convert again")
+            raise FastVLMError(
+                f"{path} is not the file that was converted (sha256 differs)", "copy it again, or convert the checkpoint again"
+            )

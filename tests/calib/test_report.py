@@ -321,7 +321,7 @@ def damaged(change: Any) -> str:
         (damaged(lambda content: content["vision"]["groups"][0].update(decision="fp8")), "decision is 'fp8', not one of int8"),
         (damaged(lambda content: content["vision"].update(groups=None)), "groups is 'None', not of type list"),
         (damaged(lambda content: content["decoder"]["matrices"][0].update(bits="4")), "bits is '4', not of type int"),
-        (damaged(lambda content: content["decoder"]["matrices"].append(3)), "matrices is no object"),
+        (damaged(lambda content: content["decoder"]["matrices"].append(3)), "matrices is not an object"),
         (damaged(lambda content: content["bytes"].update({"vision.onnx": "many"})), "bytes vision.onnx is 'many'"),
     ],
 )

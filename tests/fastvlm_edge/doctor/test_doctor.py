@@ -370,11 +370,11 @@ def test_engines_that_fit_the_board(examine: Callable[..., Report], model: Path)
 
     record.write_text(json.dumps(document | {"compute_capabilities": [[11, 0]]}))
     report = examine(board, str(model))
-    assert "built for compute capability 11.0, this board has 8.7" in report.findings[topic]["text"]
+    assert "built for compute capability 11.0, but this board has 8.7" in report.findings[topic]["text"]
     assert report.bad[topic] == f"fastvlm-edge build {model} --force" and report.exit_status == 1
 
     record.write_text(json.dumps(document | {"compute_capabilities": [[8, 7]]}))
-    assert "here is 10.16.0.40" in examine(agx_orin(), str(model)).findings[topic]["text"]
+    assert "this machine has 10.16.0.40" in examine(agx_orin(), str(model)).findings[topic]["text"]
     assert "for another machine" in examine(cpu_box(), str(model)).findings[topic]["text"]
 
     next((model / "engines").glob("*/decoder.engine")).unlink()
