@@ -14,7 +14,7 @@ from fastvlm_edge.backends.load_engines import load_engines
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import read_manifest
 from tests.support.fake_cuda import FakeCuda
-from tests.support.fake_engine import build_engines, fake_platform
+from tests.support.fake_engine import build_engines, fake_gpu
 from tests.support.fake_model import build_model
 
 # A shell's job in the background ignores it, and so would the processes that the tests of Ctrl-C start.
@@ -39,7 +39,8 @@ def vlm(request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytes
     directory = shutil.copytree(model_dir, tmp_path_factory.mktemp("engines") / "model")
     build_engines(directory)
     manifest = read_manifest(directory)
-    backend = load_engines(directory, manifest, opener=lambda _: fake_platform(cuda))
+    with fake_gpu(cuda):
+        backend = load_engines(directory, manifest)
     with FastVLM(manifest, TextTokenizer(directory / "tokenizer.json"), backend) as loaded:
         yield loaded
     assert not any(cuda.live().values())

@@ -1,4 +1,4 @@
-"""Device memory of the TensorRT backend: the KV cache, pictures' features, and buffers that only grow."""
+"""Device memory of the TensorRT backend: the KV cache, image features, and buffers that only grow."""
 
 from __future__ import annotations
 
@@ -19,51 +19,51 @@ from fastvlm_edge.model_dir.manifest import DecoderSpec
 from fastvlm_edge.nvidia.cuda import Cuda, PinnedMemory
 
 ALIGNMENT = 256
-"""What TensorRT asks of every address."""
+"""TensorRT requires every address to be a multiple of this."""
 
 
 def aligned(nbytes: int) -> int:
-    """Up to the next multiple of ALIGNMENT."""
+    """Round up to a multiple of ALIGNMENT."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Arena:
-    """Everything that was allocated, so that all of it goes back whatever happens."""
+    """Keeps track of every allocation, so that all memory is released, also after an error."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self._owned: list[Freeable] = []
 
     def own(self, memory: Freeable) -> None:
-        """Free `memory` with the rest."""
+        """Free `memory` together with the rest."""
         self._owned.append(memory)
 
     def buffer(self, nbytes: int) -> Buffer:
-        """Device memory. Raises OutOfDeviceMemory."""
+        """Allocate device memory. Raises OutOfDeviceMemory."""
         buffer = Buffer(self._cuda, nbytes)
         self.own(buffer)
         return buffer
 
     def pinned(self, nbytes: int) -> PinnedMemory:
-        """Page-locked memory of the host."""
+        """Allocate page-locked host memory."""
         memory = self._cuda.allocate_pinned(nbytes)
         self.own(memory)
         return memory
 
     def free(self) -> None:
-        """Give everything back; no work may be under way."""
+        """Release everything. No work may be in progress."""
         while self._owned:
             self._owned.pop().free()
 
 
 class Freeable(Protocol):
-    """Memory of some kind."""
+    """Memory of any kind that can be released."""
 
     def free(self) -> None: ...
 
 
 class Buffer:
-    """Device memory that can grow; its contents are lost then, and its address changes."""
+    """Device memory that can grow. Growing loses the contents and changes the address."""
 
     def __init__(self, cuda: Cuda, nbytes: int) -> None:
         self._cuda = cuda
@@ -72,7 +72,7 @@ class Buffer:
         self.reserve(nbytes)
 
     def reserve(self, nbytes: int) -> bool:
-        """Make sure of `nbytes`; no work on the old memory may be under way. Returns whether the address changed."""
+        """Grow to at least `nbytes`. No work on the old memory may be in progress. Returns whether the address changed."""
         if nbytes <= self.nbytes:
             return False
         self.free()
@@ -80,14 +80,14 @@ class Buffer:
         return True
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         if self.address:
             self._cuda.free(self.address)
         self.address = self.nbytes = 0
 
 
 class DeviceCache:
-    """The KV cache as one buffer [layers, 2, 1, kv_heads, capacity, head_dim] on the device; see `KVCache`, its counterpart on the host."""
+    """The KV cache as one buffer [layers, 2, 1, kv_heads, capacity, head_dim] on the device; `KVCache` is the same in host memory."""
 
     def __init__(self, cuda: Cuda, spec: DecoderSpec, stream: int) -> None:
         self._cuda, self._stream = cuda, stream
@@ -98,8 +98,6 @@ class DeviceCache:
         self.length = 0
         self.capacity = 0
         self.address = 0
-        self.generation = 0
-        """Counts the buffers: with another one, bindings and graphs are void."""
         self._replace(FIRST_CAPACITY)
 
     def part(self, layer: int, value: int) -> int:
@@ -107,13 +105,13 @@ class DeviceCache:
         return self.address + (2 * layer + value) * self._rows * self.capacity * self._position_bytes
 
     def bytes_at(self, capacity: int) -> int:
-        """Size of a buffer of that capacity."""
+        """Size of a buffer for `capacity` positions, in bytes."""
         return self._parts * self._rows * capacity * self._position_bytes
 
     def append(self, kv_new: int, position: int, seq: int) -> None:
-        """Enqueue the copy of `kv_new` [layers, 2, 1, kv_heads, seq, head_dim] to `position`; `grow` has made room.
+        """Enqueue the copy of `kv_new` [layers, 2, 1, kv_heads, seq, head_dim] to `position`, and forget all positions after it.
 
-        What was at `position` and after it is forgotten.
+        `grow` must have made room before.
         """
         end, size = position + seq, self._position_bytes
         height = self._parts * self._rows
@@ -121,7 +119,7 @@ class DeviceCache:
         self.length = end
 
     def grow(self, needed: int) -> None:
-        """Make room for `needed` positions, after all work that uses the cache. Raises OutOfDeviceMemory with everything as before."""
+        """Make room for `needed` positions, after all work that uses the cache. If it raises OutOfDeviceMemory, nothing has changed."""
         self._replace(next_capacity(needed))
 
     def truncate(self, length: int) -> None:
@@ -131,17 +129,17 @@ class DeviceCache:
         self.length = length
 
     def reset(self) -> None:
-        """Forget everything. The buffer stays: another conversation of that length is likely, and its graph is captured."""
+        """Forget all positions. The buffer stays: the next conversation is likely to be as long, and the CUDA graph for it exists."""
         self.length = 0
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         if self.address:
             self._cuda.free(self.address)
             self.address = 0
 
     def _replace(self, capacity: int) -> None:
-        """Move to a larger buffer. What was never written is zero: the graph masks it, and a mask does not stop a NaN."""
+        """Move to a larger buffer. Positions never written are zero: the graph masks them, but a mask does not stop a NaN."""
         cuda, size = self._cuda, self._position_bytes
         address = cuda.allocate(aligned(self.bytes_at(capacity)))
         cuda.zero(address, self.bytes_at(capacity), self._stream)
@@ -151,12 +149,11 @@ class DeviceCache:
         cuda.synchronize(self._stream)
         self.free()
         self.address, self.capacity = address, capacity
-        self.generation += 1
 
 
 @dataclass(frozen=True, eq=False)
 class DeviceFeatures:
-    """Visual tokens of one picture, [rows, hidden] on the device. Their memory goes back when nobody holds them any more."""
+    """Image features of one picture, [rows, hidden] on the device. Their memory is released when nothing refers to them any more."""
 
     store: FeatureStore
     address: int
@@ -170,33 +167,33 @@ class DeviceFeatures:
 class FeatureStore:
     """Owns the memory of every DeviceFeatures.
 
-    A picture may be forgotten at any moment, also while a graph is captured, when CUDA lets nothing be freed; so that memory waits in
-    a queue until `sweep`.
+    Features may become garbage at any moment, also during the capture of a CUDA graph, when freeing memory is forbidden. Their memory
+    therefore waits in a queue until `sweep`.
     """
 
     def __init__(self, cuda: Cuda, spec: DecoderSpec, stream: int, lock: AbstractContextManager[Any]) -> None:
-        """`lock` is held while the backend uses the stream, so that nothing else gets into a graph that it captures."""
+        """The backend holds `lock` while it uses the stream, so that no other work gets into a CUDA graph that it captures."""
         self._cuda, self._spec, self._stream, self._lock = cuda, spec, stream, lock
         self._live: set[int] = set()
         self._dead: deque[int] = deque()
 
     def row_bytes(self) -> int:
-        """Size of a visual token."""
+        """Size of one visual token in bytes."""
         return self._spec.hidden * storage(self._spec.dtype).itemsize
 
     def new(self, rows: int) -> DeviceFeatures:
-        """Memory for a picture. Raises OutOfDeviceMemory."""
+        """Allocate memory for the features of a picture. Raises OutOfDeviceMemory."""
         features = DeviceFeatures(self, self._cuda.allocate(aligned(rows * self.row_bytes())), rows)
         self._live.add(features.address)
         weakref.finalize(features, self._dead.append, features.address)
         return features
 
     def holds(self, features: object) -> bool:
-        """Whether `features` are of this store and still there."""
+        """Whether `features` belong to this store and are still allocated."""
         return isinstance(features, DeviceFeatures) and features.store is self and features.address in self._live
 
     def sweep(self) -> None:
-        """Free what nobody holds any more; no work may be under way."""
+        """Free the memory of features that are garbage. No work may be in progress."""
         while self._dead:
             address = self._dead.popleft()
             if address in self._live:
@@ -204,11 +201,11 @@ class FeatureStore:
                 self._cuda.free(address)
 
     def read(self, features: DeviceFeatures) -> NDArray[np.float32]:
-        """A copy on the host: [rows, hidden]. Raises FastVLMError where the backend was closed."""
+        """A copy on the host: [rows, hidden]. Raises FastVLMError if the backend was closed."""
         nbytes = features.rows * self.row_bytes()
         with self._lock:
             if not self.holds(features):
-                raise FastVLMError("the model that encoded this picture was closed; read its features before that")
+                raise FastVLMError("the model that encoded this picture was closed", "read image features before closing the model")
             pinned = self._cuda.allocate_pinned(nbytes)
             try:
                 self._cuda.copy(pinned.address, features.address, nbytes, self._stream)
@@ -219,7 +216,7 @@ class FeatureStore:
                 pinned.free()
 
     def free(self) -> None:
-        """Give everything back, also what somebody still holds."""
+        """Release all memory, also that of features that are still referred to."""
         for address in self._live:
             self._cuda.free(address)
         self._live.clear()

@@ -1,4 +1,4 @@
-"""Types of tensors at the graphs' borders. numpy has no bfloat16, so its raw bits travel as uint16."""
+"""Types of the graphs' inputs and outputs. numpy has no bfloat16, so its raw bits are kept as uint16."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _STORAGE: dict[str, np.dtype[Any]] = {
 
 
 def storage(dtype: str) -> np.dtype[Any]:
-    """The numpy type that holds a tensor of the manifest's type `dtype`. Raises FastVLMError for one that the runtime does not know."""
+    """The numpy type that stores a tensor of the manifest's type `dtype`. Raises FastVLMError for an unknown type."""
     if dtype not in _STORAGE:
-        raise FastVLMError(f"tensor type {dtype!r} is unknown; convert the checkpoint again with this version")
+        raise FastVLMError(f"tensor type {dtype!r} is unknown", "convert the checkpoint again with this version")
     return _STORAGE[dtype]
 
 
 def from_float32(array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Round to `dtype`, ties to even; no copy where it is float32 already."""
+    """Round to `dtype`, ties to even. No copy if `dtype` is float32."""
     if dtype != "bfloat16":
         return array.astype(storage(dtype), copy=False)
     bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
@@ -36,7 +36,7 @@ def from_float32(array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
 
 
 def to_float32(array: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Widen from `dtype`; no copy where it is float32 already."""
+    """Widen from `dtype`. No copy if `dtype` is float32."""
     if dtype != "bfloat16":
         return array.astype(np.float32, copy=False)
     widened: NDArray[np.float32] = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)

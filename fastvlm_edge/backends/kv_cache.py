@@ -1,4 +1,4 @@
-"""The keys and values of every position so far: one contiguous buffer, appended to with one strided copy."""
+"""The KV cache of the onnxruntime backend: one contiguous buffer, to which one strided copy appends."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def next_capacity(needed: int) -> int:
 class KVCache:
     """Buffer [layers, 2, batch, kv_heads, capacity, head_dim] on the host.
 
-    Capacity grows as `next_capacity` says, to at most `context`: the graph attends to all of it, so a bucket must not be
-    much larger than the conversation (384 instead of 512 at position 300: 3 % of a decode step), and growing costs one copy. Positions
-    that were never written are zero, not garbage: the graph masks them, and a mask does not stop a NaN.
+    The capacity grows in the steps of `next_capacity`, to at most `context`. The graph attends to the whole buffer, so it should not be
+    much larger than the conversation: at position 300, a capacity of 384 instead of 512 saves 3 % of a decode step. Growing costs one copy.
+    Positions that were never written are zero: the graph masks them, but a mask does not stop a NaN.
     """
 
     def __init__(self, *, layers: int, kv_heads: int, head_dim: int, context: int, dtype: str, batch: int = 1) -> None:
-        """`dtype` is the manifest's name of the type; bfloat16 is kept as raw uint16 bits."""
+        """`dtype` is the name that the manifest uses; bfloat16 is kept as raw uint16 bits."""
         self._outer = (layers, 2, batch, kv_heads)
         self._head_dim = head_dim
         self._dtype = storage(dtype)
@@ -39,11 +39,11 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Positions that fit before the buffer has to grow."""
+        """Number of positions that fit before the buffer has to grow."""
         return int(self.buffer.shape[4])
 
     def append(self, kv_new: NDArray[Any], position: int) -> bool:
-        """Write `kv_new` [layers, 2, batch, kv_heads, seq, head_dim] at `position`; what was there and after it is forgotten.
+        """Write `kv_new` [layers, 2, batch, kv_heads, seq, head_dim] at `position` and forget all positions after it.
 
         Returns whether the buffer grew, which invalidates earlier views. Raises FastVLMError past the context.
         """
@@ -56,11 +56,11 @@ class KVCache:
         return grew
 
     def reserve(self, positions: int) -> bool:
-        """Make room for so many positions in all. Returns whether the buffer grew. Raises FastVLMError past the context."""
+        """Make room for `positions` in total. Returns whether the buffer grew. Raises FastVLMError past the context."""
         return positions > self.capacity and self._grow(positions)
 
     def extend(self, length: int) -> None:
-        """Count what was written into the buffer from outside, up to `length`, for which room was reserved."""
+        """Set the length after a graph has written into the buffer itself; `reserve` made the room before."""
         if not self.length <= length <= self.capacity:
             raise ValueError(f"length {length} is outside {self.length} to {self.capacity}")
         self.length = length
@@ -72,7 +72,7 @@ class KVCache:
         self.length = length
 
     def reset(self) -> bool:
-        """Forget everything and give back the memory beyond the first bucket. Returns whether the buffer changed."""
+        """Forget all positions and release the memory beyond the first capacity. Returns whether the buffer changed."""
         self.length = 0
         if self.capacity <= FIRST_CAPACITY:
             return False
@@ -87,7 +87,7 @@ class KVCache:
 
     def _grow(self, needed: int) -> bool:
         if needed > self.context:
-            raise FastVLMError(f"{needed} positions do not fit into the context of {self.context}; shorten the conversation")
+            raise FastVLMError(f"{needed} positions do not fit into the context of {self.context}", "shorten the conversation")
         larger = self._allocate(min(next_capacity(needed), self.context))
         larger[:, :, :, :, : self.length] = self.buffer[:, :, :, :, : self.length]
         self.buffer = larger
@@ -97,4 +97,4 @@ class KVCache:
         try:
             return np.zeros((*self._outer, capacity, self._head_dim), dtype=self._dtype)
         except MemoryError:
-            raise FastVLMError(f"not enough memory for a cache of {capacity} positions; shorten the conversation") from None
+            raise FastVLMError(f"there is not enough memory for a KV cache of {capacity} positions", "shorten the conversation") from None

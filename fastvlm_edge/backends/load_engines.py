@@ -1,11 +1,10 @@
-"""From a model directory with engines to a TensorRT backend: find the pair that runs here, and believe none that was never compared."""
+"""Load the TensorRT backend: find the pair of engines that runs on this machine, and verify it if it never was."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,26 @@ from fastvlm_edge.nvidia.tensorrt_library import find_library
 from fastvlm_edge.progress import Progress, SilentProgress
 
 BOUNDS = {"float32": 0.999, "float16": 0.99, "bfloat16": 0.97}
-"""Smallest cosine of an engine's features and logits with those of onnxruntime on the CPU, by the decoder's type (docs/tensorrt.md)."""
+"""Smallest accepted cosine similarity to the features and logits of onnxruntime on the CPU, by the decoder's type (docs/tensorrt.md)."""
 EVIDENCE = "mismatch"
-"""`<target>.mismatch`, beside the engines, has what a refused pair computed."""
-
-Opener = Callable[[str], Platform]
-"""Name of a library -> what engines of it run on. Raises FastVLMError where that is not here."""
+"""Results of a rejected pair of engines are kept in `<target>.mismatch`, next to the directory of the engines."""
 
 
 def open_platform(library: str) -> Platform:
-    """The GPU and the library of that name."""
+    """Open the GPU and the TensorRT library of that name. Raises FastVLMError if either is missing."""
     found = find_library((library,))
     cuda = open_cuda()
     return Platform(cuda, found.name, found.version, found.load)
 
 
-def load_engines(
-    directory: Path, manifest: Manifest, *, progress: Progress | None = None, threads: int | None = None, opener: Opener = open_platform
-) -> TensorRTBackend:
-    """Load the engines of a model directory that run on this machine; compare them with onnxruntime first where nobody ever did.
+def load_engines(directory: Path, manifest: Manifest, *, threads: int | None = None, progress: Progress | None = None) -> TensorRTBackend:
+    """Load the engines of a model directory that run on this machine. If they were never compared with onnxruntime, do that first.
 
-    Raises FastVLMError with the command that mends it where there are none, or they are refused.
+    `threads` is for onnxruntime in that comparison. Raises FastVLMError, with the command to run, if there are no engines or TensorRT
+    refuses them, or if they disagree with onnxruntime.
     """
     progress = progress or SilentProgress()
-    folder, record, platform = _choose(directory, manifest, opener)
+    folder, record, platform = _choose(directory, manifest)
     try:
         check_files(folder, record)
     except BaseException:
@@ -57,35 +52,36 @@ def load_engines(
     return _load_unverified(directory, folder, record, manifest, platform, progress, threads)
 
 
-def _choose(directory: Path, manifest: Manifest, opener: Opener) -> tuple[Path, EngineRecord, Platform]:
+def _choose(directory: Path, manifest: Manifest) -> tuple[Path, EngineRecord, Platform]:
     folders = engine_folders(directory)
     if not folders:
-        raise FastVLMError(f"{directory} has no engines; run: fastvlm-edge build {directory}")
-    why: list[str] = []
+        raise FastVLMError(f"{directory} has no engines", f"run: fastvlm-edge build {directory}")
+    errors: list[FastVLMError] = []
     for folder in folders:
         try:
             record = read_record(folder)
-            platform = opener(record.library)
+            platform = open_platform(record.library)
         except FastVLMError as error:
-            why.append(str(error))
+            errors.append(error)
             continue
         device = platform.cuda.device
         reason = mismatch(record, manifest, platform.library, platform.version, device.name, device.compute_capability)
         if reason is None:
             return folder, record, platform
         platform.cuda.close()
-        why.append(f"the engines in {folder} do not run here: {reason}; run: fastvlm-edge build {directory} --force")
-    raise FastVLMError(why[0])
+        again = f"run: fastvlm-edge build {directory} --force"
+        errors.append(FastVLMError(f"the engines in {folder} do not run here: {reason}", again))
+    raise errors[0]
 
 
 def check_files(folder: Path, record: EngineRecord) -> None:
-    """Raises FastVLMError where an engine is missing or not as long as it was."""
+    """Raise FastVLMError if an engine file is missing or its size is not the recorded one."""
     for name, entry in record.files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else -1
         if size != entry.bytes:
             what = "is missing" if size < 0 else f"has {size} bytes instead of {entry.bytes}"
-            raise FastVLMError(f"{path} {what}; run: fastvlm-edge build {folder.parents[1]} --target {record.target} --force")
+            raise FastVLMError(f"{path} {what}", f"run: fastvlm-edge build {folder.parents[1]} --target {record.target} --force")
 
 
 def _load_unverified(
@@ -98,7 +94,7 @@ def _load_unverified(
     threads: int | None,
 ) -> TensorRTBackend:
     backend, figures = verify_engines(directory, folder, folder, manifest, platform, progress, threads)
-    with contextlib.suppress(OSError):  # a read-only directory: they are compared again at the next load
+    with contextlib.suppress(OSError):  # in a read-only directory they are compared at every load
         dataclasses.replace(record, parity=figures).write(folder)
     return backend
 
@@ -112,10 +108,10 @@ def verify_engines(
     progress: Progress,
     threads: int | None = None,
 ) -> tuple[TensorRTBackend, dict[str, Any]]:
-    """Load the engines in `folder` and compare them with onnxruntime on the CPU; the backend, which owns `platform`, and the figures.
+    """Load the engines in `folder` and compare them with onnxruntime on the CPU. Returns the backend, which owns `platform`, and figures.
 
-    onnxruntime answers first and is closed, so that only one of the two needs its memory. Raises FastVLMError where they differ, with the
-    evidence beside `place`, where the engines are or will be.
+    onnxruntime runs first and is closed, so that the two never need memory at the same time. `place` is the directory where the engines are
+    or will be. If they disagree, this saves the results of both next to it and raises FastVLMError.
     """
     try:
         tokenizer = TextTokenizer(directory / "tokenizer.json")
@@ -125,7 +121,7 @@ def verify_engines(
         raise
     backend = TensorRTBackend(folder, manifest, platform, progress=progress)
     try:
-        progress.stage(f"verifying the engines for {place.name}, once")
+        progress.stage(f"verifying the engines for {place.name} (first load only)")
         figures = judge(answer(backend, tokenizer, manifest), expected, manifest, place)
         backend.save_kernels()
     except BaseException:
@@ -137,10 +133,10 @@ def verify_engines(
 
 
 def reference_answers(directory: Path, manifest: Manifest, tokenizer: TextTokenizer, progress: Progress, threads: int | None) -> Answers:
-    """What onnxruntime says on the CPU."""
+    """The results of onnxruntime on the CPU."""
     reference = OrtBackend(directory, manifest, threads=threads, progress=progress)
     try:
-        progress.stage("asking onnxruntime for comparison")
+        progress.stage("running onnxruntime for comparison")
         return answer(reference, tokenizer, manifest)
     finally:
         reference.close()
@@ -148,7 +144,7 @@ def reference_answers(directory: Path, manifest: Manifest, tokenizer: TextTokeni
 
 
 def judge(found: Answers, expected: Answers, manifest: Manifest, place: Path) -> dict[str, Any]:
-    """Figures of the comparison. Raises FastVLMError, with the evidence beside `place`, where the engines compute something else."""
+    """Compare both results and return figures. Raises FastVLMError if the engines disagree, and keeps the results next to `place`."""
     bound = BOUNDS[manifest.decoder.dtype]
     features, logits = compare(found.features, expected.features), compare(found.logits, expected.logits)
     greedy = float((found.logits.argmax(1) == expected.logits.argmax(1)).mean())
@@ -161,14 +157,15 @@ def judge(found: Answers, expected: Answers, manifest: Manifest, place: Path) ->
         if not difference.cosine >= bound:
             kept = _keep(place.parent / f"{place.name}.{EVIDENCE}", found, expected, figures)
             raise FastVLMError(
-                f"{place / name}.engine does not compute what onnxruntime does: cosine {difference.cosine:.5f}, at least {bound} is "
-                f"needed; {kept}, please report it, and use --backend ort"
+                f"{place / name}.engine disagrees with onnxruntime: the cosine similarity is {difference.cosine:.5f}, at least {bound} is "
+                f"required ({kept})",
+                "report this as a bug, and use --backend ort",
             )
     return figures
 
 
 def _keep(folder: Path, found: Answers, expected: Answers, figures: dict[str, Any]) -> str:
-    """Save both sides; a few words on where they are."""
+    """Save the results of both. Returns a clause that says where they are."""
     try:
         folder.mkdir(exist_ok=True)
         sides = {"engine": found, "onnxruntime": expected}
@@ -176,5 +173,5 @@ def _keep(folder: Path, found: Answers, expected: Answers, figures: dict[str, An
         np.savez_compressed(folder / "answers.npz", **arrays)
         (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        return f"the evidence could not be kept ({error.strerror})"
-    return f"the evidence is in {folder}"
+        return f"the results could not be saved: {error.strerror}"
+    return f"the results of both are in {folder}"

@@ -1,4 +1,4 @@
-"""The C library's heap while a model is loaded."""
+"""Thresholds of the C library's heap while a model is loaded. They concern the whole process: only `tune_process` sets them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h, see mallopt(3)."""
+"""Option numbers of glibc's malloc.h, see mallopt(3)."""
 _LOADING = 1 << 20
 _RUNNING = 32 << 20
-"""Bytes from which a block is mapped by itself. glibc raises its own threshold up to 32 MiB as such blocks are freed, so running has what
-it would have anyway. With the lower one the kernel would take back and clear scratch memory between operators, which takes time."""
+"""Size in bytes from which malloc maps a block separately, and returns it to the system when it is freed. The low value is for loading.
+After that it is 32 MiB, up to which glibc raises its own threshold anyway. With the low value, the kernel would take back and clear
+scratch memory between operators, which takes time."""
 
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Give back to the system what a load frees; elsewhere than on glibc this does nothing.
+    """Return memory that is freed during a load to the system. This has an effect on glibc only.
 
-    onnxruntime transposes and packs the weights and frees each copy before; left alone, glibc keeps most of those until the process ends
-    (`benchmarks/settings.py` has figures). A threshold that the user set in the environment stays.
+    onnxruntime transposes and packs the weights, and frees the copies that it no longer needs. By default, glibc keeps most of that memory
+    until the process ends (measured by `benchmarks/settings.py`). Thresholds that the user set in the environment are not changed.
     """
     library = ctypes.CDLL(None) if os.name == "posix" else None
     mallopt, trim = None if _set_by_user() else getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)

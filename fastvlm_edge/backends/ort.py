@@ -1,7 +1,7 @@
-"""onnxruntime backend: the reference on a plain CPU, and on an NVIDIA GPU where onnxruntime was built for one.
+"""onnxruntime backend, on the CPU (the reference) or, with onnxruntime-gpu, on an NVIDIA GPU (`ort-cuda`, not yet run on hardware).
 
-Every tensor is bound once (IOBinding): the decoder reads the cache where it lies and writes into buffers that are kept between steps, so a
-decode step costs Python a few small writes and one strided copy.
+Every tensor is bound once (IOBinding): the decoder reads the cache in place and writes into buffers that are kept between steps, so that
+Python only does a few small writes and one strided copy in a decode step.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from fastvlm_edge.model_dir.manifest import Manifest
 from fastvlm_edge.progress import Progress, SilentProgress
 
 _KEPT_SEQ = 16
-"""Bindings of calls up to this long (decoding, drafts) are kept; a prefill chunk's are made for the call."""
+"""Bindings for calls of up to this many ids (decoding, drafts) are kept. Those of a prefill chunk are used once."""
 
 
 @dataclass(frozen=True, eq=False)
 class HostFeatures:
-    """Features of one picture in host memory, in the decoder's type."""
+    """Image features of one picture in host memory, in the type of the decoder."""
 
     data: NDArray[Any]
     dtype: str
 
     @property
     def rows(self) -> int:
-        """How many visual tokens."""
+        """Number of visual tokens."""
         return int(self.data.shape[0])
 
     def numpy(self) -> NDArray[np.float32]:
-        """A copy: [rows, hidden]."""
+        """A copy as float32: [rows, hidden]."""
         return np.array(to_float32(self.data, self.dtype))
 
 
 @dataclass(eq=False)
 class _Call:
-    """A binding of the decoder for one (seq, m), with the buffers it reads and writes."""
+    """A binding of the decoder for one pair (seq, m), with the buffers that it reads and writes."""
 
     binding: Any
     input_ids: NDArray[np.int64]  # [1, seq]
@@ -59,10 +59,10 @@ class _Call:
 
 
 class OrtVision:
-    """`vision.onnx`: pictures become features."""
+    """`vision.onnx`: pixel_values -> image_features."""
 
     def __init__(self, setup: Setup) -> None:
-        """Load the graph. Raises FastVLMError where onnxruntime refuses it or it does not belong to its manifest."""
+        """Load the graph. Raises FastVLMError if onnxruntime refuses it or it does not match the manifest."""
         path, self._session = setup.load("vision")
         self._manifest = setup.manifest
         check_tensors(path, self._session.get_inputs(), {"pixel_values": "float32"})
@@ -85,7 +85,7 @@ class OrtDecoder:
     """`decoder.onnx` and the KV cache that it reads."""
 
     def __init__(self, setup: Setup) -> None:
-        """Load the graph. Raises FastVLMError where onnxruntime refuses it or it does not belong to its manifest."""
+        """Load the graph. Raises FastVLMError if onnxruntime refuses it or it does not match the manifest."""
         path, self._session = setup.load("decoder")
         spec = self._spec = setup.manifest.decoder
         past = {f"past_key_values.{layer}.{part}": spec.dtype for layer in range(spec.layers) for part in ("key", "value")}
@@ -114,12 +114,12 @@ class OrtDecoder:
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
-        """Run the decoder on `input_ids` after what the cache holds, and append to it."""
+        """Run the decoder on `input_ids` and append their keys and values to the cache; see `Backend.step`."""
         seq, start = len(input_ids), self.cache.length
         if start + seq > self.cache.context:
-            raise FastVLMError(f"{start + seq} positions do not fit into the context of {self.cache.context}; shorten the conversation")
+            raise FastVLMError(f"{start + seq} positions do not fit into the context of {self.cache.context}", "shorten the conversation")
         positions = (seq - 1,) if logit_positions is None else logit_positions
-        self._show(image_features)
+        self._set_image_features(image_features)
         if self._appends and self.cache.reserve(start + seq):
             self._forget_bindings()
         call = self._call(seq, len(positions), want_logits)
@@ -139,12 +139,12 @@ class OrtDecoder:
         )
 
     def reset(self) -> None:
-        """Forget all positions, and give back the memory of a long conversation."""
+        """Forget all positions, and release the memory of a long conversation."""
         if self.cache.reset():
             self._forget_bindings()
 
-    def _show(self, image_features: tuple[ImageFeatures, ...]) -> None:
-        """Make `image_features` the rows of the graph input of that name, unless they are already."""
+    def _set_image_features(self, image_features: tuple[ImageFeatures, ...]) -> None:
+        """Concatenate `image_features` into the graph input of that name, unless it holds them already."""
         if len(image_features) == len(self._image_features) and all(
             new is old for new, old in zip(image_features, self._image_features, strict=True)
         ):
@@ -152,7 +152,7 @@ class OrtDecoder:
         spec = self._spec
         hosts = [picture for picture in image_features if isinstance(picture, HostFeatures)]
         if len(hosts) < len(image_features) or any((host.dtype, host.data.shape[1]) != (spec.dtype, spec.hidden) for host in hosts):
-            raise FastVLMError("image features come from another model or backend; encode the picture again with this one")
+            raise FastVLMError("the image features come from another model or backend", "encode the picture again with this one")
         self._features = np.concatenate([host.data for host in hosts]) if hosts else self._no_picture
         self._image_features = image_features
         self._forget_bindings()
@@ -199,12 +199,12 @@ class OrtDecoder:
 
 
 class OrtBackend:
-    """Implements `fastvlm_edge.backends.Backend`."""
+    """Implements `backends.protocol.Backend` with onnxruntime."""
 
     def __init__(
         self, directory: Path, manifest: Manifest, *, cuda: bool = False, threads: int | None = None, progress: Progress | None = None
     ) -> None:
-        """Load both graphs, at the same time. Raises FastVLMError where onnxruntime refuses them."""
+        """Load both graphs in parallel. Raises FastVLMError if onnxruntime refuses one."""
         progress = progress or SilentProgress()
         setup = on_device(directory, manifest, cuda=cuda, threads=threads)
         self.name = "ort-cuda" if cuda else "ort"
@@ -220,7 +220,7 @@ class OrtBackend:
 
     @property
     def length(self) -> int:
-        """Positions in the cache."""
+        """Number of positions in the cache."""
         return self._decoder.cache.length
 
     def encode(self, pixel_values: NDArray[np.float32]) -> HostFeatures:
@@ -235,7 +235,7 @@ class OrtBackend:
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
-        """Run the decoder on `input_ids` after what the cache holds, and append to it."""
+        """Run the decoder on `input_ids` and append their keys and values to the cache; see `Backend.step`."""
         return self._decoder.step(input_ids, image_features, logit_positions=logit_positions, want_logits=want_logits)
 
     def truncate(self, length: int) -> None:
@@ -243,9 +243,9 @@ class OrtBackend:
         self._decoder.cache.truncate(length)
 
     def reset(self) -> None:
-        """Forget all positions, and give back the memory of a long conversation."""
+        """Forget all positions, and release the memory of a long conversation."""
         self._decoder.reset()
 
     def close(self) -> None:
-        """Give back sessions, cache and buffers."""
+        """Release sessions, cache and buffers."""
         del self._vision, self._decoder

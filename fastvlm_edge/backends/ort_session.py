@@ -1,4 +1,4 @@
-"""onnxruntime sessions for the two graphs: options, loading, running, and errors that say what to do."""
+"""onnxruntime sessions for the two graphs: options, loading, running, and its errors as FastVLMError."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _ONNX_BFLOAT16 = 16
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
 _CPU_GRAPH = ".cpu.onnx"
 SPIN_MICROSECONDS = 500
-"""How long a thread without work waits awake: longer than the pause between two calls of the decoder, so that decoding need not wake it.
-onnxruntime's own is tens of milliseconds (-1), in which the threads of one graph take the cores from the other's. Versions before 1.26, the
-last for Python 3.10 among them, know no other."""
+"""How long an idle thread spins before it sleeps. It is longer than the pause between two calls of the decoder, so that decoding need not
+wake threads. With onnxruntime's default (-1, tens of milliseconds), the threads of one graph take the cores from those of the other.
+Versions before 1.26, such as the last one for Python 3.10, ignore this setting."""
 
 
 def available_threads() -> int:
-    """CPU cores that this process may use: its affinity, and the quota of its container (cgroup v2 cpu.max)."""
+    """Number of CPU cores that this process may use, by its affinity and the quota of its container (cgroup v2 cpu.max)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
     except (OSError, ValueError):
-        pass  # no such file, or "max"
+        pass  # the file does not exist, or says "max"
     return cores
 
 
 def session_options(graph: Path, threads: int) -> ort.SessionOptions:
-    """How onnxruntime runs a graph, `vision*.onnx` or `decoder*.onnx`. The one place to tune it."""
+    """Options for running a graph, `vision*.onnx` or `decoder*.onnx`. All tuning of onnxruntime is here."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -44,14 +44,16 @@ def session_options(graph: Path, threads: int) -> ort.SessionOptions:
     options.add_session_config_entry("session.use_env_allocators", "1" if _arena_is_shared else "0")
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
-    options.log_severity_level = 2 if os.environ.get("FASTVLM_EDGE_DEBUG") else 4  # its errors arrive as exceptions
+    options.log_severity_level = 2 if os.environ.get("FASTVLM_EDGE_DEBUG") else 4  # errors are raised as exceptions
     if graph.name.startswith("vision"):
-        # Fold DequantizeLinear into the convolution weights at load; left alone, it would run before every convolution of every picture.
+        # Fold DequantizeLinear into the convolution weights at load. By default it would run before every convolution of every picture.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     else:
-        # One kernel for DequantizeLinear + MatMul, activations quantised to int8 by block: what AVX-VNNI and ARM dot products are for.
+        # One kernel for DequantizeLinear + MatMul, with activations quantised to int8 per block: it uses AVX-VNNI and ARM dot products.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
-        options.add_session_config_entry("session.qdq_matmulnbits_block_size", "128")  # for scales a channel; blocked ones keep theirs
+        options.add_session_config_entry(
+            "session.qdq_matmulnbits_block_size", "128"
+        )  # for per-channel scales; per-block scales keep their own size
     return options
 
 
@@ -59,112 +61,113 @@ _arena_is_shared = False
 
 
 def share_arena() -> None:
-    """One CPU arena for all sessions that are made from now on, which grows by what is asked for instead of by powers of two.
+    """Let all sessions created from now on share one CPU arena, which grows by the size requested instead of by powers of two.
 
-    onnxruntime has one environment per process, and what is registered there stays: this is for a program that asks for it, such as the
-    commands. Without it every session has an arena of its own. Measured on vision in INT8 at 1024 px with 2 threads: 1,111 MB after a run
-    instead of 1,381, and no slower.
+    onnxruntime has one environment per process, and an allocator registered there stays until the process ends. That is why only programs
+    that ask for it do this, such as the commands. Otherwise each session has its own arena. Measured with the INT8 encoder at 1024 px and
+    2 threads: 1,111 MB after a run instead of 1,381 MB, and no slower.
     """
     global _arena_is_shared
     if _arena_is_shared:
         return
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     as_requested = {"max_mem": 0, "arena_extend_strategy": 1, "initial_chunk_size_bytes": -1, "max_dead_bytes_per_chunk": -1}
-    with contextlib.suppress(Exception):  # versions that take only one: the program around us has its own
+    with contextlib.suppress(Exception):  # versions that accept only one: the program has registered its own
         ort.create_and_register_allocator(memory, ort.OrtArenaCfg(as_requested))
     _arena_is_shared = True
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What both graphs of a model directory need to be loaded."""
+    """What it takes to load both graphs of a model directory."""
 
     directory: Path
     manifest: Manifest
-    """With the types of the graphs that are run, see `on_device`."""
+    """With the types of the graphs that run, see `on_device`."""
     threads: int
     cuda: bool
 
     def load(self, part: str) -> tuple[Path, ort.InferenceSession]:
-        """Load `vision` or `decoder`; the graph's path and its session. Raises FastVLMError where onnxruntime refuses it."""
+        """Load `vision` or `decoder`; returns the path of the graph and its session. Raises FastVLMError if onnxruntime refuses it."""
         path = self.directory / graph_name(part, self.manifest, self.cuda)
         return path, load(path, session_options(path, self.threads), providers(self.cuda))
 
     @property
     def description(self) -> str:
-        """Library, version, device and threads."""
+        """Library, version, device and threads, as text for users."""
         return f"onnxruntime {ort.__version__}, {'CUDA' if self.cuda else 'CPU'}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
 def on_device(directory: Path, manifest: Manifest, *, cuda: bool = False, threads: int | None = None) -> Setup:
-    """Choose the graphs to run: on the CPU those made for it, which compute in FP32, where there are such."""
+    """Choose the graphs to run. On the CPU these are `*.cpu.onnx`, which compute in FP32, if the model directory has them."""
     if graph_name("decoder", manifest, cuda).endswith(_CPU_GRAPH):
         manifest = replace(manifest, decoder=replace(manifest.decoder, dtype="float32"))
     return Setup(directory, manifest, threads or available_threads(), cuda)
 
 
 def graph_name(part: str, manifest: Manifest, cuda: bool) -> str:
-    """The file to run for `vision` or `decoder`: on the CPU the one made for it, where there is one."""
+    """Name of the graph file for `vision` or `decoder`: on the CPU the one made for it, if there is one."""
     twin = part + _CPU_GRAPH
     return twin if twin in manifest.files and not cuda else f"{part}.onnx"
 
 
 def providers(cuda: bool) -> list[str]:
-    """Execution providers in order of preference. Raises FastVLMError where CUDA is asked for and not built in."""
+    """Execution providers in order of preference. Raises FastVLMError if CUDA is requested and this onnxruntime lacks it."""
     if not cuda:
         return ["CPUExecutionProvider"]
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise FastVLMError("this onnxruntime has no CUDA support; install onnxruntime-gpu, or use --backend ort")
+        raise FastVLMError("the installed onnxruntime has no CUDA support", "install onnxruntime-gpu, or use --backend ort")
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
 def ort_value(array: NDArray[Any], dtype: str) -> Any:
-    """An OrtValue over the array's own memory, which the caller keeps alive."""
+    """An OrtValue that shares the memory of the array, which the caller must keep alive."""
     if not array.flags.c_contiguous:
-        raise ValueError("onnxruntime would copy an array that is not contiguous")
+        raise ValueError("the array is not contiguous, so onnxruntime would copy it")
     if dtype == "bfloat16":
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BFLOAT16)
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def load(path: Path, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
-    """A session of the graph at `path`. Raises FastVLMError where onnxruntime refuses it."""
+    """Create a session for the graph at `path`. Raises FastVLMError if onnxruntime refuses it."""
     if not path.is_file():
-        raise FastVLMError(f"{path} is missing; copy the whole model directory, or convert the checkpoint again")
+        raise FastVLMError(f"{path} is missing", "copy the whole model directory, or convert the checkpoint again")
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
         _refuse(error, f"{path} could not be loaded", "copy the model directory again, or convert the checkpoint again")
     if session.get_providers()[0] != providers[0]:
-        raise FastVLMError(f"onnxruntime could not start {providers[0]}; check the GPU driver and CUDA libraries, or use --backend ort")
+        raise FastVLMError(f"onnxruntime could not start {providers[0]}", "check the GPU driver and CUDA libraries, or use --backend ort")
     return session
 
 
 def run(session: ort.InferenceSession, binding: Any, graph: str) -> None:
-    """Run once. Raises FastVLMError that names `graph` where onnxruntime fails."""
+    """Run once. Raises FastVLMError, which names `graph`, if onnxruntime fails."""
     try:
         session.run_with_iobinding(binding)
     except Exception as error:
         _refuse(error, f"onnxruntime failed in {graph}", "convert the checkpoint again, with another --precision if this repeats")
 
 
-def _refuse(error: Exception, what: str, remedy: str) -> NoReturn:
-    """Turn an exception of onnxruntime, whose classes share no base, into one sentence."""
+def _refuse(error: Exception, what: str, mend: str) -> NoReturn:
+    """Turn an exception of onnxruntime, whose classes have no common base, into a FastVLMError."""
     reason = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "Failed to allocate memory" in reason or "bad_alloc" in reason:
-        raise FastVLMError(f"{what}: not enough memory; close other programs, or convert with --precision int4") from error
+        raise FastVLMError(f"{what}: not enough memory", "close other programs, or convert with --precision int4") from error
     if type(error).__name__ == "NotImplemented":
-        remedy = "convert the checkpoint with --precision fp32, int8 or int4, or update onnxruntime"
+        mend = "convert the checkpoint with --precision fp32, int8 or int4, or update onnxruntime"
     shown = reason if len(reason) <= 300 else reason[:297] + "..."
-    raise FastVLMError(f"{what}: {shown or type(error).__name__}; {remedy}") from error
+    raise FastVLMError(f"{what}: {shown or type(error).__name__}", mend) from error
 
 
 def check_tensors(path: Path, tensors: Any, wanted: dict[str, str]) -> None:
-    """Compare names and types of a graph's inputs or outputs with what its manifest promises."""
+    """Compare names and types of the inputs or outputs of a graph with the manifest. Raises FastVLMError for the first difference."""
     found = {tensor.name: DTYPES.get(tensor.type, tensor.type) for tensor in tensors}
     for name in sorted(set(wanted) | set(found)):
         if wanted.get(name) != found.get(name):
             raise FastVLMError(
-                f"{path} does not belong to its manifest: tensor {name} is {found.get(name, 'missing')}, expected "
-                f"{wanted.get(name, 'none of that name')}; convert the checkpoint again with this version"
+                f"{path} does not match its manifest: tensor {name} is {found.get(name, 'missing')}, expected "
+                f"{wanted.get(name, 'no such tensor')}",
+                "convert the checkpoint again with this version",
             )

@@ -1,4 +1,4 @@
-"""What every backend does: run the two graphs and own the KV cache."""
+"""The interface of a backend, which runs the two graphs and owns the KV cache."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastvlm_edge.model_dir.manifest import VisionSpec
 
 
 class ImageFeatures(Protocol):
-    """The visual tokens of one picture, wherever the backend that made them keeps them."""
+    """The visual tokens of one picture, in host or device memory as the backend chooses."""
 
     @property
     def rows(self) -> int:
-        """How many visual tokens."""
+        """Number of visual tokens."""
 
     def numpy(self) -> NDArray[np.float32]:
         """A copy on the host: [rows, hidden]."""
@@ -26,14 +26,14 @@ class ImageFeatures(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StepOutput:
-    """What a step says about its `m` asked-for positions. The arrays may be reused by the next step: take from them what you need first."""
+    """Outputs of a step at its `m` requested positions. The next step may overwrite the arrays: copy what is needed for longer."""
 
     top_values: NDArray[np.float32]
-    """[m, candidates], largest first."""
+    """[m, candidates]: the largest logits, in descending order."""
     top_ids: NDArray[np.int64]
-    """[m, candidates]"""
+    """[m, candidates]: the token ids of `top_values`."""
     logits: NDArray[np.float32] | None
-    """[m, vocab], where asked for."""
+    """[m, vocab], or None if they were not requested."""
 
 
 class Backend(Protocol):
@@ -43,16 +43,16 @@ class Backend(Protocol):
     """
 
     name: str
-    """As in `select`, after `auto` was resolved."""
+    """A name that `select` takes, never `auto`."""
     description: str
-    """Library, version and device, for a person to read."""
+    """Library, version and device, as text for users."""
 
     @property
     def length(self) -> int:
-        """Positions in the cache."""
+        """Number of positions in the cache."""
 
     def encode(self, pixel_values: NDArray[np.float32]) -> ImageFeatures:
-        """pixel_values [1, 3, S, S] in 0..1 -> the features of that picture."""
+        """Run the vision encoder: pixel_values [1, 3, S, S] in 0..1 -> the features of that picture."""
 
     def step(
         self,
@@ -64,22 +64,23 @@ class Backend(Protocol):
     ) -> StepOutput:
         """Run the decoder on `input_ids` and append their keys and values to the cache.
 
-        An id of `vocab + k` is row k of all `image_features` one after another. `logit_positions` index into `input_ids`; None is the last.
-        Raises FastVLMError where the context is full or the library fails; the cache then is as before.
+        An id below `vocab` is a text token; `vocab + k` is row k of all `image_features`, concatenated. `logit_positions` are indices into
+        `input_ids`; None means the last one. Raises FastVLMError if the context is full or the library fails; the cache is then unchanged.
         """
 
     def truncate(self, length: int) -> None:
-        """Forget the positions from `length` on: a conversation branches, or a draft was refused."""
+        """Forget the positions from `length` on, when a conversation branches or a draft was rejected."""
 
     def reset(self) -> None:
         """Forget all positions."""
 
     def close(self) -> None:
-        """Give back sessions and memory. The backend cannot be used afterwards."""
+        """Release sessions and memory. The backend cannot be used afterwards."""
 
 
 def check_pixels(pixel_values: NDArray[np.float32], vision: VisionSpec) -> None:
-    """Refuse pixel_values of another shape than the encoder's own with a FastVLMError."""
+    """Raise FastVLMError if pixel_values do not have the shape that the encoder takes."""
     expected = (1, 3, vision.image_size, vision.image_size)
     if pixel_values.shape != expected:
-        raise FastVLMError(f"pixel_values have shape {list(pixel_values.shape)}; this model takes {list(expected)}")
+        what = f"pixel_values have shape {list(pixel_values.shape)}, but this model takes {list(expected)}"
+        raise FastVLMError(what, "preprocess the picture for the image size in this model's manifest")

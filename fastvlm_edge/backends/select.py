@@ -1,4 +1,4 @@
-"""Which backend runs a model directory: the one asked for, or the first that this machine can run."""
+"""Choose the backend for a model directory: the one that the user named, or with `auto` the best that this machine can run."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ def select(
 ) -> Backend:
     """Load the model directory into a backend.
 
-    `tensorrt` runs the engines that `fastvlm-edge build` made, `ort` is onnxruntime on the CPU, `ort-cuda` onnxruntime on an NVIDIA GPU.
-    `auto` takes the first of tensorrt, ort-cuda and ort that this machine can run, and its description says why not the others.
-    `tune_process` changes two settings of the whole process, for good: it sets the thresholds of the C heap (`malloc.loading`), and has all
-    onnxruntime sessions share one memory arena (`ort_session.share_arena`). Both save memory and do not change results. Without it the load
-    changes neither.
-    Raises FastVLMError for a name that is unknown, or a backend that this machine or this model directory cannot run.
+    `tensorrt` runs the engines that `fastvlm-edge build` made, `ort` is onnxruntime on the CPU, `ort-cuda` is onnxruntime on an NVIDIA GPU.
+    `auto` takes `tensorrt` if there are engines that run on this machine, and `ort` otherwise; the backend's description then says why.
+    `auto` never takes `ort-cuda`, which was not yet run on hardware and whose results are not verified: it has to be named.
+    `tune_process` changes two settings of the whole process until it ends: the thresholds of the C heap (`malloc.loading`), and one memory
+    arena for all onnxruntime sessions (`ort_session.share_arena`). Both save memory, and results are the same. Without it, the load changes
+    neither.
+    Raises FastVLMError for an unknown name, or for a backend that cannot run on this machine or with this model directory.
     """
     if name not in BACKENDS:
-        raise FastVLMError(f"backend {name!r} is unknown; use one of: {', '.join(BACKENDS)}")
+        raise FastVLMError(f"backend {name!r} is unknown", f"use one of: {', '.join(BACKENDS)}")
     with _tuned() if tune_process else contextlib.nullcontext():
         if name == "auto":
             return _first_that_runs(directory, manifest, threads, progress or SilentProgress())
@@ -62,28 +63,17 @@ def _load(name: str, directory: Path, manifest: Manifest, threads: int | None, p
 
 
 def _first_that_runs(directory: Path, manifest: Manifest, threads: int | None, progress: Progress) -> Backend:
-    passed_over: list[str] = []
-    for name in ("tensorrt", "ort-cuda"):
-        reason = _absent(name, directory)
-        if reason is None:
-            try:
-                backend = _load(name, directory, manifest, threads, progress)
-                break
-            except FastVLMError as error:  # it is there and does not run: worth a line of its own
-                reason = str(error)
-                progress.done()
-                progress.note(f"not on {name}: {reason}")
-        passed_over.append(reason)
+    if not (directory / ENGINES).is_dir():
+        why = "auto: no TensorRT engines"
     else:
-        backend = _load("ort", directory, manifest, threads, progress)
-    backend.description += f" (auto: {'; '.join(passed_over)})" if passed_over else " (auto)"
+        try:
+            backend = _load("tensorrt", directory, manifest, threads, progress)
+            backend.description += " (auto)"
+            return backend
+        except FastVLMError as error:  # the user expects the engines to run, so this is worth a line of its own
+            progress.done()
+            progress.note(f"not using tensorrt: {error}")
+            why = f"auto: {error}"
+    backend = _load("ort", directory, manifest, threads, progress)
+    backend.description += f" ({why})"
     return backend
-
-
-def _absent(name: str, directory: Path) -> str | None:
-    """Why there is no need to try, None where there is."""
-    if name == "tensorrt":
-        return None if (directory / ENGINES).is_dir() else "no TensorRT engines"
-    import onnxruntime
-
-    return None if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "onnxruntime without CUDA"

@@ -1,7 +1,7 @@
-"""TensorRT backend: two engines on a GPU, everything between them in device memory.
+"""TensorRT backend: two engines on a GPU, with the KV cache and image features in device memory.
 
-A call copies its ids in and 64 candidates a token out, and appends to the cache with one strided copy. Decoding one id and encoding a
-picture have fixed shapes, so they are captured as CUDA graphs: the first call of a shape runs as it is, the second is recorded.
+A call copies ids to the device and 64 candidates per requested position back, and appends to the cache with one strided copy. Decoding one
+id and encoding a picture have fixed shapes, so they become CUDA graphs: the first call with a shape runs normally, the second is captured.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,52 +25,28 @@ from fastvlm_edge.model_dir.atomic import whole_file
 from fastvlm_edge.model_dir.engine_record import PARTS
 from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest, VisionSpec
 from fastvlm_edge.nvidia.cuda import Cuda, OutOfDeviceMemory
+from fastvlm_edge.nvidia.tensorrt_library import Context, LoadedEngine
 from fastvlm_edge.progress import Progress, SilentProgress
 
 _INT64, _FLOAT32 = 8, 4
 
 
-class Context(Protocol):
-    """Runs an engine, see `tensorrt_library.Context`."""
-
-    def set_shape(self, name: str, shape: tuple[int, ...]) -> None: ...
-    def set_address(self, name: str, address: int) -> None: ...
-    def enqueue(self, stream: int) -> None: ...
-    def close(self) -> None: ...
-
-
-class Engine(Protocol):
-    """A loaded engine, see `tensorrt_library.LoadedEngine`."""
-
-    inputs: dict[str, str]
-    outputs: dict[str, str]
-
-    @property
-    def profiles(self) -> int: ...
-    @property
-    def scratch_bytes(self) -> int: ...
-    def largest(self, name: str, profile: int = 0) -> tuple[int, ...]: ...
-    def restore_kernels(self, cache: bytes) -> None: ...
-    def compiled_kernels(self) -> bytes: ...
-    def context(self, profile: int, scratch: int, scratch_bytes: int, stream: int, *, captured: bool) -> Context: ...
-    def close(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class Platform:
-    """What engines run on: a GPU and a library."""
+    """A GPU and a TensorRT library, which engines run on."""
 
     cuda: Cuda
     library: str
     """`tensorrt` or `tensorrt_rtx`."""
     version: str
-    load: Callable[[Path], Engine]
+    load: Callable[[Path], LoadedEngine]
+    """Loads an engine file onto the GPU."""
 
 
 class _Graph:
-    """Work of fixed shapes and addresses: as it is at the first call, recorded at the second, replayed from then on.
+    """Work with fixed shapes and addresses: the first call runs it, the second captures it as a CUDA graph, later calls launch the graph.
 
-    TensorRT does not promise that all of its work can be recorded. What cannot runs as it is, and `note` is told once.
+    TensorRT does not promise that all of its work can be captured. If it cannot, the work runs normally, and `note` gets one warning.
     """
 
     def __init__(self, cuda: Cuda, stream: int, work: Callable[[], None], note: Callable[[str], None]) -> None:
@@ -82,19 +58,19 @@ class _Graph:
     def run(self) -> None:
         """Enqueue the work."""
         self._calls += 1
-        if self._graph is None and self._recordable and self._calls > 1:  # the first call is TensorRT's chance to set itself up
+        if self._graph is None and self._recordable and self._calls > 1:  # TensorRT may initialise itself in the first call
             try:
                 self._graph = self._cuda.capture(self._stream, self._work)
             except FastVLMError as error:
                 self._recordable = False
-                self._note(f"warning: without CUDA graphs, which is slower: {error}")
+                self._note(f"warning: running without CUDA graphs, which is slower: {error}")
         if self._graph is None:
             self._work()
         else:
             self._cuda.launch(self._graph, self._stream)
 
     def forget(self) -> None:
-        """Shapes or addresses have changed."""
+        """Drop the graph, because shapes or addresses change."""
         self._calls = 0
         if self._graph is not None:
             self._cuda.destroy_graph(self._graph)
@@ -102,14 +78,14 @@ class _Graph:
 
 
 class _Vision:
-    """`vision.engine`: pixel_values [1, 3, S, S] -> image_features [1, tokens, hidden], both in buffers of its own."""
+    """`vision.engine`: pixel_values [1, 3, S, S] -> image_features [1, tokens, hidden], each in its own buffer."""
 
     def __init__(
         self,
         cuda: Cuda,
         arena: Arena,
         stream: int,
-        engine: Engine,
+        engine: LoadedEngine,
         spec: VisionSpec,
         dtype: str,
         scratch: Buffer,
@@ -129,12 +105,12 @@ class _Vision:
         self._graph = _Graph(cuda, stream, self._work, note)
 
     def enqueue(self, pixel_values: NDArray[np.float32]) -> None:
-        """Encode; the features then lie in `features`."""
+        """Enqueue the encoding of a picture; its result is in `features`."""
         np.copyto(self._pixels, pixel_values)
         self._graph.run()
 
     def release(self) -> None:
-        """Let go of the context and its graph."""
+        """Release the context and its graph."""
         self._graph.forget()
         self._context.close()
 
@@ -144,10 +120,10 @@ class _Vision:
 
 
 class _Decoder:
-    """`decoder.engine` and its KV cache. Inputs lie in one block and outputs in another, so that each is one copy."""
+    """`decoder.engine` and its KV cache. All inputs are in one block and all outputs in another, so that each takes one copy."""
 
     def __init__(
-        self, cuda: Cuda, arena: Arena, stream: int, engine: Engine, spec: DecoderSpec, scratch: Buffer, note: Callable[[str], None]
+        self, cuda: Cuda, arena: Arena, stream: int, engine: LoadedEngine, spec: DecoderSpec, scratch: Buffer, note: Callable[[str], None]
     ) -> None:
         self._cuda, self._stream, self._spec = cuda, stream, spec
         self.chunk = engine.largest("input_ids")[1]
@@ -179,15 +155,15 @@ class _Decoder:
         self._image_features: tuple[ImageFeatures, ...] = ()
         self._rows = 1
         self._clear_features()
-        # Two contexts: what a graph has captured of a context must not be changed by calls of other shapes.
+        # Two contexts, because calls with other shapes must not change the context that a graph has captured.
         self._prefill = engine.context(0, scratch.address, scratch.nbytes, stream, captured=False)
         self._decode = engine.context(engine.profiles - 1, scratch.address, scratch.nbytes, stream, captured=True)
         self._decode_graph = _Graph(cuda, stream, self._decode_work, note)
         self._decode_rows = 0
-        """Rows of image_features that the decode context is bound with; 0 where it has to be bound again."""
+        """Number of image_features rows that the decode context is bound to; 0 if it must be bound again."""
 
     def step(self, ids: Sequence[int], positions: Sequence[int], want_logits: bool) -> StepOutput:
-        """One call of the engine, at most `chunk` ids and `most_positions` positions; waits for it."""
+        """Call the engine once, with at most `chunk` ids and `most_positions` positions, and wait for the result."""
         seq, m, start = len(ids), len(positions), self.cache.length
         self._ids[:seq] = ids
         self._positions[:seq] = range(start, start + seq)
@@ -210,25 +186,26 @@ class _Decoder:
         self._cuda.synchronize(self._stream)
         return StepOutput(self._top_values[:m], self._top_ids[:m], self._logits[:m] if want_logits else None)
 
-    def show(self, image_features: tuple[ImageFeatures, ...], store: FeatureStore) -> None:
-        """Make `image_features` the rows of the graph input of that name, unless they are already."""
+    def set_image_features(self, image_features: tuple[ImageFeatures, ...], store: FeatureStore) -> None:
+        """Concatenate `image_features` into the engine's input of that name, unless it holds them already."""
         if len(image_features) == len(self._image_features) and all(
             new is old for new, old in zip(image_features, self._image_features, strict=True)
         ):
             return
         own = [picture for picture in image_features if isinstance(picture, DeviceFeatures) and store.holds(picture)]
         if len(own) < len(image_features):
-            raise FastVLMError("image features come from another model or backend; encode the picture again with this one")
+            raise FastVLMError("the image features come from another model or backend", "encode the picture again with this one")
         rows = sum(picture.rows for picture in own)
         if rows > self._largest_rows:
-            raise FastVLMError(f"{len(own)} pictures have {rows} visual tokens, more than the context of {self._spec.context}; send fewer")
-        self._image_features, self._rows = (), 1  # should memory be short, nothing is shown
+            what = f"{len(own)} pictures have {rows} visual tokens, more than the context of {self._spec.context}"
+            raise FastVLMError(what, "use fewer pictures")
+        self._image_features, self._rows = (), 1  # in case the allocation below fails
         if rows * self._row_bytes > self._features.nbytes:
             self._unbind()
             try:
                 self._features.reserve(rows * self._row_bytes)
             except OutOfDeviceMemory:
-                self._features.reserve(self._row_bytes)  # it had more: a question without a picture still has its row
+                self._features.reserve(self._row_bytes)  # it was larger before, so this fits: a question without a picture needs one row
                 self._clear_features()
                 raise
         if not rows:
@@ -240,13 +217,13 @@ class _Decoder:
         self._image_features, self._rows = image_features, max(rows, 1)
 
     def release(self) -> None:
-        """Let go of the contexts and their graph."""
+        """Release the contexts and their graph."""
         self._unbind()
         self._prefill.close()
         self._decode.close()
 
     def _unbind(self) -> None:
-        """An address that the decode context has is about to change."""
+        """Call this before an address that the decode context is bound to changes."""
         self._decode_graph.forget()
         self._decode_rows = 0
 
@@ -255,7 +232,7 @@ class _Decoder:
         self._cuda.synchronize(self._stream)
 
     def _bind(self, context: Context, seq: int, m: int) -> None:
-        """Shapes and addresses of every input and output."""
+        """Set the shapes and addresses of every input and output."""
         spec, cache = self._spec, self.cache
         block = self._in.address
         for name, shape, address in (
@@ -284,21 +261,21 @@ class _Decoder:
 
 
 class TensorRTBackend:
-    """Implements `fastvlm_edge.backends.Backend`."""
+    """Implements `backends.protocol.Backend` with TensorRT engines."""
 
     name = "tensorrt"
 
     def __init__(self, directory: Path, manifest: Manifest, platform: Platform, *, progress: Progress | None = None) -> None:
-        """Load `vision.engine` and `decoder.engine` of `directory` and allocate all that they need.
+        """Load `vision.engine` and `decoder.engine` of `directory` and allocate all the memory that they need.
 
-        Raises FastVLMError where an engine is refused or memory is short.
+        Takes over `platform.cuda` and closes it. Raises FastVLMError if TensorRT refuses an engine or if memory is short.
         """
         progress = progress or SilentProgress()
         self._directory, self._manifest, self._cuda = directory, manifest, platform.cuda
         self._lock = threading.RLock()
         self._closed = False
         self._undo = contextlib.ExitStack()
-        weakref.finalize(self, self._undo.close).atexit = False  # for who forgets to close; the driver clears up behind a program
+        weakref.finalize(self, self._undo.close).atexit = False  # for callers that forget to close; at exit the driver cleans up
         device = platform.cuda.device
         self.description = f"{platform.library} {platform.version}, {device.name}"
         progress.stage(f"loading {manifest.name} ({manifest.precision})", len(PARTS) + 1)
@@ -307,8 +284,8 @@ class TensorRTBackend:
         except OutOfDeviceMemory as error:
             self._undo.close()
             weights = sum((directory / f"{part}.engine").stat().st_size for part in PARTS)
-            what = f"{manifest.name} does not fit on {device.name}: beside its engines of {weights >> 20:,} MiB"
-            raise FastVLMError(f"{what}, {error}") from None
+            what = f"{manifest.name} does not fit on {device.name}: in addition to its engines of {weights >> 20:,} MiB, {error.what}"
+            raise FastVLMError(what, error.mend) from None
         except BaseException:
             self._undo.close()
             raise
@@ -322,7 +299,7 @@ class TensorRTBackend:
         arena = Arena(cuda)
         undo.callback(arena.free)
         undo.callback(cuda.synchronize, stream)  # before anything is freed
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[str, LoadedEngine] = {}
         for part in PARTS:
             path = self._directory / f"{part}.engine"
             engine = platform.load(path)
@@ -334,7 +311,7 @@ class TensorRTBackend:
         vision, decoder = self._engines["vision"], self._engines["decoder"]
         self._store = FeatureStore(cuda, manifest.decoder, stream, self._lock)
         arena.own(self._store)
-        scratch = arena.buffer(max(vision.scratch_bytes, decoder.scratch_bytes, 1))  # one runs after the other, so one for both
+        scratch = arena.buffer(max(vision.scratch_bytes, decoder.scratch_bytes, 1))  # the engines run one after the other, so they share it
         self._vision = _Vision(cuda, arena, stream, vision, manifest.vision, manifest.decoder.dtype, scratch, progress.note)
         undo.callback(self._vision.release)
         self._decoder = _Decoder(cuda, arena, stream, decoder, manifest.decoder, scratch, progress.note)
@@ -343,16 +320,16 @@ class TensorRTBackend:
 
     @property
     def length(self) -> int:
-        """Positions in the cache."""
+        """Number of positions in the cache."""
         return self._decoder.cache.length
 
     def save_kernels(self) -> None:
-        """Keep what TensorRT for RTX has compiled for this GPU for the next start; TensorRT proper compiles when it builds."""
+        """Save the kernels that TensorRT for RTX has compiled for this GPU. TensorRT itself compiles at build time and has none."""
         for part, engine in self._engines.items():
             kernels = engine.compiled_kernels()
             path = kernels_path(self._directory, part, self._cuda)
             if kernels and kernels != read_kernels(path):
-                # a disk that is full or read-only costs time at the next start, nothing else
+                # on a full or read-only disk, the next load only takes longer
                 with contextlib.suppress(OSError), whole_file(path) as partial:
                     partial.write_bytes(kernels)
 
@@ -374,16 +351,16 @@ class TensorRTBackend:
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
-        """Run the decoder on `input_ids` after what the cache holds, and append to it."""
+        """Run the decoder on `input_ids` and append their keys and values to the cache; see `Backend.step`."""
         decoder = self._decoder
         seq, start, context = len(input_ids), decoder.cache.length, decoder.cache.context
         if start + seq > context:
-            raise FastVLMError(f"{start + seq} positions do not fit into the context of {context}; shorten the conversation")
+            raise FastVLMError(f"{start + seq} positions do not fit into the context of {context}", "shorten the conversation")
         positions = [seq - 1] if logit_positions is None else list(logit_positions)
         if not 0 < len(positions) <= decoder.most_positions:
-            raise FastVLMError(f"logits of {len(positions)} positions were asked for; the engine gives 1 to {decoder.most_positions}")
+            raise FastVLMError(f"logits of {len(positions)} positions were requested; the engine computes 1 to {decoder.most_positions}")
         with self._working():
-            decoder.show(image_features, self._store)
+            decoder.set_image_features(image_features, self._store)
             try:
                 return self._in_chunks(input_ids, positions, want_logits)
             except BaseException:
@@ -399,7 +376,7 @@ class TensorRTBackend:
         self._decoder.cache.reset()
 
     def close(self) -> None:
-        """Give back engines and memory, and keep the kernels that were compiled for shapes since the load. May be called twice."""
+        """Save the kernels compiled since the load, and release engines and memory. May be called twice."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -407,7 +384,7 @@ class TensorRTBackend:
                     self.save_kernels()
 
     def _in_chunks(self, ids: Sequence[int], positions: list[int], want_logits: bool) -> StepOutput:
-        """The engine takes so many ids at a time; the outputs of all calls as one."""
+        """Call the engine with at most `chunk` ids at a time, and join the outputs of all calls."""
         chunk = self._decoder.chunk
         if len(ids) <= chunk:
             return self._decoder.step(ids, positions, want_logits)
@@ -430,32 +407,32 @@ class TensorRTBackend:
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
-        """One call at a time. Should one be interrupted, what it enqueued is waited for before anything else touches its buffers."""
+        """Run one call at a time. After an interrupted one, wait for what it enqueued before anything else uses its buffers."""
         with self._lock:
             if self._closed:
-                raise FastVLMError("this model was closed; load it again with FastVLM.load")
+                raise FastVLMError("this model was closed", "load it again with FastVLM.load")
             self._store.sweep()
             try:
                 yield
             except BaseException:
-                with contextlib.suppress(FastVLMError):  # the first error is the one to tell
+                with contextlib.suppress(FastVLMError):  # the first error is the one to report
                     self._cuda.synchronize(self._stream)
                 raise
 
 
 def kernels_path(directory: Path, part: str, cuda: Cuda) -> Path:
-    """Where the kernels of an engine are kept for GPUs like this one: others cannot use them."""
+    """File with the compiled kernels of an engine for this kind of GPU; other GPUs cannot use them."""
     major, minor = cuda.device.compute_capability
     return directory / f"{part}.sm{major}{minor}.kernels"
 
 
 def read_kernels(path: Path) -> bytes:
-    """What `save_kernels` left, or nothing."""
+    """The kernels that `save_kernels` wrote, or no bytes."""
     return path.read_bytes() if path.is_file() else b""
 
 
-def check_engine(path: Path, engine: Engine, part: str, manifest: Manifest) -> None:
-    """Compare names and types of an engine's inputs and outputs with the manifest. Raises FastVLMError for the first that differs."""
+def check_engine(path: Path, engine: LoadedEngine, part: str, manifest: Manifest) -> None:
+    """Compare names and types of the inputs and outputs of an engine with the manifest. Raises FastVLMError for the first difference."""
     dtype, layers = manifest.decoder.dtype, range(manifest.decoder.layers)
     past = {f"past_key_values.{layer}.{kind}": dtype for layer in layers for kind in ("key", "value")}
     int64 = dict.fromkeys(("input_ids", "position_ids", "logit_positions"), "int64")
@@ -468,6 +445,7 @@ def check_engine(path: Path, engine: Engine, part: str, manifest: Manifest) -> N
         for name in sorted(set(wanted) | set(found)):
             if wanted.get(name) != found.get(name):
                 raise FastVLMError(
-                    f"{path} does not belong to its manifest: tensor {name} is {found.get(name, 'missing')}, expected "
-                    f"{wanted.get(name, 'none of that name')}; run: fastvlm-edge build {path.parents[2]} --force"
+                    f"{path} does not match its manifest: tensor {name} is {found.get(name, 'missing')}, expected "
+                    f"{wanted.get(name, 'no such tensor')}",
+                    f"run: fastvlm-edge build {path.parents[2]} --force",
                 )

@@ -1,4 +1,4 @@
-"""CUDA through cuda-python: the driver API in the primary context, which TensorRT's runtime shares."""
+"""CUDA through cuda-python: the driver API, in the primary context that TensorRT uses too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 
 def load() -> tuple[Any, str]:
-    """The module of the driver API, and the package's name and version. Raises ImportError; needs no driver."""
+    """Import the driver API. Returns the module, and name and version of the package. Raises ImportError. Needs no driver."""
     try:
         package = importlib.import_module("cuda.bindings")
         driver = importlib.import_module("cuda.bindings.driver")
@@ -25,19 +25,19 @@ def load() -> tuple[Any, str]:
 
 
 class CudaPython:
-    """Implements `fastvlm_edge.nvidia.cuda.Cuda`."""
+    """Implements `nvidia.cuda.Cuda` with cuda-python."""
 
     supports_graphs = True
 
     def __init__(self, driver: Any, binding: str) -> None:
-        """Retain the primary context of device 0. Raises FastVLMError without driver or device."""
+        """Retain the primary context of device 0. Raises FastVLMError if there is no driver or no device."""
         self.binding = binding
         self._driver = driver
         self._thread = threading.local()
         self._closed = False
         try:
             supported = self._check("cuDriverGetVersion")
-        except RuntimeError as error:  # how cuda-python reports that there is no libcuda
+        except RuntimeError as error:  # cuda-python raises this without libcuda
             raise no_driver() from error
         remedy = f"install cuda-python for it: pip install 'cuda-bindings=={supported // 1000}.*'"
         version = check_driver(supported, driver.CUDA_VERSION, binding, remedy)
@@ -46,12 +46,12 @@ class CudaPython:
         self._context = self._check("cuDevicePrimaryCtxRetain", self._device)
 
     def free_bytes(self) -> int:
-        """Device memory that is free now."""
+        """Free device memory in bytes."""
         free, _ = self._call("cuMemGetInfo")
         return int(free)
 
     def allocate(self, nbytes: int) -> int:
-        """Address of new device memory."""
+        """Allocate device memory and return its address."""
         try:
             return int(self._call("cuMemAlloc", nbytes))
         except CudaError as error:
@@ -60,19 +60,19 @@ class CudaPython:
         raise OutOfDeviceMemory(nbytes, self.free_bytes())
 
     def free(self, address: int) -> None:
-        """Give device memory back."""
+        """Release device memory."""
         self._call("cuMemFree", address)
 
     def allocate_pinned(self, nbytes: int) -> PinnedMemory:
-        """New page-locked host memory."""
+        """Allocate page-locked host memory."""
         return PinnedMemory(int(self._call("cuMemHostAlloc", nbytes, 0)), nbytes, lambda address: self._call("cuMemFreeHost", address))
 
     def create_stream(self) -> int:
-        """A stream that does not wait for the default stream."""
+        """Create a stream that does not wait for the default stream."""
         return int(self._call("cuStreamCreate", _NON_BLOCKING))
 
     def destroy_stream(self, stream: int) -> None:
-        """Give a stream back."""
+        """Release a stream."""
         self._call("cuStreamDestroy", stream)
 
     def synchronize(self, stream: int) -> None:
@@ -80,13 +80,13 @@ class CudaPython:
         self._call("cuStreamSynchronize", stream)
 
     def copy(self, destination: int, source: int, nbytes: int, stream: int) -> None:
-        """Copy between any of device and pinned memory."""
+        """Enqueue a copy between any two places in device or pinned memory."""
         self._call("cuMemcpyAsync", destination, source, nbytes, stream)
 
     def copy_2d(
         self, destination: int, destination_pitch: int, source: int, source_pitch: int, width: int, height: int, stream: int
     ) -> None:
-        """Copy rows within device memory."""
+        """Enqueue a copy of rows within device memory."""
         rows = self._driver.CUDA_MEMCPY2D()
         rows.srcMemoryType = rows.dstMemoryType = self._driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
         rows.dstDevice, rows.dstPitch = destination, destination_pitch
@@ -95,33 +95,17 @@ class CudaPython:
         self._call("cuMemcpy2DAsync", rows, stream)
 
     def zero(self, address: int, nbytes: int, stream: int) -> None:
-        """Clear device memory."""
+        """Enqueue the clearing of device memory."""
         self._call("cuMemsetD8Async", address, 0, nbytes, stream)
 
-    def create_event(self) -> int:
-        """An event that takes the time."""
-        return int(self._call("cuEventCreate", 0))
-
-    def destroy_event(self, event: int) -> None:
-        """Give an event back."""
-        self._call("cuEventDestroy", event)
-
-    def record(self, event: int, stream: int) -> None:
-        """Let the event take the time when the stream gets here."""
-        self._call("cuEventRecord", event, stream)
-
-    def elapsed_ms(self, begin: int, end: int) -> float:
-        """Milliseconds between two recorded events."""
-        return float(self._call("cuEventElapsedTime", begin, end))
-
     def capture(self, stream: int, work: Callable[[], None]) -> int:
-        """Record what `work` enqueues on the stream; returns the executable graph."""
-        # Thread-local: another thread may allocate meanwhile, this one may not.
+        """Capture what `work` enqueues on the stream. Returns the executable graph."""
+        # Thread-local: other threads may allocate during the capture, this one may not.
         self._call("cuStreamBeginCapture", stream, self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:
             work()
         except BaseException:
-            with suppress(CudaError):  # the capture may be invalid already; the stream leaves it all the same
+            with suppress(CudaError):  # the capture may be invalid already; this call ends it anyway
                 self._destroy_template(self._call("cuStreamEndCapture", stream))
             raise
         template = self._call("cuStreamEndCapture", stream)
@@ -131,15 +115,15 @@ class CudaPython:
             self._destroy_template(template)
 
     def launch(self, graph: int, stream: int) -> None:
-        """Enqueue the recorded work."""
+        """Enqueue the captured work."""
         self._call("cuGraphLaunch", graph, stream)
 
     def destroy_graph(self, graph: int) -> None:
-        """Give a graph back."""
+        """Release a graph."""
         self._call("cuGraphExecDestroy", graph)
 
     def close(self) -> None:
-        """Release the primary context; a second call does nothing."""
+        """Release the primary context. A second call does nothing."""
         if not self._closed:
             self._closed = True
             self._check("cuDevicePrimaryCtxRelease", self._device)
@@ -169,11 +153,11 @@ class CudaPython:
         )
 
     def _destroy_template(self, template: Any) -> None:
-        if int(template):  # null after a capture that failed
+        if int(template):  # 0 after a capture that failed
             self._call("cuGraphDestroy", template)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        # A thread has no current context until one is set; setting it once does, because TensorRT and the CUDA runtime use the same one.
+        # A thread has no current context until one is set. Once is enough, because TensorRT and the CUDA runtime use the same context.
         if not hasattr(self._thread, "entered"):
             self._check("cuCtxSetCurrent", self._context)
             self._thread.entered = True

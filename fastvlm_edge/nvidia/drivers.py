@@ -1,8 +1,9 @@
-"""The CUDA driver through whichever Python binding is installed: cuda-python first, then PyCUDA."""
+"""Open CUDA through the Python binding that is installed: cuda-python first, then PyCUDA."""
 
 from __future__ import annotations
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.extras import install_command
 from fastvlm_edge.nvidia import cuda_python, pycuda_driver
 from fastvlm_edge.nvidia.cuda import Cuda
 
@@ -10,7 +11,7 @@ from fastvlm_edge.nvidia.cuda import Cuda
 def open_cuda() -> Cuda:
     """Open device 0 with the binding that is installed.
 
-    Raises FastVLMError naming what is missing: binding, driver, a device, or a driver new enough.
+    Raises FastVLMError if there is no binding, driver or device, or if the driver is too old for the binding.
     """
     try:
         module, binding = cuda_python.load()
@@ -18,7 +19,7 @@ def open_cuda() -> Cuda:
         pass
     except ImportError as error:
         raise FastVLMError(
-            f"cuda-python is installed but cannot be loaded ({error}); run: pip install --force-reinstall cuda-bindings"
+            f"cuda-python is installed but cannot be loaded ({error})", "run: pip install --force-reinstall cuda-bindings"
         ) from error
     else:
         return cuda_python.CudaPython(module, binding)
@@ -26,6 +27,6 @@ def open_cuda() -> Cuda:
         module, binding = pycuda_driver.load()
     except ModuleNotFoundError:
         raise FastVLMError(
-            "CUDA is reached through cuda-python, which is not installed; run: pip install 'fastvlm-edge[tensorrt]'"
+            "CUDA is used through the package cuda-python, which is not installed", f"run: {install_command('tensorrt')}"
         ) from None
     return pycuda_driver.PyCuda(module, binding)

@@ -1,7 +1,7 @@
-"""CUDA through PyCUDA, for systems that have it and not cuda-python. No release of it has CUDA graphs (up to 2026.1; pull request 343).
+"""CUDA through PyCUDA, for systems that have it but not cuda-python. No release of it has CUDA graphs (up to 2026.1; pull request 343).
 
-PyCUDA gives things back when the object that stands for them dies, so those are kept here by their handles. It aborts the process when a
-thread ends with a context on PyCUDA's own stack: the context is pushed for the length of each call, never longer.
+PyCUDA releases a resource when its Python object is garbage, so this module keeps those objects by their handles. PyCUDA also aborts the
+process when a thread ends with a context on PyCUDA's own stack, so every call pushes the context and pops it again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from typing import Any
 import numpy as np
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.extras import install_command
 from fastvlm_edge.nvidia.cuda import CudaError, DeviceInfo, OutOfDeviceMemory, PinnedMemory, check_driver, host_bytes, no_device, no_driver
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING; PyCUDA has no name for it
 
 
 def load() -> tuple[Any, str]:
-    """PyCUDA's driver module, and the package's name and version. Raises ModuleNotFoundError, or FastVLMError where it cannot be loaded."""
+    """Import PyCUDA. Returns its driver module, and name and version of the package.
+
+    Raises ModuleNotFoundError if it is not installed, and FastVLMError if it cannot be loaded.
+    """
     package = importlib.import_module("pycuda")
     try:
         driver = importlib.import_module("pycuda.driver")
@@ -29,24 +33,23 @@ def load() -> tuple[Any, str]:
     except ImportError as error:
         if "libcuda" in str(error):
             raise no_driver() from error
-        raise FastVLMError(f"PyCUDA cannot be loaded ({error}); run: pip install 'fastvlm-edge[tensorrt]'") from error
+        raise FastVLMError(f"PyCUDA cannot be loaded ({error})", f"run: {install_command('tensorrt')}") from error
     return driver, f"PyCUDA {package.VERSION_TEXT}"
 
 
 class PyCuda:
-    """Implements `fastvlm_edge.nvidia.cuda.Cuda`."""
+    """Implements `nvidia.cuda.Cuda` with PyCUDA."""
 
     supports_graphs = False
 
     def __init__(self, driver: Any, binding: str) -> None:
-        """Retain the primary context of device 0. Raises FastVLMError without device or with a driver that is too old."""
+        """Retain the primary context of device 0. Raises FastVLMError if there is no device or the driver is too old."""
         self.binding = binding
         self._driver = driver
         self._closed = False
         self._memory: dict[int, Any] = {}  # DeviceAllocation
         self._pinned: dict[int, Any] = {}  # ndarray that owns a PagelockedHostAllocation
         self._streams: dict[int, Any] = {}
-        self._events: dict[int, Any] = {}
         with self._errors():
             major, minor, _ = driver.get_version()
             version = check_driver(driver.get_driver_version(), 1000 * major + 10 * minor, binding, "build PyCUDA for that CUDA version")
@@ -61,12 +64,12 @@ class PyCuda:
             self._context = device.retain_primary_context()
 
     def free_bytes(self) -> int:
-        """Device memory that is free now."""
+        """Free device memory in bytes."""
         with self._entered():
             return int(self._driver.mem_get_info()[0])
 
     def allocate(self, nbytes: int) -> int:
-        """Address of new device memory."""
+        """Allocate device memory and return its address."""
         try:
             with self._entered():
                 memory = self._driver.mem_alloc(nbytes)
@@ -78,12 +81,12 @@ class PyCuda:
         return int(memory)
 
     def free(self, address: int) -> None:
-        """Give device memory back."""
+        """Release device memory."""
         with self._entered():
             self._memory.pop(address).free()
 
     def allocate_pinned(self, nbytes: int) -> PinnedMemory:
-        """New page-locked host memory."""
+        """Allocate page-locked host memory."""
         with self._entered():
             array = self._driver.pagelocked_empty(nbytes, np.uint8)
         address = int(array.ctypes.data)
@@ -91,14 +94,14 @@ class PyCuda:
         return PinnedMemory(address, nbytes, self._free_pinned)
 
     def create_stream(self) -> int:
-        """A stream that does not wait for the default stream."""
+        """Create a stream that does not wait for the default stream."""
         with self._entered():
             stream = self._driver.Stream(_NON_BLOCKING)
         self._streams[stream.handle] = stream
         return int(stream.handle)
 
     def destroy_stream(self, stream: int) -> None:
-        """Give a stream back."""
+        """Release a stream."""
         with self._entered():
             del self._streams[stream]
 
@@ -108,9 +111,9 @@ class PyCuda:
             self._streams[stream].synchronize()
 
     def copy(self, destination: int, source: int, nbytes: int, stream: int) -> None:
-        """Copy between any of device and pinned memory."""
-        # PyCUDA lacks cuMemcpyAsync, which finds the direction by itself. A pinned address is a device address too (unified addressing), so
-        # that between two of them the first case does.
+        """Enqueue a copy between any two places in device or pinned memory."""
+        # PyCUDA lacks cuMemcpyAsync, which finds the direction by itself. With unified addressing, a pinned address is also a device
+        # address, so the first case works between two pinned addresses too.
         with self._entered():
             if self._is_pinned(source):
                 self._driver.memcpy_htod_async(destination, host_bytes(source, nbytes), self._streams[stream])
@@ -122,7 +125,7 @@ class PyCuda:
     def copy_2d(
         self, destination: int, destination_pitch: int, source: int, source_pitch: int, width: int, height: int, stream: int
     ) -> None:
-        """Copy rows within device memory."""
+        """Enqueue a copy of rows within device memory."""
         rows = self._driver.Memcpy2D()
         rows.set_dst_device(destination)
         rows.set_src_device(source)
@@ -132,46 +135,24 @@ class PyCuda:
             rows(self._streams[stream])
 
     def zero(self, address: int, nbytes: int, stream: int) -> None:
-        """Clear device memory."""
+        """Enqueue the clearing of device memory."""
         with self._entered():
             self._driver.memset_d8_async(address, 0, nbytes, self._streams[stream])
 
-    def create_event(self) -> int:
-        """An event that takes the time; PyCUDA does not show its handle, so the number is the Python object's."""
-        with self._entered():
-            event = self._driver.Event()
-        self._events[id(event)] = event
-        return id(event)
-
-    def destroy_event(self, event: int) -> None:
-        """Give an event back."""
-        with self._entered():
-            del self._events[event]
-
-    def record(self, event: int, stream: int) -> None:
-        """Let the event take the time when the stream gets here."""
-        with self._entered():
-            self._events[event].record(self._streams[stream])
-
-    def elapsed_ms(self, begin: int, end: int) -> float:
-        """Milliseconds between two recorded events."""
-        with self._entered():
-            return float(self._events[begin].time_till(self._events[end]))
-
     def capture(self, stream: int, work: Callable[[], None]) -> int:
-        """PyCUDA cannot: raises FastVLMError."""
-        raise FastVLMError(f"{self.binding} has no CUDA graphs; run: pip install 'fastvlm-edge[tensorrt]', which brings cuda-python")
+        """Raise FastVLMError, because PyCUDA cannot capture."""
+        raise FastVLMError(f"{self.binding} has no CUDA graphs, cuda-python has", f"run: {install_command('tensorrt')}")
 
     def launch(self, graph: int, stream: int) -> None:
-        """There is no graph: see `capture`."""
+        """Never called, because `capture` makes no graph."""
         raise NotImplementedError
 
     def destroy_graph(self, graph: int) -> None:
-        """There is no graph: see `capture`."""
+        """Never called, because `capture` makes no graph."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Release the primary context; a second call does nothing."""
+        """Release the primary context. A second call does nothing."""
         if not self._closed:
             self._closed = True
             with self._errors():
@@ -198,7 +179,7 @@ class PyCuda:
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
-        """The context is current for this block, on whichever thread."""
+        """Make the context current for this block, on any thread."""
         with self._errors():
             self._context.push()
             try:
@@ -208,7 +189,7 @@ class PyCuda:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """PyCUDA's errors read "cuMemAlloc failed: out of memory" and have a class for each kind."""
+        """Turn PyCUDA's errors, such as MemoryError("cuMemAlloc failed: out of memory"), into CudaError."""
         try:
             yield
         except self._driver.Error as error:

@@ -1,13 +1,13 @@
-"""TensorRT, whichever there is: `tensorrt` 10.3 to 11.x or `tensorrt_rtx`, whose Python API is the same. All that differs is in this file.
+"""TensorRT as one interface: `tensorrt` 10.3 to 11.x or `tensorrt_rtx`. Their Python APIs hardly differ; all differences are handled here.
 
 | | `tensorrt` 10.3 .. 10.16 | `tensorrt` 11 | `tensorrt_rtx` 1.x |
 | --- | --- | --- | --- |
 | strong typing | a flag at `create_network` | always, the flag is accepted | the flag |
-| `BuilderFlag.FP16` and its like (weak typing) | yes, deprecated from 10.12 | removed | never had |
-| engines for another GPU than the one at hand | no | no | `set_compute_capability`, also without a GPU |
-| all scratch memory ours, as CUDA graphs need | no flag | no flag | `REQUIRE_USER_ALLOCATION` |
-| timing cache | yes | yes | without effect |
-| what the first run compiles | nothing | nothing | kernels, kept in an `IRuntimeCache` |
+| `BuilderFlag.FP16` and similar (weak typing) | yes, deprecated since 10.12 | removed | never existed |
+| engines for other GPUs than the local one | no | no | `set_compute_capability`, also without a GPU |
+| caller allocates all scratch memory, as CUDA graphs need | no flag | no flag | `REQUIRE_USER_ALLOCATION` |
+| timing cache | yes | yes | no effect |
+| compiled by the first run | nothing | nothing | kernels, kept in an `IRuntimeCache` |
 
 Sources, call by call: docs/tensorrt-versions.md.
 """
@@ -27,56 +27,59 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.extras import install_command
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 OLDEST = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 2)}
+"""Oldest supported version of each."""
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]
 """Input name -> smallest, optimal and largest shape."""
 Monitor = Callable[[float], None]
-"""Takes the share of the build that is done, 0 to 1, often. An exception that it raises, Ctrl-C above all, ends the build."""
+"""Called often with the finished share of the build, 0 to 1. An exception that it raises, such as KeyboardInterrupt, ends the build."""
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What an engine is built with, beside its ONNX graph."""
+    """Settings for building an engine from an ONNX graph."""
 
     profiles: tuple[Profile, ...] = ()
     compute_capabilities: tuple[tuple[int, int], ...] = ()
-    """TensorRT for RTX only; empty for the GPU at hand."""
+    """GPUs to build for, with TensorRT for RTX only. Empty means the local GPU."""
     workspace: int | None = None
-    """Bytes that a kernel may use beside its inputs and outputs; None is the whole GPU."""
+    """Bytes of scratch memory that a kernel may use. None means all memory of the GPU."""
     weakly_typed: bool = False
-    """FP16 as a builder flag, with the graph's FP32 islands as constraints: for TensorRT 10.3 where strong typing fails."""
+    """Use the FP16 builder flag, with the FP32 parts of the graph as constraints: for TensorRT 10.3 if strong typing fails."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A new engine."""
+    """The result of a build."""
 
     plan: Any
-    """Bytes-like."""
+    """The serialized engine, a bytes-like object."""
     timing_cache: bytes
+    """Timings for later builds; empty with TensorRT for RTX."""
     listing: str
-    """The builder's own list of the engine's layers, empty where its log has none."""
+    """The builder's list of the layers of the engine, empty if its log has none."""
 
 
 class Library:
-    """One of the two libraries, imported."""
+    """One of the two libraries, after its import."""
 
     def __init__(self, module: Any) -> None:
-        """Raises FastVLMError where it is older than this toolkit knows."""
+        """Raises FastVLMError if the version is older than `OLDEST`."""
         self.module = module
         self.name: str = module.__name__
         self.version: str = module.__version__
         self.numbers = tuple(int(part) for part in self.version.split(".")[:4] if part.isdigit())
         if self.numbers < OLDEST[self.name]:
             oldest = ".".join(map(str, OLDEST[self.name]))
-            remedy = "JetPack 6.1 or newer brings it" if self.name == "tensorrt" else "run: pip install --upgrade tensorrt-rtx"
-            raise FastVLMError(f"{self.name} {self.version} is too old, this toolkit needs {oldest} or newer; {remedy}")
+            mend = "run: pip install --upgrade tensorrt-rtx" if self.is_rtx else "update it, on a Jetson by installing JetPack 6.1 or newer"
+            raise FastVLMError(f"{self.name} {self.version} is too old, this toolkit needs {oldest} or newer", mend)
         self.logger, self.log = _make_logger(module)
 
     @property
@@ -86,18 +89,18 @@ class Library:
 
     @property
     def always_strongly_typed(self) -> bool:
-        """Whether networks have no other way: TensorRT 11 still takes the flag, and does the same without it."""
+        """Whether all networks are strongly typed. TensorRT 11 still accepts the flag, but it has no effect."""
         return self.is_rtx or self.numbers >= (11,)
 
     # Building -------------------------------------------------------------------------------------------------------------------
 
     def build(self, graph: Path, settings: BuildSettings, *, timing_cache: bytes = b"", monitor: Monitor | None = None) -> Built:
-        """Build the engine of an ONNX graph, whose weights lie beside it.
+        """Build an engine from an ONNX graph; its external weights must be in the same directory.
 
-        Raises FastVLMError with the library's own words where it refuses the graph, and whatever the monitor raised.
+        Raises FastVLMError, with the library's reason, if it refuses the graph or the settings, and any exception that the monitor raised.
         """
         if settings.weakly_typed and self.always_strongly_typed:
-            raise FastVLMError(f"{self.name} {self.version} has only strongly typed networks; build without --weakly-typed")
+            raise FastVLMError(f"{self.name} {self.version} has only strongly typed networks", "build without --weakly-typed")
         watch = _make_monitor(self.module, monitor or (lambda _share: None))
         return _in_thread(lambda: self._build(graph, settings, timing_cache, watch), watch)
 
@@ -123,7 +126,7 @@ class Library:
             for name, (smallest, optimal, largest) in ranges.items():
                 try:
                     profile.set_shape(name, smallest, optimal, largest)
-                except (RuntimeError, ValueError) as error:  # the one is raised, the other documented
+                except (RuntimeError, ValueError) as error:  # raises the first, documents the second
                     what = f"the shapes of {name} in {graph.name}"
                     raise FastVLMError(f"{self.name} {self.version} does not accept {what}: {error}") from None
             if config.add_optimization_profile(profile) < 0:
@@ -136,19 +139,20 @@ class Library:
         return Built(plan, b"" if cache is None else _bytes(cache.serialize()), self.log.listing)
 
     def _start(self, kind: Any) -> Any:
-        """A Builder or Runtime, whose constructors raise TypeError where the driver does not do."""
+        """Create a Builder or a Runtime. Their constructors raise TypeError if the GPU driver is missing or too old."""
         try:
             return kind(self.logger)
         except TypeError:
-            raise FastVLMError(f"{self.name} {self.version} does not start: {self._reason()}; does nvidia-smi see the GPU?") from None
+            what = f"{self.name} {self.version} does not start: {self._reason()}"
+            raise FastVLMError(what, "check whether nvidia-smi sees the GPU") from None
 
     def _use_timings(self, config: Any, timings: bytes) -> Any:
-        """The timing cache that the builder adds to. Timings of another version or GPU are refused, here or there, and begun anew."""
+        """Give the builder a timing cache to add to. TensorRT refuses timings of another version or GPU; then start with an empty one."""
         cache = config.create_timing_cache(timings)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             cache = config.create_timing_cache(b"")
             config.set_timing_cache(cache, ignore_mismatch=False)
-        self.log.errors.clear()  # a refusal is no reason for what may fail later
+        self.log.errors.clear()  # this refusal must not be reported as the reason of a later error
         return cache
 
     def _network_flags(self, settings: BuildSettings) -> int:
@@ -160,25 +164,26 @@ class Library:
         if not compute_capabilities:
             return
         if not self.is_rtx:
-            raise FastVLMError(f"{self.name} builds only for the GPU at hand; leave --target out, or install tensorrt-rtx")
+            raise FastVLMError(f"{self.name} only builds for the local GPU", "leave out --target, or install tensorrt-rtx")
         known = self.module.ComputeCapability
         config.num_compute_capabilities = len(compute_capabilities)
         for index, (major, minor) in enumerate(compute_capabilities):
             wanted = getattr(known, f"SM{major}{minor}", None)
             if wanted is None:
                 names = ", ".join(name for name in known.__members__ if name.startswith("SM"))
-                raise FastVLMError(f"{self.name} {self.version} cannot build for compute capability {major}.{minor}; it knows {names}")
+                what = f"{self.name} {self.version} cannot build for compute capability {major}.{minor}"
+                raise FastVLMError(what, f"use one that it supports: {names}")
             if not config.set_compute_capability(wanted, index):
                 raise FastVLMError(f"{self.name} {self.version} refuses compute capability {major}.{minor}: {self._reason()}")
 
     def _constrain(self, network: Any, config: Any) -> None:
-        """Weak typing: FP16 allowed everywhere, and every tensor that the graph has in FP32 obeyed as such."""
+        """Weak typing: allow FP16 everywhere, but constrain every tensor that is FP32 in the graph to stay FP32."""
         trt = self.module
         config.set_flag(trt.BuilderFlag.FP16)
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
         for index in range(network.num_layers):
             layer = network.get_layer(index)
-            kinds = [layer.get_output(i).dtype for i in range(layer.num_outputs)]  # none of an assertion
+            kinds = [layer.get_output(i).dtype for i in range(layer.num_outputs)]  # an assertion has no outputs
             floats = kinds and all(kind in (trt.DataType.FLOAT, trt.DataType.HALF) for kind in kinds)
             if floats and layer.type not in (trt.LayerType.CONSTANT, trt.LayerType.SHAPE):
                 layer.precision = kinds[0]
@@ -186,7 +191,7 @@ class Library:
                     layer.set_output_type(i, kind)
 
     def _parser_errors(self, parser: Any) -> str:
-        """The first error: those that follow come of it."""
+        """The first error of the parser; later ones follow from it."""
         if not parser.num_errors:
             return self._reason()
         error = parser.get_error(0)
@@ -194,32 +199,32 @@ class Library:
         what = " ".join(error.desc().split())[:300]
         if node:
             return f"{node}: {what}"
-        logged = self.log.errors[:1]  # which file of weights was not there, only the log says
+        logged = self.log.errors[:1]  # only the log names a missing weights file
         return f"{what} ({logged[0]})" if logged and what not in logged[0] else what
 
     def _reason(self) -> str:
-        """The first error in the log: those that follow come of it, and without a GPU each is followed by one about CUDA."""
+        """The first error in the log; later ones follow from it, and without a GPU there is always one about CUDA."""
         return self.log.errors[0] if self.log.errors else "it gave no reason (FASTVLM_EDGE_DEBUG=1 shows its log)"
 
     # Running --------------------------------------------------------------------------------------------------------------------
 
     def inspect(self, plan: Any) -> str:
-        """The engine inspector's JSON on every layer. Needs the GPU that the engine is for, or returns an empty string."""
+        """JSON of the engine inspector about every layer. Returns an empty string without the GPU that the engine was built for."""
         engine = self._start(self.module.Runtime).deserialize_cuda_engine(plan)
         if engine is None:
             return ""
         return str(engine.create_engine_inspector().get_engine_information(self.module.LayerInformationFormat.JSON))
 
     def load(self, path: Path) -> LoadedEngine:
-        """Load an engine file onto the GPU, with weights of its own every time. Raises FastVLMError where the library refuses it."""
+        """Load an engine file onto the GPU. Each call loads the weights again. Raises FastVLMError if the library refuses it."""
         self.log.clear()
         runtime = self._start(self.module.Runtime)
         try:
-            # Mapped, not read: on a Jetson the file's copy on the host would take the memory that the GPU needs.
+            # Mapped, not read: on a Jetson, a copy of the file in host memory would take memory that the GPU needs.
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
                 engine = runtime.deserialize_cuda_engine(plan)
         except (OSError, ValueError) as error:
-            raise FastVLMError(f"{path} could not be read ({error}); run: fastvlm-edge build --force") from None
+            raise FastVLMError(f"{path} could not be read ({error})", "build the engines again with: fastvlm-edge build --force") from None
         if engine is None:
             raise FastVLMError(f"{self.name} {self.version} could not load {path}: {self._reason()}")
         return LoadedEngine(self, runtime, engine, path)
@@ -227,14 +232,14 @@ class Library:
 
 @dataclass
 class _Tensors:
-    """Names and types of an engine's borders."""
+    """Names and types of the inputs and outputs of an engine."""
 
     inputs: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
 
 
 class LoadedEngine:
-    """An engine on the GPU; `context` makes what runs it."""
+    """An engine on the GPU. `context` creates an execution context, which runs it."""
 
     def __init__(self, library: Library, runtime: Any, engine: Any, path: Path) -> None:
         self._library, self._runtime, self._engine = library, runtime, engine
@@ -251,7 +256,7 @@ class LoadedEngine:
 
     @property
     def profiles(self) -> int:
-        """How many optimisation profiles."""
+        """Number of optimisation profiles."""
         return int(self._engine.num_optimization_profiles)
 
     def largest(self, name: str, profile: int = 0) -> Shape:
@@ -262,15 +267,15 @@ class LoadedEngine:
 
     @property
     def scratch_bytes(self) -> int:
-        """Device memory that a run needs beside weights, inputs and outputs, in whichever profile needs most.
+        """Bytes of device memory that a run needs in addition to weights, inputs and outputs: the largest of all profiles.
 
-        Contexts, also of other engines, that run one after another on one stream may share it.
+        Contexts that run one after the other on the same stream may share this memory, also those of different engines.
         """
         return int(self._engine.device_memory_size_v2)
 
     def restore_kernels(self, cache: bytes) -> None:
-        """TensorRT for RTX: what earlier runs compiled, see `compiled_kernels`. Anything that does not fit is ignored by the library."""
-        if not self._library.is_rtx:  # TensorRT proper has runtime configurations too, from 10.11, but no kernels to keep in them
+        """TensorRT for RTX: restore the kernels of earlier runs, see `compiled_kernels`. The library ignores those that do not fit."""
+        if not self._library.is_rtx:  # since 10.11 TensorRT has runtime configurations too, but without kernels
             return
         self._config = self._engine.create_runtime_config()
         self._kernels = self._config.create_runtime_cache()
@@ -279,16 +284,16 @@ class LoadedEngine:
         self._config.set_runtime_cache(self._kernels)
 
     def compiled_kernels(self) -> bytes:
-        """What has been compiled so far; empty for TensorRT proper, which compiles when it builds."""
+        """The kernels compiled so far. Empty for TensorRT itself, which compiles at build time."""
         return b"" if self._kernels is None else _bytes(self._kernels.serialize())
 
     def context(self, profile: int, scratch: int, scratch_bytes: int, stream: int, *, captured: bool) -> Context:
-        """A context on one profile, with its scratch memory at the device address `scratch`, which is a multiple of 256.
+        """Create an execution context for one profile. Its scratch memory is at the device address `scratch`, a multiple of 256.
 
-        `captured` says that its work will be recorded into graphs. TensorRT for RTX then compiles the kernels for a new shape before it
-        runs, not beside it: a graph would keep the slower ones that fill in.
+        `captured` says that its work will be captured in CUDA graphs. TensorRT for RTX then compiles the kernels for a new shape before the
+        run instead of in the background: a graph would keep the slower kernels that are used until then.
         """
-        if not 0 <= profile < self.profiles:  # asked first: 10.3 raises its error without the GIL
+        if not 0 <= profile < self.profiles:  # checked here, because 10.3 raises its error without holding the GIL
             raise FastVLMError(f"{self.path} has no profile {profile}; it has {self.profiles}")
         self._library.log.errors.clear()
         strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -298,7 +303,7 @@ class LoadedEngine:
             self._config.dynamic_shapes_kernel_specialization_strategy = when.EAGER if captured else when.LAZY
         context = self._engine.create_execution_context(strategy if self._config is None else self._config)
         if context is None:
-            raise FastVLMError(f"{self.path} could not be made ready to run: {self._library._reason()}")
+            raise FastVLMError(f"{self.path} could not be prepared for execution: {self._library._reason()}")
         context.set_device_memory(scratch, scratch_bytes)
         try:
             if profile:
@@ -308,58 +313,58 @@ class LoadedEngine:
         return Context(self._library, context, self.path)
 
     def close(self) -> None:
-        """Give the weights back; contexts are closed before."""
+        """Release the weights. All contexts must be closed before."""
         self._config = self._kernels = self._engine = self._runtime = None
 
 
 class Context:
-    """Runs an engine on a stream with the addresses and shapes that it was given."""
+    """An execution context: runs an engine on a stream with the shapes and addresses that were set."""
 
     def __init__(self, library: Library, context: Any, path: Path) -> None:
         self._library, self._context, self._path = library, context, path
 
     def set_shape(self, name: str, shape: Shape) -> None:
-        """The shape of an input."""
+        """Set the shape of an input."""
         if not self._context.set_input_shape(name, shape):
             raise FastVLMError(f"{self._path} does not take {name} of shape {list(shape)}: {self._library._reason()}")
 
     def set_address(self, name: str, address: int) -> None:
-        """Where an input or output lies on the device."""
+        """Set the device address of an input or output."""
         if not self._context.set_tensor_address(name, address):
             raise FastVLMError(f"{self._path} has no tensor {name}: {self._library._reason()}")
 
     def close(self) -> None:
-        """Let go of the context; none of its work may be under way."""
+        """Release the context. None of its work may be in progress."""
         self._context = None
 
     def enqueue(self, stream: int) -> None:
-        """Run once, asynchronously."""
+        """Enqueue one run on the stream."""
         if not self._context.execute_async_v3(stream):
             raise FastVLMError(f"{self._path} failed to run: {self._library._reason()}")
 
 
 def find_library(names: Sequence[str] = LIBRARIES) -> Library:
-    """The first of `names` that is installed. Raises FastVLMError with what to install."""
+    """Import the first of `names` that is installed. Raises FastVLMError, which says what to install."""
     broken = ""
     for name in names:
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name not in (name, f"{name}_bindings", f"{name}_libs"):
-                broken = f"{name} is installed but needs {error.name}; "
+                broken = f"{name} is installed but needs {error.name}, which is not"
         except (ImportError, OSError) as error:  # a shared library that is missing
-            broken = f"{name} is installed but does not load ({' '.join(str(error).split())[:200]}); "
+            broken = f"{name} is installed but does not load ({' '.join(str(error).split())[:200]})"
         else:
-            if hasattr(module, "__version__"):  # a folder of that name, such as a clone of its sources, imports too
+            if hasattr(module, "__version__"):  # a directory of that name, such as a clone of its sources, can be imported too
                 return Library(module)
-    wanted = "tensorrt-rtx (pip install 'fastvlm-edge[rtx]')" if "tensorrt_rtx" in names else "tensorrt"
+    mend = f"install tensorrt-rtx ({install_command('rtx')})" if "tensorrt_rtx" in names else "install tensorrt"
     if "tensorrt" in names:
-        wanted += ", or on a Jetson JetPack's own (apt install python3-libnvinfer; a virtual environment needs --system-site-packages)"
-    raise FastVLMError(f"{broken}TensorRT is not installed; install {wanted}")
+        mend += ", or on a Jetson that of JetPack (apt install python3-libnvinfer; a virtual environment needs --system-site-packages)"
+    raise FastVLMError(broken or "TensorRT is not installed", mend)
 
 
 class _Log:
-    """What a library said since the last `clear`."""
+    """Errors and layers that a library logged since the last `clear`."""
 
     def __init__(self) -> None:
         self.clear()
@@ -370,15 +375,15 @@ class _Log:
 
 
 def _bytes(memory: Any) -> bytes:
-    """Of an IHostMemory, which is None where the library failed."""
+    """The bytes of an IHostMemory, which is None if the library failed."""
     return b"" if memory is None else bytes(memoryview(memory))
 
 
 @functools.cache
 def _make_logger(trt: Any) -> tuple[Any, _Log]:
-    """An ILogger that keeps errors for our own sentences and the list of layers, and prints the rest where debugging is asked for.
+    """Create an ILogger that keeps errors and the list of layers, and with FASTVLM_EDGE_DEBUG=1 prints everything but verbose messages.
 
-    One for the whole process: while any builder or runtime lives, TensorRT keeps to the logger of the first and ignores others.
+    One for the whole process: as long as any builder or runtime exists, TensorRT uses the logger of the first one and ignores others.
     """
     log = _Log()
     severities = trt.ILogger.Severity
@@ -401,7 +406,7 @@ def _make_logger(trt: Any) -> tuple[Any, _Log]:
 
 
 def _in_thread(build: Callable[[], Built], watch: Any) -> Built:
-    """Run `build` while this thread waits for signals: TensorRT calls back all the time, and swallows what is raised in its logger.
+    """Run `build` in a thread, so that this one can handle signals: TensorRT discards exceptions that are raised in its logger callbacks.
 
     An exception of the monitor, or a signal, stops the build at TensorRT's next step and is raised here.
     """
@@ -419,7 +424,7 @@ def _in_thread(build: Callable[[], Built], watch: Any) -> Built:
 
 
 def _make_monitor(trt: Any, monitor: Monitor) -> Any:
-    """An IProgressMonitor that adds the phases up, and stops the build where `monitor` raises."""
+    """Create an IProgressMonitor that combines the nested phases into one share, and stops the build if `monitor` raises."""
 
     class ProgressMonitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -443,8 +448,8 @@ def _make_monitor(trt: Any, monitor: Monitor) -> Any:
             self._phases.pop(phase_name, None)
 
         def _tell(self, phase: str | None) -> None:
-            """A phase is part of one step of its parent."""
-            share, phases = 0.0, dict(self._phases)  # a copy, because TensorRT calls from several threads; each counts once
+            """Report progress. A phase is part of one step of its parent."""
+            share, phases = 0.0, dict(self._phases)  # a copy, because TensorRT calls this from several threads
             while phase in phases:
                 phase, done, steps = phases.pop(phase)
                 share = min((done + share) / steps, 1.0)
@@ -452,7 +457,7 @@ def _make_monitor(trt: Any, monitor: Monitor) -> Any:
                 if self.error is None:
                     try:
                         monitor(share)
-                    except BaseException as error:  # must not pass through C++; raised again when the builder has returned
+                    except BaseException as error:  # must not pass through C++; it is raised again after the build
                         self.error = error
 
     return ProgressMonitor()

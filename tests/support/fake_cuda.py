@@ -52,10 +52,10 @@ class _Operation:
 
 
 class FakeCuda:
-    """Implements `fastvlm_edge.nvidia.cuda.Cuda`; mistakes of the caller raise AssertionError.
+    """Implements `fastvlm_edge.nvidia.cuda.Cuda`. Mistakes of the caller raise AssertionError.
 
-    `log` names the calls in order: "allocate", "free", "allocate_pinned", "free_pinned", "copy", "copy_2d", "zero", "record", "capture",
-    "launch", "synchronize", and what `enqueue` was told. What goes into a graph is logged when it is captured, not when it is replayed.
+    `log` has the names of the calls in order: "allocate", "free", "allocate_pinned", "free_pinned", "copy", "copy_2d", "zero", "capture",
+    "launch", "synchronize", and the names passed to `enqueue`. Work in a graph is logged at the capture, not at the launch.
     """
 
     binding = "fake"
@@ -70,9 +70,7 @@ class FakeCuda:
         self._blocks: list[_Block] = []  # freed ones stay, so that no address is ever given out again
         self._queues: dict[int, list[_Operation]] = {}
         self._graphs: dict[int, tuple[_Operation, ...]] = {}
-        self._events: dict[int, int | None] = {}  # time of the last record that ran
         self._recording: tuple[int, list[_Operation]] | None = None
-        self._clock = 0  # one for each operation that ran
         self._last_handle = 0x1000
         self._closed = False
 
@@ -82,7 +80,6 @@ class FakeCuda:
             "allocations": sum(block.live and block.kind == "device" for block in self._blocks),
             "pinned": sum(block.live and block.kind == "pinned" for block in self._blocks),
             "streams": len(self._queues),
-            "events": len(self._events),
             "graphs": len(self._graphs),
         }
 
@@ -133,7 +130,6 @@ class FakeCuda:
         for operation in operations:
             self._check_ranges(operation, operation.name)
             operation.run()
-            self._clock += 1
 
     def copy(self, destination: int, source: int, nbytes: int, stream: int) -> None:
         def run() -> None:
@@ -161,33 +157,6 @@ class FakeCuda:
 
     def zero(self, address: int, nbytes: int, stream: int) -> None:
         self._enqueue(stream, "zero", lambda: self.memory(address, nbytes).fill(0), (address, nbytes))
-
-    def create_event(self) -> int:
-        self._open()
-        event = self._handle()
-        self._events[event] = None
-        return event
-
-    def destroy_event(self, event: int) -> None:
-        self._open()
-        assert event in self._events, f"{event:#x} is no event"
-        del self._events[event]
-
-    def record(self, event: int, stream: int) -> None:
-        def run() -> None:
-            self._events[event] = self._clock
-
-        assert event in self._events, f"{event:#x} is no event"
-        assert not self.is_capturing(stream), "an event in a graph takes no time"
-        self._events[event] = None
-        self._enqueue(stream, "record", run)
-
-    def elapsed_ms(self, begin: int, end: int) -> float:
-        """Milliseconds: one for each operation that ran in between."""
-        self._open()
-        first, last = self._events[begin], self._events[end]
-        assert first is not None and last is not None, "elapsed_ms: an event was not recorded, or its stream not synchronized"
-        return float(last - first)
 
     def capture(self, stream: int, work: Callable[[], None]) -> int:
         self._note("capture", capturable=False)

@@ -1,31 +1,36 @@
-"""A TensorRT engine that computes with onnxruntime in the memory of `FakeCuda`: everything of the backend runs but the silicon.
+"""A stand-in for a TensorRT engine: it computes with onnxruntime in the memory of `FakeCuda`, so that the backend runs without a GPU.
 
-The file of a fake engine is JSON: which ONNX graph it stands for, and the largest shapes of its profiles.
+The file of a fake engine is JSON: the ONNX graph that it runs, and the largest shapes of its profiles.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnxruntime as ort
 
+from fastvlm_edge.backends import load_engines
 from fastvlm_edge.backends.dtypes import storage
 from fastvlm_edge.backends.ort_session import DTYPES, ort_value
 from fastvlm_edge.backends.tensorrt import Platform
 from fastvlm_edge.model_dir.engine_record import ENGINES, EngineRecord, onnx_hashes
 from fastvlm_edge.model_dir.manifest import FileRecord, read_manifest, sha256
+from fastvlm_edge.nvidia.tensorrt_library import Context, LoadedEngine
 from tests.support.fake_cuda import FakeCuda
 
 VERSION = "10.3.0"
 CHUNK, POSITIONS = 48, 16
 
 
-class FakeEngine:
-    """Implements `fastvlm_edge.backends.tensorrt.Engine`."""
+class FakeEngine(LoadedEngine):
+    """Overrides everything of `LoadedEngine`."""
 
     def __init__(self, path: Path, cuda: FakeCuda) -> None:
         document = json.loads(path.read_text())
@@ -62,8 +67,8 @@ class FakeEngine:
         self.cuda.free(self.weights)
 
 
-class FakeContext:
-    """Implements `fastvlm_edge.backends.tensorrt.Context`, and notices a graph that is replayed after its context was changed."""
+class FakeContext(Context):
+    """Overrides everything of `Context`. It fails if a graph is launched after its context was changed."""
 
     def __init__(self, engine: FakeEngine, profile: int, scratch: int, captured: bool) -> None:
         self.engine, self.profile, self.scratch, self.captured = engine, profile, scratch, captured
@@ -133,8 +138,16 @@ class FakeContext:
 
 
 def fake_platform(cuda: FakeCuda, *, library: str = "tensorrt", version: str = VERSION) -> Platform:
-    """What `open_platform` would find on a machine with that GPU."""
+    """The result of `open_platform` on a machine with that GPU."""
     return Platform(cuda, library, version, lambda path: FakeEngine(path, cuda))
+
+
+@contextmanager
+def fake_gpu(cuda: FakeCuda, *, library: str = "tensorrt", version: str = VERSION) -> Iterator[None]:
+    """Within this block the machine has `cuda` and a fake TensorRT: `load_engines`, `select` and `FastVLM.load` find them."""
+    platform = fake_platform(cuda, library=library, version=version)
+    with mock.patch.object(load_engines, "open_platform", return_value=platform):
+        yield
 
 
 def build_engines(

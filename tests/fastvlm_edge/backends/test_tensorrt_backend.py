@@ -9,11 +9,13 @@ import gc
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from skimage import data
 
@@ -33,7 +35,7 @@ from fastvlm_edge.nvidia.cuda import CudaError
 from fastvlm_edge.progress import stderr_progress
 from tests.support import fake_engine
 from tests.support.fake_cuda import FakeCuda
-from tests.support.fake_engine import CHUNK, POSITIONS, FakeContext, build_engines, fake_platform
+from tests.support.fake_engine import CHUNK, POSITIONS, FakeContext, build_engines, fake_gpu
 from tests.support.fake_model import HIDDEN, IMAGE_SIZE, TOKENS, VOCAB, build_model
 
 PROMPT = "What does the meter read?"
@@ -54,7 +56,8 @@ def cuda() -> FakeCuda:
 
 
 def load(directory: Path, cuda: FakeCuda, **options: Any) -> TensorRTBackend:
-    return load_engines(directory, read_manifest(directory), opener=lambda _: fake_platform(cuda, **options))
+    with fake_gpu(cuda, **options):
+        return load_engines(directory, read_manifest(directory))
 
 
 @pytest.fixture
@@ -124,7 +127,8 @@ def test_work_that_cannot_be_recorded_runs_as_it_is(
 
     monkeypatch.setattr(cuda, "capture", refuse)
     build_engines(directory)
-    backend = load_engines(directory, read_manifest(directory), opener=lambda _: fake_platform(cuda), progress=stderr_progress())
+    with fake_gpu(cuda):
+        backend = load_engines(directory, read_manifest(directory), progress=stderr_progress())
     for _ in range(3):
         assert np.allclose(backend.encode(PIXELS).numpy(), ort.encode(PIXELS).numpy(), atol=ROUNDING)
     for each in (backend, ort):
@@ -193,7 +197,7 @@ def test_calls_longer_than_the_engine_takes(backend: TensorRTBackend, ort: OrtBa
 
 
 def test_too_many_positions_are_refused_before_anything_runs(backend: TensorRTBackend) -> None:
-    with pytest.raises(FastVLMError, match=f"logits of {POSITIONS + 1} positions were asked for; the engine gives 1 to {POSITIONS}"):
+    with pytest.raises(FastVLMError, match=f"logits of {POSITIONS + 1} positions were requested; the engine computes 1 to {POSITIONS}"):
         backend.step(IDS[:30], logit_positions=range(POSITIONS + 1))
     assert backend.length == 0
 
@@ -241,7 +245,7 @@ def test_more_pictures_need_a_larger_buffer_and_a_new_graph(backend: TensorRTBac
 
 
 def test_pixels_of_another_size_are_refused(backend: TensorRTBackend) -> None:
-    with pytest.raises(FastVLMError, match=r"pixel_values have shape \[1, 3, 8, 8\]; this model takes \[1, 3, 256, 256\]"):
+    with pytest.raises(FastVLMError, match=r"pixel_values have shape \[1, 3, 8, 8\], but this model takes \[1, 3, 256, 256\]"):
         backend.encode(np.zeros((1, 3, 8, 8), np.float32))
 
 
@@ -352,9 +356,9 @@ def test_engines_that_do_not_belong_here_are_refused_in_one_sentence(directory: 
     with pytest.raises(FastVLMError, match=f"{model} has no engines; run: fastvlm-edge build {model}$"):
         load(directory, FakeCuda())
     changes = {
-        r"built with tensorrt 10\.3\.0, here is 10\.16\.2": ({}, {"version": "10.16.2"}),
-        "built with tensorrt, here is tensorrt_rtx": ({}, {"library": "tensorrt_rtx"}),
-        r"built for compute capability 8\.6, 8\.9, Fake GPU has 8\.7": ({"compute_capabilities": [[8, 6], [8, 9]]}, {}),
+        r"built with tensorrt 10\.3\.0, but this machine has 10\.16\.2": ({}, {"version": "10.16.2"}),
+        "built with tensorrt, but this machine has tensorrt_rtx": ({}, {"library": "tensorrt_rtx"}),
+        r"built for compute capability 8\.6, 8\.9, but Fake GPU has 8\.7": ({"compute_capabilities": [[8, 6], [8, 9]]}, {}),
         "built from another conversion of the model": ({"onnx": {"vision.onnx": "0"}}, {}),
     }
     for says, (record, platform) in changes.items():
@@ -474,7 +478,7 @@ def test_an_engine_that_computes_something_else_is_refused_and_the_evidence_kept
 
     monkeypatch.setattr(FakeContext, "enqueue", garbage)
     cuda = FakeCuda()
-    with pytest.raises(FastVLMError, match=rf"{part}\.engine does not compute what .*; the evidence is in .*mismatch"):
+    with pytest.raises(FastVLMError, match=rf"{part}\.engine disagrees with onnxruntime: .* \(the results of both are in .*mismatch"):
         load(directory, cuda)
     gc.collect()
     assert not any(cuda.live().values())
@@ -482,7 +486,7 @@ def test_an_engine_that_computes_something_else_is_refused_and_the_evidence_kept
     evidence = np.load(folder.parent / "sm87.mismatch" / "answers.npz")
     name = "features" if part == "vision" else "logits"
     assert compare(evidence[f"engine_{name}"], evidence[f"onnxruntime_{name}"]).cosine < BOUNDS["float32"]
-    with pytest.raises(FastVLMError, match="does not compute"):
+    with pytest.raises(FastVLMError, match="disagrees with onnxruntime"):
         load(directory, FakeCuda())
 
 
@@ -497,13 +501,11 @@ def test_a_read_only_model_directory_is_compared_each_time(directory: Path, monk
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+def gpu() -> Iterator[FakeCuda]:
     """A machine with a fake GPU."""
     cuda = FakeCuda()
-    monkeypatch.setattr(
-        module.load_engines, "__kwdefaults__", {**module.load_engines.__kwdefaults__, "opener": lambda _: fake_platform(cuda)}
-    )
-    return cuda
+    with fake_gpu(cuda):
+        yield cuda
 
 
 def test_auto_takes_the_engines_where_they_run(directory: Path, gpu: FakeCuda) -> None:
@@ -516,11 +518,17 @@ def test_auto_takes_the_engines_where_they_run(directory: Path, gpu: FakeCuda) -
 
 def test_auto_says_why_it_took_something_else(directory: Path, gpu: FakeCuda, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = read_manifest(directory)
-    assert select("auto", directory, manifest).description.endswith("(auto: no TensorRT engines; onnxruntime without CUDA)")
+    assert select("auto", directory, manifest).description.endswith("(auto: no TensorRT engines)")
     build_engines(directory, compute_capabilities=[[8, 6]])
     backend = select("auto", directory, manifest)
     assert backend.name == "ort"
-    assert r"built for compute capability 8.6, Fake GPU has 8.7" in backend.description
+    assert r"built for compute capability 8.6, but Fake GPU has 8.7" in backend.description
+
+
+def test_auto_never_takes_ort_cuda_which_no_hardware_has_run(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    backend = select("auto", directory, read_manifest(directory))
+    assert (backend.name, backend.description.count("CPU")) == ("ort", 1)
 
 
 def test_the_api_loads_engines_by_name(directory: Path, gpu: FakeCuda) -> None:
