@@ -1,7 +1,7 @@
-"""Calibrated weight-only quantisation of the decoder: GPTQ, a matrix at a time, on the way from checkpoint to decoder weights.
+"""Calibrated weight-only quantisation of the decoder with GPTQ, matrix by matrix, on the way from checkpoint to decoder weights.
 
-Conversations run through the layers in order. Before a matrix is quantised, the second moments of its inputs are collected behind all
-that is quantised already; its integers go to a folder. In memory are one matrix, its moments, and the hidden states of the conversations.
+Conversations run through the layers in order. The second moments of a matrix's inputs are taken with all earlier matrices quantised; its
+integers are written to a folder. Memory holds one matrix, its moments, and the hidden states of the conversations.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvlm_edge.calib.gptq import Factor, factorize, round_in_order
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan, WeightType
 from fastvlm_edge.convert.weights.decoder import ROWS, layer_matrices
@@ -37,18 +38,16 @@ from fastvlm_edge.progress import Progress, SilentProgress
 
 Float32 = npt.NDArray[np.float32]
 Conversation = tuple[Sequence[int], Float32]
-"""Ids of one causal pass, where `vocab + k` is row k of the image features [rows, hidden] beside them."""
+"""Ids of one causal pass and its image features [rows, hidden]; the id `vocab + k` is row k of the features."""
 
-DAMPING = 0.01
-"""Share of the mean moment that is added to each input's own (GPTQ, arXiv 2210.17323, section 3.3); more where that is too little."""
 RATIOS = tuple(1 - 0.03 * step for step in range(11))
-"""Scales that are tried, as parts of the smallest one that clips nothing."""
+"""Scales to try, relative to the smallest one that clips nothing."""
 COLUMNS = 2048
-"""Outputs that are quantised at a time; they do not depend on each other."""
+"""Outputs that are quantised at once; they do not depend on each other."""
 STEP = 128
-"""Inputs whose errors reach the inputs behind them as one matrix product."""
+"""Inputs whose errors reach the inputs after them as one matrix product."""
 SAMPLE = 16
-"""One output in so many is looked at for `DecoderQuantization.errors`."""
+"""Every SAMPLE-th output is measured for `DecoderQuantization.errors`."""
 
 _TORCH = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16, np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
 
@@ -207,7 +206,7 @@ class _Calibration:
         text, kind = self.text, self.plan.head
         if kind.bits:
             norm = self._norm("llm.norm.weight")
-            solver = Solver.prepare("llm.head", _moments(norm(hidden) for hidden in self.hidden), kind, self.result.scale_type)
+            solver = Solver.prepare("llm.head", (norm(hidden) for hidden in self.hidden), kind, self.result.scale_type)
             name = self.checkpoint.head_name
             rows = (
                 _torch(self.checkpoint.tensor_rows(name, start, min(start + ROWS, text.vocab))).T for start in range(0, text.vocab, ROWS)
@@ -222,15 +221,15 @@ class _Calibration:
         if not self.plan.body.bits:
             weight = torch.cat(list(matrices), dim=1)
         else:
-            solver = Solver.prepare(name, _moments(inputs), self.plan.body, self.result.scale_type)
-            weight = torch.empty(len(solver.order), outputs)
+            solver = Solver.prepare(name, inputs, self.plan.body, self.result.scale_type)
+            weight = torch.empty(len(solver.factor.order), outputs)
             self._store(name, solver, matrices, outputs, weight)
         self.advance()
         return weight
 
     def _store(self, name: str, solver: Solver, matrices: Iterable[Tensor], outputs: int, weight: Tensor | None = None) -> None:
         """Quantise `matrices`, which make up `outputs` columns, into the folder, and into `weight` as floats."""
-        values = self.result.open(name, len(solver.order), outputs, solver.kind.bits)
+        values = self.result.open(name, len(solver.factor.order), outputs, solver.kind.bits)
         scales, squares, start = [], np.zeros(3), 0
         for matrix in matrices:
             for columns in torch.split(matrix, COLUMNS, dim=1):
@@ -252,21 +251,7 @@ class _Calibration:
         return _torch(self.checkpoint.tensor(name))
 
 
-# GPTQ ---------------------------------------------------------------------------------------------------------------------------
-
-
-def quantize_gptq(
-    weight: Float32, moments: Float32, kind: WeightType, scale_type: npt.DTypeLike = np.float32, ratios: Sequence[float] = RATIOS
-) -> Quantized:
-    """A matrix [inputs, outputs] whose outputs change least for inputs of second moments `moments` [inputs, inputs].
-
-    Types and shapes are those of `quantize_matrix`.
-    """
-    solver = Solver.prepare("the matrix", torch.from_numpy(moments).clone(), kind, np.dtype(scale_type), ratios)
-    parts = [solver.quantize(columns) for columns in torch.split(torch.from_numpy(weight), COLUMNS, dim=1)]
-    values = torch.cat([part.values for part in parts], dim=1).numpy()
-    scales = torch.cat([part.scales for part in parts], dim=-1).numpy()
-    return Quantized(values.astype(ml_dtypes.int4) if solver.kind.bits == 4 else values, scales)
+# One matrix ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -292,81 +277,49 @@ class Columns:
 
 @dataclass(frozen=True)
 class Solver:
-    """What GPTQ (arXiv 2210.17323) needs of the inputs to quantise the matrices behind them.
-
-    With the moments H = R R^T, R upper triangular in the order of quantisation, a change E of the weights changes the squared outputs by
-    |R^T E|^2. Row i of R^T E holds E_i and what came before it, so each E_i is chosen to make its own row smallest: the weight that is
-    rounded is w_i + sum_j<i R_ji E_j / R_ii. That is GPTQ's update with the Cholesky factor of H itself in place of that of its inverse.
-    """
+    """Quantises the matrices behind some inputs with GPTQ."""
 
     kind: WeightType
     scale_type: np.dtype[Any]
-    ratios: Sequence[float]
-    order: Tensor
-    """Inputs from the largest moment to the smallest: what is rounded first has the most left to make up for it."""
-    unit: Tensor
-    """R^T in this order with every row divided by its R_ii, lower triangular [inputs, inputs]."""
-    diagonal: Tensor
-    """R_ii [inputs] in this order."""
+    factor: Factor
+    ratios: Sequence[float] = RATIOS
 
     @classmethod
-    def prepare(cls, name: str, moments: Tensor, kind: WeightType, scale_type: np.dtype[Any], ratios: Sequence[float] = RATIOS) -> Solver:
-        """Factor the moments [inputs, inputs], which are changed. Raises FastVLMError where they are not finite."""
-        diagonal = moments.diagonal()
-        if not bool(torch.isfinite(diagonal).all()):
-            raise FastVLMError(f"the inputs of {name} are not finite on the calibration conversations; leave out --calib")
-        mean = diagonal.mean() if bool(diagonal.any()) else torch.ones(())
-        order = torch.argsort(diagonal, descending=True, stable=True)
-        backwards = order.flip(0)
-        moments = moments[backwards[:, None], backwards]  # the factor of a matrix turned round is upper triangular
-        for _ in range(4):
-            moments.diagonal().add_(mean, alpha=DAMPING)
-            factor, failed = torch.linalg.cholesky_ex(moments)
-            if not failed:
-                break
-            mean = mean * 10
-        del moments
-        unit = factor.T.flip(0, 1)
-        root = unit.diagonal().clone()
-        return cls(stored_type(kind, len(order)), scale_type, ratios, order, unit.div_(root[:, None]), root)
+    def prepare(cls, name: str, inputs: Iterable[Tensor], kind: WeightType, scale_type: np.dtype[Any]) -> Solver:
+        """Learn the moments of inputs [rows, inputs]. Raises FastVLMError if they are not finite."""
+        try:
+            factor = factorize(_moments(inputs))
+        except ValueError:
+            what = f"the inputs of {name} are not finite on the calibration conversations"
+            raise FastVLMError(what, "leave out --calib") from None
+        return cls(stored_type(kind, len(factor.order)), scale_type, factor)
 
     def quantize(self, weight: Tensor) -> Columns:
         """Quantise [inputs, outputs]."""
         inputs, outputs = weight.shape
-        block = self.kind.block or inputs
-        smallest, largest = SMALLEST[self.kind.bits], LARGEST[self.kind.bits]
+        block, order = self.kind.block or inputs, self.factor.order
         scales = self._scales(weight.reshape(-1, block, outputs))
-        steps = scales[self.order // block]
-        ordered = weight[self.order]
-        values, error = torch.empty(inputs, outputs), torch.empty(inputs, outputs)
-        lost = 0.0
-        for start in range(0, inputs, STEP):
-            stop = min(start + STEP, inputs)
-            wanted = torch.addmm(ordered[start:stop], self.unit[start:stop, :start], error[:start])
-            for i in range(start, stop):
-                row = wanted[i - start].addmv_(error[start:i].T, self.unit[i, start:i])
-                torch.div(row, steps[i], out=values[i]).round_().clamp_(smallest, largest)
-                torch.addcmul(ordered[i], values[i], steps[i], value=-1, out=error[i])
-            wanted.addcmul_(values[start:stop], steps[start:stop], value=-1).mul_(self.diagonal[start:stop, None])
-            lost += float(wanted[:, ::SAMPLE].square().sum())
+        ordered = weight[order]
+        smallest, largest = SMALLEST[self.kind.bits], LARGEST[self.kind.bits]
+        found = round_in_order(self.factor, ordered, scales[order // block], smallest, largest, block=STEP, sample=SAMPLE)
         natural = torch.empty(inputs, outputs, dtype=torch.int8)
-        natural[self.order] = values.to(torch.int8)
+        natural[order] = found.values.to(torch.int8)
         sample = ordered[:, ::SAMPLE]
         nearest = quantize_matrix(weight[:, ::SAMPLE].contiguous().numpy(), self.kind, self.scale_type)
-        rounded = self._square(sample - torch.from_numpy(dequantize(nearest))[self.order])
-        return Columns(natural, scales if self.kind.block else scales[0], lost, rounded, self._square(sample))
+        rounded = self._square(sample - torch.from_numpy(dequantize(nearest))[order])
+        return Columns(natural, scales if self.kind.block else scales[0], found.lost, rounded, self._square(sample))
 
     def _square(self, weight: Tensor) -> float:
         """Sum of the squared outputs of [inputs, outputs], inputs in the order of quantisation."""
-        return float((self.unit @ weight).mul_(self.diagonal[:, None]).square_().sum())
+        return float((self.factor.unit @ weight).mul_(self.factor.diagonal[:, None]).square_().sum())
 
     def _scales(self, blocks: Tensor) -> Tensor:
         """[blocks, outputs] for [blocks, block, outputs]: of those tried the one with the least error.
 
         Inputs count by the square of their R_ii, which is what an error costs when all behind it makes up for what it can.
         """
-        cost = torch.empty(len(self.order))
-        cost[self.order] = self.diagonal.square()
+        cost = torch.empty(len(self.factor.order))
+        cost[self.factor.order] = self.factor.diagonal.square()
         cost = cost.view(len(blocks), -1, 1)
         smallest, largest = SMALLEST[self.kind.bits], LARGEST[self.kind.bits]
         full = torch.maximum(blocks.amax(1) / largest, blocks.amin(1) / smallest)

@@ -20,7 +20,6 @@ from torch import nn
 from fastvlm_edge.backends.verification import ANSWER, QUESTION
 from fastvlm_edge.calib.decoder import DecoderQuantization, calibrate_decoder
 from fastvlm_edge.calib.encoder.cache import FeatureCache, ObservationCache
-from fastvlm_edge.calib.encoder.quantize_layer import Recipe
 from fastvlm_edge.calib.encoder.search import LayerRecord, VisionQuantization, VisionSearch
 from fastvlm_edge.calib.judge import Question, Score, drop, score
 from fastvlm_edge.calib.report.document import (
@@ -115,7 +114,7 @@ class Calibrated:
                 calibration=CalibrationData(self.source, self.used, self.skipped, round(self.seconds, 1)),
                 accuracy_drop=self.accuracy_drop,
                 vision=VisionReport(
-                    observer=type(Recipe().observer).__name__.removesuffix("Observer").lower(),
+                    observer="mse",
                     bound=self.vision.bound,
                     predicted=sum(group.relative_error for group in groups if group.decision == "int8"),
                     measured_cosine=features["cosine"],
@@ -168,7 +167,7 @@ class Quantizer:
             questions = [_question(example, manifest, tokenizer) for example in examples]
             features = _encode(encoder, projector, pictures, self._feature_cache(source), progress)
 
-            search = VisionSearch(encoder, projector, plan, Recipe(), folder=Path(name), progress=progress)
+            search = VisionSearch(encoder, projector, plan, folder=Path(name), progress=progress)
             seen = pictures[: min(used, max(MINIMUM, VISION_PIXELS // manifest.vision.image_size**2))]
             search.observe(seen, cache=self._cache(source, seen, search.key()))
             search.measure(seen[:2])

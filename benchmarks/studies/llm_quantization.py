@@ -292,7 +292,7 @@ class Clipped:
 
     def matrix(self, name: str) -> Any:
         """As `DecoderQuantization.matrix`."""
-        from fastvlm_edge.calib.decoder import quantize_gptq
+        from benchmarks.studies.recipes import quantize_gptq
 
         layer, _, part = name.rpartition(".")
         if part == "head":

@@ -28,8 +28,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks import machine
-from fastvlm_edge.calib.encoder.histogram import OBSERVERS
-from fastvlm_edge.calib.encoder.quantize_layer import Recipe
+from benchmarks.studies.recipes import OBSERVERS, Recipe, RecipeSearch
 from fastvlm_edge.calib.encoder.search import DISPROPORTION, VisionSearch, squared_error
 from fastvlm_edge.calib.judge import Question, score
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
@@ -154,7 +153,7 @@ def calibrated(checkpoint: Any, variant: Variant) -> tuple[VisionSearch, list[Fl
     """The demo's encoder, observed on the variant's pictures."""
     seen = calibration_pictures(variant.pictures, checkpoint.image_size)
     recipe = replace(Recipe(), observer=OBSERVERS[variant.observer])
-    search = VisionSearch(load_vision(checkpoint), load_projector(checkpoint), precision_plan("int8"), recipe)
+    search = RecipeSearch(load_vision(checkpoint), load_projector(checkpoint), precision_plan("int8"), recipe)
     search.observe(seen)
     search.measure(seen[:MEASURED])
     return search, seen

@@ -1,9 +1,9 @@
 """W8A8 of the encoder: observers, each technique in turn, plans for several bounds, and onnxruntime's own quantiser beside them.
 
 Question: What does each technique of the encoder's W8A8 calibration contribute, and which bound on the loss is worth its price?
-Verdict: on the demo all techniques together halve the loss of plain rounding (1 - cosine 0.96e-4 against 2.08e-4); the correction of the bias
-brings most of it. The observers max and MSE are near each other, percentile is worse and entropy much worse. A bound of 0.001 keeps 96 % of
-the multiply-accumulates of the random 0.5B in INT8. The product uses all techniques, the MSE observer and this bound.
+Verdict: on the demo all techniques together halve the loss of plain rounding (1 - cosine 0.96e-4 against 2.08e-4); the correction of
+the bias brings most of it. The observers max and MSE are near each other, percentile is worse and entropy much worse. A bound of 0.001
+keeps 96 % of the multiply-accumulates of the random 0.5B in INT8. The product uses all techniques, the MSE observer and this bound.
 Ran: 2026-11-21, at commit d4acf53 (record: benchmarks/results/vision_quantization.json).
 Command at that commit: python -m benchmarks.vision_quantization demo random plan onnxruntime
 
@@ -29,9 +29,8 @@ import torch
 from torch import nn
 
 from benchmarks.checkpoint import random_checkpoint
+from benchmarks.studies.recipes import OBSERVERS, Recipe, RecipeSearch
 from fastvlm_edge.backends.verification import stored_pictures
-from fastvlm_edge.calib.encoder.histogram import OBSERVERS
-from fastvlm_edge.calib.encoder.quantize_layer import Recipe
 from fastvlm_edge.calib.encoder.search import VisionQuantization, VisionSearch, cosine_loss, squared_error
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
@@ -46,12 +45,12 @@ RESULT = ROOT / "benchmarks" / "results" / "vision_quantization.json"
 DEMO = ROOT / "examples" / "demo" / "fastvlm-demo"
 SEED = 7
 BOUNDS = (1e-3, 5e-4, 2e-4, 1e-4)
-PLAIN = Recipe(OBSERVERS["max"], equalize=False, affine_gain=float("inf"), rounding="nearest", clip_weights=False, correct_bias=False)
+PLAIN = Recipe(OBSERVERS["max"], equalize=False, shift_behind_gelu=False, rounding="nearest", clip_weights=False, correct_bias=False)
 LADDER = {
     "plain: largest value, nearest": PLAIN,
     "+ MSE observer": (step := replace(PLAIN, observer=OBSERVERS["mse"])),
     "+ equalisation": (step := replace(step, equalize=True)),
-    "+ scale and shift behind GELU": (step := replace(step, affine_gain=1.0)),
+    "+ scale and shift behind GELU": (step := replace(step, shift_behind_gelu=True)),
     "+ bias correction": (step := replace(step, correct_bias=True)),
     "+ weights clipped": (step := replace(step, clip_weights=True)),
     "+ rounding to data: all": Recipe(),
@@ -214,7 +213,7 @@ PARTS = {"demo": demo, "random": random, "plan": plan, "onnxruntime": onnxruntim
 def compare(model: Model, recipe: Recipe, seen: Sequence[Float32], heldout: Sequence[Float32]) -> dict[str, Any]:
     """What a recipe loses with every candidate in INT8, and with weights alone."""
     began = time.perf_counter()
-    search = VisionSearch(*model, precision_plan("int8"), recipe)
+    search = RecipeSearch(*model, precision_plan("int8"), recipe)
     search.observe(seen)
     observed = time.perf_counter() - began
     expected = run(search, heldout)

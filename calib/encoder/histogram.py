@@ -1,4 +1,4 @@
-"""Observers: what range of a tensor INT8 should cover. A streaming histogram of magnitudes, and four ways to read a clip value from it.
+"""A histogram of the magnitudes that enter a layer, and the clip value read from it: the range that INT8 should cover.
 
 Symmetric, as TensorRT wants it: integers -127..127 stand for -clip..clip.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +15,12 @@ from numpy.typing import NDArray
 BINS = 4096
 LEVELS = 127
 """Steps from zero to the clip value."""
-_ENTROPY_BINS, _ENTROPY_LEVELS, _ENTROPY_STRIDE = 2048, 128, 8
+CANDIDATES = 120
+"""Clip values that `clip_value` tries."""
 
 
 class Histogram:
-    """Counts of |x| in BINS equal bins from 0 to `limit`, a power of two that doubles for larger values: bounded memory, one pass."""
+    """Counts of |x| in BINS equal bins from 0 to `limit`, a power of two that grows with the values: one pass, bounded memory."""
 
     def __init__(self) -> None:
         self.counts: NDArray[np.int64] = np.zeros(BINS, np.int64)
@@ -39,7 +39,7 @@ class Histogram:
         if largest > self.limit:
             self._grow(2.0 ** math.ceil(math.log2(largest)))
         index = np.zeros(1, np.int64) if not self.limit else (magnitudes * np.float32(BINS / self.limit)).astype(np.int32)
-        if not self.limit:  # nothing but zeros so far: they stay in the first bin however far the range grows
+        if not self.limit:  # only zeros so far: they stay in the first bin when the range grows
             self.counts[0] += magnitudes.size
             return
         self.counts += np.bincount(np.minimum(index, BINS - 1, out=index), minlength=BINS)
@@ -52,11 +52,11 @@ class Histogram:
 
     @property
     def centres(self) -> NDArray[np.float64]:
-        """The magnitude in the middle of each bin."""
+        """Magnitude at the centre of each bin."""
         return np.asarray((np.arange(BINS) + 0.5) * (self.limit / BINS))
 
     def state(self) -> dict[str, Any]:
-        """Arrays from which `from_state` makes the same histogram."""
+        """Arrays from which `from_state` restores the histogram."""
         return {"counts": self.counts, "range": np.array([self.limit, self.largest])}
 
     @classmethod
@@ -68,103 +68,21 @@ class Histogram:
         return histogram
 
 
-class Observer(Protocol):
-    """A rule that reads the clip value off a histogram."""
+def clip_value(histogram: Histogram, levels: int = LEVELS) -> float:
+    """The magnitude that the last of `levels` steps from zero stands for, so that INT8 has the least mean squared error.
 
-    def clip(self, histogram: Histogram, levels: int = LEVELS) -> float:
-        """The magnitude that the last of `levels` steps from zero stands for; 0 where nothing but zeros was seen."""
-
-
-@dataclass(frozen=True)
-class MaxObserver:
-    """Clip nothing that was seen (TensorRT's `MinMaxCalibrator`)."""
-
-    def clip(self, histogram: Histogram, levels: int = LEVELS) -> float:
-        """The largest magnitude."""
-        return histogram.largest
-
-
-@dataclass(frozen=True)
-class PercentileObserver:
-    """Clip all but `percent` of the values (Wu et al., "Integer quantization for deep learning", arXiv 2004.09602, section 3.3)."""
-
-    percent: float = 99.99
-
-    def clip(self, histogram: Histogram, levels: int = LEVELS) -> float:
-        """The upper border of the bin in which the percentile lies, never beyond the largest value."""
-        total = int(histogram.counts.sum())
-        if not total:
-            return 0.0
-        index = int(np.searchsorted(np.cumsum(histogram.counts), total * self.percent / 100))
-        return min(histogram.largest, (index + 1) * histogram.limit / BINS)
-
-
-@dataclass(frozen=True)
-class EntropyObserver:
-    """Least KL divergence between the values clipped and the values clipped and quantised, TensorRT's `EntropyCalibrator`.
-
-    Migacz, "8-bit inference with TensorRT", GTC 2017 S7310: 2048 bins, 128 levels, outliers counted in the last bin kept, empty bins left
-    empty. Every eighth of its candidates is tried.
+    The criterion is that of Banner et al., arXiv 1810.05723, by search instead of their formula: CANDIDATES values from a fiftieth of the
+    largest magnitude up to all of it, evenly spaced in their logarithm. 0 if only zeros were seen.
     """
-
-    def clip(self, histogram: Histogram, levels: int = LEVELS) -> float:
-        """The upper border of the candidate range that diverges least; always for the 128 levels of the source."""
-        counts = histogram.counts.reshape(_ENTROPY_BINS, -1).sum(1).astype(np.float64)
-        if not histogram.largest:
-            return 0.0
-        width = histogram.limit / _ENTROPY_BINS
-        last = min(_ENTROPY_BINS, math.ceil(histogram.largest / width))
-        tail = np.concatenate([np.cumsum(counts[::-1])[::-1], [0.0]])
-        best, chosen = math.inf, last
-        for stop in (*range(_ENTROPY_LEVELS, last, _ENTROPY_STRIDE), last):
-            divergence = _divergence(counts[:stop], tail[stop])
-            if divergence < best:
-                best, chosen = divergence, stop
-        return min(histogram.largest, chosen * width)
-
-
-def _divergence(kept: NDArray[np.float64], outliers: float) -> float:
-    """KL(P || Q) of a range: P is `kept` with the outliers in its last bin, Q is `kept` merged to 128 levels and spread out again."""
-    reference = kept.copy()
-    reference[-1] += outliers
-    level = np.arange(kept.size) * min(_ENTROPY_LEVELS, kept.size) // kept.size
-    filled = reference > 0
-    mass = np.bincount(level, weights=kept)
-    spread = np.bincount(level, weights=filled)
-    quantized = np.where(filled, (mass / np.maximum(spread, 1))[level], 0.0)
-    if not quantized.sum():
-        return math.inf
-    p, q = reference / reference.sum(), quantized / quantized.sum()
-    with np.errstate(divide="ignore"):
-        terms = p[filled] * np.log(p[filled] / q[filled])
-    return float(terms.sum())
-
-
-@dataclass(frozen=True)
-class MSEObserver:
-    """Least mean squared error of what INT8 makes of the values (Banner et al., arXiv 1810.05723, by search instead of their formula)."""
-
-    candidates: int = 120
-
-    def clip(self, histogram: Histogram, levels: int = LEVELS) -> float:
-        """The best of `candidates` clip values between a fiftieth of the largest value and all of it, spaced evenly in their logarithm."""
-        if not histogram.largest:
-            return 0.0
-        seen = np.flatnonzero(histogram.counts)
-        counts, values = histogram.counts[seen].astype(np.float64), np.minimum(histogram.centres[seen], histogram.largest)
-        clips = histogram.largest * np.geomspace(1 / 50, 1, self.candidates)
-        steps = clips[:, None] / levels
-        errors = values - np.minimum(np.rint(values / steps), levels) * steps
-        inside = values <= clips[:, None]
-        # A bin has a width: where it is no finer than a step, what its values lose is the step's own noise, not the error of the centre.
-        width = histogram.limit / BINS
-        squares = np.where(inside & (width > steps / 2), np.minimum(steps, width) ** 2 / 12, errors**2)
-        return float(clips[int(np.argmin(squares @ counts))])
-
-
-OBSERVERS: dict[str, Observer] = {
-    "max": MaxObserver(),
-    "percentile": PercentileObserver(),
-    "entropy": EntropyObserver(),
-    "mse": MSEObserver(),
-}
+    if not histogram.largest:
+        return 0.0
+    seen = np.flatnonzero(histogram.counts)
+    counts, values = histogram.counts[seen].astype(np.float64), np.minimum(histogram.centres[seen], histogram.largest)
+    clips = histogram.largest * np.geomspace(1 / 50, 1, CANDIDATES)
+    steps = clips[:, None] / levels
+    errors = values - np.minimum(np.rint(values / steps), levels) * steps
+    inside = values <= clips[:, None]
+    # A bin has a width. If that is not below the step, its values lose the noise of the step, not the error of the centre.
+    width = histogram.limit / BINS
+    squares = np.where(inside & (width > steps / 2), np.minimum(steps, width) ** 2 / 12, errors**2)
+    return float(clips[int(np.argmin(squares @ counts))])

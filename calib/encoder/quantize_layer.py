@@ -1,55 +1,41 @@
-"""The techniques of W8A8, and what they make of one layer of the encoder: ranges equalised, then integers, scales and a bias.
+"""One layer of the encoder: its channels are equalised, then it gets integers, scales and a corrected bias.
 
-`equalize_layer` reads a layer's ranges, `quantize_layer` its histogram and samples (observation.py).
+`equalize_layer` reads the ranges of the layer's inputs, `quantize_layer` their histogram and samples (search.py observes both).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from fastvlm_edge.calib.encoder.chain import Layer, Ranges
-from fastvlm_edge.calib.encoder.histogram import LEVELS, OBSERVERS, Observer
-from fastvlm_edge.calib.encoder.rounding import fake_quantize, round_scale, round_to_data, round_to_nearest, shrink, weight_scales
+from fastvlm_edge.calib.encoder.histogram import LEVELS, clip_value
+from fastvlm_edge.calib.encoder.rounding import fake_quantize, round_scale, round_to_data, shrink, weight_scales
 from fastvlm_edge.convert.weights.vision import QuantizedLayer
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """How much of the difference between channels moves from activations to weights: alpha of SmoothQuant (arXiv 2211.10438, equation 4)."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The techniques, each of which can be switched off for comparison."""
+def equalize_layer(layer: Layer) -> None:
+    """Choose a factor for each input channel, and fold the factors into the layer's weights and into the module before it.
 
-    observer: Observer = OBSERVERS["mse"]
-    equalize: bool = True
-    """Move ranges of channels from a layer's input into its weights where the layer before can absorb the factor exactly."""
-    affine_gain: float = 1.0
-    """Scale and shift what a GELU gives a convolution, a channel at a time, where the predicted squared error falls by more than this
-    factor; `inf` never does. A GELU ends at -0.17, so without the shift half of the integers stand for nothing. The Mul and the Add join
-    the kernel of GELU and Q in TensorRT for RTX (benchmarks/results/vision_quantization.json)."""
-    rounding: Literal["nearest", "gptq"] = "gptq"
-    clip_weights: bool = True
-    correct_bias: bool = True
-
-
-def equalize_layer(layer: Layer, recipe: Recipe) -> None:
-    """Choose the layer's factors and fold them into its weights and into what makes its input.
-
-    s_j = reach_j^alpha / |W_j|^(1-alpha), the alpha for which the predicted error is least. What is predicted is the noise of rounding:
+    s_j = reach_j^alpha / |W_j|^(1-alpha), with the alpha that has the least predicted error. The prediction is the noise of rounding:
     step^2 / 12 of the activations through the weights, and of the weights through the activations.
+
+    No module before a GELU can absorb factors. A convolution after a GELU gets a scale and a shift per channel instead, where that predicts
+    a smaller error: a GELU ends at -0.17, so without the shift half of the integers are unused. TensorRT for RTX fuses the Mul and the Add
+    with GELU and Q (benchmarks/results/vision_quantization.json).
     """
     assert layer.ranges is not None
     behind_gelu = layer.source is None
-    if not (layer.is_conv and np.isfinite(recipe.affine_gain) if behind_gelu else recipe.equalize):
+    if behind_gelu and not layer.is_conv:
         return
     ranges, weight = layer.ranges, layer.matrix
-    # A channel that was quiet in these pictures may speak up in others, so each gets the room of the median one at least.
+    # A channel with small values in these pictures may have larger ones in others, so each gets at least the range of the median channel.
     largest = torch.maximum(ranges.largest, -ranges.least)
     largest = torch.maximum(largest, largest.median()).clamp_min(1e-12)
     middle = (largest + ranges.least) / 2 if behind_gelu else torch.zeros_like(largest)
@@ -72,10 +58,10 @@ def equalize_layer(layer: Layer, recipe: Recipe) -> None:
     best, layer.strength, s = min(choices, key=lambda choice: choice[0])
     if behind_gelu:
         square = (ranges.square / ranges.count).float()
-        if error(torch.ones_like(s), largest) < recipe.affine_gain * best:
+        if error(torch.ones_like(s), largest) < best:
             layer.strength = 0.0
             return
-        layer.factor, layer.offset = 1 / s, -ranges.least / s  # from zero up; centred when the clip value is known
+        layer.factor, layer.offset = 1 / s, -ranges.least / s  # starts at zero; centred when the clip value is known
     elif layer.strength:
         assert layer.source is not None
         _divide(layer, s)
@@ -83,9 +69,9 @@ def equalize_layer(layer: Layer, recipe: Recipe) -> None:
 
 
 def _divide(layer: Layer, s: Tensor) -> None:
-    """Divide the input channels of a layer by `s`, in the module before, and multiply them again in its own weights."""
+    """Divide the input channels of a layer by `s` in the module before it, and multiply its weights by `s`."""
     source = layer.source
-    if isinstance(source, nn.Linear):  # values: the last third of the outputs of qkv
+    if isinstance(source, nn.Linear):  # the values of an attention: the last third of the outputs of qkv
         weight = source.weight.data.clone()
         weight[-s.numel() :] /= s[:, None]
         source.weight.data = weight
@@ -100,7 +86,7 @@ def _divide(layer: Layer, s: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What rounding needs to know of a layer's inputs."""
+    """Statistics of a layer's inputs that rounding needs."""
 
     samples: Tensor
     """[positions, inputs]"""
@@ -108,50 +94,47 @@ class _Inputs:
     covariance: Tensor
 
     def moved(self, factor: Tensor, offset: Tensor) -> _Inputs:
-        """Of the inputs multiplied by a factor a channel and shifted."""
+        """The statistics after `factor` [inputs] multiplies the inputs and `offset` [inputs] is added."""
         return _Inputs(self.samples * factor + offset, self.mean * factor + offset, self.covariance * factor * factor[:, None])
 
 
-def quantize_layer(layer: Layer, recipe: Recipe, scale_type: npt.DTypeLike) -> None:
-    """Both options of a layer from its histogram and samples, which are dropped afterwards."""
+def quantize_layer(layer: Layer, scale_type: npt.DTypeLike) -> None:
+    """Make both options of a layer from its histogram and samples, which are dropped afterwards."""
     assert layer.histogram is not None
     samples = torch.cat(layer.samples)
     layer.samples = []
     if layer.offset is None:
-        layer.clip = recipe.observer.clip(layer.histogram)
-    else:  # -127 is where the values begin, and 127 the clip value
-        layer.clip = recipe.observer.clip(layer.histogram, 2 * LEVELS) / 2
+        layer.clip = clip_value(layer.histogram)
+    else:  # -127 stands for the smallest value, 127 for the clip value
+        layer.clip = clip_value(layer.histogram, 2 * LEVELS) / 2
         layer.offset = layer.offset - layer.clip
     activation = float(round_scale(torch.tensor([layer.clip / LEVELS]), scale_type))
     mean = samples.mean(0)
     centred = samples - mean
     inputs = _Inputs(samples, mean, shrink(centred.T @ centred / len(samples), len(samples)))
-    weights = _integers(layer, layer.matrix, layer.full_bias, inputs, recipe, scale_type)
-    layer.options["weights"] = _corrected(layer, weights, layer.matrix, layer.full_bias, inputs, recipe, None)
+    weights = _integers(layer, layer.matrix, layer.full_bias, inputs, scale_type)
+    layer.options["weights"] = _corrected(layer, weights, layer.matrix, layer.full_bias, inputs, None)
     if layer.factor is None or layer.offset is None:
-        layer.options["w8a8"] = _corrected(layer, weights, layer.matrix, layer.full_bias, inputs, recipe, activation)
+        layer.options["w8a8"] = _corrected(layer, weights, layer.matrix, layer.full_bias, inputs, activation)
         return
-    # x = (y - offset) / factor: the weights are divided by the factor, and what the offset adds leaves the bias.
+    # x = (y - offset) / factor: the weights are divided by the factor, and the bias loses the contribution of the offset.
     assert layer.full_bias is not None
     weight, inputs = layer.matrix / layer.factor, inputs.moved(layer.factor, layer.offset)
     bias = layer.full_bias - weight @ layer.offset
-    integers = _integers(layer, weight, bias, inputs, recipe, scale_type)
-    option = _corrected(layer, integers, weight, bias, inputs, recipe, activation)
+    integers = _integers(layer, weight, bias, inputs, scale_type)
+    option = _corrected(layer, integers, weight, bias, inputs, activation)
     rounded = torch.from_numpy(integers.values).reshape(weight.shape).float() * torch.from_numpy(integers.scales)[:, None]
-    plain = _corrected(layer, integers, weight, bias, inputs, recipe, None).bias + (rounded @ layer.offset).numpy()
+    plain = _corrected(layer, integers, weight, bias, inputs, None).bias + (rounded @ layer.offset).numpy()
     layer.options["w8a8"] = replace(option, factor=layer.factor.numpy(), offset=layer.offset.numpy(), plain_bias=plain)
 
 
-def _integers(
-    layer: Layer, weight: Tensor, bias: Tensor | None, inputs: _Inputs, recipe: Recipe, scale_type: npt.DTypeLike
-) -> QuantizedLayer:
+def _integers(layer: Layer, weight: Tensor, bias: Tensor | None, inputs: _Inputs, scale_type: npt.DTypeLike) -> QuantizedLayer:
     """Round one weight matrix [outputs, inputs] for its inputs."""
-    moment = inputs.covariance
-    if bias is None or not recipe.correct_bias:  # else a mean error is left to the bias
-        moment = moment + inputs.mean[:, None] * inputs.mean
-    scales = round_scale(weight_scales(weight, moment.diagonal(), clip=recipe.clip_weights), scale_type)
-    rounded = round_to_data(weight, scales, moment) if recipe.rounding == "gptq" else round_to_nearest(weight, scales)
-    values = rounded.to(torch.int8)
+    moments = inputs.covariance
+    if bias is None:  # a bias would correct the mean error
+        moments = moments + inputs.mean[:, None] * inputs.mean
+    scales = round_scale(weight_scales(weight, moments.diagonal()), scale_type)
+    values = round_to_data(weight, scales, moments).to(torch.int8)
     stored = values.reshape(layer.full_weight.shape) if layer.is_conv else values.T
     return QuantizedLayer(stored.contiguous().numpy(), scales.numpy(), None if bias is None else bias.numpy(), None)
 
@@ -162,11 +145,10 @@ def _corrected(
     weight: Tensor,
     bias: Tensor | None,
     inputs: _Inputs,
-    recipe: Recipe,
     activation: float | None,
 ) -> QuantizedLayer:
-    """The layer with its inputs quantised too, or not, and a bias that makes the mean of its outputs what it was."""
-    if bias is not None and recipe.correct_bias:
+    """The layer with a bias that keeps the mean of its outputs. `activation` is the scale of INT8 inputs; None means float inputs."""
+    if bias is not None:
         rounded = torch.from_numpy(integers.values if layer.is_conv else integers.values.T).reshape(weight.shape).float()
         seen = inputs.mean if activation is None else fake_quantize(inputs.samples, activation).mean(0)
         bias = bias + weight @ inputs.mean - (rounded @ seen) * torch.from_numpy(integers.scales)

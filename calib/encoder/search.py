@@ -1,20 +1,19 @@
 """W8A8 of the encoder and projector: folded PyTorch modules and calibration pictures -> `VisionQuantization`, which `convert` writes.
 
-The encoder is a chain of units (chain.py); quantize_layer.py has the techniques, and here is the search for the plan, in three steps:
+The encoder is a chain of units (chain.py), each of which is one group of the plan. The search for the plan has three steps:
 
-    observe     unit by unit over all pictures: ranges of each input channel, then equalised: histogram and samples -> clip, integers, bias
-    measure     one group at a time: what it alone does to the image features
-    choose      the cheapest plan whose damages add up to less than the bound; one look at the whole, and a tighter bound if need be
+    observe     unit by unit over all pictures: ranges of each input channel; then, equalised, histogram and samples -> clip, integers, bias
+    measure     group by group: the damage to the image features when only this group is quantised
+    choose      the cheapest plan whose damages add up to at most the bound; the whole plan is measured, and the bound tightened if needed
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,140 +22,110 @@ from torch import Tensor, nn
 from fastvlm_edge.calib.encoder.cache import Activations, ObservationCache, run_watched
 from fastvlm_edge.calib.encoder.chain import Decision, Float32, Layer, Ranges, Unit, build_chain
 from fastvlm_edge.calib.encoder.histogram import Histogram
-from fastvlm_edge.calib.encoder.quantize_layer import Recipe, equalize_layer, quantize_layer
+from fastvlm_edge.calib.encoder.quantize_layer import equalize_layer, quantize_layer
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan, vision_stage
 from fastvlm_edge.convert.reference.fastvithd import FastViTHD
-from fastvlm_edge.convert.weights.vision import QuantizedLayer
-from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.convert.weights.vision import VisionIntegers
 from fastvlm_edge.progress import Progress, SilentProgress
 
 SAMPLES = 8192
-"""Positions of all pictures together from which the second moments of a layer's inputs are taken."""
+"""Positions, of all pictures together, whose second moments a layer's inputs get."""
 ORDER: tuple[Decision, ...] = ("w8a8", "weights", "wide")
-"""From cheap to dear."""
+"""From the cheapest to the most expensive."""
 SMALL = 0.25
 """Share of the weights in a group's squared error below which their damage is estimated, not measured."""
 DISPROPORTION = 5.0
-"""A group whose share of the damage is so many times its share of the work is not worth its INT8, whatever the bound allows."""
+"""A group whose share of the damage is this many times its share of the work gets no INT8 activations, whatever the bound."""
+ROUNDS = 5
+"""Attempts to meet the bound; the last one leaves all groups in floats."""
+TECHNIQUES = "least squared error, equalised, shifted behind GELU, weights clipped, GPTQ, bias corrected"
+"""Part of the cache's key: change it whenever other integers come out of the same observation."""
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One line of the report."""
+    """One layer of the encoder and what was decided, for the report."""
 
     name: str
     kind: str
     group: str
     macs: int
-    """Of one picture."""
+    """Multiply-accumulates per picture."""
     weight_bytes: int
     decision: Decision
     reason: str
     largest: float = 0.0
-    """Of the input, after equalisation."""
+    """Largest magnitude of the input, after equalisation."""
     clip: float = 0.0
+    """The input's clip value, after equalisation."""
     strength: float = 0.0
-    """alpha of the equalisation"""
-    affine: bool = False
+    """alpha of the equalisation."""
     cosine_loss: float = 0.0
-    """1 - cosine of the image features when only this layer's group is W8A8, mean over the pictures that were measured."""
+    """1 - cosine of the image features when only this layer's group is W8A8: mean over the measured pictures."""
     squared_error: float = 0.0
-    """The relative squared error, likewise."""
+    """Squared error of these image features over their squares: mean over the measured pictures."""
 
 
 @dataclass(frozen=True)
-class VisionQuantization:
-    """The result: layers by the names of convert/weights/vision.py, and float tensors that equalisation changed."""
+class VisionQuantization(VisionIntegers):
+    """A plan: its integers, which `convert` writes, and what is known about it."""
 
-    layers: dict[str, QuantizedLayer]
-    floats: dict[str, Float32]
     records: list[LayerRecord]
     bound: float
+    """Largest accepted 1 - cosine of the image features."""
     predicted_loss: float
     """Sum of the groups' 1 - cosine."""
     loss: float
-    """1 - cosine of the image features of the whole plan, of the worst picture that was measured."""
+    """1 - cosine of the image features with the whole plan, of the worst measured picture."""
     seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def activation_scales(self) -> dict[str, float]:
-        """Layer -> scale of its input, for `build_vision`."""
-        return {name: layer.activation_scale for name, layer in self.layers.items() if layer.activation_scale is not None}
+    """Step -> wall time."""
 
     def share(self, decision: Decision = "w8a8") -> float:
-        """The share of all multiply-accumulates that got a decision."""
+        """Share of all multiply-accumulates whose layers have this decision."""
         return sum(record.macs for record in self.records if record.decision == decision) / sum(record.macs for record in self.records)
 
 
-@torch.no_grad()
-def quantize_vision(
-    encoder: FastViTHD,
-    projector: nn.Sequential,
-    pictures: Sequence[Float32],
-    plan: PrecisionPlan,
-    *,
-    bound: float = 0.001,
-    objective: Literal["time", "bytes"] = "time",
-    recipe: Recipe = Recipe(),
-    measured: int = 2,
-    cache: Path | None = None,
-    cache_key: str = "",
-    folder: Path | None = None,
-    progress: Progress | None = None,
-) -> VisionQuantization:
-    """Quantise `encoder` (inference form) and `projector` so that 1 - cosine of the image features stays within `bound`.
-
-    `pictures` are pixel_values [1, 3, size, size], read one at a time; the first `measured` of them measure damage. `plan` has the float
-    type of every stage. `cache` keeps what was observed under `cache_key`, which must name weights, pictures and image size. Activations
-    go to a temporary folder in `folder`: about 0.1 KB a pixel and picture. Raises FastVLMError without pictures.
-    """
-    if not len(pictures):
-        raise FastVLMError("calibration needs pictures and there are none; give some with --calib")
-    search = VisionSearch(encoder, projector, plan, recipe, folder=folder, progress=progress)
-    search.observe(pictures, cache=None if cache is None else ObservationCache(cache, f"{cache_key} {search.key()}"))
-    search.measure(pictures[: max(measured, 1)])
-    return search.choose(pictures, bound=bound, objective=objective, measured=max(measured, 1))
-
-
 class VisionSearch:
-    """The steps of `quantize_vision` one by one, for several bounds from one observation."""
+    """Searches the plan of one encoder: `observe`, `measure`, then `choose`, once or for several bounds."""
 
     def __init__(
         self,
         encoder: FastViTHD,
         projector: nn.Sequential,
         plan: PrecisionPlan,
-        recipe: Recipe = Recipe(),
         *,
         folder: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """`plan` has the float type of every stage; nothing is computed yet."""
+        """`encoder` in inference form. `plan` has the float type of every stage. Nothing is computed yet.
+
+        Activations go to a temporary folder in `folder`: about 0.1 KB per pixel and picture.
+        """
         self.units = build_chain(encoder, projector)
-        self.plan, self.recipe, self.folder = plan, recipe, folder
+        self.plan, self.folder = plan, folder
         self.progress = progress or SilentProgress()
         self.seconds: dict[str, float] = {}
         self._cache: ObservationCache | None = None
         self._encoder = encoder
 
     def run(self, pixels: Tensor) -> Tensor:
-        """Image features with the layers in the state they are in."""
+        """Image features of pixel_values [batch, 3, H, W], with every layer in its present state."""
         for unit in self.units:
             pixels = unit.forward(pixels)
         return pixels
 
     def key(self) -> str:
-        """What decides, beside weights and pictures, over the options: it belongs into the key of a cache."""
-        return f"{self.recipe} {sorted(self.plan.vision.items())}"
+        """What the options depend on besides weights and pictures: part of the cache's key."""
+        return f"{TECHNIQUES} {sorted(self.plan.vision.items())}"
 
     def apply(self, result: VisionQuantization) -> None:
-        """Let `run` compute as `result` will."""
+        """Put the layers into the state in which `run` computes what `result` will."""
         for layer in (layer for unit in self.units for layer in unit.layers):
             layer.use(result.layers.get(layer.name))
 
     @torch.no_grad()
     def observe(self, pictures: Sequence[Float32], *, cache: ObservationCache | None = None) -> None:
-        """See each unit's inputs on all pictures, equalise, prepare both options of every layer; `cache` has them from the last time."""
+        """Observe each unit's inputs on all pictures, equalise, and make both options of every layer; or read all this from `cache`."""
         began = time.perf_counter()
         self.progress.stage("observe vision", len(self.units))
         self._cache = cache
@@ -191,18 +160,21 @@ class VisionSearch:
                 self._equalize(unit)
                 for index in range(count):
                     between[index] = run_watched(unit, between[index], self._look(index, count))
-                for layer in unit.layers:
-                    quantize_layer(layer, self.recipe, FLOAT_TYPES[self.plan.vision[unit.stage]])
+                self._quantize(unit)
                 self.progress.advance()
 
     def _equalize(self, unit: Unit) -> None:
-        """Leaves the ranges as they were observed."""
+        """Equalise the layers of a unit; `layer.ranges` stay as observed."""
         measured = [layer.ranges for layer in unit.layers]
         for layer in reversed(unit.layers):  # the projection changes the weights of the values before it
-            equalize_layer(layer, self.recipe)
+            equalize_layer(layer)
         for layer, ranges in zip(unit.layers, measured, strict=True):
             layer.keep_full()
             layer.ranges = ranges
+
+    def _quantize(self, unit: Unit) -> None:
+        for layer in unit.layers:
+            quantize_layer(layer, FLOAT_TYPES[self.plan.vision[unit.stage]])
 
     def _look(self, index: int, count: int) -> Callable[[Layer, Tensor], None]:
         generator = torch.Generator().manual_seed(index)
@@ -220,10 +192,10 @@ class VisionSearch:
 
     @torch.no_grad()
     def measure(self, pictures: Sequence[Float32]) -> None:
-        """What each group does to the image features when it alone is quantised.
+        """Measure the damage to the image features when each group alone is quantised.
 
-        W8A8 runs to the end of the encoder, and so do the weights alone where much of its error is theirs. Where less than SMALL is, their
-        damage is estimated from the errors of the two behind the unit; with heavy tails such an estimate is several times too low.
+        W8A8 runs to the end of the encoder. So does INT8 of the weights alone, if the weights make at least the share SMALL of the error at
+        the unit's output. Otherwise its damage is estimated from this share; with heavy tails such an estimate is several times too low.
         """
         began = time.perf_counter()
         self.progress.stage("measure vision", len(self.units) * len(pictures))
@@ -266,14 +238,12 @@ class VisionSearch:
         pictures: Sequence[Float32],
         *,
         bound: float,
-        objective: Literal["time", "bytes"] = "time",
         measured: int = 2,
-        rounds: int = 5,
         disproportion: float = DISPROPORTION,
     ) -> VisionQuantization:
-        """The cheapest plan that keeps 1 - cosine of the first `measured` pictures within `bound`, checked and tightened until it does.
+        """The cheapest plan with a 1 - cosine of at most `bound` on the first `measured` pictures; tightened until it holds.
 
-        Groups of more than `disproportion` never get INT8 activations. The last round, should no other do, leaves all wide.
+        Groups above `disproportion` never get INT8 activations. The last of ROUNDS attempts leaves all groups in floats.
         """
         began = time.perf_counter()
         for unit in self.units:
@@ -282,8 +252,8 @@ class VisionSearch:
         self._exempt(disproportion)
         aim = bound
         loss = 0.0
-        for attempt in range(rounds):
-            self._decide(aim if attempt < rounds - 1 else 0.0, objective)
+        for attempt in range(ROUNDS):
+            self._decide(aim if attempt < ROUNDS - 1 else 0.0)
             for unit in self.units:
                 unit.use(unit.decision)
             found = [self.run(torch.from_numpy(picture)) for picture in pictures[:measured]]
@@ -296,30 +266,32 @@ class VisionSearch:
         return self._result(bound, loss)
 
     def _exempt(self, disproportion: float) -> None:
-        """Take INT8 activations from the group that does most harm for its work, while that is out of proportion to what is left.
+        """Take INT8 activations from the group with the most damage per work, as long as that is out of proportion to the other groups.
 
-        It keeps its INT8 weights where they do little of the harm.
+        It keeps its INT8 weights if they do little of the damage.
         """
         for unit in self.units:
             unit.cheapest = unit.best
         units = [unit for unit in self.units if unit.layers and unit.best == "w8a8"]
         while units:
-            harm, work = sum(unit.loss["w8a8"] for unit in units), sum(unit.macs for unit in units)
+            damage, work = sum(unit.loss["w8a8"] for unit in units), sum(unit.macs for unit in units)
             worst = max(units, key=lambda unit: unit.loss["w8a8"] / unit.macs)
-            if not worst.loss["w8a8"] * work > disproportion * worst.macs * harm:
+            if not worst.loss["w8a8"] * work > disproportion * worst.macs * damage:
                 break
             worst.cheapest = "weights" if disproportion * worst.loss["weights"] <= worst.loss["w8a8"] else "wide"
             units.remove(worst)
 
-    def _decide(self, aim: float, objective: Literal["time", "bytes"]) -> None:
-        """Widen, of all groups, the one that takes away most damage for what it costs, until the sum is within `aim`; then take back
-        what was not needed, the dearest first."""
+    def _decide(self, aim: float) -> None:
+        """Widen the group that removes the most damage for its price, until the sum of damages is at most `aim`.
+
+        Then take back widenings that were not needed, the most expensive first.
+        """
         units = [unit for unit in self.units if unit.layers]
         whole = [sum(unit.cost("wide", self.plan)[part] for unit in units) for part in (0, 1)]
 
         def price(unit: Unit, decision: Decision) -> float:
             spent, stored = (value / total for value, total in zip(unit.cost(decision, self.plan), whole, strict=True))
-            return spent + 0.01 * stored if objective == "time" else stored + 0.01 * spent
+            return spent + 0.01 * stored
 
         for unit in units:
             unit.decision = unit.cheapest
@@ -358,17 +330,6 @@ class VisionSearch:
     def _record(self, unit: Unit, layer: Layer) -> LayerRecord:
         assert layer.histogram is not None
         kind = self.plan.vision[unit.stage]
-        reasons: Mapping[Decision, str] = {
-            "w8a8": "within the bound",
-            "weights": "nothing averages the noise of the last layers, and they are little work"
-            if unit.best != "w8a8"
-            else "its inputs in INT8 cost more accuracy than so little work is worth"
-            if unit.cheapest != "w8a8"
-            else "its inputs in INT8 cost more accuracy than the bound allows",
-            "wide": "costs more accuracy than the bound allows"
-            if unit.cheapest != "wide"
-            else "costs more accuracy than so little work is worth, and so do its weights in INT8",
-        }
         width = 1 if unit.decision != "wide" else np.dtype(FLOAT_TYPES[kind]).itemsize
         return LayerRecord(
             layer.name,
@@ -377,17 +338,16 @@ class VisionSearch:
             layer.macs,
             layer.matrix.numel() * width,
             unit.decision,
-            reasons[unit.decision],
+            _reason(unit),
             layer.histogram.largest,
             layer.clip,
             layer.strength,
-            layer.factor is not None and unit.decision == "w8a8",
             unit.loss.get("w8a8", 0.0),
             unit.squared.get("w8a8", 0.0),
         )
 
     def _fixed(self) -> list[LayerRecord]:
-        """The convolutions that are no candidates."""
+        """Records of the convolutions that are not candidates."""
         positions = {layer.name: layer.positions for unit in self.units for layer in unit.layers}
         at = {f"stage{i + 1}": positions[f"vision.stages.{i}.blocks.0.mlp.fc1"] for i in range(5)}
         at = {"stem": positions["vision.stem.2"], **at, "final_conv": at["stage5"]}
@@ -399,15 +359,30 @@ class VisionSearch:
             name += ".conv" if path.endswith(".conv.conv") else ""
             stage = vision_stage(name)
             kind = "squeeze-excite" if ".se." in path else "grouped" if module.groups > 1 else "first"
-            count = 1 if kind == "squeeze-excite" else at[stage] * (4 if kind == "first" else 1)  # the stem halves the map twice
+            count = 1 if kind == "squeeze-excite" else at[stage] * (4 if kind == "first" else 1)  # the stem halves height and width twice
             reason = {
-                "squeeze-excite": "one position a picture: nothing to gain",
+                "squeeze-excite": "one position per picture: nothing to gain",
                 "grouped": "TensorRT pads the groups of INT8 convolutions",
                 "first": "three channels: nothing to gain",
             }[kind]
             width = np.dtype(FLOAT_TYPES[self.plan.vision[stage]]).itemsize
             records.append(LayerRecord(name, kind, "", module.weight.numel() * count, module.weight.numel() * width, "wide", reason))
         return records
+
+
+def _reason(unit: Unit) -> str:
+    """Why a group has its decision, for the report."""
+    if unit.decision == "w8a8":
+        return "within the bound"
+    if unit.decision == "weights":
+        if unit.best != "w8a8":
+            return "no later layer averages out the noise of the last layers, and they are little work"
+        if unit.cheapest != "w8a8":
+            return "INT8 inputs would cost more accuracy than so little work is worth"
+        return "INT8 inputs would cost more accuracy than the bound allows"
+    if unit.cheapest == "wide":
+        return "INT8 would cost more accuracy than so little work is worth, even for the weights alone"
+    return "INT8 would cost more accuracy than the bound allows"
 
 
 def cosine_loss(found: Tensor, expected: Tensor) -> float:

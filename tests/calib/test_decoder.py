@@ -9,15 +9,17 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 
-from fastvlm_edge.calib.decoder import calibrate_decoder, quantize_gptq
+from fastvlm_edge.calib.decoder import RATIOS, Solver, calibrate_decoder
+from fastvlm_edge.calib.gptq import factorize
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.decoder import build_decoder
 from fastvlm_edge.convert.precision import FLOAT_TYPES, INT4_BLOCK, INT8_CHANNEL, PLAIN, PLANS, WeightType, on_cpu
 from fastvlm_edge.convert.reference.decoder import reference_logits
 from fastvlm_edge.convert.weights.decoder import write_decoder_weights
-from fastvlm_edge.convert.weights.round_to_nearest import dequantize, quantize_matrix
+from fastvlm_edge.convert.weights.round_to_nearest import Quantized, dequantize, quantize_matrix, stored_type
 from fastvlm_edge.errors import FastVLMError
 from tests.support.checkpoints import SIZES, write_checkpoint
 
@@ -37,6 +39,14 @@ def weights(width, outputs, seed=1):
 
 def output_error(x, weight, quantized):
     return np.linalg.norm(x @ (dequantize(quantized) - weight)) / np.linalg.norm(x @ weight)
+
+
+def quantize_gptq(weight, moments, kind, scale_type=np.float32, ratios=RATIOS):
+    """A whole matrix [inputs, outputs] at once, as `Quantized`."""
+    solver = Solver(stored_type(kind, len(weight)), np.dtype(scale_type), factorize(torch.from_numpy(moments).clone()), ratios)
+    found = solver.quantize(torch.from_numpy(weight))
+    values = found.values.numpy()
+    return Quantized(values.astype(ml_dtypes.int4) if solver.kind.bits == 4 else values, found.scales.numpy())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -10,24 +10,20 @@ import torch
 from torch import nn
 
 from fastvlm_edge.calib.encoder import search as vision
-from fastvlm_edge.calib.encoder.histogram import OBSERVERS, Histogram
-from fastvlm_edge.calib.encoder.quantize_layer import Recipe
-from fastvlm_edge.calib.encoder.rounding import fake_quantize, round_to_data, round_to_nearest
-from fastvlm_edge.calib.encoder.search import VisionSearch, cosine_loss, quantize_vision
+from fastvlm_edge.calib.encoder.cache import ObservationCache, run_watched
+from fastvlm_edge.calib.encoder.histogram import Histogram
+from fastvlm_edge.calib.encoder.rounding import fake_quantize, round_to_data
+from fastvlm_edge.calib.encoder.search import VisionSearch, cosine_loss
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.precision import precision_plan
 from fastvlm_edge.convert.reference.fastvithd import image_tokens
-from fastvlm_edge.convert.weights.vision import write_vision_weights
-from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.convert.weights.vision import QuantizedLayer, write_vision_weights
 from tests.convert.graphs.test_vision import HIDDEN, TINY, random_encoder
 from tests.support.heavy_tails import add_heavy_tails
 from tests.support.parser_of_tensorrt_10_3 import check_graph
 
 SIZE = 128
-PLAIN = Recipe(
-    observer=OBSERVERS["max"], equalize=False, affine_gain=float("inf"), rounding="nearest", clip_weights=False, correct_bias=False
-)
 FP32 = precision_plan("fp32")
 
 
@@ -80,9 +76,47 @@ def loss(search, decision, images):
     return float(np.mean([cosine_loss(a, b) for a, b in zip(found, expected, strict=True)]))
 
 
-def observed(model, images, recipe=Recipe()):
-    search = VisionSearch(*model, FP32, recipe)
+def observed(model, images, plan=FP32):
+    search = VisionSearch(*model, plan)
     search.observe(images)
+    return search
+
+
+def quantized(model, images, bound, plan=FP32):
+    """The plan of the product's three steps."""
+    search = observed(model, images, plan)
+    search.measure(images[:2])
+    return search.choose(images, bound=bound)
+
+
+def round_to_nearest(weight, scales):
+    return (weight / scales[:, None]).round().clamp(-127, 127)
+
+
+def plainly(model, images):
+    """A search whose layers are quantised without any technique: scales by the largest value, weights rounded to nearest, biases kept."""
+    search = VisionSearch(*model, FP32)
+    layers = [layer for unit in search.units for layer in unit.layers]
+    for layer in layers:
+        layer.histogram = Histogram()
+
+    def look(layer, rows):
+        layer.positions = len(rows)
+        layer.histogram.add(rows.numpy())
+
+    with torch.inference_mode():
+        for image in images:
+            x = torch.from_numpy(image)
+            for unit in search.units:
+                x = run_watched(unit, x, look)
+    for layer in layers:
+        layer.clip = layer.histogram.largest
+        scales = layer.matrix.abs().amax(1) / 127
+        values = round_to_nearest(layer.matrix, scales).to(torch.int8)
+        stored = (values.reshape(layer.full_weight.shape) if layer.is_conv else values.T).contiguous().numpy()
+        bias = None if layer.full_bias is None else layer.full_bias.numpy()
+        for decision, scale in (("weights", None), ("w8a8", layer.clip / 127)):
+            layer.options[decision] = QuantizedLayer(stored, scales.numpy(), bias, scale)
     return search
 
 
@@ -125,7 +159,7 @@ def test_fake_quantisation_is_that_of_onnx():
 
 def test_folding_and_equalising_change_nothing_in_floats(heavy, images):
     encoder, projector = heavy
-    search = observed(heavy, images, Recipe(affine_gain=1.0))
+    search = observed(heavy, images)
     assert any(layer.strength for unit in search.units for layer in unit.layers)
     x = torch.from_numpy(images[0])
     for unit in search.units:
@@ -138,29 +172,31 @@ def test_folding_and_equalising_change_nothing_in_floats(heavy, images):
 
 def test_bias_correction_takes_the_mean_error_away(heavy, images):
     """Of one layer on the pictures it was made with; the samples are all positions at this size."""
-    errors = {}
-    for corrected in (False, True):
-        search = observed(heavy, images, replace(PLAIN, correct_bias=corrected))
-        unit = next(unit for unit in search.units if unit.name == "vision.stages.1.blocks.0.mlp")
-        layer = unit.layers[1]
-        rows = []
-        handle = layer.module.register_forward_hook(lambda _m, inputs, _o, rows=rows: rows.append(inputs[0]))
-        with torch.inference_mode():
-            for image in images:
-                search.run(torch.from_numpy(image))
-            handle.remove()
-            wide = torch.cat([layer.module(x) for x in rows])
-            layer.use(layer.options["w8a8"])
+    search = observed(heavy, images)
+    layer = next(unit for unit in search.units if unit.name == "vision.stages.1.blocks.0.mlp").layers[1]
+    option = layer.options["w8a8"]
+    assert layer.factor is not None and layer.full_bias is not None
+    uncorrected = layer.full_bias - (layer.matrix / layer.factor) @ layer.offset
+    rows = []
+    handle = layer.module.register_forward_hook(lambda _m, inputs, _o: rows.append(inputs[0]))
+    errors = []
+    with torch.inference_mode():
+        for image in images:
+            search.run(torch.from_numpy(image))
+        handle.remove()
+        wide = torch.cat([layer.module(x) for x in rows])
+        for bias in (uncorrected.numpy(), option.bias):
+            layer.use(replace(option, bias=bias))
             difference = torch.cat([layer.module(x) for x in rows]) - wide
-        errors[corrected] = float(difference.mean((0, 2, 3)).norm() / difference.square().mean((0, 2, 3)).sqrt().norm())
-    assert errors[True] < 0.1 * errors[False]
+            errors.append(float(difference.mean((0, 2, 3)).norm() / difference.square().mean((0, 2, 3)).sqrt().norm()))
+    assert errors[1] < 0.1 * errors[0]
 
 
 @pytest.mark.parametrize("name", ["model", "heavy"])
 def test_the_techniques_together_lose_far_less_than_plain_rounding(name, images, request):
     model, heldout = request.getfixturevalue(name), [picture.numpy() for picture in pictures(4, seed=5)]
-    plain = loss(observed(model, images, PLAIN), "w8a8", heldout)
-    whole = loss(observed(model, images, Recipe(affine_gain=1.0)), "w8a8", heldout)
+    plain = loss(plainly(model, images), "w8a8", heldout)
+    whole = loss(observed(model, images), "w8a8", heldout)
     assert whole < plain / (10 if name == "heavy" else 2)
 
 
@@ -168,7 +204,7 @@ def test_the_techniques_together_lose_far_less_than_plain_rounding(name, images,
 
 
 def test_the_plan_meets_its_bound_and_widens_what_hurts_most(heavy, images):
-    search = observed(heavy, images, PLAIN)
+    search = plainly(heavy, images)
     search.measure(images[:2])
     found = {bound: search.choose(images, bound=bound, disproportion=float("inf")) for bound in (1.0, 1e-5, 3e-6, 1e-6, 0.0)}
     for bound, result in found.items():
@@ -183,7 +219,7 @@ def test_the_plan_meets_its_bound_and_widens_what_hurts_most(heavy, images):
 
 
 def test_what_harms_most_for_little_work_is_spared_whatever_the_bound(heavy, images):
-    search = observed(heavy, images[:2], PLAIN)
+    search = plainly(heavy, images[:2])
     search.measure(images[:1])
     candidates = [unit for unit in search.units if unit.layers and unit.best == "w8a8"]
     for unit in candidates:
@@ -204,7 +240,7 @@ def test_what_harms_most_for_little_work_is_spared_whatever_the_bound(heavy, ima
 
 
 def test_damage_of_weights_alone_is_measured_where_it_is_much(heavy, images):
-    search = observed(heavy, images[:2], PLAIN)
+    search = plainly(heavy, images[:2])
     search.measure(images[:1])
     x = torch.from_numpy(images[0])
     measured, estimated = 0, 0
@@ -222,17 +258,14 @@ def test_damage_of_weights_alone_is_measured_where_it_is_much(heavy, images):
     assert measured and estimated
 
 
-def test_fewest_bytes_keeps_integer_weights_where_least_time_goes_wide(heavy, images):
-    search = observed(heavy, images)
-    search.measure(images[:2])
-    small, fast = (search.choose(images, bound=1e-5, objective=objective) for objective in ("bytes", "time"))
-    size = [sum(record.weight_bytes for record in result.records) for result in (small, fast)]
-    assert size[0] <= size[1] and small.share("weights") > 0
-    assert all(name not in small.activation_scales for name in ("projector.linear_1", "projector.linear_2"))
+def test_the_projector_never_gets_int8_inputs(heavy, images):
+    result = quantized(heavy, images, bound=1.0)
+    assert result.share("weights") > 0
+    assert all(name not in result.activation_scales for name in ("projector.linear_1", "projector.linear_2"))
 
 
 def test_depthwise_and_squeeze_excite_stay_wide(model, images):
-    result = quantize_vision(*model, images, FP32, bound=1.0)
+    result = quantized(model, images, bound=1.0)
     by_kind = {
         kind: {record.decision for record in result.records if record.kind == kind} for kind in ("grouped", "squeeze-excite", "first")
     }
@@ -244,7 +277,10 @@ def test_depthwise_and_squeeze_excite_stay_wide(model, images):
 
 def test_a_known_observation_is_not_made_again(heavy, images, tmp_path, monkeypatch):
     def run(key):
-        return quantize_vision(*heavy, images[:2], FP32, cache=tmp_path / "cache" / "vision.npz", cache_key=key)
+        search = VisionSearch(*heavy, FP32)
+        search.observe(images[:2], cache=ObservationCache(tmp_path / "cache" / "vision.npz", f"{key} {search.key()}"))
+        search.measure(images[:2])
+        return search.choose(images[:2], bound=0.001)
 
     first = run("weights and pictures")
     monkeypatch.setattr(Histogram, "add", lambda *_: pytest.fail("observed again"))
@@ -263,11 +299,6 @@ def test_a_known_observation_is_not_made_again(heavy, images, tmp_path, monkeypa
     assert run("weights and pictures").loss == first.loss
 
 
-def test_no_pictures_is_an_error_that_says_what_to_do(model):
-    with pytest.raises(FastVLMError, match="--calib"):
-        quantize_vision(*model, [], FP32)
-
-
 # Graphs -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -281,9 +312,9 @@ def write_graph(folder, model, result, plan, *, activations=True, size=SIZE):
     return folder / "vision.onnx", graph
 
 
-@pytest.mark.parametrize(("recipe", "bound"), [(PLAIN, 1.0), (Recipe(affine_gain=1.0), 1.0), (Recipe(), 1e-4)])
-def test_the_graph_computes_what_the_simulation_does(tmp_path, heavy, images, recipe, bound):
-    search = observed(heavy, images, recipe)
+@pytest.mark.parametrize(("make", "bound"), [(plainly, 1.0), (observed, 1.0), (observed, 1e-4)])
+def test_the_graph_computes_what_the_simulation_does(tmp_path, heavy, images, make, bound):
+    search = make(heavy, images)
     search.measure(images[:1])
     result = search.choose(images[:2], bound=bound)
     path, graph = write_graph(tmp_path, heavy, result, FP32)
@@ -301,7 +332,7 @@ def test_the_graph_computes_what_the_simulation_does(tmp_path, heavy, images, re
 
 
 def test_a_graph_without_activations_is_the_same_model(tmp_path, heavy, images):
-    result = quantize_vision(*heavy, images, FP32, bound=1.0, recipe=Recipe(affine_gain=1.0))
+    result = quantized(heavy, images, bound=1.0)
     path, graph = write_graph(tmp_path, heavy, result, FP32, activations=False)
     operators = [node.op_type for node in graph.nodes]
     assert "QuantizeLinear" not in operators and operators.count("DequantizeLinear") == len(result.layers)
@@ -311,12 +342,11 @@ def test_a_graph_without_activations_is_the_same_model(tmp_path, heavy, images):
     assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("gain", [1.0, float("inf")])
-def test_tensorrt_takes_the_graph(tmp_path, model, images, gain):
+def test_tensorrt_takes_the_graph(tmp_path, model, images):
     """The parser of 10.3 by its table; TensorRT for RTX by building an engine for an RTX 30 without having one."""
     trt = pytest.importorskip("tensorrt_rtx")
     plan = precision_plan("int8")
-    result = quantize_vision(*model, images[:2], plan, bound=1.0, recipe=Recipe(affine_gain=gain))
+    result = quantized(model, images[:2], bound=1.0, plan=plan)
     path, _ = write_graph(tmp_path, model, result, plan)
     assert check_graph(path) == []
     logger = trt.Logger(trt.Logger.ERROR)
