@@ -416,7 +416,7 @@ def test_directories_that_cannot_be_loaded(model_dir: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda manifest: manifest.update(decoder=None), "decoder is no object"),
+        (lambda manifest: manifest.update(decoder=None), "decoder is not an object"),
         (lambda manifest: manifest.update(colour="red"), "unknown 'colour'"),
         (lambda manifest: manifest["vision"].pop("tokens"), "vision lacks 'tokens'"),
         (lambda manifest: manifest["decoder"].update(layers="24"), "layers is '24', not of type int"),
@@ -479,7 +479,7 @@ def test_backends_and_options_that_are_refused(model_dir: Path, vlm: FastVLM) ->
         FastVLM.load(model_dir, geometry="stretch")
     with pytest.raises(FastVLMError, match="prefill_chunk is 0"):
         FastVLM.load(model_dir, prefill_chunk=0)
-    with pytest.raises(FastVLMError, match=r"shape \[1, 3, 8, 8\]; this model takes \[1, 3, 256, 256\]"):
+    with pytest.raises(FastVLMError, match=r"shape \[1, 3, 8, 8\], but this model takes \[1, 3, 256, 256\]"):
         vlm.backend.encode(np.zeros((1, 3, 8, 8), np.float32))
 
 
