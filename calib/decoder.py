@@ -54,20 +54,20 @@ _TORCH = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float
 
 @dataclass
 class DecoderQuantization:
-    """The quantised matrices of a decoder, in .npy files; what `write_decoder_weights` takes as `quantized`.
+    """The quantised matrices of a decoder, in .npy files of a temporary folder; `write_decoder_weights` takes it as `quantized`.
 
-    Names are those of the decoder weights: `llm.layers.N.{qkv,o_proj,gate_up,down}` and `llm.head`. Use it as a context manager, or
-    call `close`: the folder is removed then.
+    Names are those of the decoder weights: `llm.layers.N.{qkv,o_proj,gate_up,down}` and `llm.head`. `close`, or leaving the context,
+    removes the folder.
     """
 
     scale_type: np.dtype[Any]
-    """The type that the scales are exact in."""
+    """The float type in which the scales are exact."""
     errors: dict[str, float] = field(default_factory=dict)
-    """By matrix: norm of the change of its outputs on the calibration over the norm of the outputs, from a sample."""
+    """Matrix -> relative error: norm of the change of its outputs on the calibration data over their norm, from a sample of outputs."""
     rounded: dict[str, float] = field(default_factory=dict)
-    """The same of rounding to nearest."""
+    """Matrix -> relative error of rounding to nearest."""
     directory: Path | None = None
-    """Where the folder is made: as large as the INT8 decoder. None is the system's temporary folder."""
+    """Where the folder is created; it becomes as large as the INT8 decoder. None: in the system's temporary folder."""
     _folder: tempfile.TemporaryDirectory[str] = field(init=False, repr=False)
     _bits: dict[str, int] = field(default_factory=dict, repr=False)
 
@@ -85,7 +85,7 @@ class DecoderQuantization:
         self._folder.cleanup()
 
     def names(self) -> tuple[str, ...]:
-        """Matrices in the order in which they were quantised."""
+        """Names of the matrices, in the order of quantisation."""
         return tuple(self._bits)
 
     def matrix(self, name: str) -> Quantized:
@@ -95,12 +95,12 @@ class DecoderQuantization:
         return Quantized(values.astype(kind, copy=False), np.load(self._path(name, "scales")))
 
     def open(self, name: str, inputs: int, outputs: int, bits: int) -> npt.NDArray[np.int8]:
-        """The integers of a new matrix as a file to write to; `finish` adds its scales."""
+        """A writable file for the integers of a new matrix, [inputs, outputs]; `finish` adds its scales."""
         self._bits[name] = bits
         return np.lib.format.open_memmap(self._path(name, "values"), mode="w+", dtype=np.int8, shape=(inputs, outputs))
 
     def finish(self, name: str, scales: Float32, error: float, rounded: float) -> None:
-        """Scales of a matrix whose integers are written, and its entries in `errors` and `rounded`."""
+        """Store the scales of a matrix whose integers are written, and its relative errors."""
         np.save(self._path(name, "scales"), scales)
         self.errors[name], self.rounded[name] = error, rounded
 
@@ -119,9 +119,9 @@ def calibrate_decoder(
 ) -> DecoderQuantization:
     """Quantise every matrix that the plan stores as integers, so that the outputs on the conversations change least.
 
-    `plan` is the one whose weights are written, after `fit`: scales are exact in its decoder's type. `conversations` is read once;
-    512 questions of a few dozen ids, or 64 of a few hundred, are enough. `progress` advances four times a layer and once for the head.
-    Raises FastVLMError where there is no conversation, or an activation is not finite.
+    `plan` is the plan of the weights file, after `fit`: scales are exact in its decoder's type. `conversations` is read once; 512 questions
+    of a few dozen ids, or 64 of a few hundred, are enough. `progress` advances four times per layer and once for the head.
+    Raises FastVLMError if there are no conversations, or an activation is not finite.
     """
     text = checkpoint.text
     progress = progress or SilentProgress()
@@ -136,7 +136,7 @@ def calibrate_decoder(
 
 
 class _Calibration:
-    """The decoder on all conversations at once, layer by layer; hidden states are [seq, hidden] each."""
+    """Runs the decoder on all conversations at once, layer by layer. `hidden` has a tensor [seq, hidden] per conversation."""
 
     def __init__(self, checkpoint: Checkpoint, plan: PrecisionPlan, result: DecoderQuantization, advance: Callable[[], None]) -> None:
         self.checkpoint, self.plan, self.result, self.advance = checkpoint, plan, result, advance
@@ -147,7 +147,7 @@ class _Calibration:
         known: dict[int, Float32] = {}
         self.hidden = [self._embed(ids, features, known) for ids, features in conversations]
         if not sum(len(hidden) for hidden in self.hidden):
-            raise FastVLMError("calibration has no conversations; give pictures and questions with --calib")
+            raise FastVLMError("the calibration data has no conversations", "give pictures and questions with --calib")
         cos, sin = _rotary(self.text.rope_theta, self.text.head_dim, max(len(hidden) for hidden in self.hidden))
         for layer in range(self.text.layers):
             self._attention(f"llm.layers.{layer}", cos, sin)
@@ -155,7 +155,7 @@ class _Calibration:
         self._head()
 
     def _embed(self, ids: Sequence[int], features: Float32, known: dict[int, Float32]) -> Tensor:
-        """[seq, hidden], with the rows of the embedding as the plan stores them; `known` are those read before."""
+        """[seq, hidden], with the rows of the embedding as the plan stores them; `known` keeps the rows that were read."""
         rows = np.empty((len(ids), self.text.hidden), np.float32)
         for position, token in enumerate(ids):
             if token >= self.text.vocab:
@@ -215,7 +215,7 @@ class _Calibration:
         self.advance()
 
     def _quantize(self, name: str, parts: Sequence[tuple[str, float]], inputs: Iterator[Tensor]) -> Tensor:
-        """Quantise matrices of the same inputs; returns them beside each other, [inputs, outputs], as the runtime computes with them."""
+        """Quantise matrices that have the same inputs. Returns them side by side, [inputs, outputs], dequantised."""
         outputs = sum(self.checkpoint.shape(f"{part}.weight")[0] for part, _ in parts)
         matrices = (self._tensor(f"{part}.weight").T * scale for part, scale in parts)
         if not self.plan.body.bits:
@@ -228,7 +228,7 @@ class _Calibration:
         return weight
 
     def _store(self, name: str, solver: Solver, matrices: Iterable[Tensor], outputs: int, weight: Tensor | None = None) -> None:
-        """Quantise `matrices`, which make up `outputs` columns, into the folder, and into `weight` as floats."""
+        """Quantise `matrices`, `outputs` columns together, into the folder, and dequantised into `weight`."""
         values = self.result.open(name, len(solver.factor.order), outputs, solver.kind.bits)
         scales, squares, start = [], np.zeros(3), 0
         for matrix in matrices:
@@ -256,21 +256,21 @@ class _Calibration:
 
 @dataclass(frozen=True)
 class Columns:
-    """Some outputs of a matrix, quantised."""
+    """Some quantised outputs of a matrix."""
 
     values: Tensor
     """int8 [inputs, outputs]"""
     scales: Tensor
     """[outputs], or [inputs / block, outputs]"""
     lost: float
-    """Sum of the squared changes of a sample of the outputs, for the damped moments of the solver."""
+    """Sum of the squared changes of a sample of the outputs, for the damped moments."""
     rounded: float
-    """The same of rounding to nearest."""
+    """The same sum for rounding to nearest."""
     whole: float
-    """The same of these outputs themselves."""
+    """Sum of the squares of these outputs themselves."""
 
     def weight(self) -> Tensor:
-        """[inputs, outputs] as floats."""
+        """Dequantised weights [inputs, outputs]."""
         scales = self.scales.view(-1, 1, self.values.shape[1])
         return (self.values.view(len(scales), -1, self.values.shape[1]) * scales).view(self.values.shape)
 
@@ -314,9 +314,9 @@ class Solver:
         return float((self.factor.unit @ weight).mul_(self.factor.diagonal[:, None]).square_().sum())
 
     def _scales(self, blocks: Tensor) -> Tensor:
-        """[blocks, outputs] for [blocks, block, outputs]: of those tried the one with the least error.
+        """Scales [blocks, outputs] for weights [blocks, block, outputs]: the ones of RATIOS with the least error.
 
-        Inputs count by the square of their R_ii, which is what an error costs when all behind it makes up for what it can.
+        An input counts by the square of its R_ii: the cost of its error after later inputs have made up for what they can.
         """
         cost = torch.empty(len(self.factor.order))
         cost[self.factor.order] = self.factor.diagonal.square()
@@ -335,7 +335,7 @@ class Solver:
 
 
 def _moments(inputs: Iterable[Tensor]) -> Tensor:
-    """Mean of x x^T over all rows of tensors [rows, inputs]."""
+    """Mean of x x^T over all rows x of tensors [rows, inputs]."""
     total, rows = None, 0
     for x in inputs:
         total = x.T @ x if total is None else total.addmm_(x.T, x)
@@ -345,7 +345,7 @@ def _moments(inputs: Iterable[Tensor]) -> Tensor:
 
 
 def _rotary(theta: float, head_dim: int, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [length, head_dim]."""
+    """Rotary cos and sin, each [length, head_dim]."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency).repeat(1, 2)
     return angle.cos().float(), angle.sin().float()

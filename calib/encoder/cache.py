@@ -1,6 +1,6 @@
-"""What calibration sees of the encoder: the rows that enter each layer, and the files that hold what is seen.
+"""Observing the encoder: the rows that enter each layer, and the files that hold what was observed.
 
-Activations go from unit to unit through files, one a picture; what was made of them stays in a cache for the next conversion.
+Activations go from unit to unit through temporary files, one per picture. The results stay in a cache for the next conversion.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PARTS = tuple(field.name for field in fields(QuantizedLayer))
 
 
 def run_watched(unit: Unit, x: Tensor, look: Callable[[Layer, Tensor], None]) -> Tensor:
-    """Run a unit while `look` sees the rows that enter each of its layers, scaled and shifted as they will be quantised."""
+    """Run a unit; `look` gets the rows that enter each of its layers, [positions, channels]."""
 
     def hook(layer: Layer) -> Callable[[nn.Module, tuple[Tensor], Any], None]:
         return lambda _module, inputs, _output: look(layer, _rows(layer, inputs[0]))
@@ -47,7 +47,7 @@ def _rows(layer: Layer, x: Tensor) -> Tensor:
 
 
 class Activations:
-    """What is between two units, for every picture: files in a folder, so that memory stays what one picture needs."""
+    """The output of a unit for every picture, in files of a folder, so that memory holds one picture only."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
@@ -60,9 +60,9 @@ class Activations:
 
 
 class ObservationCache:
-    """What calibration made of the encoder, in one file: ranges and histograms, integers of every option, damages of the groups.
+    """Results of observation and measurement in one file: ranges and histograms, the integers of every option, damages of the groups.
 
-    `key` says of which weights and pictures, by which recipe. A second run reads it and only searches for the plan.
+    `key` names the weights, the pictures and the techniques. A second run reads the file and only searches the plan.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -74,14 +74,14 @@ class ObservationCache:
                     if str(stored["key"]) == self.key:
                         self._arrays = {name: stored[name] for name in stored.files}
             except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-                self._arrays = {}  # damaged or of another version: observed again
+                self._arrays = {}  # damaged, or written by another version: observe again
 
     def knows(self, units: Iterable[Unit]) -> bool:
-        """Whether every layer of the chain is in it."""
+        """Whether the file has every layer of the chain."""
         return bool(self._arrays) and all(f"{layer.name}/counts" in self._arrays for unit in units for layer in unit.layers)
 
     def read_ranges(self, layer: Layer) -> None:
-        """Put what was observed of a layer's input into it, from before it was equalised."""
+        """Set the ranges and the histogram of a layer, as observed before it was equalised."""
         part = {name: self._arrays[f"{layer.name}/{name}"] for name in ("counts", "range", "channels", "seen")}
         layer.histogram = Histogram.from_state(part)
         least, largest, total, square = (torch.from_numpy(row) for row in part["channels"])
@@ -89,7 +89,7 @@ class ObservationCache:
         layer.positions = int(self._arrays[f"{layer.name}/positions"])
 
     def read_options(self, layer: Layer) -> None:
-        """Put a layer's options into it, once it is equalised."""
+        """Set the options of a layer, after it was equalised."""
         layer.clip = float(self._arrays[f"{layer.name}/clip"])
         if layer.offset is not None:
             layer.offset = layer.offset - layer.clip
@@ -101,7 +101,7 @@ class ObservationCache:
             layer.options[decision] = QuantizedLayer(**part, activation_scale=None if scale is None else float(scale))  # type: ignore[arg-type]
 
     def read_damage(self, units: Iterable[Unit], pictures: int) -> bool:
-        """Put the damages of all groups into them, where they were measured on as many pictures."""
+        """Set the damages of all groups; False if they were measured on another number of pictures."""
         if int(self._arrays.get("measured", 0)) != pictures:
             return False
         for unit in (unit for unit in units if unit.layers):
@@ -111,7 +111,7 @@ class ObservationCache:
         return True
 
     def write_options(self, units: Iterable[Unit]) -> None:
-        """Save what was observed and made of it, in place of what the file had."""
+        """Save ranges, histograms and options, in place of the file's former content."""
         self._arrays = {"key": np.array(self.key)}
         for layer in (layer for unit in units for layer in unit.layers):
             assert layer.histogram is not None and layer.ranges is not None
@@ -128,7 +128,7 @@ class ObservationCache:
         self._save()
 
     def write_damage(self, units: Iterable[Unit], pictures: int) -> None:
-        """Save the damages of all groups too."""
+        """Add the damages of all groups to the file."""
         self._arrays["measured"] = np.array(pictures)
         for unit in (unit for unit in units if unit.layers):
             self._arrays[f"{unit.name}/damage"] = np.array([(unit.loss[decision], unit.squared[decision]) for decision in OPTIONS])
@@ -139,14 +139,14 @@ class ObservationCache:
 
 
 class FeatureCache:
-    """Image features of calibration pictures, one file a picture, so that a run that was broken off goes on where it was."""
+    """Image features of calibration pictures, one file per picture, so that an interrupted run resumes."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is for one set of weights."""
+        """`folder` belongs to one set of weights."""
         self.folder = folder
 
     def read(self, picture: str) -> npt.NDArray[np.float32] | None:
-        """[tokens, hidden] of a picture by its digest; None where they are not known, or their file is damaged."""
+        """Features [tokens, hidden] of a picture by its digest; None if there are none, or their file is damaged."""
         try:
             features: npt.NDArray[np.float32] = np.load(self.folder / f"{picture}.npy")
         except (OSError, ValueError, EOFError):
@@ -154,12 +154,12 @@ class FeatureCache:
         return features
 
     def write(self, picture: str, features: npt.NDArray[np.float32]) -> None:
-        """Keep the features of a picture."""
+        """Store the features [tokens, hidden] of a picture."""
         _keep(self.folder / f"{picture}.npy", lambda file: np.save(file, features))
 
 
 def _keep(path: Path, save: Callable[[BinaryIO], None]) -> None:
-    """Write a file of the cache, whole or not at all. Where it cannot be written the next run takes longer, and this one goes on."""
+    """Write a file of the cache, whole or not at all. A failure is ignored: only the next run takes longer."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial, partial.open("wb") as file:

@@ -1,7 +1,7 @@
 """The encoder and projector as a chain of units for calibration: folded copies of the modules, as the graph computes them.
 
-A unit is a ConvFFN, an attention or a downsampling, one group that is quantised or left wide as a whole. Only dense 1 x 1 convolutions and
-linear layers are candidates; TensorRT pads the groups of the others (docs/tensorrt-types.md).
+A unit is a ConvFFN, an attention or a downsampling: a group that is quantised, or left in floats ("wide"), as a whole. Candidates are dense
+1 x 1 convolutions and linear layers; TensorRT pads the groups of other convolutions (docs/tensorrt-types.md).
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from fastvlm_edge.convert.weights.vision import QuantizedLayer, fold_attention, 
 
 Float32 = npt.NDArray[np.float32]
 Decision = Literal["w8a8", "weights", "wide"]
-"""INT8 throughout; INT8 weights that are dequantised before use; floats."""
+"""INT8 weights and inputs; INT8 weights that are dequantised before use; floats."""
 
 TIME = {"fp16": 2.0, "bf16": 2.0, "fp32": 4.0}
-"""Time of a multiply-accumulate where INT8 takes 1: Ampere's tensor cores do INT8, FP16 and TF32 at 4 : 2 : 1 (GA102 white paper)."""
+"""Time of a multiply-accumulate, relative to INT8: Ampere's tensor cores do INT8, FP16 and TF32 at 4 : 2 : 1 (GA102 white paper)."""
 
 
 @dataclass
 class Ranges:
-    """Of each input channel: least and largest value, sum and sum of squares, and how many there were."""
+    """Statistics of each input channel [channels]: smallest and largest value, sum, sum of squares; `count` values per channel."""
 
     least: Tensor
     largest: Tensor
@@ -56,7 +56,7 @@ class Ranges:
         return cls(torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf), zeros, zeros.clone())
 
     def add(self, rows: Tensor) -> None:
-        """Rows [positions, channels]."""
+        """Add rows [positions, channels]."""
         self.least = torch.minimum(self.least, rows.amin(0))
         self.largest = torch.maximum(self.largest, rows.amax(0))
         self.total += rows.sum(0)
@@ -66,13 +66,13 @@ class Ranges:
 
 @dataclass
 class Layer:
-    """A candidate, with what is known of it so far."""
+    """A layer that may be quantised, with everything that calibration has found out about it."""
 
     name: str
     stage: str
     module: nn.Conv2d | nn.Linear
     source: nn.Module | None
-    """What can take a factor a channel of the input: a depthwise convolution, a norm, the layer of the values; None behind a GELU."""
+    """The module before, if it can absorb a factor per channel: a depthwise convolution, a norm, qkv. None after a GELU."""
     full_weight: Tensor = field(init=False)
     full_bias: Tensor | None = field(init=False)
     ranges: Ranges | None = None
@@ -105,7 +105,7 @@ class Layer:
         return self.matrix.numel() * self.positions
 
     def keep_full(self) -> None:
-        """Take the module's present weights as the float ones."""
+        """Keep the module's present weights as the float weights."""
         self.full_weight = self.module.weight.data
         self.full_bias = None if self.module.bias is None else self.module.bias.data
 
@@ -139,25 +139,25 @@ class Layer:
 
 @dataclass
 class Unit:
-    """A part of the chain whose output is all that the rest sees. Its layers are one group of the plan; most units have some."""
+    """A part of the chain; later units see only its output. Its layers, if any, are one group of the plan."""
 
     name: str
     stage: str
     forward: Callable[[Tensor], Tensor]
     layers: list[Layer]
     floats: dict[str, nn.Module] = field(default_factory=dict)
-    """Modules that take factors, by their names in the weights file."""
+    """Modules that absorb factors, by their names in the weights file."""
     loss: dict[Decision, float] = field(default_factory=lambda: {"wide": 0.0})
     squared: dict[Decision, float] = field(default_factory=lambda: {"wide": 0.0})
     decision: Decision = "wide"
     best: Decision = "w8a8"
-    """The cheapest decision there is."""
+    """The cheapest possible decision."""
     cheapest: Decision = "w8a8"
-    """The cheapest one that the search at hand considers."""
+    """The cheapest decision that the present search considers."""
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of its candidates, of one picture."""
+        """Multiply-accumulates of its layers, per picture."""
         return sum(layer.macs for layer in self.layers)
 
     def use(self, decision: Decision) -> None:
@@ -165,7 +165,7 @@ class Unit:
             layer.use(layer.options.get(decision))
 
     def cost(self, decision: Decision, plan: PrecisionPlan) -> tuple[float, float]:
-        """Predicted time and bytes of its candidates."""
+        """Predicted time (relative) and bytes of its layers."""
         kind = plan.vision[self.stage]
         width = 1 if decision != "wide" else np.dtype(FLOAT_TYPES[kind]).itemsize
         weights = sum(layer.matrix.numel() for layer in self.layers)
@@ -203,13 +203,13 @@ def build_chain(encoder: FastViTHD, projector: nn.Sequential) -> list[Unit]:
     units.append(Unit("vision.final_conv", "final_conv", encoder.final_conv, []))
     linear = [_copy(projector[0]), _copy(projector[2])]
     layers = [Layer(f"projector.linear_{i + 1}", "projector", linear[i], None) for i in range(2)]
-    # Nothing averages the noise of the last two layers, and they are 1 % of the work; MatMul reads INT8 weights as they are.
+    # No later layer averages out the noise of these two, and they are 1 % of the work. MatMul can read INT8 weights directly.
     units.append(Unit("projector", "projector", lambda x: linear[1](F.gelu(linear[0](image_tokens(x)))), layers, best="weights"))
     return units
 
 
 def _copy(module: Any) -> Any:
-    """The module with parameters of its own, to be exchanged without touching the original; their memory is shared until then."""
+    """A copy whose parameters can be replaced without changing the original. Their memory is shared until then."""
     new = copy.copy(module)
     new._parameters = {
         name: None if parameter is None else nn.Parameter(parameter.data, requires_grad=False)
@@ -255,7 +255,7 @@ def _attention(path: str, stage: str, block: AttentionBlock) -> Unit:
         height, width = x.shape[2:]
         parts = qkv(norm(x).flatten(2).transpose(1, 2)).unflatten(2, (3, dim // HEAD_DIM, HEAD_DIM))
         q, k, v = parts.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # the query's scale is in its weights
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # the scale of the query is folded into its weights
         out = proj(out.transpose(1, 2).flatten(2))
         mixed: Tensor = x + out.transpose(1, 2).unflatten(2, (height, width))
         return mixed

@@ -114,14 +114,6 @@ class Dataset:
         count = str(len(self)) if len(self) == self.total else f"{len(self)} of {self.total}"
         return f"{count} examples of {self.source} ({self.format})"
 
-    def summary(self) -> str:
-        """`describe`, and after reading also how many were used and which were not."""
-        if not self.skipped:
-            return self.describe()
-        named = "; ".join(f"{item.id}: {item.reason}" for item in self.skipped[:3])
-        more = f"; and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else ""
-        return f"{self.describe()}, {len(self) - len(self.skipped)} used, {len(self.skipped)} skipped ({named}{more})"
-
 
 def open_data(source: str | os.PathLike[str], *, images: Path | None = None, limit: int | None = None, seed: int = 0) -> Dataset:
     """Open a file or a folder of pictures and questions; its content tells the format.

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -26,14 +27,14 @@ from tests.support.checkpoints import SIZES, write_checkpoint
 KINDS = [INT8_CHANNEL, WeightType(4, 32), WeightType(4, 64), WeightType(4, 128)]
 
 
-def inputs(rows, width, seed=0):
+def inputs(rows, width, seed: int = 0):
     """Inputs of a layer: few directions carry most of them, and some channels are large. Other seeds give other rows of the same layer."""
     rng = np.random.default_rng(7)
     mixing = rng.standard_normal((width, width)) * np.logspace(0, -2, width)[:, None] * rng.uniform(0.2, 3, width)
     return (np.random.default_rng(seed).standard_normal((rows, width)) @ mixing).astype(np.float32)
 
 
-def weights(width, outputs, seed=1):
+def weights(width, outputs, seed: int = 1):
     return (np.random.default_rng(seed).standard_normal((width, outputs)) / np.sqrt(width)).astype(np.float32)
 
 
@@ -41,7 +42,7 @@ def output_error(x, weight, quantized):
     return np.linalg.norm(x @ (dequantize(quantized) - weight)) / np.linalg.norm(x @ weight)
 
 
-def quantize_gptq(weight, moments, kind, scale_type=np.float32, ratios=RATIOS):
+def quantize_gptq(weight, moments, kind: str, scale_type=np.float32, ratios=RATIOS):
     """A whole matrix [inputs, outputs] at once, as `Quantized`."""
     solver = Solver(stored_type(kind, len(weight)), np.dtype(scale_type), factorize(torch.from_numpy(moments).clone()), ratios)
     found = solver.quantize(torch.from_numpy(weight))
@@ -51,7 +52,7 @@ def quantize_gptq(weight, moments, kind, scale_type=np.float32, ratios=RATIOS):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("scale_type", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest(kind, scale_type):
+def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest(kind: str, scale_type) -> None:
     weight = weights(256, 40)
     nearest = quantize_matrix(weight, kind, scale_type)
     found = quantize_gptq(weight, np.eye(256, dtype=np.float32), kind, scale_type, ratios=(1.0,))
@@ -60,7 +61,7 @@ def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest(kind, sc
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_searched_scales_are_no_worse_than_those_that_clip_nothing(kind):
+def test_searched_scales_are_no_worse_than_those_that_clip_nothing(kind: str) -> None:
     weight = weights(256, 40)
     errors = [
         np.linalg.norm(dequantize(quantized) - weight, axis=0)
@@ -70,7 +71,7 @@ def test_searched_scales_are_no_worse_than_those_that_clip_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_outputs_change_a_third_as_much_as_by_rounding_to_nearest(kind):
+def test_outputs_change_a_third_as_much_as_by_rounding_to_nearest(kind: str) -> None:
     x, unseen = inputs(1024, 256), inputs(256, 256, seed=1)
     weight = weights(256, 64)
     quantized = quantize_gptq(weight, x.T @ x / len(x), kind)
@@ -80,7 +81,7 @@ def test_outputs_change_a_third_as_much_as_by_rounding_to_nearest(kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("scale_type", [np.float16, ml_dtypes.bfloat16])
-def test_types_are_those_that_tensorrt_takes(kind, scale_type):
+def test_types_are_those_that_tensorrt_takes(kind: str, scale_type) -> None:
     x, weight = inputs(300, 256), weights(256, 48)
     quantized = quantize_gptq(weight, x.T @ x, kind, scale_type)
     nearest = quantize_matrix(weight, kind, scale_type)
@@ -95,14 +96,14 @@ def test_types_are_those_that_tensorrt_takes(kind, scale_type):
     assert values.max() <= (7 if kind.bits == 4 else 127)
 
 
-def test_inputs_that_no_block_divides_get_int8():
+def test_inputs_that_no_block_divides_get_int8() -> None:
     x, weight = inputs(100, 40), weights(40, 8)
     quantized = quantize_gptq(weight, x.T @ x, INT4_BLOCK)
     assert quantized.values.dtype == np.int8
     assert quantized.scales.shape == (8,)
 
 
-def test_inputs_that_are_always_zero_and_weights_that_are_zero_do_no_harm():
+def test_inputs_that_are_always_zero_and_weights_that_are_zero_do_no_harm() -> None:
     x, weight = inputs(100, 64), weights(64, 8)
     x[:, 5] = 0
     weight[:, 3] = 0
@@ -116,11 +117,11 @@ def test_inputs_that_are_always_zero_and_weights_that_are_zero_do_no_harm():
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def source(tmp_path_factory: pytest.TempPathFactory):
     return open_checkpoint(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"), layout="apple")))
 
 
-def conversations(source, count, seed=0):
+def conversations(source, count, seed: int = 0):
     """Pictures of 4 rows, each before 40 ids: all about the same few things, as real ones are."""
     rng, text = np.random.default_rng(seed), source.text
     things = np.random.default_rng(7).standard_normal((6, text.hidden)) / 2
@@ -150,7 +151,7 @@ def decoder_logits(source, plan, quantized, folder, asked):
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_the_graph_is_nearer_to_pytorch_than_by_rounding_to_nearest(source, tmp_path, precision):
+def test_the_graph_is_nearer_to_pytorch_than_by_rounding_to_nearest(source, tmp_path: Path, precision: str) -> None:
     plan = replace(PLANS[precision], embedding=PLAIN)  # which is rounded the same way in both
     asked = list(conversations(source, 4, seed=1))
     expected = np.concatenate([reference_logits(source, ids, features, range(len(ids)), lambda: None)[0] for ids, features in asked])
@@ -165,7 +166,7 @@ def test_the_graph_is_nearer_to_pytorch_than_by_rounding_to_nearest(source, tmp_
     assert errors[0] < 0.8 * errors[1]
 
 
-def test_every_matrix_has_the_shape_and_type_that_rounding_to_nearest_gives_it(source, tmp_path):
+def test_every_matrix_has_the_shape_and_type_that_rounding_to_nearest_gives_it(source, tmp_path: Path) -> None:
     plan = replace(PLANS["int4"], decoder="bf16")
     with calibrate_decoder(source, conversations(source, 4), plan) as calibrated:
         files = [WeightsFile(tmp_path / name) for name in ("calibrated", "nearest")]
@@ -178,7 +179,7 @@ def test_every_matrix_has_the_shape_and_type_that_rounding_to_nearest_gives_it(s
     assert scales == {np.dtype(FLOAT_TYPES["bf16"])}
 
 
-def test_calibrating_twice_gives_the_same_integers(source):
+def test_calibrating_twice_gives_the_same_integers(source) -> None:
     with (
         calibrate_decoder(source, conversations(source, 6), PLANS["int4"]) as first,
         calibrate_decoder(source, conversations(source, 6), PLANS["int4"]) as second,
@@ -190,7 +191,7 @@ def test_calibrating_twice_gives_the_same_integers(source):
         assert first.errors == second.errors
 
 
-def test_scales_of_another_type_are_refused(source, tmp_path):
+def test_scales_of_another_type_are_refused(source, tmp_path: Path) -> None:
     with calibrate_decoder(source, conversations(source, 2), PLANS["int8"]) as calibrated:
         weights = WeightsFile(tmp_path / "decoder.weights")
         with pytest.raises(ValueError, match="calibrate with the same plan"):
@@ -198,13 +199,13 @@ def test_scales_of_another_type_are_refused(source, tmp_path):
         weights.close()
 
 
-def test_no_conversation_is_refused_and_nothing_is_left(source, tmp_path):
+def test_no_conversation_is_refused_and_nothing_is_left(source, tmp_path: Path) -> None:
     with pytest.raises(FastVLMError, match="no conversations"):
         calibrate_decoder(source, [], PLANS["int8"], directory=tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-def test_activations_that_are_not_finite_are_refused(source, tmp_path):
+def test_activations_that_are_not_finite_are_refused(source, tmp_path: Path) -> None:
     ids, features = next(conversations(source, 1))
     features[2, 7] = np.inf
     with pytest.raises(FastVLMError, match=r"inputs of llm\.layers\.0\.qkv are not finite"):
@@ -212,15 +213,15 @@ def test_activations_that_are_not_finite_are_refused(source, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_progress_counts_every_matrix_and_the_folder_goes_when_closed(source, tmp_path):
+def test_progress_counts_every_matrix_and_the_folder_goes_when_closed(source, tmp_path: Path) -> None:
     class Watch:
         stages: list[tuple[str, int | None]] = []  # noqa: RUF012
         count = 0
 
-        def stage(self, name, total=None):
+        def stage(self, name: str, total=None) -> None:
             self.stages.append((name, total))
 
-        def advance(self, amount=1):
+        def advance(self, amount=1) -> None:
             self.count += amount
 
     progress = Watch()
@@ -246,7 +247,7 @@ with calibrate_decoder(checkpoint, talk, PLANS["int4"]):
 """
 
 
-def test_memory_does_not_grow_with_the_layers(tmp_path, monkeypatch):
+def test_memory_does_not_grow_with_the_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = replace(SIZES["tiny"], hidden=512, heads=8, kv_heads=2, head_dim=64, intermediate=1024)
     peaks = []
     for layers in (2, 8):

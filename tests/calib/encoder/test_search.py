@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -36,7 +37,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def pictures(count, seed=0):
+def pictures(count, seed: int = 0):
     """Smooth random pictures: neighbouring pixels are alike, as in photographs."""
     torch.manual_seed(seed)
     coarse = torch.rand(count, 3, SIZE // 8, SIZE // 8)
@@ -100,7 +101,7 @@ def plainly(model, images):
     for layer in layers:
         layer.histogram = Histogram()
 
-    def look(layer, rows):
+    def look(layer, rows) -> None:
         layer.positions = len(rows)
         layer.histogram.add(rows.numpy())
 
@@ -128,7 +129,7 @@ def correlated(inputs=48, outputs=32, rows=4000):
     return torch.randn(rows, 6) @ torch.randn(6, inputs) + 0.2 * torch.randn(rows, inputs), torch.randn(outputs, inputs)
 
 
-def test_rounding_to_data_halves_the_error_of_the_output():
+def test_rounding_to_data_halves_the_error_of_the_output() -> None:
     x, weight = correlated()
     scales = weight.abs().amax(1) / 127
     moment = x.T @ x / len(x)
@@ -139,25 +140,25 @@ def test_rounding_to_data_halves_the_error_of_the_output():
     assert errors[1] < errors[0] / 4  # of the square
 
 
-def test_inputs_that_tell_nothing_of_each_other_are_rounded_to_nearest():
+def test_inputs_that_tell_nothing_of_each_other_are_rounded_to_nearest() -> None:
     _, weight = correlated()
     scales = weight.abs().amax(1) / 127
     assert torch.equal(round_to_data(weight, scales, torch.eye(48)), round_to_nearest(weight, scales))
 
 
 @pytest.mark.parametrize("moment", [torch.zeros(48, 48), torch.ones(48, 48)])
-def test_inputs_that_are_dead_or_all_the_same_can_be_rounded(moment):
+def test_inputs_that_are_dead_or_all_the_same_can_be_rounded(moment) -> None:
     _, weight = correlated()
     rounded = round_to_data(weight, weight.abs().amax(1) / 127, moment)
     assert torch.isfinite(rounded).all()
 
 
-def test_fake_quantisation_is_that_of_onnx():
+def test_fake_quantisation_is_that_of_onnx() -> None:
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 126.6, 500.0, -500.0])
     assert fake_quantize(x, 1.0).tolist() == [0, 2, 2, 0, -2, 127, 127, -128]
 
 
-def test_folding_and_equalising_change_nothing_in_floats(heavy, images):
+def test_folding_and_equalising_change_nothing_in_floats(heavy, images) -> None:
     encoder, projector = heavy
     search = observed(heavy, images)
     assert any(layer.strength for unit in search.units for layer in unit.layers)
@@ -170,7 +171,7 @@ def test_folding_and_equalising_change_nothing_in_floats(heavy, images):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_bias_correction_takes_the_mean_error_away(heavy, images):
+def test_bias_correction_takes_the_mean_error_away(heavy, images) -> None:
     """Of one layer on the pictures it was made with; the samples are all positions at this size."""
     search = observed(heavy, images)
     layer = next(unit for unit in search.units if unit.name == "vision.stages.1.blocks.0.mlp").layers[1]
@@ -193,7 +194,7 @@ def test_bias_correction_takes_the_mean_error_away(heavy, images):
 
 
 @pytest.mark.parametrize("name", ["model", "heavy"])
-def test_the_techniques_together_lose_far_less_than_plain_rounding(name, images, request):
+def test_the_techniques_together_lose_far_less_than_plain_rounding(name: str, images, request: pytest.FixtureRequest) -> None:
     model, heldout = request.getfixturevalue(name), [picture.numpy() for picture in pictures(4, seed=5)]
     plain = loss(plainly(model, images), "w8a8", heldout)
     whole = loss(observed(model, images), "w8a8", heldout)
@@ -203,7 +204,7 @@ def test_the_techniques_together_lose_far_less_than_plain_rounding(name, images,
 # Plans ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_meets_its_bound_and_widens_what_hurts_most(heavy, images):
+def test_the_plan_meets_its_bound_and_widens_what_hurts_most(heavy, images) -> None:
     search = plainly(heavy, images)
     search.measure(images[:2])
     found = {bound: search.choose(images, bound=bound, disproportion=float("inf")) for bound in (1.0, 1e-5, 3e-6, 1e-6, 0.0)}
@@ -218,7 +219,7 @@ def test_the_plan_meets_its_bound_and_widens_what_hurts_most(heavy, images):
     assert all(record.reason for record in found[3e-6].records)
 
 
-def test_what_harms_most_for_little_work_is_spared_whatever_the_bound(heavy, images):
+def test_what_harms_most_for_little_work_is_spared_whatever_the_bound(heavy, images) -> None:
     search = plainly(heavy, images[:2])
     search.measure(images[:1])
     candidates = [unit for unit in search.units if unit.layers and unit.best == "w8a8"]
@@ -239,7 +240,7 @@ def test_what_harms_most_for_little_work_is_spared_whatever_the_bound(heavy, ima
     assert (first.decision, second.decision, third.decision) == ("wide", "weights", "w8a8")
 
 
-def test_damage_of_weights_alone_is_measured_where_it_is_much(heavy, images):
+def test_damage_of_weights_alone_is_measured_where_it_is_much(heavy, images) -> None:
     search = plainly(heavy, images[:2])
     search.measure(images[:1])
     x = torch.from_numpy(images[0])
@@ -258,13 +259,13 @@ def test_damage_of_weights_alone_is_measured_where_it_is_much(heavy, images):
     assert measured and estimated
 
 
-def test_the_projector_never_gets_int8_inputs(heavy, images):
+def test_the_projector_never_gets_int8_inputs(heavy, images) -> None:
     result = quantized(heavy, images, bound=1.0)
     assert result.share("weights") > 0
     assert all(name not in result.activation_scales for name in ("projector.linear_1", "projector.linear_2"))
 
 
-def test_depthwise_and_squeeze_excite_stay_wide(model, images):
+def test_depthwise_and_squeeze_excite_stay_wide(model, images) -> None:
     result = quantized(model, images, bound=1.0)
     by_kind = {
         kind: {record.decision for record in result.records if record.kind == kind} for kind in ("grouped", "squeeze-excite", "first")
@@ -275,7 +276,7 @@ def test_depthwise_and_squeeze_excite_stay_wide(model, images):
     assert len({record.name for record in result.records}) == len(result.records)
 
 
-def test_a_known_observation_is_not_made_again(heavy, images, tmp_path, monkeypatch):
+def test_a_known_observation_is_not_made_again(heavy, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(key):
         search = VisionSearch(*heavy, FP32)
         search.observe(images[:2], cache=ObservationCache(tmp_path / "cache" / "vision.npz", f"{key} {search.key()}"))
@@ -313,7 +314,7 @@ def write_graph(folder, model, result, plan, *, activations=True, size=SIZE):
 
 
 @pytest.mark.parametrize(("make", "bound"), [(plainly, 1.0), (observed, 1.0), (observed, 1e-4)])
-def test_the_graph_computes_what_the_simulation_does(tmp_path, heavy, images, make, bound):
+def test_the_graph_computes_what_the_simulation_does(tmp_path: Path, heavy, images, make, bound) -> None:
     search = make(heavy, images)
     search.measure(images[:1])
     result = search.choose(images[:2], bound=bound)
@@ -331,7 +332,7 @@ def test_the_graph_computes_what_the_simulation_does(tmp_path, heavy, images, ma
             assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
 
 
-def test_a_graph_without_activations_is_the_same_model(tmp_path, heavy, images):
+def test_a_graph_without_activations_is_the_same_model(tmp_path: Path, heavy, images) -> None:
     result = quantized(heavy, images, bound=1.0)
     path, graph = write_graph(tmp_path, heavy, result, FP32, activations=False)
     operators = [node.op_type for node in graph.nodes]
@@ -342,7 +343,7 @@ def test_a_graph_without_activations_is_the_same_model(tmp_path, heavy, images):
     assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
 
 
-def test_tensorrt_takes_the_graph(tmp_path, model, images):
+def test_tensorrt_takes_the_graph(tmp_path: Path, model, images) -> None:
     """The parser of 10.3 by its table; TensorRT for RTX by building an engine for an RTX 30 without having one."""
     trt = pytest.importorskip("tensorrt_rtx")
     plan = precision_plan("int8")
