@@ -108,12 +108,12 @@ def make_model(contender: Contender, checkpoint: Path, folder: Path) -> Path:
     """The contender's model directory, made where it is not there yet."""
     model = folder / f"{contender.precision}{'-calibrated' if contender.calibrated else ''}"
     if not model.exists():
-        calibrator = (
-            Quantizer(Options(str(scene_questions(folder, "calibration", CALIBRATION)), limit=CALIBRATION))
+        calibrate = (
+            Quantizer(Options(str(scene_questions(folder, "calibration", CALIBRATION)), limit=CALIBRATION)).calibrate
             if contender.calibrated
             else None
         )
-        convert(str(checkpoint), model, precision=contender.precision, calibrator=calibrator, progress=stderr_progress())
+        convert(str(checkpoint), model, precision=contender.precision, calibrate=calibrate, progress=stderr_progress())
     return model
 
 

@@ -1,4 +1,4 @@
-"""Calibrated quantisation as a step of the conversion: data in, integers for encoder and decoder out, and the report on both."""
+"""Calibrated quantisation as a step of `convert`: opens the data, chooses integers for encoder and decoder, and writes the report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import overload
@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from fastvlm_edge.backends.verification import ANSWER, QUESTION
+from fastvlm_edge.calib.accuracy import Question, Score, points_lost, score
 from fastvlm_edge.calib.decoder import DecoderQuantization, calibrate_decoder
 from fastvlm_edge.calib.encoder.cache import FeatureCache, ObservationCache
 from fastvlm_edge.calib.encoder.search import LayerRecord, VisionQuantization, VisionSearch
-from fastvlm_edge.calib.judge import Question, Score, drop, score
 from fastvlm_edge.calib.report.document import (
     CalibrationData,
     Decision,
@@ -34,8 +34,9 @@ from fastvlm_edge.calib.report.document import (
     write_report,
 )
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
+from fastvlm_edge.convert.conversion import Calibration, Conversion
 from fastvlm_edge.convert.graphs.placement import check_placement
-from fastvlm_edge.convert.precision import PrecisionPlan
+from fastvlm_edge.convert.precision import vision_stage
 from fastvlm_edge.convert.reference.fastvithd import FastViTHD, image_tokens
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
 from fastvlm_edge.errors import FastVLMError
@@ -50,141 +51,87 @@ from fastvlm_edge.progress import Progress
 Float32 = npt.NDArray[np.float32]
 
 MINIMUM = 8
-"""Pictures below which ranges say nothing."""
+"""Fewest pictures from which ranges mean anything."""
 VISION_PIXELS = 8 << 20
-"""Enough for ranges and second moments of the encoder, whatever the pictures' size: 32 of 512 px, MINIMUM of 1024 px. More of these take
-minutes each and say little: each has thousands of positions."""
+"""Pixels that are enough for ranges and second moments of the encoder: 32 pictures of 512 px, or MINIMUM pictures of 1024 px. More pictures
+add little, because each has thousands of positions, and take minutes each."""
 POSITIONS = 40_000
-"""Enough positions of conversations for the decoder."""
+"""Positions of conversations that are enough for the decoder."""
 DAMAGE = 0.001
-"""1 - cosine of the image features that a plan may cost where no accuracy is asked for."""
+"""Largest accepted 1 - cosine of the image features if no accuracy drop is given."""
 DAMAGES = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001, 0.0)
-"""Tried in this order until the accuracy holds; the last leaves the encoder in floats."""
+"""Bounds that are tried in this order until the accuracy is kept; the last one leaves the encoder in floats."""
+HELD_OUT = 100
+"""Questions that measure the accuracy; they are not used for calibration."""
 _DECISIONS: dict[str, Decision] = {"w8a8": "int8", "weights": "int8 weights", "wide": "wide"}
-JUDGED = 100
-"""Questions that judge the accuracy; none of them calibrates."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `fastvlm-edge convert --calib` was told."""
+    """The calibration options of `fastvlm-edge convert`."""
 
     source: str
-    """As `open_data` takes it."""
+    """The calibration data, as `open_data` takes it."""
     images: Path | None = None
+    """Directory of the pictures; None means beside the data."""
     limit: int = 128
-    """Examples that calibrate."""
+    """Number of calibration examples."""
     accuracy_drop: float | None = None
-    """Points that may be lost, of 100; None bounds the damage to the image features instead."""
+    """Largest accepted loss in percentage points. None bounds the damage to the image features (DAMAGE) instead."""
     cache: Path | None = None
-    """Folder for what was observed."""
-
-
-@dataclass
-class Calibrated:
-    """The result; close it when the weights are written."""
-
-    vision: VisionQuantization
-    decoder: DecoderQuantization
-    source: str
-    used: int
-    skipped: list[str]
-    accuracy: dict[str, float] = field(default_factory=dict)
-    """Figures of the judge, where it was asked."""
-    seconds: float = 0.0
-
-    accuracy_drop: float | None = None
-    """As it was asked for."""
-
-    def close(self) -> None:
-        """Remove the temporary files of the decoder's matrices."""
-        self.decoder.close()
-
-    def write_report(self, directory: Path, manifest: Manifest) -> None:
-        """`quantization.json` and `quantization.html` in the model directory."""
-        placements = {part: check_placement(directory / f"{part}.onnx") for part in PARTS}
-        features, groups = manifest.parity["image_features_w8a8"], _groups(self.vision)
-        write_report(
-            directory,
-            QuantizationReport(
-                model=manifest.name,
-                precision=manifest.precision,
-                toolkit_version=manifest.toolkit_version,
-                date=date.today().isoformat(),
-                calibration=CalibrationData(self.source, self.used, self.skipped, round(self.seconds, 1)),
-                accuracy_drop=self.accuracy_drop,
-                vision=VisionReport(
-                    observer="mse",
-                    bound=self.vision.bound,
-                    predicted=sum(group.relative_error for group in groups if group.decision == "int8"),
-                    measured_cosine=features["cosine"],
-                    measured_relative=features["relative"] ** 2,
-                    groups=groups,
-                ),
-                decoder=DecoderReport("GPTQ", [_matrix(self.decoder, name) for name in self.decoder.names()]),
-                placement={part: placement.macs for part, placement in placements.items()},
-                fallbacks=[asdict(fallback) for placement in placements.values() for fallback in placement.fallbacks],
-                bytes={name: record.bytes for name, record in manifest.files.items()},
-                evaluation={**self.accuracy, "parity": manifest.parity},
-            ),
-        )
+    """Directory for observations, so that a second calibration is faster; None keeps nothing."""
 
 
 class Quantizer:
-    """Reads the data when the conversion needs it; implements `convert.convert.Calibrator`."""
+    """Calibration with one set of data. Its method `calibrate` is what `convert` takes."""
 
     def __init__(self, options: Options) -> None:
-        """Raises FastVLMError where the data cannot be opened or has too little."""
+        """Open the data. Raises FastVLMError if that fails or if there are too few examples."""
         if options.limit < MINIMUM:
-            raise FastVLMError(f"calibration with {options.limit} examples is too little; give at least {MINIMUM}")
+            raise FastVLMError(f"{options.limit} calibration examples are too few", f"give at least {MINIMUM} with --calib-limit")
         if options.accuracy_drop is not None and not options.accuracy_drop > 0:
-            raise FastVLMError(f"an accuracy drop of {options.accuracy_drop:g} points cannot be promised; give more than 0")
+            raise FastVLMError(f"--accuracy-drop must be greater than 0 (got {options.accuracy_drop:g})")
         self.options = options
-        judged = 0 if options.accuracy_drop is None else JUDGED
+        held_out = 0 if options.accuracy_drop is None else HELD_OUT
         self.minimum = MINIMUM if options.accuracy_drop is None else MINIMUM * 4 // 3 + 1
-        self.data: Dataset = open_data(options.source, images=options.images, limit=options.limit + judged)
+        self.data: Dataset = open_data(options.source, images=options.images, limit=options.limit + held_out)
         if len(self.data) < self.minimum:
-            judges = "" if options.accuracy_drop is None else ", with some to judge the accuracy drop by,"
-            raise FastVLMError(f"{options.source} has {len(self.data)} examples and calibration{judges} needs at least {self.minimum}")
+            purpose = "calibration" if options.accuracy_drop is None else "calibration with --accuracy-drop"
+            raise FastVLMError(f"{options.source} has {len(self.data)} examples, but {purpose} needs at least {self.minimum}", "add more")
 
-    def calibrate(
-        self,
-        source: Checkpoint,
-        encoder: FastViTHD,
-        projector: nn.Sequential,
-        plan: PrecisionPlan,
-        manifest: Manifest,
-        tokenizer: TextTokenizer,
-        folder: Path,
-        progress: Progress,
-    ) -> Calibrated:
-        """Quantise for `plan`. Temporary files go to `folder`. Raises FastVLMError where data or accuracy do not suffice."""
+    def calibrate(self, conversion: Conversion, encoder: FastViTHD, projector: nn.Sequential) -> Calibration:
+        """Choose integers for the plan of a conversion. Raises FastVLMError if data or accuracy are not sufficient.
+
+        `encoder` is in inference form; neither module is changed. Temporary files are in the conversion's directory while it runs.
+        """
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".calibration-") as name:
+        source, plan, manifest, progress = conversion.source, conversion.plan, conversion.manifest, conversion.progress
+        with tempfile.TemporaryDirectory(dir=conversion.directory, prefix=".calibration-") as name:
             examples, pictures = self._read(manifest, Path(name), progress)
-            judged = len(examples) - self._count(len(examples))
-            used = len(examples) - judged
-            questions = [_question(example, manifest, tokenizer) for example in examples]
+            used = self._count(len(examples))
+            questions = [_question(example, manifest, conversion.tokenizer) for example in examples]
             features = _encode(encoder, projector, pictures, self._feature_cache(source), progress)
 
             search = VisionSearch(encoder, projector, plan, folder=Path(name), progress=progress)
             seen = pictures[: min(used, max(MINIMUM, VISION_PIXELS // manifest.vision.image_size**2))]
             search.observe(seen, cache=self._cache(source, seen, search.key()))
             search.measure(seen[:2])
-            conversations = itertools.islice(zip(questions, features, strict=True), used)
-            decoder = calibrate_decoder(source, _enough(conversations), plan, progress=progress, directory=folder)
-            try:
-                rest = questions[used:], features[used:], pictures[used:]
-                vision, accuracy = self._choose(source, plan, search, seen, decoder, rest, progress)
-            except BaseException:
-                decoder.close()
-                raise
+            conversations = _enough(itertools.islice(zip(questions, features, strict=True), used))
+            decoder = calibrate_decoder(source, conversations, plan, progress=progress, directory=conversion.directory)
+            conversion.cleanup.callback(decoder.close)
+            accuracy: dict[str, float] = {}
+            if self.options.accuracy_drop is None:
+                vision = search.choose(seen, bound=DAMAGE)
+            else:
+                held_out = _HeldOut(questions[used:], features[used:], pictures[used:])
+                vision, accuracy = self._keep_accuracy(conversion, search, seen, decoder, held_out, self.options.accuracy_drop)
         skipped = [f"{item.id}: {item.reason}" for item in self.data.skipped]
-        seconds = time.perf_counter() - began
-        return Calibrated(vision, decoder, self.options.source, used, skipped, accuracy, seconds, self.options.accuracy_drop)
+        data = CalibrationData(self.options.source, used, skipped, round(time.perf_counter() - began, 1))
+        found = _Findings(vision, decoder, data, self.options.accuracy_drop, accuracy)
+        return Calibration(vision, decoder, found.write_report)
 
     def _count(self, total: int) -> int:
-        """How many of `total` examples calibrate: all but those that judge, and three quarters where there are few."""
+        """How many of `total` examples calibrate: all except those that are held out, or three quarters if there are few."""
         return total if self.options.accuracy_drop is None else max(min(self.options.limit, total * 3 // 4), MINIMUM)
 
     def _read(self, manifest: Manifest, folder: Path, progress: Progress) -> tuple[list[Example], _Pictures]:
@@ -209,47 +156,99 @@ class Quantizer:
             return None
         return FeatureCache(self.options.cache / f"features-{_weights_key(source)[:16]}")
 
-    def _choose(
+    def _keep_accuracy(
         self,
-        source: Checkpoint,
-        plan: PrecisionPlan,
+        conversion: Conversion,
         search: VisionSearch,
         seen: Sequence[Float32],
         decoder: DecoderQuantization,
-        judged: tuple[Sequence[Question], Sequence[Float32], Sequence[Float32]],
-        progress: Progress,
+        held_out: _HeldOut,
+        allowed: float,
     ) -> tuple[VisionQuantization, dict[str, float]]:
-        """The cheapest plan of the encoder: within DAMAGE, or the first of DAMAGES that keeps the accuracy on the questions `judged`."""
-        allowed = self.options.accuracy_drop
-        if allowed is None:
-            return search.choose(seen, bound=DAMAGE), {}
-        questions, features, pictures = judged
+        """The encoder's plan for the first of DAMAGES that loses at most `allowed` points on the held-out questions, and the figures.
+
+        Raises FastVLMError if even an encoder in floats loses more.
+        """
+        source, plan, progress = conversion.source, conversion.plan, conversion.progress
         layers = source.text.layers
-        progress.stage("judge the original", layers)
-        before = score(source, questions, features, progress.advance)
+        progress.stage("measure the original model", layers)
+        before = score(source, held_out.questions, held_out.features, progress.advance)
         quantized = QuantizedDecoder(source, decoder, embedding=bool(plan.embedding.bits))
         lost = 0.0
         for damage in DAMAGES:
             vision = search.choose(seen, bound=damage)
             search.apply(vision)
-            progress.stage(f"judge a damage of {damage:g}", layers + len(pictures))
-            found = []
-            for picture in pictures:
-                found.append(search.run(torch.from_numpy(picture))[0].numpy())
+            progress.stage(f"measure with damage up to {damage:g}", layers + len(held_out.pictures))
+            features = []
+            for picture in held_out.pictures:
+                features.append(search.run(torch.from_numpy(picture))[0].numpy())
                 progress.advance()
-            after = score(quantized, questions, found, progress.advance)
-            lost = drop(before, after)
-            progress.note(f"a damage of {damage:g} to the image features costs {lost:.2f} points")
+            after = score(quantized, held_out.questions, features, progress.advance)
+            lost = points_lost(before, after)
+            progress.note(f"with damage up to {damage:g} to the image features, the model loses {lost:.2f} points")
             if lost <= allowed:
                 return vision, _figures(before, after, lost, allowed)
         raise FastVLMError(
-            f"{lost:.2f} points are lost with the encoder in floats already, {allowed:g} are allowed: it is the decoder; "
-            "choose --precision int8 instead of int4, or fp16, or allow more with --accuracy-drop"
+            f"the decoder alone loses {lost:.2f} points (limit: {allowed:g}), even with a floating-point encoder",
+            "choose --precision int8 instead of int4, or fp16, or allow more with --accuracy-drop",
+        )
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Examples that measure the accuracy and are not used for calibration."""
+
+    questions: Sequence[Question]
+    features: Sequence[Float32]
+    """Image features [tokens, hidden] of each question's picture, in FP32."""
+    pictures: Sequence[Float32]
+    """pixel_values [1, 3, size, size]"""
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What was chosen for a model, from which data, and at what cost: the content of the report."""
+
+    vision: VisionQuantization
+    decoder: DecoderQuantization
+    data: CalibrationData
+    accuracy_drop: float | None
+    """As asked for."""
+    accuracy: dict[str, float]
+    """Figures on the held-out questions; empty without `accuracy_drop`."""
+
+    def write_report(self, directory: Path, manifest: Manifest) -> None:
+        """Write `quantization.json` and `quantization.html` into the model directory, whose graphs and parity figures are complete."""
+        placements = {part: check_placement(directory / f"{part}.onnx") for part in PARTS}
+        features, groups = manifest.parity["image_features_w8a8"], _groups(self.vision)
+        write_report(
+            directory,
+            QuantizationReport(
+                model=manifest.name,
+                precision=manifest.precision,
+                toolkit_version=manifest.toolkit_version,
+                date=date.today().isoformat(),
+                calibration=self.data,
+                accuracy_drop=self.accuracy_drop,
+                vision=VisionReport(
+                    observer="mse",
+                    bound=self.vision.bound,
+                    predicted=sum(group.relative_error for group in groups if group.decision == "int8"),
+                    measured_cosine=features["cosine"],
+                    measured_relative=features["relative"] ** 2,
+                    groups=groups,
+                ),
+                decoder=DecoderReport("GPTQ", [_matrix(self.decoder, name) for name in self.decoder.names()]),
+                placement={part: placement.macs for part, placement in placements.items()},
+                fallbacks=[asdict(fallback) for placement in placements.values() for fallback in placement.fallbacks],
+                bytes={name: record.bytes for name, record in manifest.files.items()},
+                evaluation={**self.accuracy, "parity": manifest.parity},
+            ),
         )
 
 
 class _Pictures(Sequence[Float32]):
-    """pixel_values [1, 3, size, size] in files: 128 of 1024 px would be 1.6 GB."""
+    """pixel_values [1, 3, size, size], kept in files: 128 pictures of 1024 px would need 1.6 GB of memory."""
 
     def __init__(self, folder: Path, names: Sequence[Path] = ()) -> None:
         self._folder, self._names = folder, list(names)
@@ -260,7 +259,7 @@ class _Pictures(Sequence[Float32]):
         self._names.append(path)
 
     def digest(self, index: int) -> str:
-        """Of a picture's shape and pixels."""
+        """sha256 of a picture's shape and pixels."""
         return hashlib.sha256(self._names[index].read_bytes()).hexdigest()
 
     def __len__(self) -> int:
@@ -278,7 +277,7 @@ class _Pictures(Sequence[Float32]):
 
 
 def _weights_key(source: Checkpoint) -> str:
-    """Says which weights a cache is of, without reading them."""
+    """Identifies the weights that a cache belongs to by names, sizes and times of their files, without reading them."""
     return _digest(source.location, *(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in source.weights))
 
 
@@ -290,7 +289,7 @@ def _digest(*parts: str) -> str:
 def _encode(
     encoder: FastViTHD, projector: nn.Sequential, pictures: _Pictures, cache: FeatureCache | None, progress: Progress
 ) -> list[Float32]:
-    """Image features [tokens, hidden] in FP32."""
+    """Image features [tokens, hidden] of every picture in FP32, from the cache where it has them."""
     progress.stage("encode", len(pictures))
     features = []
     for index in range(len(pictures)):
@@ -306,7 +305,7 @@ def _encode(
 
 
 def _question(example: Example, manifest: Manifest, tokenizer: TextTokenizer) -> Question:
-    """What the runtime would ask; the most frequent known answer, or a stored one where there is none."""
+    """An example as the runtime would ask it, with its most frequent answer, or with a stock answer if the data has none."""
     template = ChatTemplate(tokenizer, manifest)
     known = bool(example.answers) and example.prompt is not None
     answer = max(set(example.answers), key=example.answers.count) if known else ANSWER
@@ -315,7 +314,7 @@ def _question(example: Example, manifest: Manifest, tokenizer: TextTokenizer) ->
 
 
 def _enough(conversations: Iterator[tuple[Question, Float32]]) -> Iterator[tuple[list[int], Float32]]:
-    """Conversations until there are POSITIONS."""
+    """Ids and image features of conversations, until they have POSITIONS positions."""
     positions = 0
     for question, features in conversations:
         yield question.ids, features
@@ -325,14 +324,14 @@ def _enough(conversations: Iterator[tuple[Question, Float32]]) -> Iterator[tuple
 
 
 def _groups(vision: VisionQuantization) -> list[GroupReport]:
-    """The records group by group; a layer that is no candidate is a group of its own."""
+    """The records, grouped for the report; a layer that is not a candidate for INT8 is a group by itself."""
     groups: dict[str, list[LayerRecord]] = {}
     for record in vision.records:
         groups.setdefault(record.group or record.name, []).append(record)
     return [
         GroupReport(
             name=name,
-            stage=_stage(name),
+            stage=vision_stage(name),
             kind="+".join(dict.fromkeys(record.kind for record in records)),
             macs=sum(record.macs for record in records),
             weight_bytes=sum(record.weight_bytes for record in records),
@@ -356,12 +355,6 @@ def _groups(vision: VisionQuantization) -> list[GroupReport]:
         )
         for name, records in groups.items()
     ]
-
-
-def _stage(name: str) -> str:
-    """The key of VISION_STAGES that a layer or group belongs to."""
-    part, _, rest = name.removeprefix("vision.").partition(".")
-    return f"stage{int(rest.partition('.')[0]) + 1}" if part == "stages" else part
 
 
 def _matrix(decoder: DecoderQuantization, name: str) -> MatrixReport:

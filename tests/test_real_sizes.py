@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def converted(source: Path, output: Path, precision: str) -> tuple[float, float]
 
 @pytest.mark.parametrize("layout", ["apple", "hub", "native"])
 @pytest.mark.parametrize("size", ["0.5b", "1.5b"])
-def test_every_layout_converts_and_answers(tmp_path, layout, size):
+def test_every_layout_converts_and_answers(tmp_path: Path, layout: str, size) -> None:
     source = write_checkpoint(tmp_path / "ck", layout=layout, size=size)
     seconds, peak = converted(source, tmp_path / "model", "int4")
     manifest = read_manifest(tmp_path / "model")
@@ -50,7 +51,7 @@ def test_every_layout_converts_and_answers(tmp_path, layout, size):
         assert vlm.generate("What is it?", image=skimage.data.coffee(), max_new_tokens=8).token_ids
 
 
-def test_7b_converts_to_int4_in_8_gib(tmp_path):
+def test_7b_converts_to_int4_in_8_gib(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "ck", layout="hub", size="7b", shards=4)
     seconds, peak = converted(source, tmp_path / "model", "int4")
     manifest = read_manifest(tmp_path / "model")
@@ -60,7 +61,7 @@ def test_7b_converts_to_int4_in_8_gib(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_0_5b_gives_the_tokens_of_transformers(tmp_path, tied):
+def test_0_5b_gives_the_tokens_of_transformers(tmp_path: Path, tied) -> None:
     from tokenizers import Tokenizer
 
     from tests.support.timm_reference import load_reference
@@ -79,7 +80,7 @@ def test_0_5b_gives_the_tokens_of_transformers(tmp_path, tied):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
-def test_0_5b_engines_keep_the_types_of_their_weights(tmp_path, precision):
+def test_0_5b_engines_keep_the_types_of_their_weights(tmp_path: Path, precision: str) -> None:
     """TensorRT for RTX, without a GPU; an engine that is larger than its weights has widened or doubled some."""
     pytest.importorskip("tensorrt_rtx")
     from fastvlm_edge.engines.build import Options, build
@@ -92,7 +93,9 @@ def test_0_5b_engines_keep_the_types_of_their_weights(tmp_path, precision):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_0_5b_with_int8_activations_builds_for_sm86_and_keeps_its_types(tmp_path, demo_scenes, precision):
+def test_0_5b_with_int8_activations_builds_for_sm86_and_keeps_its_types(
+    tmp_path: Path, demo_scenes: Callable[[str, int], Path], precision: str
+) -> None:
     """As above, calibrated: Q and DQ around the encoder's products, integers from GPTQ. Half the trained size, to save an hour."""
     pytest.importorskip("tensorrt_rtx")
     from fastvlm_edge.calib.quantizer import Options as Calibration
@@ -101,8 +104,8 @@ def test_0_5b_with_int8_activations_builds_for_sm86_and_keeps_its_types(tmp_path
     from fastvlm_edge.engines.build import Options, build
 
     native = write_checkpoint(tmp_path / "ck", layout="native", size="0.5b")
-    calibrator = Quantizer(Calibration(str(demo_scenes("calibration", 8)), limit=8))
-    manifest = convert(str(native), tmp_path / "model", precision=precision, image_size=512, calibrator=calibrator)
+    calibrate = Quantizer(Calibration(str(demo_scenes("calibration", 8)), limit=8)).calibrate
+    manifest = convert(str(native), tmp_path / "model", precision=precision, image_size=512, calibrate=calibrate)
     assert check_placement(tmp_path / "model" / "vision.onnx").share("INT8") > 0.5
     record = build(tmp_path / "model", "sm86", Options(cache=None))
     for part, slack in (("vision", 1.35), ("decoder", 1.1)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from benchmarks.gpu.record import Part
 from fastvlm_edge.bench.record import digits
 
 if TYPE_CHECKING:
-    from fastvlm_edge.convert.checkpoint.tensor_names import TextConfig
+    from fastvlm_edge.convert.checkpoint.structure import TextConfig
     from fastvlm_edge.convert.precision import PrecisionPlan
     from fastvlm_edge.convert.reference.fastvithd import FastViTHDConfig
 
@@ -131,24 +132,22 @@ def copy_rate(nbytes: int = 512 << 20, copies: int = 20) -> float:
 
     cuda = open_cuda()
     nbytes = min(nbytes, cuda.free_bytes() // 8)
-    stream, events = cuda.create_stream(), [cuda.create_event(), cuda.create_event()]
+    stream = cuda.create_stream()
     source, destination = cuda.allocate(nbytes), cuda.allocate(nbytes)
     best = 0.0
     try:
         cuda.zero(source, nbytes, stream)
         cuda.copy(destination, source, nbytes, stream)
+        cuda.synchronize(stream)
         for _ in range(3):
-            cuda.record(events[0], stream)
+            began = time.perf_counter()
             for _ in range(copies):
                 cuda.copy(destination, source, nbytes, stream)
-            cuda.record(events[1], stream)
             cuda.synchronize(stream)
-            best = max(best, 2 * nbytes * copies / (cuda.elapsed_ms(*events) / 1e3))
+            best = max(best, 2 * nbytes * copies / (time.perf_counter() - began))
     finally:
         for address in (source, destination):
             cuda.free(address)
-        for event in events:
-            cuda.destroy_event(event)
         cuda.destroy_stream(stream)
         cuda.close()
     return best

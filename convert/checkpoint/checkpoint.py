@@ -1,6 +1,6 @@
-"""A FastVLM checkpoint in any of its layouts, opened for reading: the first object on the path from checkpoint to text.
+"""A FastVLM checkpoint in any of its three layouts, opened for reading: where every conversion begins.
 
-Opening reads headers and json only. Weights come one tensor at a time, under the same canonical names whatever the layout.
+Opening reads headers and json only. Weights are read one tensor at a time, under the same canonical names in every layout.
 """
 
 from __future__ import annotations
@@ -18,26 +18,24 @@ import torch
 
 from fastvlm_edge.convert.checkpoint.configs import Settings, read_settings
 from fastvlm_edge.convert.checkpoint.hub import locate
-from fastvlm_edge.convert.checkpoint.shards import DTYPES, Entry, first_non_finite, read_shards, read_tensor
-from fastvlm_edge.convert.checkpoint.tensor_names import (
+from fastvlm_edge.convert.checkpoint.shards import DTYPES, Entry, find_weights, first_non_finite, read_shards, read_tensor
+from fastvlm_edge.convert.checkpoint.structure import (
     OPTIONAL,
     TextConfig,
-    canonical_names,
     check_shapes,
     expected_shapes,
-    find_weights,
     is_train_form,
-    listing,
     text_structure,
     vision_structure,
 )
+from fastvlm_edge.convert.checkpoint.tensor_names import canonical_names, listing
 from fastvlm_edge.convert.reference.fastvithd import FastViTHD, FastViTHDConfig, MobileOneConv
 from fastvlm_edge.errors import FastVLMError
 
 __all__ = ["Checkpoint", "TextConfig", "load_projector", "load_vision", "open_checkpoint"]
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
+BytesRead = Callable[[int, int], None]
+"""Called with the number of bytes read so far and the total."""
 
 EMBEDDING, HEAD = "llm.embed_tokens.weight", "lm_head.weight"
 COMPARE_ROWS = 4096
@@ -62,7 +60,7 @@ class Checkpoint:
     """An open checkpoint. Make one with `open_checkpoint`."""
 
     location: str
-    """As the user gave it: a folder or a hub id."""
+    """As the user gave it: a directory or a hub id."""
     name: str
     directory: Path
     layout: str
@@ -70,45 +68,45 @@ class Checkpoint:
     vision: FastViTHDConfig
     text: TextConfig
     image_size: int
-    """Pixels on a side that the checkpoint was trained at."""
+    """Pixels on a side of the pictures that the checkpoint was trained with."""
     image_token_id: int | None
-    """The id that stands for a visual token, None where the layout has no such id."""
+    """The id of a visual token; None if the layout has no such id."""
     eos_ids: tuple[int, ...]
-    """End of sequence by config.json and generation_config.json, sorted."""
+    """End-of-sequence ids of config.json and generation_config.json, sorted."""
     train_form: bool
     """Whether the encoder still has its train-time branches (`load_vision` merges them)."""
     notes: list[str]
-    """Where the config contradicted the tensors and what was taken, for the user to read."""
+    """Contradictions in the checkpoint and how they were resolved: `convert` prints them and writes them into the manifest."""
     weights: list[Path]
     _entries: dict[str, Entry] = field(repr=False)
     _hashes: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def head_name(self) -> str:
-        """The tensor to multiply hidden states with for logits: the embedding when the head is tied."""
+        """The tensor that turns hidden states into logits: the embedding if the head is tied to it."""
         return EMBEDDING if self.text.tied else HEAD
 
     def names(self) -> tuple[str, ...]:
-        """Canonical names along the data path. `lm_head.weight` is among them only when the head is not tied."""
+        """Canonical names in the order of the data path. `lm_head.weight` is among them only if the head is not tied."""
         return tuple(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor. Raises KeyError for a name that is not in `names()`."""
+        """Shape of a tensor. Raises KeyError for an unknown name."""
         return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """Stored type of a tensor: float32, float16, ml_dtypes.bfloat16, or int64 for a BatchNorm counter."""
+        """Type that a tensor is stored in: float32, float16, ml_dtypes.bfloat16, or int64 for a BatchNorm counter."""
         return self._entries[name].dtype
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """Read one tensor in its stored type.
 
-        Raises KeyError for an unknown name, FastVLMError that names tensor and position when it holds a NaN or an infinity.
+        Raises KeyError for an unknown name, and FastVLMError that names tensor and position if a value is NaN or infinite.
         """
         return self._finite(name, read_tensor(name, self._entries[name]), 0)
 
     def tensor_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
-        """Read rows [start, stop) along the first axis, checked like `tensor`. Raises IndexError when they are out of range."""
+        """Read rows [start, stop) along the first axis, checked like `tensor`. Raises IndexError if they are out of range."""
         return self._finite(name, read_tensor(name, self._entries[name], (start, stop)), start)
 
     def _finite(self, name: str, array: npt.NDArray[Any], first_row: int) -> npt.NDArray[Any]:
@@ -119,21 +117,16 @@ class Checkpoint:
             if index:
                 index[0] += first_row
             raise FastVLMError(
-                f"tensor {name} of {self.directory} holds {value} at {index}: these weights are broken; download the "
-                "checkpoint again, or use another training step"
+                f"tensor {name} of {self.directory} contains {value} at {index}: the weights are damaged",
+                "download the checkpoint again, or use another training step",
             )
         return array
 
-    @property
-    def files(self) -> dict[str, str]:
-        """sha256 of every file that the conversion reads, by file name. Slow the first time: see `hash_files`."""
-        return self.hash_files()
+    def hash_files(self, progress: BytesRead | None = None) -> dict[str, str]:
+        """File name -> sha256 of every file that the conversion reads (weights, config, tokenizer); the second call repeats the result.
 
-    def hash_files(self, progress: Progress | None = None) -> dict[str, str]:
-        """Hash every file of the checkpoint that matters (weights, config, tokenizer); the result is kept.
-
-        Reading 15 GB takes a while: call this in a thread beside other work, hashing does not hold the interpreter lock.
-        `progress(done, total)` counts bytes. Raises FastVLMError when a file cannot be read.
+        Reading 15 GB takes a while, so call this in a thread (see hashes.py): hashing does not hold the interpreter lock.
+        Raises FastVLMError if a file cannot be read.
         """
         if not self._hashes:
             paths = sorted({*self.weights, *(path for name in SIDE_FILES if (path := self.directory / name).is_file())})
@@ -153,15 +146,15 @@ class Checkpoint:
                                 progress(done, total)
                     hashes[path.name] = digest.hexdigest()
             except OSError as error:
-                raise FastVLMError(f"a file of {self.directory} cannot be read ({error})") from None
+                raise FastVLMError(f"a file of {self.directory} cannot be read ({error})", "check its permissions and the disk") from None
             self._hashes = hashes
         return dict(self._hashes)
 
 
 def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint:
-    """Open a folder or a hub id (`org/name`, at `revision`), in any of the three layouts, and check all of it but the values.
+    """Open a directory or a hub id (`org/name`, at `revision`) in any of the three layouts, and check everything except the values.
 
-    Raises FastVLMError that names what is not supported, missing, unknown, damaged or of the wrong shape.
+    Raises FastVLMError that names what is unsupported, missing, unknown, damaged or of the wrong shape.
     """
     directory = locate(location, revision=revision)
     try:
@@ -169,7 +162,7 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
         settings = read_settings(directory)
         entries = read_shards(directory, weights)
     except OSError as error:
-        raise FastVLMError(f"{directory} cannot be read ({error})") from None
+        raise FastVLMError(f"{directory} cannot be read ({error})", "check its permissions and the disk") from None
     where = str(directory)
     _check_types(entries, where)
     stored = canonical_names(entries, settings.layout, where)
@@ -185,7 +178,7 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
     text = dataclasses.replace(text, tied=tied)
     if settings.image_token_id is not None and not 0 <= settings.image_token_id < text.vocab:
         raise FastVLMError(
-            f"{where} has image token {settings.image_token_id}, but the embedding has {text.vocab} rows; correct config.json"
+            f"{where} has image token {settings.image_token_id}, but the embedding has only {text.vocab} rows", "correct config.json"
         )
     return Checkpoint(
         location=location,
@@ -205,7 +198,7 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
 
 
 def _check_types(entries: dict[str, Entry], where: str) -> None:
-    """Raise FastVLMError for quantised or exotic types; int64 is for BatchNorm counters and buffers only."""
+    """Raise FastVLMError for quantised and other unsupported types; int64 is allowed for BatchNorm counters and buffers only."""
     bad = [
         f"{name} ({entry.kind})"
         for name, entry in entries.items()
@@ -213,12 +206,12 @@ def _check_types(entries: dict[str, Entry], where: str) -> None:
     ]
     if bad:
         raise FastVLMError(
-            f"{where} holds tensors of types that are not read: {listing(bad)}; start from a checkpoint in bfloat16, float16 or float32"
+            f"{where} contains tensors of unsupported types: {listing(bad)}", "start from a checkpoint in bfloat16, float16 or float32"
         )
 
 
 def _contradictions(settings: Settings, vision: FastViTHDConfig, text: TextConfig) -> list[str]:
-    """One note for each size that config.json gives otherwise than the tensors do."""
+    """One note for each size in config.json that differs from the tensors."""
     actual = {
         "out_dim": vision.out_dim,
         "hidden": text.hidden,
@@ -227,23 +220,26 @@ def _contradictions(settings: Settings, vision: FastViTHDConfig, text: TextConfi
         "vocab": text.vocab,
     }
     return [
-        f"config.json says {claim} for {key}, the tensors have {actual[key]}; took {actual[key]}"
+        f"config.json gives {claim} for {key}, but the tensors have {actual[key]}: used {actual[key]}"
         for key, claim in settings.claims.items()
         if key in actual and claim != actual[key]
     ]
 
 
 def _is_tied(found: dict[str, Entry], settings: Settings, where: str, notes: list[str]) -> bool:
-    """A head in the file counts, whatever the config says; it is tied when bit-equal. Without one the config has to allow tying."""
+    """Whether the head is tied to the embedding: it is bit-equal, or absent. Adds a note if config.json contradicts the tensors.
+
+    Raises FastVLMError if the head is absent although config.json says that it is not tied.
+    """
     head = found.get(HEAD)
     if head is None:
         if settings.tied is False:
             raise FastVLMError(
-                f"{where} lacks tensor {HEAD}, and config.json says that the head is not tied to the embedding; download "
-                "the checkpoint again, or, if it is tied, correct tie_word_embeddings"
+                f"{where} lacks tensor {HEAD}, and config.json says that the head is not tied to the embedding",
+                "download the checkpoint again, or correct tie_word_embeddings if the head is tied",
             )
         if settings.tied is None:
-            notes.append(f"no {HEAD} and no tie_word_embeddings in config.json; took the embedding as the head")
+            notes.append(f"there is neither a tensor {HEAD} nor tie_word_embeddings in config.json: used the embedding as the head")
         return True
     embedding = found[EMBEDDING]
     equal = head.kind == embedding.kind
@@ -254,8 +250,8 @@ def _is_tied(found: dict[str, Entry], settings: Settings, where: str, notes: lis
             break
     if settings.tied is not None and settings.tied != equal:
         notes.append(
-            f"config.json says tie_word_embeddings {str(settings.tied).lower()}, but {HEAD} is "
-            f"{'bit-equal to' if equal else 'not'} the embedding; took the tensors"
+            f"config.json has tie_word_embeddings {str(settings.tied).lower()}, but {HEAD} is "
+            f"{'equal to' if equal else 'different from'} the embedding: used the tensors"
         )
     return equal
 
@@ -263,7 +259,7 @@ def _is_tied(found: dict[str, Entry], settings: Settings, where: str, notes: lis
 def load_vision(checkpoint: Checkpoint) -> FastViTHD:
     """The encoder with its weights in float32: inference form (train-time branches merged), eval mode, no gradients.
 
-    Raises FastVLMError when a weight is not finite.
+    Raises FastVLMError if a weight is not finite.
     """
     with torch.device("meta"):
         encoder = FastViTHD(checkpoint.vision, train_form=checkpoint.train_form)

@@ -1,6 +1,7 @@
-"""The json files of a checkpoint folder: which layout it is, what it claims, and what in it this toolkit does not support.
+"""The json files of a checkpoint: which layout it has, what it claims about itself, and whether this toolkit supports it.
 
-Only what tensors cannot tell is taken from here (head count, rotary base, image size, special ids); widths are claims to be checked.
+The conversion takes from here only what the tensors cannot tell (head count, rotary base, image size, special ids). Widths are claims
+that are checked against the tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from fastvlm_edge.convert.checkpoint.shards import refuse_lfs_pointer
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import STRIDE
 
-LAYOUTS = ("apple", "hub", "native")
 IMAGE_TOKEN_ID = 151646
 IMAGE_SEQ_LENGTH = 576
 ROPE_THETA = 10_000.0
@@ -35,13 +35,13 @@ TIMM_ARGUMENTS = {
     "proj_drop_rate",
     "layer_scale_init_value",
 }
-"""Arguments of timm's FastVit that a FastViTHD may set: widths, which the tensors repeat, and what inference does not see.
-The remaining ones (activation, mixers, kernel sizes, strides) change the computation."""
+"""Arguments of timm's FastVit that a FastViTHD may set: widths, which the tensors tell as well, and options of training only.
+All others (activation, mixers, kernel sizes, strides) change the computation."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the json files say. `claims` are sizes that the tensors decide; `None` or absent means not said."""
+    """What the json files say; None means that they do not say it. `claims` are sizes for which the tensors have the last word."""
 
     layout: str
     heads: int
@@ -58,59 +58,67 @@ class Settings:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a json file. Raises FastVLMError that names a damaged file or a git-LFS pointer."""
+    """The object in a json file. Raises FastVLMError if the file is damaged or a git-LFS pointer."""
     refuse_lfs_pointer(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FastVLMError(f"{path} is damaged ({error}); copy or download it again") from None
+        raise FastVLMError(f"{path} is damaged ({error})", "copy or download it again") from None
     if not isinstance(document, dict):
-        raise FastVLMError(f"{path} is damaged (it is no json object); copy or download it again")
+        raise FastVLMError(f"{path} is damaged (it is not a json object)", "copy or download it again")
     return document
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """Like `read_json`, an empty object when there is no such file."""
+    """Like `read_json`, but an empty object if there is no such file."""
     return read_json(path) if path.is_file() else {}
 
 
 def read_settings(directory: Path) -> Settings:
     """Read `config.json` and its companions.
 
-    Raises FastVLMError for another kind of model, a missing or senseless value, or a feature that FastVLM as released does not use.
+    Raises FastVLMError for another kind of model, a missing or invalid value, or a feature that the released FastVLM does not use.
     """
     path = directory / "config.json"
     config = read_json(path)
     kind = config.get("model_type")
     if kind not in ("llava_qwen2", "fast_vlm"):
         raise FastVLMError(
-            f"{path} has model_type {kind!r}, which is no FastVLM; this toolkit reads llava_qwen2 (Apple's) and fast_vlm (transformers')"
+            f"{path} has model_type {kind!r}, which is not a FastVLM",
+            "give a checkpoint of type llava_qwen2 (Apple's) or fast_vlm (transformers')",
         )
     if "quantization_config" in config or "quantization" in config:
         raise FastVLMError(
-            f"{directory} is a quantised checkpoint; start from the bfloat16, float16 or float32 one and let "
-            "`convert --precision` quantise it"
+            f"{directory} is a quantised checkpoint",
+            "start from the bfloat16, float16 or float32 checkpoint and quantise it with --precision",
         )
     try:
         return _native(directory, config) if kind == "fast_vlm" else _apple(directory, config)
     except (TypeError, ValueError, AttributeError) as error:
-        raise FastVLMError(f"{path} holds a value of the wrong kind ({error}); copy or download it again") from None
+        raise FastVLMError(f"{path} contains a value of the wrong type ({error})", "copy or download it again") from None
 
 
 def _apple(directory: Path, config: Mapping[str, Any]) -> Settings:
     path = directory / "config.json"
     tower = str(config.get("mm_vision_tower") or "")
     if not tower:
-        raise FastVLMError(f"{path} names no mm_vision_tower: a language model without vision; give the whole FastVLM checkpoint")
+        raise FastVLMError(
+            f"{path} has no mm_vision_tower: this is a language model without an encoder", "give the whole FastVLM checkpoint"
+        )
     size = tower.rpartition("_")[2]
     if "mobileclip" not in tower or not size.isdecimal():
-        raise FastVLMError(f"{path} has mm_vision_tower {tower!r}; this toolkit reads FastViTHD, named like mobileclip_l_1024")
+        raise FastVLMError(
+            f"{path} has mm_vision_tower {tower!r}, which is not supported", "give a checkpoint with FastViTHD, such as mobileclip_l_1024"
+        )
     _require(path, config, "mm_projector_type", ("mlp2x_gelu",))
     _require(path, config, "mm_use_im_start_end", (False,))
     _require(path, config, "mm_patch_merge_type", ("flat",))
     aspect = config.get("image_aspect_ratio") or "pad"
     if "anyres" in aspect or "highres" in aspect:
-        raise FastVLMError(f"{path} has image_aspect_ratio {aspect!r}: pictures cut into tiles are not supported, only 'pad' and 'square'")
+        raise FastVLMError(
+            f"{path} has image_aspect_ratio {aspect!r}: pictures that are cut into tiles are not supported",
+            "give a checkpoint that was trained with 'pad' or 'square'",
+        )
     claims = {"mm_hidden_size": "out_dim", **TEXT_CLAIMS}
     return _settings(
         path,
@@ -138,16 +146,17 @@ def _native(directory: Path, config: Mapping[str, Any]) -> Settings:
     path = directory / "config.json"
     text, vision = config.get("text_config"), config.get("vision_config")
     if not isinstance(text, dict):
-        raise FastVLMError(f"{path} has no text_config; copy or download it again")
+        raise FastVLMError(f"{path} has no text_config", "copy or download it again")
     if not isinstance(vision, dict):
-        raise FastVLMError(f"{path} has no vision_config: a language model without vision; give the whole FastVLM checkpoint")
+        raise FastVLMError(f"{path} has no vision_config: this is a language model without an encoder", "give the whole FastVLM checkpoint")
     _require(path, text, "model_type", ("qwen2",))
     _require(path, vision, "model_type", ("timm_wrapper",))
     _require(path, vision, "architecture", TIMM_ARCHITECTURES)
     arguments = vision.get("model_args") or {}
     for key in sorted(set(arguments) - TIMM_ARGUMENTS):
         raise FastVLMError(
-            f"{path} sets vision_config.model_args.{key} to {arguments[key]!r}, which makes it another encoder than FastViTHD"
+            f"{path} sets vision_config.model_args.{key} to {arguments[key]!r}: that encoder is not a FastViTHD",
+            "give a checkpoint whose encoder is FastViTHD",
         )
     _require(path, arguments, "in_chans", (3,))
     _require(path, config, "projector_hidden_act", ("gelu",))
@@ -174,7 +183,7 @@ def _native(directory: Path, config: Mapping[str, Any]) -> Settings:
 
 
 def _native_image_size(directory: Path, config: Mapping[str, Any], notes: list[str]) -> int:
-    """Pixels on a side: the processor's crop, which decides how many image tokens a prompt gets, else from image_seq_length."""
+    """Pixels on a side: the crop of the image processor, which decides how many image tokens a prompt gets, or from image_seq_length."""
     length = int(config.get("image_seq_length", IMAGE_SEQ_LENGTH))
     from_length = math.isqrt(length) * STRIDE
     processor = read_optional_json(directory / "preprocessor_config.json")
@@ -182,15 +191,15 @@ def _native_image_size(directory: Path, config: Mapping[str, Any], notes: list[s
     crop = processor.get("crop_size")
     crop = crop.get("height") if isinstance(crop, dict) else crop
     if any(processor.get("image_mean") or ()) or any(value != 1 for value in processor.get("image_std") or ()):
-        notes.append("the image processor normalises with a mean and a deviation; FastVLM takes pixels in 0..1 and these are ignored")
+        notes.append("the image processor has a mean and a standard deviation: ignored them, FastVLM takes pixels in 0..1")
     if crop is not None:
         if "image_seq_length" in config and int(crop) != from_length:
-            notes.append(f"image_seq_length {length} means {from_length} px, the image processor crops to {crop}; took {crop}")
+            notes.append(f"image_seq_length {length} means {from_length} px, but the image processor crops to {crop} px: used {crop} px")
         return int(crop)
     if "image_seq_length" not in config:
-        notes.append(f"neither an image size nor image_seq_length is given; took the class default, {from_length} px")
+        notes.append(f"there is neither an image size nor image_seq_length: used transformers' default, {from_length} px")
     elif math.isqrt(length) ** 2 != length:
-        raise FastVLMError(f"{directory / 'config.json'} has image_seq_length {length}, which is no square of whole image tokens")
+        raise FastVLMError(f"{directory / 'config.json'} has image_seq_length {length}, which is not a square number", "correct it")
     return from_length
 
 
@@ -206,14 +215,17 @@ def _settings(
     claims: dict[str, int],
     notes: list[str],
 ) -> Settings:
-    """The part that the layouts share. `text` holds the Qwen2 keys."""
+    """The settings that all layouts share. `text` holds the keys of Qwen2."""
     _require(path, text, "hidden_act", ("silu",))
     if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or ()):
-        raise FastVLMError(f"{path} turns sliding window attention on, which is not supported; the released FastVLM does not use it")
+        raise FastVLMError(
+            f"{path} turns on sliding window attention, which is not supported",
+            "give a checkpoint without it; the released FastVLM does not use it",
+        )
     if text.get("num_attention_heads") is None:
-        raise FastVLMError(f"{path} does not say num_attention_heads, which the tensors cannot tell; add it")
+        raise FastVLMError(f"{path} has no num_attention_heads, which the tensors cannot tell", "add it")
     if image_size < STRIDE or image_size % STRIDE:
-        raise FastVLMError(f"{path} means pictures of {image_size} px; FastViTHD takes multiples of {STRIDE}")
+        raise FastVLMError(f"{path} gives an image size of {image_size} px, but FastViTHD takes multiples of {STRIDE}", "correct it")
     ids: list[int] = []
     for document in (*eos, read_optional_json(path.parent / "generation_config.json")):
         value = document.get("eos_token_id")
@@ -235,20 +247,24 @@ def _settings(
 
 
 def _rope_theta(path: Path, text: Mapping[str, Any], notes: list[str]) -> float:
-    """The rotary base: `rope_theta` before transformers 5, `rope_parameters` since. Scaled variants are refused."""
+    """The rotary base: `rope_theta` before transformers 5, `rope_parameters` since. Raises FastVLMError for scaled variants."""
     rope = text.get("rope_parameters") or {}
     for block in (rope, text.get("rope_scaling") or {}):
         kind = block.get("rope_type", block.get("type", "default"))
         if kind != "default":
-            raise FastVLMError(f"{path} asks for rotary scaling of type {kind!r}, which is not supported; the released FastVLM has none")
+            raise FastVLMError(
+                f"{path} has rotary scaling of type {kind!r}, which is not supported",
+                "give a checkpoint without it; the released FastVLM does not use it",
+            )
     theta = rope.get("rope_theta", text.get("rope_theta"))
     if theta is None:
-        notes.append(f"no rope_theta is given; took transformers' default, {ROPE_THETA:g}")
+        notes.append(f"there is no rope_theta: used transformers' default, {ROPE_THETA:g}")
     return float(ROPE_THETA if theta is None else theta)
 
 
 def _require(path: Path, config: Mapping[str, Any], key: str, allowed: tuple[Any, ...]) -> None:
-    """A key that is given must have one of the supported values."""
+    """Raise FastVLMError if `key` is given with a value that is not supported."""
     value = config.get(key)
     if value is not None and value not in allowed:
-        raise FastVLMError(f"{path} has {key} {value!r}, which is not supported; expected {' or '.join(repr(item) for item in allowed)}")
+        expected = " or ".join(repr(item) for item in allowed)
+        raise FastVLMError(f"{path} has {key} {value!r}, which is not supported", f"give a checkpoint with {expected}")

@@ -1,6 +1,7 @@
-"""From what the user typed (a folder or a hub id) to a folder on this machine: the first step of `convert`.
+"""From what the user typed (a directory or a hub id) to a directory on this machine: the first step of `convert`.
 
-Downloads go through huggingface_hub with its own cache and token. Only weights and text files are fetched, and no remote code is ever run.
+Downloads go through huggingface_hub with its own cache and token. Only weights and text files are fetched; code of a repository is never
+run.
 """
 
 from __future__ import annotations
@@ -10,37 +11,39 @@ import zipfile
 from pathlib import Path
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.extras import missing_package
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(location: str, *, revision: str | None = None) -> Path:
-    """The folder that holds the checkpoint: `location` itself, or the snapshot of the hub id `org/name` in the local cache.
+    """The directory of the checkpoint: `location` itself, or the snapshot of the hub id `org/name` in the local cache.
 
-    `revision` is a branch, tag or commit of the hub repository and means nothing for a folder.
-    Raises FastVLMError where `location` is neither, or where the hub does not give it.
+    `revision` is a branch, tag or commit of the hub repository; it is ignored for a directory.
+    Raises FastVLMError if `location` is neither, or if the download fails.
     """
     path = Path(location).expanduser()
     if location and path.is_dir():
         return path
     if path.is_file():
-        raise FastVLMError(_about_file(path))
+        raise _about_file(path)
     if HUB_ID.fullmatch(location) is None or location.endswith((".zip", ".safetensors", ".bin")):
-        raise FastVLMError(f"{location!r} is neither a folder on this machine nor a hub id such as apple/FastVLM-0.5B; check the path")
+        raise FastVLMError(f"{location!r} is neither a local directory nor a hub id such as apple/FastVLM-0.5B", "check the path")
     return _download(location, revision)
 
 
-def _about_file(path: Path) -> str:
+def _about_file(path: Path) -> FastVLMError:
+    """The error for a file where a directory is expected."""
     if zipfile.is_zipfile(path) and path.suffix != ".bin":
-        return f"{path} is a zip file; unpack it and give the folder that it makes"
+        return FastVLMError(f"{path} is a zip file", "unpack it and give the directory that was unpacked")
     if path.name == "mm_projector.bin":
-        return f"{path} holds only a projector; give the folder of a whole FastVLM checkpoint"
-    return f"{path} is a file, not a checkpoint; give the folder that it stands in ({path.parent})"
+        return FastVLMError(f"{path} contains only a projector", "give the directory of a whole FastVLM checkpoint")
+    return FastVLMError(f"{path} is a file, not a checkpoint", f"give the directory that contains it: {path.parent}")
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """Fetch the top-level weights and text files of a hub repository; with no network, the cached snapshot if it is complete."""
+    """Fetch the top-level weights and text files of a hub repository; without a network, use the cached snapshot if it is complete."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
@@ -50,38 +53,36 @@ def _download(name: str, revision: str | None) -> Path:
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
-    except ImportError:
-        raise FastVLMError(
-            f"{name} is not a folder here, and a hub id needs huggingface_hub: pip install 'fastvlm-edge[convert]'"
-        ) from None
+    except ModuleNotFoundError as error:
+        missing = missing_package(error.name or "", f"{name} is not a local directory, and to download it from the hub needs")
+        raise missing or error from None
     where = name if revision is None else f"{name} at revision {revision}"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except GatedRepoError:
-        raise FastVLMError(
-            f"{where} is gated on the hub: accept its conditions on its page there, then log in with: hf auth login"
-        ) from None
+        raise FastVLMError(f"{where} is gated on the hub", "accept its conditions on its page there, then run: hf auth login") from None
     except RepositoryNotFoundError:
         raise FastVLMError(
-            f"{name} is no folder here and no public hub repository; check the name, or, if it is private, run: hf auth login"
+            f"{name} is neither a local directory nor a public hub repository",
+            "check the name, or run `hf auth login` if the repository is private",
         ) from None
     except RevisionNotFoundError:
-        raise FastVLMError(f"{name} has no revision {revision!r} on the hub; check the branch, tag or commit") from None
+        raise FastVLMError(f"{name} has no revision {revision!r} on the hub", "check the branch, tag or commit") from None
     except LocalEntryNotFoundError:
         if _offline():
             raise FastVLMError(
-                f"{where} is not complete in the local hub cache and HF_HUB_OFFLINE forbids a download; unset it, or give a folder"
+                f"{where} is not complete in the local hub cache, and HF_HUB_OFFLINE forbids a download", "unset it, or give a directory"
             ) from None
         raise FastVLMError(
-            f"{name} is no folder here, the hub cannot be reached, and the local cache does not hold all of it; check the "
-            "network, or give a folder"
+            f"{name} is not a local directory, the hub cannot be reached, and the copy in the local cache is not complete",
+            "check the network, or give a directory",
         ) from None
     except HfHubHTTPError as error:
-        raise FastVLMError(f"the hub refused {where} ({_first_line(error)}); try again, or give a folder") from None
-    except Exception as error:  # the hub client raises whatever its HTTP library of the day raises: a user never sees a traceback
+        raise FastVLMError(f"the hub refused {where} ({_first_line(error)})", "try again later, or give a directory") from None
+    except Exception as error:  # the hub client passes on the errors of its HTTP library, whichever that is
         raise FastVLMError(
-            f"{where} cannot be downloaded ({type(error).__name__}: {_first_line(error)}); check the network and the space "
-            "on disk, or give a folder"
+            f"{where} cannot be downloaded ({type(error).__name__}: {_first_line(error)})",
+            "check the network and the free disk space, or give a directory",
         ) from None
 
 

@@ -20,26 +20,26 @@ IMAGE_TOKEN = "<image>"
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>")
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""How Qwen2 cuts text before byte-level BPE: a constant of the vocabulary, as in the tokenizer.json files of Qwen2."""
+"""How Qwen2 splits text before byte-level BPE: the same in every tokenizer.json of Qwen2."""
 
 
 @dataclass(frozen=True)
 class TextAssets:
-    """What the runtime needs for text."""
+    """The text side of a model directory: tokenizer, special ids and system prompt."""
 
     tokenizer: Tokenizer
     stop_ids: list[int]
     """Ids that end an answer, sorted."""
     token_count: int
-    """The first id from which on there are only padding rows and the image token."""
+    """Number of ids that may be sampled: larger ones are padding rows of the embedding or the image token."""
     image_token_id: int | None
-    """The id of `<image>`, which is never sampled either; below `token_count` only in an unusual vocabulary."""
+    """The id of the image token, which is never sampled. It is below `token_count` only in unusual vocabularies."""
     system_prompt: str = SYSTEM_PROMPT
     source: Path | None = field(default=None, repr=False)
-    """The tokenizer.json that can be copied as it is."""
+    """The checkpoint's tokenizer.json if it can be copied unchanged."""
 
     def write_tokenizer(self, path: Path) -> None:
-        """Write `tokenizer.json`: the checkpoint's own file byte for byte where it has one, else the same thing built from its parts."""
+        """Write `tokenizer.json`: a copy of the checkpoint's own file if it has one, otherwise the tokenizer built from its parts."""
         if self.source is not None:
             shutil.copyfile(self.source, path)
         else:
@@ -49,8 +49,8 @@ class TextAssets:
 def read_text(checkpoint: Checkpoint) -> TextAssets:
     """Read the tokenizer and the special ids of a checkpoint.
 
-    Raises FastVLMError when there is no tokenizer, when it is damaged, when it lacks the tokens of the conversation, or when an id has
-    no row in the embedding.
+    Raises FastVLMError if the tokenizer is missing or damaged, if it lacks the tokens of a conversation, or if an id has no row in the
+    embedding.
     """
     directory, vocab = checkpoint.directory, checkpoint.text.vocab
     path = directory / "tokenizer.json"
@@ -61,8 +61,8 @@ def read_text(checkpoint: Checkpoint) -> TextAssets:
     for token in PROMPT_TOKENS:
         if tokenizer.token_to_id(token) is None:
             raise FastVLMError(
-                f"the tokenizer of {directory} has no token {token}, which every FastVLM conversation needs; use the "
-                "tokenizer files that came with the checkpoint"
+                f"the tokenizer of {directory} has no token {token}, which every FastVLM conversation needs",
+                "use the tokenizer files that came with the checkpoint",
             )
     image = checkpoint.image_token_id
     image = tokenizer.token_to_id(IMAGE_TOKEN) if image is None else image
@@ -70,29 +70,34 @@ def read_text(checkpoint: Checkpoint) -> TextAssets:
     token, largest = max(ids.items(), key=lambda item: item[1])
     if largest >= vocab:
         raise FastVLMError(
-            f"the tokenizer of {directory} gives {token!r} the id {largest}, but the embedding has {vocab} rows; use the "
-            "tokenizer files that came with the checkpoint"
+            f"the tokenizer of {directory} gives {token!r} the id {largest}, but the embedding has only {vocab} rows",
+            "use the tokenizer files that came with the checkpoint",
         )
     stops = {*checkpoint.eos_ids, *(number for name in STOP_TOKENS if (number := tokenizer.token_to_id(name)) is not None)}
     if max(stops) >= vocab:
-        raise FastVLMError(f"{directory} has the end-of-sequence id {max(stops)}, but the embedding has {vocab} rows; correct eos_token_id")
+        raise FastVLMError(
+            f"{directory} has the end-of-sequence id {max(stops)}, but the embedding has only {vocab} rows", "correct eos_token_id"
+        )
     return TextAssets(tokenizer, sorted(stops), 1 + max(number for number in ids.values() if number != image), image, source=source)
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a folder, from `tokenizer.json` or else from `vocab.json` and `merges.txt`. Raises FastVLMError."""
+    """The tokenizer of a checkpoint, from `tokenizer.json`, or from `vocab.json` and `merges.txt` if there is none.
+
+    Raises FastVLMError if a file is missing or damaged.
+    """
     path = directory / "tokenizer.json"
     if path.is_file():
         refuse_lfs_pointer(path)
         try:
             tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises plain Exception
-            raise FastVLMError(f"{path} is damaged ({error}); copy or download it again") from None
+            raise FastVLMError(f"{path} is damaged ({error})", "copy or download it again") from None
         return tokenizer
     missing = [name for name in ("vocab.json", "merges.txt") if not (directory / name).is_file()]
     if missing:
         raise FastVLMError(
-            f"{directory} has no tokenizer: neither tokenizer.json nor {' and '.join(missing)}; download the whole checkpoint"
+            f"{directory} has no tokenizer: neither tokenizer.json nor {' and '.join(missing)}", "download the whole checkpoint"
         )
     return build_tokenizer(directory)
 
@@ -104,14 +109,14 @@ def build_tokenizer(directory: Path) -> Tokenizer:
     try:
         lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
     except ValueError as error:
-        raise FastVLMError(f"{directory / 'merges.txt'} is damaged ({error}); copy or download it again") from None
+        raise FastVLMError(f"{directory / 'merges.txt'} is damaged ({error})", "copy or download it again") from None
     if lines[0].startswith("#version"):
         del lines[0]
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if left]
     try:
         tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise FastVLMError(f"vocab.json and merges.txt of {directory} do not fit together ({error}); download both again") from None
+        raise FastVLMError(f"vocab.json and merges.txt of {directory} do not fit together ({error})", "download both again") from None
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -125,14 +130,15 @@ def build_tokenizer(directory: Path) -> Tokenizer:
         tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != number:
             raise FastVLMError(
-                f"the added token {token.content!r} of {directory} should have the id {number}, but the vocabulary puts it "
-                f"at {tokenizer.token_to_id(token.content)}; use the tokenizer files that came with the checkpoint"
+                f"the added token {token.content!r} of {directory} should have the id {number}, "
+                f"but the vocabulary gives it the id {tokenizer.token_to_id(token.content)}",
+                "use the tokenizer files that came with the checkpoint",
             )
     return tokenizer
 
 
 def _added_tokens(directory: Path) -> dict[int, AddedToken]:
-    """Id -> token. `tokenizer_config.json` knows the flags; `added_tokens.json` only names and ids."""
+    """Id -> token, with the flags of `tokenizer_config.json`; `added_tokens.json` has only names and ids."""
     found: dict[int, AddedToken] = {}
     try:
         for content, number in read_optional_json(directory / "added_tokens.json").items():
@@ -143,6 +149,6 @@ def _added_tokens(directory: Path) -> dict[int, AddedToken]:
             found[int(key)] = AddedToken(token["content"], **flags)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FastVLMError(
-            f"the added tokens of {directory} are damaged ({error}); download tokenizer_config.json and added_tokens.json again"
+            f"the added tokens of {directory} are damaged ({error})", "download tokenizer_config.json and added_tokens.json again"
         ) from None
     return found

@@ -24,7 +24,8 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
-from fastvlm_edge.convert.checkpoint.tensor_names import APPLE_INNER, APPLE_TOP, TextConfig, expected_shapes
+from fastvlm_edge.convert.checkpoint.structure import TextConfig, expected_shapes
+from fastvlm_edge.convert.checkpoint.tensor_names import APPLE_INNER, APPLE_TOP
 from fastvlm_edge.convert.checkpoint.text import QWEN2_SPLIT
 from fastvlm_edge.convert.reference.fastvithd import FastViTHDConfig
 

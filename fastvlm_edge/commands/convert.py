@@ -1,4 +1,4 @@
-"""`fastvlm-edge convert`: a checkpoint becomes a model directory. Needs the `convert` extra (PyTorch and onnx)."""
+"""`fastvlm-edge convert`: turns a checkpoint into a model directory. Needs the `convert` extra (PyTorch and onnx)."""
 
 from __future__ import annotations
 
@@ -12,30 +12,20 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import PRECISIONS, Manifest
 from fastvlm_edge.progress import stderr_progress
 
-_EXTRA = ("torch", "onnx", "ml_dtypes", "safetensors", "huggingface_hub")
-_GEOMETRIES = ("pad", "crop")
-
 
 def main(arguments: Sequence[str]) -> int:
-    """Convert, and print what was made."""
+    """Convert, and print one line about the model directory."""
     options = parser().parse_args(arguments)
-    try:
-        convert = import_module("fastvlm_edge.convert.pipeline").convert
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRA:
-            raise
-        raise FastVLMError(f"converting needs {missing}, which is not installed; run: pip install 'fastvlm-edge[convert]'") from None
+    convert = import_module("fastvlm_edge.convert.pipeline").convert
     import_module("fastvlm_edge.backends.ort_session").share_arena()  # for the comparison with PyTorch
-    calibrator = None
+    calibrate = None
     if options.calib is not None:
-        calibration = import_module("fastvlm_edge.calib.quantizer")
+        quantizer = import_module("fastvlm_edge.calib.quantizer")
         cache = import_module("fastvlm_edge.engines.engine_cache").default_cache() / "calibration"
-        calibrator = calibration.Quantizer(
-            calibration.Options(options.calib, options.images, options.calib_limit, options.accuracy_drop, cache)
-        )
+        settings = quantizer.Options(options.calib, options.images, options.calib_limit, options.accuracy_drop, cache)
+        calibrate = quantizer.Quantizer(settings).calibrate
     elif options.accuracy_drop is not None:
-        raise FastVLMError("--accuracy-drop needs questions to measure it with; name them with --calib DATA")
+        raise FastVLMError("--accuracy-drop needs questions to measure the accuracy", "add --calib DATA")
     manifest: Manifest = convert(
         options.checkpoint,
         options.output,
@@ -43,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         image_size=options.image_size,
         geometry=options.geometry,
         context=options.context,
-        calibrator=calibrator,
+        calibrate=calibrate,
         progress=stderr_progress(),
         force=options.force,
     )
@@ -56,16 +46,33 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastvlm-edge convert", description="Turn a FastVLM checkpoint into a model directory.")
+    """The options of the command. Works without the packages of the `convert` extra."""
+    parser = argparse.ArgumentParser(
+        prog="fastvlm-edge convert",
+        description="Turn a FastVLM checkpoint into a model directory. The new graphs are compared with PyTorch before it is written.",
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or a hub id such as apple/FastVLM-0.5B")
     parser.add_argument("-o", "--output", metavar="MODEL", type=Path, required=True, help="model directory to write")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default %(default)s")
-    parser.add_argument("--image-size", metavar="PX", type=multiple_of_64, help="256 to 1536 in steps of 64; default as trained")
-    parser.add_argument("--geometry", choices=_GEOMETRIES, default="pad", help="how a picture becomes a square; default %(default)s")
-    parser.add_argument("--context", metavar="N", type=positive, help="positions of a conversation; default as trained")
-    parser.add_argument("--calib", metavar="DATA", help="calibrate int8 and int4: a folder of pictures, or questions as `eval` takes them")
-    parser.add_argument("--images", metavar="DIR", type=Path, help="where the pictures of DATA are; default beside it")
-    parser.add_argument("--calib-limit", metavar="N", type=positive, default=128, help="examples that calibrate; default %(default)s")
-    parser.add_argument("--accuracy-drop", metavar="POINTS", type=float, help="what may be lost, of 100; INT8 as far as that holds")
-    parser.add_argument("--force", action="store_true", help="replace MODEL where it exists")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="types of weights and activations (default: %(default)s)")
+    parser.add_argument(
+        "--image-size", metavar="PX", type=multiple_of_64, help="256 to 1536 in steps of 64 (default: the size the model was trained at)"
+    )
+    parser.add_argument("--geometry", choices=("pad", "crop"), default="pad", help="how a picture is made square (default: %(default)s)")
+    parser.add_argument(
+        "--context", metavar="N", type=positive, help="longest conversation in tokens, pictures included (default: 4096, or as trained)"
+    )
+    parser.add_argument(
+        "--calib", metavar="DATA", help="calibrate int8 and int4 with DATA: a folder of pictures, or a file of questions as for `eval`"
+    )
+    parser.add_argument("--images", metavar="DIR", type=Path, help="folder of the pictures of DATA (default: beside DATA)")
+    parser.add_argument(
+        "--calib-limit", metavar="N", type=positive, default=128, help="number of calibration examples (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--accuracy-drop",
+        metavar="POINTS",
+        type=float,
+        help="largest accepted accuracy loss, in percentage points; the encoder uses INT8 as far as this allows",
+    )
+    parser.add_argument("--force", action="store_true", help="replace MODEL if it exists")
     return parser

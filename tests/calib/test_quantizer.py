@@ -1,9 +1,10 @@
-"""Calibrated conversion end to end on the demo model, and the judge of its accuracy."""
+"""Calibrated conversion end to end on the demo model, and how the accuracy that it loses is measured."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from PIL import Image
 
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.calib import quantizer as module
+from fastvlm_edge.calib.accuracy import Question, Score, points_lost, score
 from fastvlm_edge.calib.decoder import calibrate_decoder
-from fastvlm_edge.calib.judge import Question, Score, drop, score
 from fastvlm_edge.calib.quantizer import Options, Quantizer
 from fastvlm_edge.cli import main
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
@@ -30,27 +31,27 @@ EXAMPLES = 48
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTVLM_EDGE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")
-def data(demo_scenes):
+def data(demo_scenes: Callable[[str, int], Path]):
     """Questions about EXAMPLES scenes of the split `calibration`."""
     return str(demo_scenes("calibration", EXAMPLES))
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
-def model(request, data, tmp_path_factory):
+def model(request: pytest.FixtureRequest, data, tmp_path_factory: pytest.TempPathFactory):
     output = tmp_path_factory.mktemp("calibrated") / request.param
-    convert(str(DEMO), output, precision=request.param, calibrator=Quantizer(Options(data, limit=EXAMPLES)))
+    convert(str(DEMO), output, precision=request.param, calibrate=Quantizer(Options(data, limit=EXAMPLES)).calibrate)
     return output
 
 
 # Conversion ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_calibrated_model_directory_is_whole_and_answers(model, demo_scenes):
+def test_a_calibrated_model_directory_is_whole_and_answers(model, demo_scenes: Callable[[str, int], Path]) -> None:
     manifest = read_manifest(model)
     verify_files(model, manifest, hashes=True)
     assert {path.name for path in model.iterdir()} == {*manifest.files, "fastvlm.json"}
@@ -64,7 +65,7 @@ def test_a_calibrated_model_directory_is_whole_and_answers(model, demo_scenes):
     assert sum(right) >= 23
 
 
-def test_the_encoder_for_a_gpu_computes_most_products_in_int8(model):
+def test_the_encoder_for_a_gpu_computes_most_products_in_int8(model) -> None:
     placement = check_placement(model / "vision.onnx")
     assert placement.share("INT8") > 0.5
     assert check_graph(model / "vision.onnx") == check_graph(model / "decoder.onnx") == []
@@ -75,12 +76,12 @@ def test_the_encoder_for_a_gpu_computes_most_products_in_int8(model):
     assert check_placement(model / "vision.cpu.onnx").share("INT8") == 0
 
 
-def test_the_figures_of_int8_activations_are_in_the_manifest(model):
+def test_the_figures_of_int8_activations_are_in_the_manifest(model) -> None:
     parity = read_manifest(model).parity
     assert 0.95 <= parity["image_features_w8a8"]["cosine"] < parity["image_features"]["cosine"] <= 1
 
 
-def test_the_report_says_what_was_decided(model, data):
+def test_the_report_says_what_was_decided(model, data) -> None:
     report = json.loads((model / "quantization.json").read_text())
     assert report["calibration"]["source"] == data and report["calibration"]["used"] == EXAMPLES
     groups = {group["name"]: group for group in report["vision"]["groups"]}
@@ -94,7 +95,7 @@ def test_the_report_says_what_was_decided(model, data):
     assert "<html" in (model / "quantization.html").read_text()[:200].lower()
 
 
-def test_engines_are_built_from_the_calibrated_graphs(model):
+def test_engines_are_built_from_the_calibrated_graphs(model) -> None:
     pytest.importorskip("tensorrt_rtx")
     from fastvlm_edge.engines import build as engines
 
@@ -105,35 +106,33 @@ def test_engines_are_built_from_the_calibrated_graphs(model):
     assert len(int8) >= 10
 
 
-def test_accuracy_bounds_the_plan(tmp_path, monkeypatch, demo_scenes):
-    """A judge that finds every quantised encoder wanting leaves it in floats; one that minds nothing gets the cheapest plan."""
+def test_accuracy_bounds_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_scenes: Callable[[str, int], Path]) -> None:
+    """If every quantised encoder loses too much, it stays in floats; if none loses anything, it gets the cheapest plan."""
     shares = {}
     monkeypatch.setattr(module, "DAMAGES", (0.05, 0.0))
     for name, losses in (("nothing", [0.0]), ("everything", [9.0, 0.5])):
         left = iter(losses)
-        monkeypatch.setattr(module, "drop", lambda *_, left=left: next(left))
-        calibrator = Quantizer(Options(str(demo_scenes("calibration", 64)), limit=48, accuracy_drop=0.5))
-        convert(str(DEMO), tmp_path / name, precision="int8", calibrator=calibrator)
+        monkeypatch.setattr(module, "points_lost", lambda *_, left=left: next(left))
+        calibrate = Quantizer(Options(str(demo_scenes("calibration", 64)), limit=48, accuracy_drop=0.5)).calibrate
+        convert(str(DEMO), tmp_path / name, precision="int8", calibrate=calibrate)
         shares[name] = check_placement(tmp_path / name / "vision.onnx").share("INT8")
         evaluation = json.loads((tmp_path / name / "quantization.json").read_text())["evaluation"]
         assert (evaluation["points_lost"], evaluation["points_allowed"]) == (losses[-1], 0.5)
     assert shares["everything"] == 0 < 0.7 < shares["nothing"]
-    monkeypatch.setattr(module, "drop", lambda *_: 9.0)
-    with pytest.raises(
-        FastVLMError, match=r"9\.00 points are lost with the encoder in floats already, 0\.5 are allowed: it is the decoder"
-    ):
-        convert(str(DEMO), tmp_path / "never", precision="int4", calibrator=calibrator)
+    monkeypatch.setattr(module, "points_lost", lambda *_: 9.0)
+    with pytest.raises(FastVLMError, match=r"decoder alone loses 9\.00 points \(limit: 0\.5\), even with a floating-point encoder"):
+        convert(str(DEMO), tmp_path / "never", precision="int4", calibrate=calibrate)
     assert not (tmp_path / "never").exists()
 
 
-def test_an_accuracy_drop_needs_examples_to_judge_by(demo_scenes):
+def test_an_accuracy_drop_needs_held_out_examples(demo_scenes: Callable[[str, int], Path]) -> None:
     ten = str(demo_scenes("calibration", 10))
-    with pytest.raises(FastVLMError, match="has 10 examples and calibration, with some to judge the accuracy drop by, needs at least 11"):
+    with pytest.raises(FastVLMError, match="has 10 examples, but calibration with --accuracy-drop needs at least 11"):
         Quantizer(Options(ten, limit=8, accuracy_drop=0.5))
     Quantizer(Options(ten, limit=8))
 
 
-def test_a_folder_of_pictures_is_enough_and_bad_ones_are_named(tmp_path, capsys):
+def test_a_folder_of_pictures_is_enough_and_bad_ones_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = write_checkpoint(tmp_path / "tiny", layout="native")
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -152,31 +151,33 @@ def test_a_folder_of_pictures_is_enough_and_bad_ones_are_named(tmp_path, capsys)
     ("arguments", "says"),
     [
         (["--precision", "fp16", "--calib", "{data}"], "--precision fp16 has no integers to calibrate; choose int8 or int4"),
-        (["--precision", "int8", "--accuracy-drop", "0.5"], "--accuracy-drop needs questions to measure it with"),
-        (["--precision", "int8", "--calib", "{few}"], "has 4 examples and calibration needs at least 8"),
-        (["--precision", "int8", "--calib", "{data}", "--calib-limit", "3"], "calibration with 3 examples is too little"),
-        (["--precision", "int8", "--calib", "{data}", "--accuracy-drop", "-1"], "an accuracy drop of -1 points cannot be promised"),
+        (["--precision", "int8", "--accuracy-drop", "0.5"], "--accuracy-drop needs questions to measure the accuracy; add --calib DATA"),
+        (["--precision", "int8", "--calib", "{few}"], "has 4 examples, but calibration needs at least 8"),
+        (["--precision", "int8", "--calib", "{data}", "--calib-limit", "3"], "3 calibration examples are too few; give at least 8"),
+        (["--precision", "int8", "--calib", "{data}", "--accuracy-drop", "-1"], "--accuracy-drop must be greater than 0 (got -1)"),
     ],
 )
-def test_what_cannot_work_is_said_at_once(tmp_path, capsys, demo_scenes, data, arguments, says):
+def test_what_cannot_work_is_said_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_scenes: Callable[[str, int], Path], data, arguments, says
+) -> None:
     arguments = [part.format(data=data, few=demo_scenes("calibration", 4)) for part in arguments]
     assert main(["convert", str(DEMO), "-o", str(tmp_path / "model"), *arguments]) == 1
     assert says in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
 
 
-def test_the_command_passes_everything_on(tmp_path, monkeypatch, data):
+def test_the_command_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data) -> None:
     seen = {}
     monkeypatch.setattr("fastvlm_edge.convert.pipeline.convert", lambda *_, **options: seen.update(options) or read_manifest(tmp_path))
     convert_options = f"--precision int8 --calib {data} --calib-limit 9 --accuracy-drop 1.5 --images"
     assert main(["convert", str(DEMO), "-o", str(tmp_path), *convert_options.split(), str(tmp_path)]) == 1  # tmp_path is no model directory
-    options = seen["calibrator"].options
+    options = seen["calibrate"].__self__.options
     assert (options.source, options.images, options.limit) == (data, tmp_path, 9)
     assert options.accuracy_drop == 1.5
     assert options.cache == tmp_path / "cache" / "calibration"
 
 
-def test_the_cache_knows_pictures_by_their_pixels_not_by_where_they_lie(tmp_path):
+def test_the_cache_knows_pictures_by_their_pixels_not_by_where_they_lie(tmp_path: Path) -> None:
     digests = []
     for seed, folder in enumerate("aba"):
         (tmp_path / f"{seed}").mkdir()
@@ -188,7 +189,7 @@ def test_the_cache_knows_pictures_by_their_pixels_not_by_where_they_lie(tmp_path
     assert digests[0][0] != digests[1][0] and digests[0][1] == digests[1][1]
 
 
-def test_a_run_that_was_broken_off_goes_on_with_what_it_had_encoded(tmp_path, monkeypatch, data):
+def test_a_run_that_was_broken_off_goes_on_with_what_it_had_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data) -> None:
     encoded = []
 
     def encode(x):
@@ -198,51 +199,49 @@ def test_a_run_that_was_broken_off_goes_on_with_what_it_had_encoded(tmp_path, mo
         return image_tokens(x)
 
     def cached():
-        return Quantizer(Options(data, limit=EXAMPLES, cache=tmp_path / "cache"))
+        return Quantizer(Options(data, limit=EXAMPLES, cache=tmp_path / "cache")).calibrate
 
     image_tokens = module.image_tokens
     monkeypatch.setattr(module, "image_tokens", encode)
     with pytest.raises(KeyboardInterrupt):
-        convert(
-            str(DEMO), tmp_path / "model", precision="int4", calibrator=Quantizer(Options(data, limit=EXAMPLES, cache=tmp_path / "cache"))
-        )
+        convert(str(DEMO), tmp_path / "model", precision="int4", calibrate=cached())
     (folder,) = (tmp_path / "cache").iterdir()
     kept = sorted(folder.iterdir())
     assert len(kept) == 30
     kept[3].write_bytes(kept[3].read_bytes()[:100])
     kept[5].write_bytes(b"")
     encoded.clear()
-    convert(str(DEMO), tmp_path / "model", precision="int4", calibrator=cached())
+    convert(str(DEMO), tmp_path / "model", precision="int4", calibrate=cached())
     assert len(encoded) == 20
     monkeypatch.setattr(module, "image_tokens", lambda _x: pytest.fail("encoded again"))
-    convert(str(DEMO), tmp_path / "again", precision="int4", calibrator=cached())
+    convert(str(DEMO), tmp_path / "again", precision="int4", calibrate=cached())
     for name in ("vision.weights", "decoder.weights", "vision.onnx"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
-def test_a_cache_that_cannot_be_written_does_not_stop_the_calibration(tmp_path, data):
+def test_a_cache_that_cannot_be_written_does_not_stop_the_calibration(tmp_path: Path, data) -> None:
     (tmp_path / "file").write_text("where a folder should be")
-    calibrator = Quantizer(Options(data, limit=EXAMPLES, cache=tmp_path / "file"))
-    convert(str(DEMO), tmp_path / "model", precision="int8", calibrator=calibrator)
+    calibrate = Quantizer(Options(data, limit=EXAMPLES, cache=tmp_path / "file")).calibrate
+    convert(str(DEMO), tmp_path / "model", precision="int8", calibrate=calibrate)
     verify_files(tmp_path / "model", read_manifest(tmp_path / "model"), hashes=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
 
 
-# The judge ----------------------------------------------------------------------------------------------------------------------
+# Accuracy ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_points_are_of_exact_match_where_answers_are_known():
+def test_points_are_of_exact_match_where_answers_are_known() -> None:
     before = Score([np.array([1, 2]), np.array([3])], 1.0)
     after = Score([np.array([1, 9]), np.array([3])], 0.5)
-    assert drop(before, after) == 50
+    assert points_lost(before, after) == 50
     assert before.agreement(after) == pytest.approx(2 / 3)
-    assert drop(Score(before.choices, None), Score(after.choices, None)) == pytest.approx(100 / 3)
-    assert drop(Score(before.choices, 0.0), after) == pytest.approx(100 / 3), "a model that knows no answer can lose none"
+    assert points_lost(Score(before.choices, None), Score(after.choices, None)) == pytest.approx(100 / 3)
+    assert points_lost(Score(before.choices, 0.0), after) == pytest.approx(100 / 3), "a model that knows no answer can lose none"
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_judge_computes_with_the_weights_that_the_graph_gets(tmp_path, monkeypatch, tied):
-    """Against onnxruntime on the written graph, in FP32 as the judge: by default it rounds the inputs of products to INT8."""
+def test_accuracy_is_measured_with_the_weights_that_the_graph_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied) -> None:
+    """Against onnxruntime on the written graph, in FP32: by default onnxruntime rounds the inputs of INT4 products to INT8."""
     import onnxruntime
 
     from fastvlm_edge.backends import ort_session

@@ -17,29 +17,31 @@ from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends.verification import compare
 from fastvlm_edge.cli import main
 from fastvlm_edge.convert import pipeline as module
+from fastvlm_edge.convert import request as request_module
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 from fastvlm_edge.convert.graphs import decoder
 from fastvlm_edge.convert.parity import BOUNDS
-from fastvlm_edge.convert.pipeline import convert, estimated_bytes
+from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import PLANS, VISION_STAGES, precision_plan
 from fastvlm_edge.convert.reference.decoder import Magnitudes
+from fastvlm_edge.convert.request import estimated_bytes
 from fastvlm_edge.model_dir.manifest import PRECISIONS, read_manifest, verify_files
 from tests.support.checkpoints import write_checkpoint
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory):
     return write_checkpoint(tmp_path_factory.mktemp("source") / "tiny-fastvlm", layout="native")
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
-def model(request, checkpoint, tmp_path_factory):
+def model(request: pytest.FixtureRequest, checkpoint, tmp_path_factory: pytest.TempPathFactory):
     output = tmp_path_factory.mktemp("models") / request.param
     convert(str(checkpoint), output, precision=request.param)
     return output
 
 
-def test_a_model_directory_is_whole_and_runs(model):
+def test_a_model_directory_is_whole_and_runs(model) -> None:
     manifest = read_manifest(model)
     verify_files(model, manifest, hashes=True)
     assert set(manifest.files) | {"fastvlm.json"} == {path.name for path in model.iterdir()}
@@ -51,7 +53,7 @@ def test_a_model_directory_is_whole_and_runs(model):
     assert len(reply.token_ids) == 4 or reply.stop_reason == "stop"
 
 
-def test_the_manifest_has_the_figures_of_the_check(model):
+def test_the_manifest_has_the_figures_of_the_check(model) -> None:
     manifest = read_manifest(model)
     bounds = BOUNDS[manifest.precision]
     assert bounds.features <= manifest.parity["image_features"]["cosine"] <= 1.0000001
@@ -65,8 +67,8 @@ def test_the_manifest_has_the_figures_of_the_check(model):
     assert all(value > 0 for value in manifest.activations["largest"].values())
 
 
-def test_a_faulty_graph_is_told_from_coarse_weights(checkpoint, tmp_path, monkeypatch):
-    """With half its frequencies wrong the graph still has logits as close to the checkpoint's as INT4 may be; the check sees it."""
+def test_a_faulty_graph_is_distinguished_from_coarse_weights(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With wrong frequencies the logits are still as close to the checkpoint's as INT4 allows; the check finds the fault all the same."""
     angles = decoder._Decoder._angles
 
     def wrong(self, position):
@@ -82,17 +84,44 @@ def test_a_faulty_graph_is_told_from_coarse_weights(checkpoint, tmp_path, monkey
     assert not any(tmp_path.iterdir())
 
 
-def test_a_user_hears_what_the_integers_cost(checkpoint, tmp_path, capsys):
-    for precision, heard in (("int4", 1), ("fp16", 0)):
+def test_the_user_is_told_what_the_integers_cost(checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for precision, count in (("int4", 1), ("fp16", 0)):
         assert main(["convert", str(checkpoint), "-o", str(tmp_path / precision), "--precision", precision]) == 0
-        assert capsys.readouterr().err.count("of greedy tokens are equal; --calib would keep more") == heard
+        assert capsys.readouterr().err.count("of greedy tokens are unchanged; calibration (--calib DATA) would preserve more") == count
 
 
-def test_every_precision_has_a_plan_and_bounds():
+def test_contradictions_in_the_checkpoint_reach_the_user_and_the_manifest(tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "contradictory", layout="native")
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 24
+    (source / "config.json").write_text(json.dumps(config))
+    processor = json.loads((source / "preprocessor_config.json").read_text()) | {"image_mean": [0.5, 0.5, 0.5]}
+    (source / "preprocessor_config.json").write_text(json.dumps(processor))
+    expected = [
+        "the image processor has a mean and a standard deviation: ignored them, FastVLM takes pixels in 0..1",
+        "config.json gives 24 for layers, but the tensors have 3: used 3",
+    ]
+
+    assert main(["convert", str(source), "-o", str(tmp_path / "model")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [lines.count(note) for note in expected] == [1, 1]
+    assert lines.index(expected[0]) < next(index for index, line in enumerate(lines) if line.startswith("probe vision"))
+    assert read_manifest(tmp_path / "model").notes == expected
+
+
+def test_a_consistent_checkpoint_has_no_notes_and_older_manifests_are_read(model, tmp_path):
+    assert read_manifest(model).notes == []
+    document = json.loads((model / "fastvlm.json").read_text())
+    del document["notes"]
+    (tmp_path / "fastvlm.json").write_text(json.dumps(document))
+    assert read_manifest(tmp_path) == read_manifest(model)
+
+
+def test_every_precision_has_a_plan_and_bounds() -> None:
     assert set(PLANS) == set(BOUNDS) == set(PRECISIONS)
 
 
-def test_the_estimate_of_the_size_is_close(checkpoint, model):
+def test_the_estimate_of_the_size_is_close(checkpoint, model) -> None:
     manifest = read_manifest(model)
     weights = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".weights"))
     needed = estimated_bytes(open_checkpoint(str(checkpoint)), precision_plan(manifest.precision))
@@ -100,7 +129,7 @@ def test_the_estimate_of_the_size_is_close(checkpoint, model):
 
 
 @pytest.mark.parametrize("layout", ["apple", "hub"])
-def test_both_public_layouts_give_the_same_model(checkpoint, tmp_path, layout):
+def test_both_public_layouts_give_the_same_model(checkpoint, tmp_path: Path, layout: str) -> None:
     other = write_checkpoint(tmp_path / layout, layout=layout)
     kwargs = {"precision": "fp32", "image_size": 256, "context": 512}
     logits = []
@@ -119,26 +148,26 @@ def test_both_public_layouts_give_the_same_model(checkpoint, tmp_path, layout):
         ({"image_size": 300}, "image size 300 is not supported; choose 256 to 1536 in steps of 64"),
         ({"image_size": 1600}, "image size 1600 is not supported"),
         ({"geometry": "stretch"}, "unknown geometry 'stretch'; choose pad or crop"),
-        ({"context": 20}, "a context of 20 is too small for a picture of 16 tokens"),
-        ({"context": 10**6}, "a context of 1000000 is more than the 32768 positions"),
+        ({"context": 20}, "a context of 20 is too short for a picture of 16 tokens"),
+        ({"context": 10**6}, "a context of 1000000 is longer than the 32768 positions"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_work(checkpoint, tmp_path, arguments, message):
+def test_impossible_requests_are_refused_before_any_work(checkpoint, tmp_path: Path, arguments, message) -> None:
     with pytest.raises(FastVLMError, match=message):
         convert(str(checkpoint), tmp_path / "model", **arguments)
     assert not any(tmp_path.iterdir())
 
 
-def test_an_existing_folder_is_safe(checkpoint, tmp_path):
+def test_a_directory_with_other_files_is_never_replaced(checkpoint, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for force in (False, True):
-        with pytest.raises(FastVLMError, match="exists and is no model directory"):
+        with pytest.raises(FastVLMError, match="exists and is not a model directory"):
             convert(str(checkpoint), tmp_path / "mine", force=force)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_model_directory_is_replaced_only_when_told_to(checkpoint, tmp_path):
+def test_a_model_directory_is_replaced_only_with_force(checkpoint, tmp_path: Path) -> None:
     convert(str(checkpoint), tmp_path / "model", precision="fp32")
     with pytest.raises(FastVLMError, match="add --force"):
         convert(str(checkpoint), tmp_path / "model", precision="int8")
@@ -157,8 +186,8 @@ def test_a_model_directory_is_replaced_only_when_told_to(checkpoint, tmp_path):
     ],
 )
 @pytest.mark.parametrize("stage", ["write_vision_weights", "write_decoder_weights", "check_parity"])
-def test_nothing_is_left_behind(checkpoint, tmp_path, monkeypatch, error, expected, stage):
-    def fail(*_args, **_kwargs):
+def test_nothing_is_left_behind(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error, expected, stage) -> None:
+    def fail(*_args, **_kwargs) -> None:
         raise error
 
     monkeypatch.setattr(module, stage, fail)
@@ -169,7 +198,7 @@ def test_nothing_is_left_behind(checkpoint, tmp_path, monkeypatch, error, expect
         assert "is full" in str(caught.value)
 
 
-def test_an_output_behind_a_link_is_written_where_the_link_points(checkpoint, tmp_path):
+def test_an_output_behind_a_link_is_written_where_the_link_points(checkpoint, tmp_path: Path) -> None:
     (tmp_path / "disk" / "model").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
     for precision in ("fp32", "int8"):  # the empty folder, then a model that is there
@@ -178,13 +207,13 @@ def test_an_output_behind_a_link_is_written_where_the_link_points(checkpoint, tm
     assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
 
 
-def test_what_cannot_be_replaced_is_told_before_any_work_or_in_a_sentence(checkpoint, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_an_error_in_one_sentence(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mounted").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
-    with pytest.raises(FastVLMError, match=r"mounted is a mount point.*name a folder in it: .*mounted/model"):
+    with pytest.raises(FastVLMError, match=r"mounted is a mount point.*give a directory inside it: .*mounted/model"):
         convert(str(checkpoint), tmp_path / "mounted")
 
-    def busy(self, target):
+    def busy(self, target) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
 
     monkeypatch.setattr(Path, "rename", busy)
@@ -193,7 +222,7 @@ def test_what_cannot_be_replaced_is_told_before_any_work_or_in_a_sentence(checkp
     assert not any((tmp_path / "mounted").iterdir()) and [path.name for path in tmp_path.iterdir()] == ["mounted"]
 
 
-def test_a_failed_replacement_keeps_the_old_model(checkpoint, tmp_path, monkeypatch):
+def test_a_failed_replacement_keeps_the_old_model(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(str(checkpoint), tmp_path / "model")
     monkeypatch.setattr(module, "check_parity", lambda *_, **__: (_ for _ in ()).throw(FastVLMError("do not agree")))
     with pytest.raises(FastVLMError, match="do not agree"):
@@ -202,14 +231,14 @@ def test_a_failed_replacement_keeps_the_old_model(checkpoint, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_too_little_disk_is_said_before_any_work(checkpoint, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_refused_before_any_work(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(FastVLMError, match=r"needs about 8 MB, and .* has 0 MB free; make room"):
+    monkeypatch.setattr(request_module.shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(FastVLMError, match=r"needs about 8 MB, but only 0 MB are free in .*; free some space"):
         convert(str(checkpoint), tmp_path / "model")
 
 
-def test_what_a_killed_conversion_left_is_cleared_by_the_next(checkpoint, tmp_path):
+def test_the_next_conversion_removes_what_a_killed_one_left(checkpoint, tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / f".model.partial-{gone.pid}").mkdir()
@@ -220,7 +249,7 @@ def test_what_a_killed_conversion_left_is_cleared_by_the_next(checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_command_and_leaves_nothing(checkpoint, tmp_path, number):
+def test_a_signal_stops_the_command_and_leaves_nothing(checkpoint, tmp_path: Path, number) -> None:
     command = [sys.executable, "-m", "fastvlm_edge", "convert", str(checkpoint), "-o", str(tmp_path / "model")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -233,11 +262,11 @@ def test_a_signal_stops_the_command_and_leaves_nothing(checkpoint, tmp_path, num
     assert not any(tmp_path.iterdir())
 
 
-def test_a_graph_that_disagrees_is_not_published(checkpoint, tmp_path, monkeypatch):
-    """A real fault: the rotary base is read wrongly. The check must notice."""
+def test_a_graph_that_disagrees_is_not_published(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real fault: the rotary base is read wrongly. The check must find it."""
     real = module.build_decoder
 
-    def wrong(graph, text, plan, *, cpu_context):
+    def wrong(graph, text, plan, *, cpu_context) -> None:
         real(graph, type(text)(**{**text.__dict__, "rope_theta": 100.0}), plan, cpu_context=cpu_context)
 
     monkeypatch.setattr(module, "build_decoder", wrong)
@@ -247,8 +276,10 @@ def test_a_graph_that_disagrees_is_not_published(checkpoint, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int4"])
-def test_a_model_that_does_not_fit_fp16_gets_wider_types(checkpoint, tmp_path, monkeypatch, precision):
-    """As if the checkpoint were one with large activations; the graphs that follow are whole and agree with PyTorch."""
+def test_a_model_that_does_not_fit_fp16_gets_wider_types(
+    checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """As if the checkpoint had large activations: the graphs with wider types are complete and agree with PyTorch."""
     real = module.probe_activations
 
     def probe(*args):
@@ -266,14 +297,14 @@ def test_a_model_that_does_not_fit_fp16_gets_wider_types(checkpoint, tmp_path, m
         assert vlm.generate("What is this?", image=np.zeros((40, 60, 3), np.uint8), max_new_tokens=4).token_ids
 
 
-def test_the_manifest_says_how_large_every_layer_gets(model):
+def test_the_manifest_says_how_large_every_layer_gets(model) -> None:
     seen = read_manifest(model).activations["decoder"]
     layers = read_manifest(model).decoder.layers
     assert set(seen) == {"qkv", "scores", "product", "residual"}
     assert all(len(values) == layers and min(values) > 0 for values in seen.values())
 
 
-def test_compare_knows_the_same_from_the_opposite():
+def test_compare_knows_the_same_from_the_opposite() -> None:
     a = np.arange(6, dtype=np.float32)
     assert compare(a, a).cosine == pytest.approx(1)
     assert compare(a, a).relative == 0
@@ -281,14 +312,14 @@ def test_compare_knows_the_same_from_the_opposite():
     assert compare(a + 1, a).largest == pytest.approx(1)
 
 
-def test_the_manifest_is_plain_json(model):
+def test_the_manifest_is_plain_json(model) -> None:
     document = json.loads((model / "fastvlm.json").read_text())
     assert document["schema"] == 2
     assert document["plan"]["decoder.body"]
 
 
 @pytest.mark.parametrize("image_size", [320, 1536])
-def test_image_sizes_in_steps_of_64(checkpoint, tmp_path, image_size):
+def test_image_sizes_in_steps_of_64(checkpoint, tmp_path: Path, image_size: int) -> None:
     manifest = convert(str(checkpoint), tmp_path / "model", image_size=image_size)
     assert manifest.vision.tokens == (image_size // 64) ** 2
     assert manifest.parity["image_features"]["cosine"] > BOUNDS["fp32"].features
@@ -296,7 +327,7 @@ def test_image_sizes_in_steps_of_64(checkpoint, tmp_path, image_size):
         assert vlm.encode_image(np.zeros((50, 90, 3), np.uint8)).numpy().shape == (manifest.vision.tokens, manifest.vision.hidden)
 
 
-def test_the_command_takes_the_size_that_the_checkpoint_was_trained_at(tmp_path):
+def test_the_command_takes_the_size_that_the_checkpoint_was_trained_at(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "ck", layout="native", image_size=192)
     assert main(["convert", str(source), "-o", str(tmp_path / "model"), "--image-size", "192"]) == 0
     assert read_manifest(tmp_path / "model").vision.image_size == 192

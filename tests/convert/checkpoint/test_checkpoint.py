@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
-from fastvlm_edge.convert.checkpoint.tensor_names import expected_shapes
+from fastvlm_edge.convert.checkpoint.structure import expected_shapes
 from fastvlm_edge.convert.reference.fastvithd import FastViTHD, image_tokens
 from tests.support.checkpoints import SIZES, apple_config, native_config, native_rows, write_checkpoint, write_json, write_safetensors
 from tests.support.timm_reference import import_timm, load_reference
@@ -122,8 +122,8 @@ def test_tensors_win_over_the_config_and_a_note_says_so(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(directory))
     assert (checkpoint.text.vocab, checkpoint.text.layers, checkpoint.vision.out_dim, checkpoint.text.tied) == (640, 3, 512, False)
     assert len(checkpoint.notes) == 4
-    assert any("151936 for vocab, the tensors have 640" in note for note in checkpoint.notes)
-    assert any("lm_head.weight is not the embedding" in note for note in checkpoint.notes)
+    assert any("gives 151936 for vocab, but the tensors have 640: used 640" in note for note in checkpoint.notes)
+    assert any("lm_head.weight is different from the embedding" in note for note in checkpoint.notes)
 
 
 def test_image_size_of_each_layout(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_image_size_of_each_layout(tmp_path: Path) -> None:
     write_json(native / "processor_config.json", {"image_processor": {"crop_size": {"height": 320, "width": 320}}})
     checkpoint = open_checkpoint(str(native))
     assert checkpoint.image_size == 320
-    assert any("image_seq_length 36 means 384 px" in note for note in checkpoint.notes)
+    assert any("image_seq_length 36 means 384 px, but the image processor crops to 320 px" in note for note in checkpoint.notes)
 
 
 def test_rope_base_of_transformers_4_and_5(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_hashes_cover_weights_and_text_files_with_progress(tmp_path: Path) -> No
     assert all(hashlib.sha256((directory / name).read_bytes()).hexdigest() == value for name, value in hashes.items())
     assert seen[-1][0] == seen[-1][1] == sum((directory / name).stat().st_size for name in hashes)
     shutil.rmtree(directory)
-    assert checkpoint.files == hashes  # kept, not read again
+    assert checkpoint.hash_files() == hashes  # kept, not read again
 
 
 def test_transformers_loads_the_native_layout_and_its_features_are_ours(folders: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is named in one sentence."""
+"""Everything that can be wrong with a checkpoint is named in one line, with what to do about it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ VISION = "model.vision_tower.vision_tower.model."
 
 
 def refuse(directory: Path, message: str) -> None:
-    """Opening fails with one line that matches."""
+    """Opening fails with one line that matches and says what to do."""
     with pytest.raises(FastVLMError, match=message) as raised:
         open_checkpoint(str(directory))
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and raised.value.mend
 
 
 def edit_tensors(directory: Path, change: Callable[[Tensors], None]) -> None:
@@ -47,21 +47,24 @@ def native(tmp_path: Path) -> Path:
     ("files", "message"),
     [
         ({"config.json": "{}", "pytorch_model-00001-of-00002.bin": ""}, r"pytorch_model\*\.bin.*convert it to safetensors"),
-        ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "holds a LoRA adapter only; merge it"),
-        ({"config.json": "{}", "mm_projector.bin": ""}, "holds only a projector"),
+        ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "contains only a LoRA adapter; merge it"),
+        ({"config.json": "{}", "mm_projector.bin": ""}, "contains only a projector"),
         ({"config.json": "{}", "fastvithd.mlpackage": ""}, "export for CoreML or MLX"),
         ({"config.json": "{}", "weights.npz": ""}, "export for CoreML or MLX"),
         ({"config.json": "{}"}, "no safetensors file"),
-        ({"llava-fastvithd_0.5b_stage3.zip": ""}, r"no config\.json; unpack llava-fastvithd_0\.5b_stage3\.zip first"),
-        ({"llava-fastvithd_0.5b_stage3/config.json": "{}"}, "did you mean .*llava-fastvithd_0.5b_stage3"),
-        ({"notes.txt": ""}, r"is no checkpoint: it has no config\.json; check the path"),
+        ({"llava-fastvithd_0.5b_stage3.zip": ""}, r"config\.json is missing; unpack llava-fastvithd_0\.5b_stage3\.zip first"),
+        ({"llava-fastvithd_0.5b_stage3/config.json": "{}"}, "config\\.json is missing; try .*llava-fastvithd_0.5b_stage3"),
+        ({"notes.txt": ""}, r"is not a checkpoint: config\.json is missing; check the path"),
         ({"config.json": "{", "model.safetensors": ""}, r"config\.json is damaged"),
-        ({"config.json": '{"model_type": "qwen2"}', "model.safetensors": ""}, "model_type 'qwen2', which is no FastVLM"),
-        ({"config.json": '{"model_type": "llava_qwen2"}', "model.safetensors": ""}, "mm_vision_tower: a language model without vision"),
+        ({"config.json": '{"model_type": "qwen2"}', "model.safetensors": ""}, "model_type 'qwen2', which is not a FastVLM"),
+        (
+            {"config.json": '{"model_type": "llava_qwen2"}', "model.safetensors": ""},
+            "no mm_vision_tower: this is a language model without an encoder",
+        ),
         ({"config.json": "{}", "a.safetensors": "", "b.safetensors": ""}, r"2 safetensors files but no model\.safetensors\.index\.json"),
     ],
 )
-def test_folders_that_are_no_checkpoint(tmp_path: Path, files: dict[str, str], message: str) -> None:
+def test_directories_that_are_not_checkpoints(tmp_path: Path, files: dict[str, str], message: str) -> None:
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -71,20 +74,23 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path, files: dict[str, str], m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mm_projector_type": "linear"}, "mm_projector_type 'linear', which is not supported; expected 'mlp2x_gelu'"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres': pictures cut into tiles"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type 'linear', which is not supported; give a checkpoint with 'mlp2x_gelu'"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres': pictures that are cut into tiles"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type 'spatial_unpad'"),
         ({"use_sliding_window": True}, "sliding window"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rotary scaling of type 'yarn'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end True"),
-        ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "reads FastViTHD, named like mobileclip_l_1024"),
-        ({"mm_vision_tower": "mobileclip_l_1000"}, "pictures of 1000 px; FastViTHD takes multiples of 64"),
+        (
+            {"mm_vision_tower": "openai/clip-vit-large-patch14-336"},
+            "not supported; give a checkpoint with FastViTHD, such as mobileclip_l_1024",
+        ),
+        ({"mm_vision_tower": "mobileclip_l_1000"}, "an image size of 1000 px, but FastViTHD takes multiples of 64"),
         ({"quantization_config": {"bits": 4}}, "quantised checkpoint; start from"),
-        ({"num_attention_heads": 3}, "says 3 attention heads of 42, but the q and k projections have 128 and 64 rows"),
-        ({"num_attention_heads": 2}, "says 2 key-value heads, but 64 rows of k at 64 a head make 1"),
-        ({"num_attention_heads": None}, "does not say num_attention_heads"),
-        ({"rms_norm_eps": "small"}, "value of the wrong kind"),
+        ({"num_attention_heads": 3}, "gives 3 attention heads of size 42, but the q and k projections have 128 and 64 rows"),
+        ({"num_attention_heads": 2}, "gives 2 key-value heads of size 64, but the k projection has 64 rows"),
+        ({"num_attention_heads": None}, "has no num_attention_heads, which the tensors cannot tell; add it"),
+        ({"rms_norm_eps": "small"}, "value of the wrong type"),
     ],
 )
 def test_unsupported_settings_of_apple_are_named(apple: Path, changes: dict[str, Any], message: str) -> None:
@@ -101,7 +107,7 @@ def test_unsupported_settings_of_apple_are_named(apple: Path, changes: dict[str,
         ("text_config", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         ("", {"projector_hidden_act": "gelu_pytorch_tanh"}, "projector_hidden_act 'gelu_pytorch_tanh'"),
         ("", {"vision_config": None}, "has no vision_config"),
-        ("", {"image_token_index": 704}, "image token 704, but the embedding has 704 rows"),
+        ("", {"image_token_index": 704}, "image token 704, but the embedding has only 704 rows"),
     ],
 )
 def test_unsupported_settings_of_native_are_named(native: Path, part: str, changes: dict[str, Any], message: str) -> None:
@@ -127,19 +133,19 @@ def test_unknown_missing_and_misshapen_tensors_are_named(apple: Path) -> None:
     edit_tensors(apple, change)
     refuse(
         apple,
-        r"missing: llm\.layers\.1\.mlp\.up_proj\.weight; of the wrong shape: model\.vision_tower.*patch_embed\.1\.reparam_conv\."
+        r"missing: llm\.layers\.1\.mlp\.up_proj\.weight; wrong shape: model\.vision_tower.*patch_embed\.1\.reparam_conv\."
         r"bias \[15\] instead of \[16\]; unknown: model\.layers\.1\.self_attn\.q_norm\.weight",
     )
 
 
 def test_a_language_model_without_the_encoder(apple: Path) -> None:
     edit_tensors(apple, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(VISION)] and None)
-    refuse(apple, "has no vision tower in its weights, only llm, lm_head, projector")
+    refuse(apple, "contains no vision tower, only llm, lm_head, projector")
 
 
 def test_an_encoder_without_the_language_model(apple: Path) -> None:
     edit_tensors(apple, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".vision_tower." not in name] and None)
-    refuse(apple, "has no language model in its weights")
+    refuse(apple, "contains no language model, only vision")
 
 
 def test_an_encoder_of_another_structure(apple: Path) -> None:
@@ -149,7 +155,7 @@ def test_an_encoder_of_another_structure(apple: Path) -> None:
                 del tensors[name]
 
     edit_tensors(apple, drop_last_stage)
-    refuse(apple, "no FastViTHD: FastViTHD has five stages")
+    refuse(apple, "is not a FastViTHD: FastViTHD has five stages")
 
 
 def test_an_unmerged_adapter(apple: Path) -> None:
@@ -159,7 +165,7 @@ def test_an_unmerged_adapter(apple: Path) -> None:
 
 def test_quantised_tensors(apple: Path) -> None:
     edit_tensors(apple, lambda tensors: tensors.update({"model.norm.weight": torch.ones(128, dtype=torch.int8)}))
-    refuse(apple, r"types that are not read: model\.norm\.weight \(I8\)")
+    refuse(apple, r"tensors of unsupported types: model\.norm\.weight \(I8\)")
 
 
 def test_a_missing_shard(tmp_path: Path) -> None:
@@ -174,7 +180,7 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
     index = json.loads(path.read_text())
     index["weight_map"]["model.extra"] = "model-00001-of-00002.safetensors"
     write_json(path, index)
-    refuse(directory, r"tensor model\.extra is in model-00001-of-00002\.safetensors, but it is not")
+    refuse(directory, r"lists tensor model\.extra in model-00001-of-00002\.safetensors, but it is not there")
     path.write_text('{"weight_map": 3}')
     refuse(directory, r"index\.json is damaged")
 
@@ -184,15 +190,15 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     edited = directory / "model-00002-of-00002.safetensors"
     first = next(iter(load_file(directory / "model-00001-of-00002.safetensors").items()))
     save_file(load_file(edited) | {first[0]: first[1]}, edited)
-    refuse(directory, f"tensor {first[0]} stands twice, in model-00001")
+    refuse(directory, f"tensor {first[0]} appears in both model-00001")
 
 
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        (5, "cut short or is not safetensors: 5 bytes"),
-        (1000, "cut short or is not safetensors: 1000 bytes"),
-        (-1, "is cut short: .* and tensor .* ends at byte"),
+        (5, "is truncated or not a safetensors file: it has 5 bytes"),
+        (1000, "is truncated or not a safetensors file: it has 1000 bytes"),
+        (-1, "is truncated: .* but tensor .* ends at byte"),
     ],
 )
 def test_truncated_files(apple: Path, keep: int, message: str) -> None:
@@ -208,11 +214,11 @@ def test_truncated_files(apple: Path, keep: int, message: str) -> None:
         ("[1]", "header of .* is damaged"),
         ('{"a": {"dtype": "F32"}}', "header of .* is damaged"),
         ('{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}', "header of .* is damaged"),
-        ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', r"a \[1\] lies at -4 to 0"),
+        ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', r"a \[1\] is stored at bytes -4 to 0"),
         ('{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}', r"a \[3\] F32 cannot have 4 bytes"),
         (
             '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
-            "tensor a stands twice in the header",
+            "tensor a appears twice in the header",
         ),
     ],
 )
@@ -239,7 +245,7 @@ def test_values_that_are_not_finite_are_named_with_their_place(tmp_path: Path, d
 
     edit_tensors(directory, spoil)
     checkpoint = open_checkpoint(str(directory))
-    with pytest.raises(FastVLMError, match=rf"llm\.embed_tokens\.weight .* holds {value} at \[600, 5\]"):
+    with pytest.raises(FastVLMError, match=rf"llm\.embed_tokens\.weight .* contains {value} at \[600, 5\]"):
         checkpoint.tensor("llm.embed_tokens.weight")
     with pytest.raises(FastVLMError, match=r"\[601, 1\]"):
         checkpoint.tensor_rows("llm.embed_tokens.weight", 601, 640)

@@ -54,17 +54,17 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypa
     "location", ["no such folder", "/no/such/folder", "name", "a/b/c", "../x", "", "folder/llava-fastvithd_0.5b_stage3.zip"]
 )
 def test_a_string_that_is_neither_folder_nor_id(location: str) -> None:
-    with pytest.raises(FastVLMError, match="neither a folder on this machine nor a hub id"):
+    with pytest.raises(FastVLMError, match="neither a local directory nor a hub id"):
         locate(location)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (errors.RepositoryNotFoundError, "no public hub repository; check the name.*hf auth login"),
-        (errors.GatedRepoError, "is gated on the hub: accept its conditions"),
+        (errors.RepositoryNotFoundError, "neither a local directory nor a public hub repository; check the name.*hf auth login"),
+        (errors.GatedRepoError, "is gated on the hub; accept its conditions"),
         (errors.RevisionNotFoundError, "has no revision 'v9' on the hub"),
-        (errors.LocalEntryNotFoundError, "the hub cannot be reached, and the local cache does not hold all of it"),
+        (errors.LocalEntryNotFoundError, "the hub cannot be reached, and the copy in the local cache is not complete"),
         (errors.HfHubHTTPError, r"the hub refused org/name at revision v9 \(401 Client Error\)"),
         (OSError, r"cannot be downloaded \(OSError: 401 Client Error\)"),
     ],
@@ -80,7 +80,7 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch, k
 def test_offline_without_a_cached_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FastVLMError, match="not complete in the local hub cache and HF_HUB_OFFLINE forbids a download"):
+    with pytest.raises(FastVLMError, match="not complete in the local hub cache, and HF_HUB_OFFLINE forbids a download; unset it"):
         locate("apple/FastVLM-0.5B")
 
 
@@ -90,8 +90,8 @@ def test_files_are_named_for_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(FastVLMError, match="is a zip file; unpack it"):
         locate(str(tmp_path / "stage3.zip"))
     (tmp_path / "mm_projector.bin").write_bytes(b"x")
-    with pytest.raises(FastVLMError, match="holds only a projector"):
+    with pytest.raises(FastVLMError, match="contains only a projector"):
         locate(str(tmp_path / "mm_projector.bin"))
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(FastVLMError, match="is a file, not a checkpoint; give the folder"):
+    with pytest.raises(FastVLMError, match="is a file, not a checkpoint; give the directory that contains it"):
         locate(str(tmp_path / "model.safetensors"))

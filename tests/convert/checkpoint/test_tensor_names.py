@@ -136,7 +136,7 @@ def test_two_names_of_one_tensor_are_an_error() -> None:
 
 def test_a_long_list_of_unknown_names_is_cut() -> None:
     names = ["model.embed_tokens.weight", "model.vision_tower.vision_tower.model.patch_embed.0.reparam_conv.weight"]
-    with pytest.raises(FastVLMError, match=r"no part of FastVLM: odd\.0, odd\.1, odd\.2, odd\.3, odd\.4 and 3 more"):
+    with pytest.raises(FastVLMError, match=r"do not belong to FastVLM: odd\.0, odd\.1, odd\.2, odd\.3, odd\.4 and 3 more"):
         canonical_names([*names, *(f"odd.{number}" for number in range(8))], "apple", "x")
 
 

@@ -98,7 +98,7 @@ def test_extra_stop_ids_come_from_the_configs(tmp_path: Path, folders: dict[str,
     write_json(directory / "generation_config.json", {"eos_token_id": [3, 514]})
     assert read(directory).stop_ids == [3, 512, 514]
     write_json(directory / "generation_config.json", {"eos_token_id": 640})
-    refuse(directory, "end-of-sequence id 640, but the embedding has 640 rows")
+    refuse(directory, "end-of-sequence id 640, but the embedding has only 640 rows")
 
 
 def test_the_file_of_the_checkpoint_is_written_as_it_is(tmp_path: Path, folders: dict[str, Path]) -> None:
@@ -122,7 +122,7 @@ def test_truncation_and_padding_are_taken_out(tmp_path: Path, folders: dict[str,
         assert kept.encode(TEXTS[0]).ids == read(folders["json"]).tokenizer.encode(TEXTS[0]).ids
 
 
-def test_a_merge_that_starts_with_a_hash_is_no_comment(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_a_merge_that_starts_with_a_hash_is_not_a_comment(tmp_path: Path, folders: dict[str, Path]) -> None:
     directory = copy(folders["vocab"], tmp_path / "model")
     vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
     victim = next(token for token, number in vocabulary.items() if number == 511)
@@ -149,10 +149,13 @@ def test_what_is_wrong_with_a_tokenizer_is_named(tmp_path: Path, folders: dict[s
     ("added", "message"),
     [
         ({"<|endoftext|>": 512, "<|im_start|>": 513}, r"no token <\|im_end\|>"),
-        ({"<|endoftext|>": 520, "<|im_start|>": 521, "<|im_end|>": 522}, r"'<\|endoftext\|>' .* should have the id 520, .* puts it at 512"),
+        (
+            {"<|endoftext|>": 520, "<|im_start|>": 521, "<|im_end|>": 522},
+            r"'<\|endoftext\|>' .* should have the id 520, but the vocabulary gives it the id 512",
+        ),
         (
             {"<|endoftext|>": 512, "<|im_start|>": 513, "<|im_end|>": 514, **{f"<{n}>": 515 + n for n in range(126)}},
-            "'<125>' the id 640, but the embedding has 640 rows",
+            "'<125>' the id 640, but the embedding has only 640 rows",
         ),
         ({"<|endoftext|>": "x"}, "added tokens of .* are damaged"),
     ],

@@ -1,7 +1,7 @@
-"""How many answers a quantised model loses, before any graph is written: PyTorch on the dequantised weights, one reading for all questions.
+"""How much accuracy a quantised model loses, measured before any graph is written: PyTorch computes with the dequantised weights.
 
-A greedy answer is the known one exactly when, along the known answer, every position prefers its next id. So one pass over question and
-answer decides, and nothing has to be generated.
+Greedy decoding gives the known answer exactly if every position along that answer prefers its next id. So one pass over question and answer
+is enough, nothing is generated, and the weights are read once for all questions.
 """
 
 from __future__ import annotations
@@ -19,45 +19,48 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Question:
-    """Ids of a question about one picture and of its answer."""
+    """The ids of a question about one picture, followed by those of its answer."""
 
     ids: list[int]
     answer: int
-    """Where the answer begins in `ids`."""
+    """Index in `ids` where the answer begins."""
     known: bool
-    """Whether the answer is one that the data gives; otherwise it only carries the comparison along."""
+    """Whether the answer comes from the data. A stock answer only serves to compare two models along it."""
 
     @property
     def positions(self) -> range:
-        """Whose logits choose the answer's ids."""
+        """The positions whose logits choose the ids of the answer."""
         return range(self.answer - 1, len(self.ids) - 1)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one model on all questions."""
+    """The result of one model on all questions."""
 
     choices: list[npt.NDArray[np.int64]]
-    """The preferred id at every position of every question."""
+    """For every question, the preferred id at each of its `positions`."""
     exact_match: float | None
-    """0 to 1, over questions with known answers; None where there are none."""
+    """Share of the known answers that greedy decoding gives, 0 to 1; None if no answer is known."""
 
     def agreement(self, other: Score) -> float:
-        """Share of positions where both prefer the same id, 0 to 1."""
+        """Share of positions where both models prefer the same id, 0 to 1."""
         same = [mine == theirs for mine, theirs in zip(self.choices, other.choices, strict=True)]
         return float(np.concatenate(same).mean())
 
 
 def score(weights: Weights, questions: Sequence[Question], features: Sequence[Float32], advance: Callable[[], None]) -> Score:
-    """Ask a model; `features` [tokens, hidden] of each question's picture."""
+    """Run the decoder `weights` on all questions. `features` are the image features [tokens, hidden] of each question's picture.
+
+    `advance` is called once for each layer.
+    """
     passages = [Passage(q.ids, rows, q.positions) for q, rows in zip(questions, features, strict=True)]
     choices = reference_choices(weights, passages, advance)
     right = [bool((chosen == q.ids[q.answer :]).all()) for chosen, q in zip(choices, questions, strict=True) if q.known]
     return Score(choices, float(np.mean(right)) if right else None)
 
 
-def drop(before: Score, after: Score) -> float:
-    """Points lost, of 100: of exact match where the answers are known and the model knows some, else of agreement."""
+def points_lost(before: Score, after: Score) -> float:
+    """Percentage points that `after` loses: of exact match if the data has answers and `before` gives some, otherwise of agreement."""
     if before.exact_match and after.exact_match is not None:
         return 100 * (before.exact_match - after.exact_match)
     return 100 * (1 - before.agreement(after))

@@ -1,0 +1,102 @@
+"""Checks of what was asked for, against the checkpoint and the disk, before any work: the options of `convert`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
+from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan, WeightType, vision_stage
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, STRIDE
+
+GEOMETRIES = ("pad", "crop")
+IMAGE_SIZES = range(256, 1536 + 1, STRIDE)
+DEFAULT_CONTEXT = 4096
+MIN_ANSWER = 64
+"""Positions that a context must have in addition to those of one picture."""
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Raise FastVLMError if no model directory can be put at `output`: it is something else, or exists and `force` is not given."""
+    if os.path.ismount(output):
+        raise FastVLMError(
+            f"{output} is a mount point, and a finished model directory cannot be renamed to a mount point",
+            f"give a directory inside it: {output / 'model'}",
+        )
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists():
+        if not (output.is_dir() and (output / MANIFEST_NAME).is_file()):
+            raise FastVLMError(f"{output} exists and is not a model directory", "choose another name")
+        if not force:
+            raise FastVLMError(f"{output} already exists", "add --force to replace it, or choose another name")
+    if output.parent.exists() and not os.access(output.parent, os.W_OK):
+        raise FastVLMError(f"{output.parent} is not writable", "choose another place for the model directory")
+
+
+def choose_image_size(source: Checkpoint, asked: int | None) -> int:
+    """Pixels on a side: as asked, or the size that the checkpoint was trained at. Raises FastVLMError for an unsupported size."""
+    size = asked or source.image_size
+    if size != source.image_size and size not in IMAGE_SIZES:
+        raise FastVLMError(
+            f"image size {size} is not supported",
+            f"choose 256 to 1536 in steps of 64 ({source.name} was trained at {source.image_size})",
+        )
+    return size
+
+
+def choose_context(source: Checkpoint, asked: int | None, tokens: int) -> int:
+    """Positions of a conversation: as asked, or 4096 if the LLM was trained for that many. `tokens` is the number of one picture.
+
+    Raises FastVLMError if the context is longer than the LLM was trained for, or too short for a picture and an answer.
+    """
+    limit = source.text.max_positions
+    context = min(DEFAULT_CONTEXT, limit) if asked is None else asked
+    if context > limit:
+        raise FastVLMError(f"a context of {context} is longer than the {limit} positions {source.name} was trained for", "lower --context")
+    if context < tokens + MIN_ANSWER:
+        raise FastVLMError(
+            f"a context of {context} is too short for a picture of {tokens} tokens and a conversation",
+            f"give at least {tokens + MIN_ANSWER}, or a smaller --image-size",
+        )
+    return context
+
+
+def check_space(source: Checkpoint, plan: PrecisionPlan, directory: Path) -> None:
+    """Raise FastVLMError if the disk of `directory`, which need not exist yet, has too little space for the weights."""
+    needed = estimated_bytes(source, plan)
+    while not directory.exists():
+        directory = directory.parent
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise FastVLMError(
+            f"the model directory needs about {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free in {directory}",
+            "free some space there, or choose another place",
+        )
+
+
+def estimated_bytes(source: Checkpoint, plan: PrecisionPlan) -> int:
+    """Size of the weights that the plan makes of a checkpoint, without the padding to pages."""
+    total = 0.0
+    for name in source.names():
+        count = float(np.prod(source.shape(name), dtype=np.float64))
+        if name.startswith(("vision.", "projector.")):
+            total += count * _bytes_each(plan.vision_weights, plan.vision[vision_stage(name)])
+        elif name == "llm.embed_tokens.weight":
+            total += count * _bytes_each(plan.embedding, plan.decoder)
+            if source.text.tied and plan.head.bits:
+                total += count * _bytes_each(plan.head, plan.decoder)
+        else:
+            total += count * _bytes_each(plan.head if name == "lm_head.weight" else plan.body, plan.decoder)
+    return int(total)
+
+
+def _bytes_each(weights: WeightType, kind: str) -> float:
+    """Bytes per weight, with its share of the block's scale."""
+    if not weights.bits:
+        return np.dtype(FLOAT_TYPES[kind]).itemsize
+    return weights.bits / 8 + (np.dtype(FLOAT_TYPES[kind]).itemsize / weights.block if weights.block else 0)
