@@ -40,13 +40,13 @@ def reference_reply(model, tokenizer, pixels):
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def reference(request, tmp_path_factory):
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     directory = write_checkpoint(tmp_path_factory.mktemp("native") / "ck", layout="native", tied=request.param, image_size=256)
     return request.param, directory, load_reference(directory)
 
 
 @pytest.fixture(scope="module", params=["apple", "native"])
-def both(request, reference, tmp_path_factory):
+def both(request: pytest.FixtureRequest, reference, tmp_path_factory: pytest.TempPathFactory):
     tied, native, model = reference
     source = native
     if request.param == "apple":
@@ -58,7 +58,7 @@ def both(request, reference, tmp_path_factory):
 
 
 @pytest.mark.parametrize("shape", PICTURES)
-def test_the_same_tokens_and_features(both, shape):
+def test_the_same_tokens_and_features(both, shape) -> None:
     model, vlm, tokenizer = both
     picture = PICTURES[shape]()
     expected, expected_features = reference_reply(model, tokenizer, preprocess(picture, 256, "pad"))
@@ -72,7 +72,7 @@ def test_the_same_tokens_and_features(both, shape):
 
 @pytest.mark.parametrize("geometry", ["pad", "crop"])
 @pytest.mark.parametrize("shape", PICTURES)
-def test_preprocessing_is_that_of_the_reference(shape, geometry):
+def test_preprocessing_is_that_of_the_reference(shape, geometry) -> None:
     """Apple pads to a black square and lets CLIP's processor do the rest; the hub's snippet uses the processor alone."""
     from transformers import CLIPImageProcessorPil
 

@@ -47,7 +47,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_weights_that_a_token_reads():
+def test_weights_that_a_token_reads() -> None:
     assert LAYER == 14_909_440
     small = 24 * (1152 + 2 * 896) + 896  # biases of q, k and v, two norms a layer, the last norm
     floats = 24 * LAYER + 152000 * 896 + small + 896  # and a row of the embedding
@@ -60,12 +60,12 @@ def test_weights_that_a_token_reads():
     assert weight_bytes(TEXT, precision_plan("int4")) == expected == 321_144_322
 
 
-def test_cache_that_a_token_reads():
+def test_cache_that_a_token_reads() -> None:
     assert cache_bytes(TEXT, precision_plan("fp16"), 300) == 24 * 2 * 2 * 64 * 300 * 2 == 3_686_400
     assert cache_bytes(TEXT, precision_plan("fp32"), 2000) == 24 * 2 * 2 * 64 * 2000 * 4
 
 
-def test_operations_of_prefill():
+def test_operations_of_prefill() -> None:
     assert prefill_flops(TEXT, 1) == 2 * (24 * LAYER + 2 * 24 * 896 + 896 * 152000)
     layers = 23 * (2 * LAYER + 2 * 896 * 3)  # the second position looks at both
     last = LAYER + 896 * 256 + 2 * 896 * 2  # the first gives its keys and values, of two heads of 64
@@ -74,13 +74,13 @@ def test_operations_of_prefill():
     assert prefill_flops(TEXT, 290) == whole - 2 * (289 * (LAYER - 896 * 256) + 2 * 896 * 289 * 290 // 2)
 
 
-def test_operations_of_a_picture():
+def test_operations_of_a_picture() -> None:
     """244.264 billion multiply-accumulates are those of every Conv and MatMul of the 0.5B's vision.onnx at 1024 px."""
     assert vision_flops(FastViTHDConfig(), 896, 1024) == 2 * 244_264_075_264
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_operations_of_a_picture_are_those_that_pytorch_counts():
+def test_operations_of_a_picture_are_those_that_pytorch_counts() -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,7 +98,7 @@ def test_operations_of_a_picture_are_those_that_pytorch_counts():
     assert counter.get_total_flops() + projector == vision_flops(TINY_VISION, 128, 256)
 
 
-def test_the_floor_follows_from_the_measured_rates(tmp_path):
+def test_the_floor_follows_from_the_measured_rates(tmp_path: Path) -> None:
     from tests.support.checkpoints import write_checkpoint
 
     source = write_checkpoint(tmp_path / "ck", layout="native")
@@ -112,7 +112,7 @@ def test_the_floor_follows_from_the_measured_rates(tmp_path):
     assert "vision_ms" not in floor["by_precision"]["bf16"] and "decode" in floor_of(source, ["fp16"], {})["by_precision"]["fp16"]
 
 
-def test_summary_and_names():
+def test_summary_and_names() -> None:
     assert summary([3.0, 1.0, 123456.0]) == {"median": 3.0, "min": 1.0, "max": 123500.0}
     assert slug("NVIDIA GeForce RTX 4070 Ti") == "nvidia-geforce-rtx-4070-ti"
     record = {"parity": {"a": 1}, "x": 1}
@@ -120,7 +120,7 @@ def test_summary_and_names():
     assert record == {"parity": {"a": 1, "b": 2}, "x": 2}
 
 
-def test_contenders_and_only():
+def test_contenders_and_only() -> None:
     names = [each.name for each in contenders(["int8", "int4"])]
     assert names == [
         "tensorrt:int8",
@@ -141,13 +141,13 @@ def test_contenders_and_only():
 @pytest.mark.parametrize(
     ("arguments", "says"), [(["--precisions", "fp8"], "'fp8' is unknown; choose from fp32"), (["--runs", "0"], "--runs is 0")]
 )
-def test_options_that_are_refused(arguments, says, capsys):
+def test_options_that_are_refused(arguments, says, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(arguments)
     assert says in capsys.readouterr().err
 
 
-def test_a_prompt_of_just_so_many_positions():
+def test_a_prompt_of_just_so_many_positions() -> None:
     assert question(lambda prompt: 10 + len(prompt.split()), 15) == "a a a a a"
     with pytest.raises(ValueError, match="no prompt takes 10"):
         question(lambda prompt: 10 + len(prompt.split()), 10)
@@ -166,17 +166,17 @@ def run_code(code: str, seconds: float = 60) -> tuple[bool, dict, list]:
     return good, record, parts
 
 
-def test_a_step_hands_on_its_parts_and_nothing_else():
+def test_a_step_hands_on_its_parts_and_nothing_else() -> None:
     good, _, parts = run_code("""print('noise'); print('part: {"a": 1}'); print('{"b": 2}'); print('part: {"c": {"d": 3}}')""")
     assert good and parts == [{"a": 1}, {"c": {"d": 3}}]
 
 
-def test_a_step_that_tells_what_went_wrong_keeps_its_own_words():
+def test_a_step_that_tells_what_went_wrong_keeps_its_own_words() -> None:
     good, record, _ = run_code("""print('part: {"a": 1}'); print('part: {"error": "no BF16 here"}'); raise SystemExit(1)""")
     assert not good and record == {"a": 1, "error": "no BF16 here"}
 
 
-def test_a_step_that_crashes():
+def test_a_step_that_crashes() -> None:
     good, record, _ = run_code("""import os; print('part: {"a": 1}', flush=True); os.kill(os.getpid(), 11)""")
     assert not good and record == {"a": 1, "error": "a step: ended by signal 11 (SIGSEGV)"}
     assert run_code("raise SystemExit(3)")[1]["error"] == "a step: exit status 3, see its output"
@@ -195,7 +195,7 @@ def lives(pid: str) -> bool:
     return True
 
 
-def test_a_step_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
+def test_a_step_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     """A step of the shell, which begins at once, where Python may take longer than the step is given on a busy machine."""
     began = time.monotonic()
     child = tmp_path / "child"
@@ -207,7 +207,7 @@ def test_a_step_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
     assert not lives(child.read_text().strip()), "a process of the step lives on"
 
 
-def make_run(tmp_path, steps, **options) -> Run:
+def make_run(tmp_path: Path, steps, **options) -> Run:
     """A run whose steps are made of Python code."""
     run = Run(Task(tmp_path, tmp_path / "checkpoint", ("fp16",), 1), tmp_path / "out.json", None, options.pop("limit", 60))
     run.document = begin({"device": DEVICE, "machine": {}}, None)
@@ -215,7 +215,7 @@ def make_run(tmp_path, steps, **options) -> Run:
     return run
 
 
-def test_the_others_go_on_when_one_contender_fails(tmp_path):
+def test_the_others_go_on_when_one_contender_fails(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"bad": "raise SystemExit(1)", "never": "", "good": """print('part: {"decode": {"300": {}}}')"""})
     assert not run.measure(Contender("first", ("bad", "never")))
     written = json.loads((tmp_path / "out.json").read_text())
@@ -225,7 +225,7 @@ def test_the_others_go_on_when_one_contender_fails(tmp_path):
     assert results["second"] == {"state": "done", "decode": {"300": {}}} and results["first"]["state"] == "failed"
 
 
-def test_every_part_is_on_the_disk_as_soon_as_it_is_there(tmp_path):
+def test_every_part_is_on_the_disk_as_soon_as_it_is_there(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     code = f"""
 import json, time
@@ -246,7 +246,7 @@ print('part: ' + json.dumps({{"seen": seen}}))
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
-def test_a_step_finds_itself_in_a_process_of_its_own(tmp_path):
+def test_a_step_finds_itself_in_a_process_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     run = Run(Task(tmp_path / "work", tmp_path, ("fp16",), 1), tmp_path / "out.json", None, 60)
     told: dict = {}
@@ -256,14 +256,14 @@ def test_a_step_finds_itself_in_a_process_of_its_own(tmp_path):
     assert told["error"].startswith(f"checkpoint: FileNotFoundError: {tmp_path} has no config.json")
 
 
-def test_what_has_no_time_left_says_so(tmp_path):
+def test_what_has_no_time_left_says_so(tmp_path: Path) -> None:
     run = Run(Task(tmp_path, tmp_path, ("fp16",), 1), tmp_path / "out.json", None, 0)
     run.document = begin({"device": DEVICE, "machine": {}}, None)
     assert not run.measure(Contender("late", ("speed:tensorrt:fp16",)))
     assert "not begun, no time was left; run again" in run.document["results"]["late"]["error"]
 
 
-def test_only_keeps_the_others_of_the_same_gpu(tmp_path):
+def test_only_keeps_the_others_of_the_same_gpu(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps({"device": DEVICE, "results": {"transformers:float16": {"state": "done"}}}))
     assert begin({"device": DEVICE, "machine": {}}, path)["results"] == {"transformers:float16": {"state": "done"}}
@@ -271,11 +271,11 @@ def test_only_keeps_the_others_of_the_same_gpu(tmp_path):
     assert begin({"device": DEVICE, "machine": {}}, tmp_path / "none.json")["results"] == {}
 
 
-def test_without_a_gpu_it_says_what_is_missing(tmp_path, monkeypatch, capsys):
+def test_without_a_gpu_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from fastvlm_edge import FastVLMError
     from fastvlm_edge.nvidia import drivers
 
-    def no_gpu():
+    def no_gpu() -> None:
         raise FastVLMError("no NVIDIA driver on this machine")
 
     monkeypatch.setattr(drivers, "open_cuda", no_gpu)
@@ -287,7 +287,7 @@ def test_without_a_gpu_it_says_what_is_missing(tmp_path, monkeypatch, capsys):
 # Measuring, on the CPU ----------------------------------------------------------------------------------------------------------
 
 
-def test_replies_are_timed_and_none_ends_early(model_dir):
+def test_replies_are_timed_and_none_ends_early(model_dir: Path) -> None:
     with FastVLM.load(model_dir, "ort", threads=1) as vlm:
         end = vlm.generate(PROMPT, photograph(), max_new_tokens=1).token_ids[0]
         vlm.manifest.text.stop_ids.append(end)
@@ -324,7 +324,7 @@ class Simulated(Loaded):
         return self.model.clock
 
 
-def test_the_speed_of_decoding_does_not_depend_on_prefill():
+def test_the_speed_of_decoding_does_not_depend_on_prefill() -> None:
     """Taken as the difference of two replies it would: 8 steps less 5 seconds of noise are a negative speed."""
     import torch
 
@@ -335,7 +335,7 @@ def test_the_speed_of_decoding_does_not_depend_on_prefill():
     assert not loaded.model.model.language_model._forward_pre_hooks
 
 
-def test_a_reply_that_is_not_decoded_token_by_token_has_no_speed():
+def test_a_reply_that_is_not_decoded_token_by_token_has_no_speed() -> None:
     import torch
 
     loaded = Simulated(torch, SimulatedModel([1.0], passes=4), "cpu", 256)
@@ -344,7 +344,7 @@ def test_a_reply_that_is_not_decoded_token_by_token_has_no_speed():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_transformers_and_the_loop_that_is_compiled_say_the_same(tmp_path, monkeypatch):
+def test_transformers_and_the_loop_that_is_compiled_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Speed steps on the CPU, uncompiled: what they do is right, how fast it is does not matter here."""
     from fastvlm_edge.convert.pipeline import convert
     from tests.support.checkpoints import write_checkpoint

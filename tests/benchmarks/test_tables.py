@@ -5,7 +5,7 @@ import re
 from benchmarks.tables import PAGES, ROOT, TABLES, filled
 
 
-def test_the_tables_of_the_pages_are_the_recorded_ones():
+def test_the_tables_of_the_pages_are_the_recorded_ones() -> None:
     texts = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
     assert [filled(text) for text in texts] == texts
     assert all(any(f"<!-- {name} -->" in text for text in texts) for name in TABLES)
@@ -14,7 +14,7 @@ def test_the_tables_of_the_pages_are_the_recorded_ones():
 MEASURED = re.compile(r"\d[\d.,]*\s*(%|(ms|s|seconds?|tokens/s|tokens a second|MiB|GiB|MB|GB/s|percent|times|W|J|joules?|points)\b)")
 
 
-def test_every_figure_of_the_readme_stands_in_a_table_of_recorded_ones():
+def test_every_figure_of_the_readme_stands_in_a_table_of_recorded_ones() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     names = re.findall(r"<!-- (\w+) -->", text)
     assert {"peers", "headline", "accuracy"} <= set(names) <= set(TABLES)

@@ -1,5 +1,7 @@
 """INT8 activations in the encoder of a CPU: as many blocks as the features bear, and the graph computes what was chosen."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -33,7 +35,7 @@ def noisy_run(losses):
     return run, calls
 
 
-def test_all_blocks_are_taken_where_the_features_hold():
+def test_all_blocks_are_taken_where_the_features_hold() -> None:
     run, calls = noisy_run([1e-4] * 3)
     chosen = choose_blocks(noises(1, 2, 3), run, bound=0.001)
     assert chosen.layers == {"0.fc1", "0.fc2", "1.fc1", "1.fc2", "2.fc1", "2.fc2"}
@@ -41,7 +43,7 @@ def test_all_blocks_are_taken_where_the_features_hold():
     assert chosen.loss == pytest.approx(3e-4, rel=0.02)
 
 
-def test_the_noisiest_blocks_stay_floats():
+def test_the_noisiest_blocks_stay_floats() -> None:
     run, _ = noisy_run([1e-4, 5e-2, 1e-4, 1e-4])
     chosen = choose_blocks(noises(1.0, 500.0, 1.2, 0.9), run, bound=0.001)
     assert chosen.blocks == 3
@@ -49,21 +51,21 @@ def test_the_noisiest_blocks_stay_floats():
     assert chosen.loss <= 0.001
 
 
-def test_nothing_is_taken_where_nothing_holds():
+def test_nothing_is_taken_where_nothing_holds() -> None:
     run, calls = noisy_run([1e-1] * 8)
     chosen = choose_blocks(noises(*[1.0] * 8), run, bound=1e-6)
     assert not chosen.layers and chosen.blocks == 0
     assert len(calls) <= TRIES + 1
 
 
-def test_features_that_are_no_numbers_are_a_loss():
+def test_features_that_are_no_numbers_are_a_loss() -> None:
     def run(layers):
         return [np.full((1, 2), np.nan if layers else 1.0, np.float32)]
 
     assert not choose_blocks(noises(1.0, 2.0), run).layers
 
 
-def test_an_outlier_makes_its_block_the_noisiest():
+def test_an_outlier_makes_its_block_the_noisiest() -> None:
     encoder = random_encoder()
     with torch.no_grad():
         encoder.stages[2].blocks[1].mlp.conv.bn.bias[3] = 500.0
@@ -75,7 +77,7 @@ def test_an_outlier_makes_its_block_the_noisiest():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_graph_with_int8_inputs_is_near_the_module_and_one_kernel_a_product(tmp_path, threads):
+def test_the_graph_with_int8_inputs_is_near_the_module_and_one_kernel_a_product(tmp_path: Path, threads) -> None:
     encoder = random_encoder()
     projector = nn.Sequential(nn.Linear(256, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN)).requires_grad_(False)
     plan = precision_plan("int8")

@@ -51,14 +51,14 @@ class Notes:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """No test touches the user's own cache."""
     monkeypatch.setenv("FASTVLM_EDGE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory: pytest.TempPathFactory):
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("source") / "tiny-fastvlm", layout="native")
     output = tmp_path_factory.mktemp("models") / "tiny"
     convert(str(checkpoint), output, precision="int4", context=512)
@@ -66,7 +66,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def model(tiny, tmp_path):
+def model(tiny, tmp_path: Path):
     return shutil.copytree(tiny, tmp_path / "model")
 
 
@@ -78,14 +78,14 @@ def left_in(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=["fp16", "int8", "int4"])
-def demo(request, tmp_path_factory):
+def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     output = tmp_path_factory.mktemp("demo") / request.param
     convert(str(DEMO), output, precision=request.param)
     return output
 
 
 @pytest.mark.parametrize("target", ["sm86", "sm89", "sm120"])
-def test_engines_of_the_demo_model(demo, target):
+def test_engines_of_the_demo_model(demo, target) -> None:
     record = build(demo, target, Options(report=True))
     folder = demo / "engines" / target
     assert record == read_record(folder)
@@ -107,7 +107,7 @@ def test_engines_of_the_demo_model(demo, target):
 # What is kept and built again ---------------------------------------------------------------------------------------------------
 
 
-def test_engines_that_are_up_to_date_are_not_built_again(model, monkeypatch):
+def test_engines_that_are_up_to_date_are_not_built_again(model, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build(model, "sm86")
     notes = Notes()
     with monkeypatch.context() as patched:
@@ -119,7 +119,9 @@ def test_engines_that_are_up_to_date_are_not_built_again(model, monkeypatch):
     assert (model / "engines" / "sm86" / "vision.engine").stat().st_size == again.files["vision.engine"].bytes > 1e6
 
 
-def test_another_model_directory_of_the_same_graphs_gets_its_engines_from_the_cache(model, tiny, tmp_path, monkeypatch):
+def test_another_model_directory_of_the_same_graphs_gets_its_engines_from_the_cache(
+    model, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = build(model, "sm86")
     shutil.rmtree(model)
     other = shutil.copytree(tiny, tmp_path / "other")
@@ -133,7 +135,7 @@ def test_another_model_directory_of_the_same_graphs_gets_its_engines_from_the_ca
         assert not record.build["decoder"]["cached"], changed
 
 
-def test_the_cache_forgets_what_was_unused_for_longest(tmp_path, monkeypatch):
+def test_the_cache_forgets_what_was_unused_for_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastvlm_edge.engines.engine_cache.LIMIT", 250)
     cache = EngineCache(tmp_path / "cache")
     engine = tmp_path / "engine"
@@ -147,7 +149,7 @@ def test_the_cache_forgets_what_was_unused_for_longest(tmp_path, monkeypatch):
     assert (tmp_path / "copy3").read_bytes() == b"\3" * 100
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(model, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_costs_only_time(model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     record = build(model, "sm86", Options(cache=tmp_path / "file"))
     assert not record.build["vision"]["cached"]
@@ -157,7 +159,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(model, monkeypatch, tmp_
 # What is refused ----------------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_targets_and_precisions_are_refused_before_anything_is_built(model, tmp_path):
+def test_wrong_targets_and_precisions_are_refused_before_anything_is_built(model, tmp_path: Path) -> None:
     no_gpu = r"there is no GPU to build for \(.*\); name one with --target"
     for target, says in (
         ("orin9", r"target 'orin9' is unknown; use auto or one of: rtx, orin-nano"),
@@ -175,7 +177,7 @@ def test_wrong_targets_and_precisions_are_refused_before_anything_is_built(model
     assert not (model / "engines").exists() or not any((model / "engines").iterdir())
 
 
-def test_too_little_memory_is_predicted(model, monkeypatch):
+def test_too_little_memory_is_predicted(model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastvlm_edge.engines.memory.available_memory", lambda _: (100 << 20, 8 << 20))
     says = r"building vision.engine takes about 3\d\d MiB of memory, and 100 MiB and 8 MiB of swap are free; close .*, add 1 GiB of swap"
     with pytest.raises(FastVLMError, match=says):
@@ -183,13 +185,13 @@ def test_too_little_memory_is_predicted(model, monkeypatch):
     assert build(model, "sm86", Options(check_memory=False)).files
 
 
-def test_too_little_disk_is_said_before_any_work(model, monkeypatch):
+def test_too_little_disk_is_said_before_any_work(model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 1000}))
     with pytest.raises(FastVLMError, match=r"the engines need about \d MB, and .* has 0 MB free; make room"):
         build(model, "sm86")
 
 
-def test_a_graph_that_tensorrt_refuses_is_explained(model):
+def test_a_graph_that_tensorrt_refuses_is_explained(model) -> None:
     graph = model / "decoder.onnx"
     graph.write_bytes(graph.read_bytes().replace(b"Sigmoid", b"Sigmoix"))
     with pytest.raises(FastVLMError, match=r"tensorrt_rtx 1\.[\d.]+ does not accept .*decoder\.onnx: .*Sigmoix"):
@@ -198,7 +200,7 @@ def test_a_graph_that_tensorrt_refuses_is_explained(model):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), RuntimeError("something")])
-def test_nothing_is_left_behind_and_what_was_there_stays(model, monkeypatch, error):
+def test_nothing_is_left_behind_and_what_was_there_stays(model, monkeypatch: pytest.MonkeyPatch, error) -> None:
     before = build(model, "sm86")
     real = module.Library.build
 
@@ -217,7 +219,7 @@ def test_nothing_is_left_behind_and_what_was_there_stays(model, monkeypatch, err
     assert all((model / "engines" / "sm86" / name).stat().st_size == entry.bytes for name, entry in before.files.items())
 
 
-def test_ctrl_c_in_the_middle_of_a_build(model):
+def test_ctrl_c_in_the_middle_of_a_build(model) -> None:
     """The monitor is called from within TensorRT; the exception comes out on this side."""
 
     class Impatient(Notes):
@@ -230,7 +232,7 @@ def test_ctrl_c_in_the_middle_of_a_build(model):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_command(model, number):
+def test_a_signal_stops_the_command(model, number) -> None:
     command = [sys.executable, "-m", "fastvlm_edge", "build", str(model), "--target", "sm86"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -246,7 +248,7 @@ def test_a_signal_stops_the_command(model, number):
 # The command --------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_builds_reports_and_prints(model, capsys):
+def test_the_command_builds_reports_and_prints(model, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", str(model), "--target", "rtx", "--report", "--workspace", "256"]) == 0
     out, err = capsys.readouterr()
     assert "vision.engine: " in out and "decoder.engine: " in out and "runtime_fusion" in out
@@ -262,7 +264,7 @@ def test_the_command_builds_reports_and_prints(model, capsys):
     assert document["profiles"]["decoder"][0]["input_ids"] == [[1, 1], [1, 1], [1, 512]]
 
 
-def test_the_command_lists_targets_and_wants_a_model(capsys):
+def test_the_command_lists_targets_and_wants_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", "--list-targets"]) == 0
     out = capsys.readouterr().out
     assert "orin-nano  8.7" in out and "Jetson Orin Nano 8 GB" in out and "8 GiB" in out

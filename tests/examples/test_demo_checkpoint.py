@@ -22,7 +22,7 @@ COUNT = 120
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
+def scenes(tmp_path_factory: pytest.TempPathFactory):
     """Pictures and questions as the scene command writes them, from the held-out split."""
     folder = tmp_path_factory.mktemp("scenes")
     command = [sys.executable, "-m", "examples.demo_training.scenes", "--seed", "77", "--count", str(COUNT), "--out", str(folder)]
@@ -32,24 +32,24 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
-def vlm(request, tmp_path_factory):
+def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     output = tmp_path_factory.mktemp("models") / request.param
     convert(str(CHECKPOINT), output, precision=request.param)
     with FastVLM.load(output, threads=2) as loaded:
         yield loaded
 
 
-def test_the_checkpoint_is_small():
+def test_the_checkpoint_is_small() -> None:
     assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 12e6
 
 
-def test_answers_are_right_in_every_precision(vlm, scenes):
+def test_answers_are_right_in_every_precision(vlm, scenes) -> None:
     right = [vlm.generate(question["prompt"], image=picture, max_new_tokens=16).text == question["answer"] for picture, question in scenes]
     least = 0.75 if vlm.manifest.precision == "int4" else 0.85
     assert np.mean(right) >= least, f"{np.mean(right):.3f} of {len(right)}"
 
 
-def test_transformers_gives_the_same_answers(tmp_path, scenes):
+def test_transformers_gives_the_same_answers(tmp_path: Path, scenes) -> None:
     import torch
 
     from tests.support.timm_reference import load_reference
@@ -74,13 +74,13 @@ def test_transformers_gives_the_same_answers(tmp_path, scenes):
             assert vlm.generate(question["prompt"], image=picture, max_new_tokens=16).text == expected
 
 
-def test_the_recorded_accuracy_is_that_of_this_file():
+def test_the_recorded_accuracy_is_that_of_this_file() -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     assert record["model_sha256"] == sha256(CHECKPOINT / "model.safetensors")
     assert record["count"] >= 2000
 
 
-def test_the_demo_runs():
+def test_the_demo_runs() -> None:
     done = subprocess.run([sys.executable, "-m", "examples.demo.demo"], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     answers = re.findall(r"answer {4}(.*)\n {2}expected {2}(.*)\n", done.stdout)

@@ -75,7 +75,7 @@ def scenes():
 
 
 @pytest.fixture(scope="session")
-def models(gpu, tmp_path_factory):
+def models(gpu, tmp_path_factory: pytest.TempPathFactory):
     """Precision -> model directory with engines for the GPU at hand, built once."""
     made: dict[str, Built | FastVLMError] = {}
 
@@ -99,7 +99,7 @@ def models(gpu, tmp_path_factory):
 
 
 @pytest.fixture(params=PRECISIONS)
-def precision(request):
+def precision(request: pytest.FixtureRequest):
     return request.param
 
 
@@ -125,7 +125,7 @@ def texts(vlm, scenes):
     return [vlm.generate(scene.questions[0].prompt, image=scene.image, max_new_tokens=16).text for scene in scenes]
 
 
-def test_engines_are_built_and_agree_with_onnxruntime(gpu, models, precision):
+def test_engines_are_built_and_agree_with_onnxruntime(gpu, models, precision: str) -> None:
     built = models(precision)
     (record,) = find_records(built.directory)
     assert engine_folders(built.directory) == [built.engines]
@@ -141,7 +141,7 @@ def test_engines_are_built_and_agree_with_onnxruntime(gpu, models, precision):
     assert not list(built.directory.glob(f"{ENGINES}/.*")), "a half-built folder was left"
 
 
-def test_a_second_build_finds_everything_up_to_date(fp16):
+def test_a_second_build_finds_everything_up_to_date(fp16) -> None:
     before = (fp16.engines / "build.json").stat().st_mtime_ns
     began = time.perf_counter()
     build(fp16.directory, "auto", Options(cache=None))
@@ -149,7 +149,7 @@ def test_a_second_build_finds_everything_up_to_date(fp16):
     assert time.perf_counter() - began < 10
 
 
-def test_the_answers_are_those_of_onnxruntime(models, precision, scenes):
+def test_the_answers_are_those_of_onnxruntime(models, precision: str, scenes) -> None:
     directory = models(precision).directory
     with FastVLM.load(directory, "ort") as reference:
         expected = texts(reference, scenes)
@@ -163,12 +163,12 @@ def test_the_answers_are_those_of_onnxruntime(models, precision, scenes):
     assert right >= QUESTIONS - 2, "the demo model answers 99 % of these questions"
 
 
-def test_auto_takes_the_engines(fp16):
+def test_auto_takes_the_engines(fp16) -> None:
     with FastVLM.load(fp16.directory) as vlm:
         assert vlm.backend.name == "tensorrt" and vlm.backend.description.endswith("(auto)")
 
 
-def test_decoding_replays_a_cuda_graph_and_gives_the_tokens_of_decoding_without(vlm, scenes, monkeypatch):
+def test_decoding_replays_a_cuda_graph_and_gives_the_tokens_of_decoding_without(vlm, scenes, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = vlm.backend._cuda
     if not cuda.supports_graphs:
         pytest.skip(f"{cuda.binding} has no CUDA graphs")
@@ -193,7 +193,7 @@ def test_decoding_replays_a_cuda_graph_and_gives_the_tokens_of_decoding_without(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
-def test_the_cache_grows_over_its_buckets_and_keeps_what_it_held(models, precision, scenes):
+def test_the_cache_grows_over_its_buckets_and_keeps_what_it_held(models, precision: str, scenes) -> None:
     """Prefill in unequal chunks, then single ids across two borders; logits against onnxruntime at every place."""
     directory = models(precision).directory
     manifest = read_manifest(directory)
@@ -226,7 +226,7 @@ def test_the_cache_grows_over_its_buckets_and_keeps_what_it_held(models, precisi
         assert compare(ours, theirs).cosine >= bound, f"positions {start} to {stop}"
 
 
-def test_truncated_positions_are_forgotten(vlm):
+def test_truncated_positions_are_forgotten(vlm) -> None:
     backend = vlm.backend
     ids = [5 + index % 300 for index in range(200)]
     backend.reset()
@@ -239,7 +239,7 @@ def test_truncated_positions_are_forgotten(vlm):
     assert compare(found, expected).cosine > 0.9999
 
 
-def test_a_chat_computes_only_what_is_new_and_says_what_onnxruntime_says(fp16, vlm, scenes):
+def test_a_chat_computes_only_what_is_new_and_says_what_onnxruntime_says(fp16, vlm, scenes) -> None:
     scene = scenes[0]
     prompts = [scene.questions[0].prompt, "What does the sign say?", "How many?"]
     with FastVLM.load(fp16.directory, "ort") as reference:
@@ -257,7 +257,7 @@ def test_a_chat_computes_only_what_is_new_and_says_what_onnxruntime_says(fp16, v
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_two_pictures_in_one_question(models, precision, scenes):
+def test_two_pictures_in_one_question(models, precision: str, scenes) -> None:
     directory = models(precision).directory
     manifest = read_manifest(directory)
     tokens, vocab = manifest.vision.tokens, manifest.decoder.vocab
@@ -281,7 +281,7 @@ def test_two_pictures_in_one_question(models, precision, scenes):
         backend.close()
 
 
-def test_close_gives_all_device_memory_back(gpu, fp16, scenes):
+def test_close_gives_all_device_memory_back(gpu, fp16, scenes) -> None:
     def use() -> int:
         with FastVLM.load(fp16.directory, "tensorrt") as vlm:
             texts(vlm, scenes[:2])
@@ -306,7 +306,7 @@ def kept_kernels(engines):
     return [path for path in engines.glob("*.kernels") if path.stat().st_size]
 
 
-def test_loading_again_uses_the_kernels_that_were_compiled(gpu, fp16, scenes, tmp_path):
+def test_loading_again_uses_the_kernels_that_were_compiled(gpu, fp16, scenes, tmp_path: Path) -> None:
     if not gpu.library.is_rtx:
         pytest.skip(f"{gpu.library.name} compiles when it builds, there is nothing to keep")
     assert len(kept_kernels(fp16.engines)) == 2, "build compared the engines and kept no compiled kernels"
@@ -334,7 +334,7 @@ def test_loading_again_uses_the_kernels_that_were_compiled(gpu, fp16, scenes, tm
         ({"onnx": {}}, "they were built from another conversion of the model"),
     ],
 )
-def test_engines_that_are_not_for_this_machine_are_refused(fp16, tmp_path, change, says):
+def test_engines_that_are_not_for_this_machine_are_refused(fp16, tmp_path: Path, change, says) -> None:
     directory = Path(shutil.copytree(fp16.directory, tmp_path / "model"))
     (folder,) = engine_folders(directory)
     (record,) = find_records(directory)
@@ -343,14 +343,14 @@ def test_engines_that_are_not_for_this_machine_are_refused(fp16, tmp_path, chang
         FastVLM.load(directory, "tensorrt")
 
 
-def test_a_missing_engine_is_refused(fp16, tmp_path):
+def test_a_missing_engine_is_refused(fp16, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(fp16.directory, tmp_path / "model"))
     (directory / ENGINES / fp16.engines.name / "decoder.engine").unlink()
     with pytest.raises(FastVLMError, match=r"decoder\.engine is missing; run: fastvlm-edge build .* --force"):
         FastVLM.load(directory, "tensorrt")
 
 
-def test_auto_goes_on_without_engines_that_are_refused(fp16, tmp_path):
+def test_auto_goes_on_without_engines_that_are_refused(fp16, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(fp16.directory, tmp_path / "model"))
     (folder,) = engine_folders(directory)
     (record,) = find_records(directory)

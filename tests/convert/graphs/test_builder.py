@@ -1,5 +1,7 @@
 """The graph builder: weights on disk at page borders, shared names, values that onnxruntime reads back."""
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import onnxruntime as ort
@@ -10,14 +12,14 @@ from fastvlm_edge.convert.weights.round_to_nearest import dequantize, quantize_b
 from fastvlm_edge.errors import FastVLMError
 
 
-def run(graph, path, feeds):
+def run(graph, path: Path, feeds):
     graph.weights.close()
     graph.save(path)
     return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
 @pytest.mark.parametrize("kind", ["float", "channel", "block"])
-def test_weights_come_back_as_they_were_written(tmp_path, kind):
+def test_weights_come_back_as_they_were_written(tmp_path: Path, kind: str) -> None:
     weight = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
     weights = WeightsFile(tmp_path / "w.weights")
     weights.add("other", np.ones(3, np.float32))
@@ -38,23 +40,23 @@ def test_weights_come_back_as_they_were_written(tmp_path, kind):
     np.testing.assert_allclose(found, expected, atol=2e-3 if kind == "block" else 1e-6)
 
 
-def test_four_bit_values_share_bytes_low_half_first():
+def test_four_bit_values_share_bytes_low_half_first() -> None:
     assert bytes(to_bytes(np.array([1, -2, 7], dtype=ml_dtypes.int4))) == bytes([0xE1, 0x07])
 
 
-def test_two_nodes_of_one_name_are_refused(tmp_path):
+def test_two_nodes_of_one_name_are_refused(tmp_path: Path) -> None:
     graph = GraphBuilder("test", WeightsFile(tmp_path / "w"))
     graph.node("Relu", ["x"], "/a")
     with pytest.raises(ValueError, match="/a/Relu"):
         graph.node("Relu", ["x"], "/a")
 
 
-def test_equal_constants_are_shared(tmp_path):
+def test_equal_constants_are_shared(tmp_path: Path) -> None:
     graph = GraphBuilder("test", WeightsFile(tmp_path / "w"))
     assert graph.ints(1, 2) == graph.ints(1, 2) != graph.ints(2, 1)
 
 
-def test_a_value_that_fp16_cannot_hold_is_named():
+def test_a_value_that_fp16_cannot_hold_is_named() -> None:
     with pytest.raises(FastVLMError, match=r"llm\.norm holds 70000.*bf16"):
         cast_weight("llm.norm", np.array([1, 70000], np.float32), np.float16)
     assert cast_weight("w", np.array([70000], np.float32), ml_dtypes.bfloat16).dtype == ml_dtypes.bfloat16

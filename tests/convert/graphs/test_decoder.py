@@ -77,12 +77,12 @@ class Graph:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def checkpoint(request, tmp_path_factory):
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     return open_checkpoint(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"), layout="native", tied=request.param)))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["engines", "cpu"])
-def graph(request, checkpoint, tmp_path_factory):
+def graph(request: pytest.FixtureRequest, checkpoint, tmp_path_factory: pytest.TempPathFactory):
     return Graph(tmp_path_factory.mktemp("graph"), checkpoint, "fp32", cpu=request.param)
 
 
@@ -95,7 +95,7 @@ def ids(checkpoint):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_logits_are_those_of_the_reference(checkpoint, ids, precision, tmp_path):
+def test_logits_are_those_of_the_reference(checkpoint, ids, precision: str, tmp_path: Path) -> None:
     graph = Graph(tmp_path, checkpoint, precision)
     positions = list(range(len(ids)))
     logits, values, top = graph.step(ids, 0, graph.cache(32), positions)
@@ -106,7 +106,7 @@ def test_logits_are_those_of_the_reference(checkpoint, ids, precision, tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_the_graph_for_the_cpu_computes_what_the_one_for_engines_does(checkpoint, ids, precision, tmp_path):
+def test_the_graph_for_the_cpu_computes_what_the_one_for_engines_does(checkpoint, ids, precision: str, tmp_path: Path) -> None:
     logits = []
     for cpu in (True, False):
         (tmp_path / str(cpu)).mkdir()
@@ -117,7 +117,7 @@ def test_the_graph_for_the_cpu_computes_what_the_one_for_engines_does(checkpoint
 
 
 @pytest.mark.parametrize("cuts", [(1,), (5, 9), (7,), tuple(range(1, 24))])
-def test_chunked_prefill_equals_one_shot(graph, ids, cuts):
+def test_chunked_prefill_equals_one_shot(graph, ids, cuts) -> None:
     whole = graph.cache(32)
     expected, *_ = graph.step(ids, 0, whole, [len(ids) - 1])
     cache, start = graph.cache(32), 0
@@ -128,7 +128,7 @@ def test_chunked_prefill_equals_one_shot(graph, ids, cuts):
     np.testing.assert_allclose(cache, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_what_lies_beyond_the_valid_cache_does_not_matter(graph, ids):
+def test_what_lies_beyond_the_valid_cache_does_not_matter(graph, ids) -> None:
     clean, dirty = graph.cache(24), graph.cache(64)
     graph.step(ids[:10], 0, clean, [0])
     graph.step(ids[:10], 0, dirty, [0])
@@ -138,7 +138,7 @@ def test_what_lies_beyond_the_valid_cache_does_not_matter(graph, ids):
     np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
 
 
-def test_rolling_back_is_a_matter_of_the_counter(graph, ids):
+def test_rolling_back_is_a_matter_of_the_counter(graph, ids) -> None:
     cache = graph.cache(32)
     graph.step(ids[:12], 0, cache, [0])
     expected, *_ = graph.step(ids[12:15], 12, cache, [2])
@@ -147,7 +147,7 @@ def test_rolling_back_is_a_matter_of_the_counter(graph, ids):
     np.testing.assert_allclose(again, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_of_a_batch_do_not_see_each_other(graph, ids):
+def test_rows_of_a_batch_do_not_see_each_other(graph, ids) -> None:
     other = np.roll(ids, 3)
     both, *_ = graph.step(np.stack([ids, other]), 0, graph.cache(32, batch=2), [5, len(ids) - 1])
     for row, single in zip(both, (ids, other), strict=True):
@@ -155,7 +155,7 @@ def test_rows_of_a_batch_do_not_see_each_other(graph, ids):
         np.testing.assert_allclose(row, alone[0], rtol=1e-4, atol=1e-4)
 
 
-def test_the_last_layer_computes_what_is_asked_for_alone(graph, ids):
+def test_the_last_layer_computes_what_is_asked_for_alone(graph, ids) -> None:
     every, *_ = graph.step(ids, 0, graph.cache(32), list(range(len(ids))))
     some, *_ = graph.step(ids, 0, graph.cache(32), [7, 2, 7])
     np.testing.assert_allclose(some, every[:, [7, 2, 7]], rtol=1e-4, atol=1e-4)
@@ -165,7 +165,7 @@ def test_the_last_layer_computes_what_is_asked_for_alone(graph, ids):
     assert inputs == ["GroupQueryAttention" if graph.cpu else "Reshape"] * (len(inputs) - 1) + ["GatherND"] and len(inputs) > 1
 
 
-def test_only_standard_operators_of_one_opset_but_for_attention_on_the_cpu(graph):
+def test_only_standard_operators_of_one_opset_but_for_attention_on_the_cpu(graph) -> None:
     model = onnx.load(graph.path, load_external_data=False)
     own = {node.op_type for node in model.graph.node if node.domain}
     assert own == ({"GroupQueryAttention"} if graph.cpu else set())

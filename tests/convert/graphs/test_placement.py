@@ -1,5 +1,7 @@
 """The checker of Q/DQ placement: every product is counted in the type that it computes in, and each fallback is named."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -15,31 +17,31 @@ CHANNELS, SIDE = 8, 4
 class Graph:
     """A few nodes with weights of ones."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.nodes, self.constants = [], []
 
-    def constant(self, name, array):
+    def constant(self, name: str, array):
         self.constants.append(numpy_helper.from_array(array, name))
         return name
 
-    def node(self, op, inputs, name, **attributes):
+    def node(self, op, inputs, name: str, **attributes):
         self.nodes.append(helper.make_node(op, inputs, [f"{name}_out"], name=name, **attributes))
         return f"{name}_out"
 
-    def quantized(self, x, name, zero=0, kind=np.int8, scale=0.1):
+    def quantized(self, x, name: str, zero=0, kind: str = np.int8, scale=0.1):
         pair = [self.constant(f"{name}.scale", np.float32(scale)), self.constant(f"{name}.zero", kind(zero))]
         return self.node("DequantizeLinear", [self.node("QuantizeLinear", [x, *pair], f"{name}/q"), *pair], f"{name}/dq")
 
-    def weight(self, name, *shape):
+    def weight(self, name: str, *shape):
         self.constant(f"{name}.w", np.ones(shape, np.int8))
         self.constant(f"{name}.s", np.ones(shape[0], np.float32))
         return self.node("DequantizeLinear", [f"{name}.w", f"{name}.s"], f"{name}/w", axis=0)
 
-    def conv(self, x, name, *, groups=1, quantized=True):
+    def conv(self, x, name: str, *, groups=1, quantized=True):
         weight = self.weight(name, CHANNELS, CHANNELS // groups, 1, 1)
         return self.node("Conv", [self.quantized(x, f"{name}/in") if quantized else x, weight], name, group=groups, kernel_shape=[1, 1])
 
-    def check(self, path, output):
+    def check(self, path: Path, output):
         graph = helper.make_graph(
             self.nodes,
             "test",
@@ -52,7 +54,7 @@ class Graph:
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path):
     return tmp_path / "graph.onnx"
 
 
@@ -60,7 +62,7 @@ def reasons(placement):
     return {fallback.node: fallback.reason.partition(":")[0] for fallback in placement.fallbacks}
 
 
-def test_a_convolution_with_both_sides_quantised_is_int8(path):
+def test_a_convolution_with_both_sides_quantised_is_int8(path: Path) -> None:
     graph = Graph()
     placement = graph.check(path, graph.conv(graph.conv("x", "first"), "second"))
     assert placement.macs == {"INT8": 2 * CHANNELS * CHANNELS * SIDE * SIDE}
@@ -68,7 +70,7 @@ def test_a_convolution_with_both_sides_quantised_is_int8(path):
     assert placement.fallbacks == []
 
 
-def test_products_that_fall_back_are_named(path):
+def test_products_that_fall_back_are_named(path: Path) -> None:
     graph = Graph()
     x = graph.conv("x", "weights only", quantized=False)
     x = graph.conv(x, "depthwise", groups=CHANNELS)
@@ -87,7 +89,7 @@ def test_products_that_fall_back_are_named(path):
     assert placement.share() == pytest.approx(1 / (1 + 1 + 1 + 1 / 8 + 1 / 4))
 
 
-def test_operators_around_int8_products_are_named(path):
+def test_operators_around_int8_products_are_named(path: Path) -> None:
     graph = Graph()
     conv = graph.conv("x", "conv")
     gelu = graph.node("Erf", [graph.node("Div", [conv, graph.constant("root", np.float32(1.4))], "scaled")], "erf")
@@ -99,7 +101,7 @@ def test_operators_around_int8_products_are_named(path):
     assert reasons(placement) == {"erf": "GELU", "residual": "residual add", "gate": "squeeze-excite"}
 
 
-def test_pairs_that_tensorrt_cannot_use_are_named(path):
+def test_pairs_that_tensorrt_cannot_use_are_named(path: Path) -> None:
     graph = Graph()
     x = graph.node("Conv", [graph.quantized("x", "shifted", zero=3), graph.weight("a", CHANNELS, CHANNELS, 1, 1)], "a", kernel_shape=[1, 1])
     x = graph.quantized(x, "unsigned", kind=np.uint8)
@@ -112,7 +114,7 @@ def test_pairs_that_tensorrt_cannot_use_are_named(path):
 
 
 @pytest.mark.parametrize(("precision", "kinds"), [("fp32", {"FP32"}), ("int4", {"INT4 weights -> FP16", "INT8 weights -> FP16", "FP16"})])
-def test_our_own_decoder(tmp_path, precision, kinds):
+def test_our_own_decoder(tmp_path: Path, precision: str, kinds) -> None:
     checkpoint = write_checkpoint(tmp_path / "tiny", layout="native")
     convert(str(checkpoint), tmp_path / "model", precision=precision)
     placement = check_placement(tmp_path / "model" / "decoder.onnx")

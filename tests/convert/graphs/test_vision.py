@@ -1,5 +1,7 @@
 """FastViTHD: re-parameterisation and folding change nothing but the speed; the graph is the module."""
 
+from pathlib import Path
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -30,7 +32,7 @@ def random_encoder(*, train_form=False, config=TINY):
     return encoder.eval().requires_grad_(False)
 
 
-def test_reparameterised_branches_compute_the_same():
+def test_reparameterised_branches_compute_the_same() -> None:
     encoder = random_encoder(train_form=True)
     pixels = torch.rand(2, 3, 128, 192)
     before = encoder(pixels)
@@ -41,20 +43,20 @@ def test_reparameterised_branches_compute_the_same():
     torch.testing.assert_close(encoder(pixels), before, rtol=1e-4, atol=1e-4)
 
 
-def test_the_released_size_has_the_parameters_of_the_paper():
+def test_the_released_size_has_the_parameters_of_the_paper() -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in FastViTHD().parameters()) == 122_714_208
 
 
 @pytest.mark.parametrize("dims", [(16, 24, 48, 64, 128), (16, 32, 64, 80, 160)])
-def test_widths_that_cannot_be_built_are_refused(dims):
+def test_widths_that_cannot_be_built_are_refused(dims) -> None:
     with pytest.raises(ValueError, match="multiple"):
         FastViTHDConfig((1, 1, 1, 1, 1), dims, out_dim=320)
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("fp16", 5e-3), ("bf16", 3e-2), ("int8", 5e-2)])
 @pytest.mark.parametrize("image_size", [128, 256])
-def test_the_graph_computes_what_the_module_does(tmp_path, precision, bound, image_size):
+def test_the_graph_computes_what_the_module_does(tmp_path: Path, precision: str, bound, image_size: int) -> None:
     encoder = random_encoder()
     projector = nn.Sequential(nn.Linear(256, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN)).requires_grad_(False)
     plan = precision_plan(precision)
@@ -72,7 +74,7 @@ def test_the_graph_computes_what_the_module_does(tmp_path, precision, bound, ima
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < bound
 
 
-def test_channels_far_from_zero_survive_the_norm_in_fp16(tmp_path):
+def test_channels_far_from_zero_survive_the_norm_in_fp16(tmp_path: Path) -> None:
     """A channel at 400 squares to more than FP16 holds: a norm computed in FP16 would silently return its bias."""
     encoder = random_encoder()
     with torch.no_grad():
