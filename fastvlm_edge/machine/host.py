@@ -53,8 +53,9 @@ class Memory:
     cma_argument: str | None
     """Of the kernel's command line, `950M`."""
     swap_total: int
+    swap_free: int
     swap_zram: int
-    """The part of it that is compressed memory."""
+    """The part of swap_total that is compressed memory."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ def read_memory(probe: Probe) -> Memory:
         cma_free=table.get("CmaFree") if total_cma else None,
         cma_argument=cma.group(1) if cma else None,
         swap_total=table.get("SwapTotal", 0),
+        swap_free=table.get("SwapFree", 0),
         swap_zram=sum(int(kib) << 10 for kib in zram),
     )
 
