@@ -31,8 +31,8 @@ from fastvlm_edge.calib.report.document import (
     MatrixReport,
     QuantizationReport,
     VisionReport,
-    write_report,
 )
+from fastvlm_edge.calib.report.write import write_report
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
 from fastvlm_edge.convert.conversion import Calibration, Conversion
 from fastvlm_edge.convert.graphs.placement import check_placement

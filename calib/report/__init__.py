@@ -1,1 +1,7 @@
-"""The report of a calibrated conversion, `quantization.json` and `quantization.html`: its document, the page, and the drawing."""
+"""The report of a calibrated conversion.
+
+document   its content as dataclasses
+page       the content as one HTML page
+drawing    the page's tables and SVG pictures
+write      both files, in the model directory
+"""

@@ -1,4 +1,4 @@
-"""The drawing half of the report: numbers as words, bars as SVG, rows as tables. It knows nothing of quantisation."""
+"""Building blocks of the report's page: formatted numbers, SVG charts and tables. Nothing here is about quantisation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def escape(value: object) -> str:
 
 
 def figure(value: Any) -> str:
-    """Three digits; small ones as powers of ten."""
+    """A number with three digits, small and large ones as powers of ten; anything else as text."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)[:80]
     if isinstance(value, int):
         return f"{value:,}"
-    if 0.99 <= value < 1:  # cosines: the distance from 1 is what counts
+    if 0.99 <= value < 1:  # cosines: the distance from 1 matters
         return f"{value:.{min(8, 1 - math.floor(math.log10(1 - value)))}f}"
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:.3g}"
@@ -33,7 +33,7 @@ def figure(value: Any) -> str:
 
 
 def amount(value: float, unit: str = "") -> str:
-    """15.2 GB"""
+    """A number with a decimal prefix, such as 15.2 GB."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
@@ -45,7 +45,7 @@ def percent(share: float) -> str:
         return "–"
     text = f"{100 * share:.0f}" if share in (0, 1) else f"{100 * share:.1f}"
     text = "< 0.1" if 0 < share < 0.001 else "> 99.9" if 0.9995 < share < 1 else text
-    return f"{text}\u00a0%"  # a space that no line breaks at
+    return f"{text}\u00a0%"  # a non-breaking space
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def percent(share: float) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """A bar up to `high`, or where there is a `low` a line between the two, whose lower end is what was chosen."""
+    """A bar up to `high`; with `low`, a line from `high` (ring) to `low` (dot)."""
 
     section: str
     high: float
@@ -64,11 +64,11 @@ class Mark:
 
 _HEIGHT, _ROW = 230, 15
 _NARROW = 300
-"""Pixels of a picture on a phone, where the names of sections must not run into each other."""
+"""Width of a picture on a phone, in pixels; names of sections must not overlap there."""
 
 
 def draw_chart(marks: Sequence[Mark], what: str, line: float | None = None, line_text: str = "") -> str:
-    """Marks from left to right on a logarithmic scale, above the names of their sections."""
+    """Marks from left to right on a logarithmic scale, above the names of their sections; `line` is a horizontal limit."""
     known = [value for mark in marks for value in (mark.low, mark.high) if value is not None and 0 < value < math.inf]
     known += [line] if line and math.isfinite(line) else []
     if not known:
@@ -82,7 +82,7 @@ def draw_chart(marks: Sequence[Mark], what: str, line: float | None = None, line
         return round(10 + (_HEIGHT - 10) * min(max(place, 0.0), 1.0), 1)
 
     parts: list[str] = []
-    taken: list[float] = []  # how far the names reach in each row
+    taken: list[float] = []  # the right end of the names in each row
     for number, (name, section) in enumerate(itertools.groupby(enumerate(marks), lambda pair: pair[1].section)):
         places = [place for place, _ in section]
         left, right = places[0] * step, (places[-1] + 1) * step
@@ -125,7 +125,7 @@ def colour(kind: str) -> str:
 
 
 def draw_stack(title: str, shares: Mapping[str, float], unit: str = "") -> str:
-    """One bar of 100 %, and what its parts are."""
+    """One bar of 100 % with a key of its parts."""
     whole = sum(shares.values())
     if not whole > 0:
         return ""
@@ -147,7 +147,7 @@ def draw_key(entries: Iterable[tuple[str, str]]) -> str:
 
 
 def draw_table(what: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Sortable. A pair is what is shown and the number that it is sorted by; the first column names the row."""
+    """A sortable table. A cell may be a pair: the text, and the number to sort by. The first column names the row."""
     body: list[str] = []
     numeric: set[int] = set()
     for row in rows:

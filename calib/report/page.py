@@ -1,4 +1,8 @@
-"""`quantization.html` from a `QuantizationReport`: one file, no network, readable on a phone and without scripts."""
+"""`quantization.html` from a `QuantizationReport`.
+
+The page is one file that loads nothing and works without JavaScript. Horizontal coordinates of its SVG are percentages and vertical ones
+pixels, so that pictures shrink to a phone while their text keeps its size. Every text from outside goes through `escape`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,7 @@ from fastvlm_edge.calib.report.drawing import (
 
 
 def _figures(evaluation: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Name, before (None where there is only one) and after."""
+    """Figures as (name, before, after); before is None for a single figure."""
     for key, value in evaluation.items():
         name = f"{prefix}{key.replace('_', ' ')}"
         stem = key.removesuffix("_before")
@@ -50,7 +54,7 @@ def _figures(evaluation: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 
 def _pair(document: QuantizationReport) -> tuple[str, str, str] | None:
-    """The figure that tells what was lost; shares of questions as percentages."""
+    """The first figure that has a before and an after; shares of questions as percentages."""
     for name, before, after in _figures(document.evaluation):
         if isinstance(before, int | float) and isinstance(after, int | float):
             if 0 <= before <= 1 and 0 <= after <= 1:
@@ -64,13 +68,13 @@ def _pair(document: QuantizationReport) -> tuple[str, str, str] | None:
 _DECISIONS: dict[Decision, tuple[str, str, str]] = {
     "int8": ("int8", "INT8", "compute in INT8"),
     "int8 weights": ("weights", "INT8 weights, computed in floats", "have INT8 weights and compute in floats"),
-    "wide": ("wide", "stayed wide, in floats", "stayed wide, in floats"),
+    "wide": ("wide", "floats", "stay in floats"),
 }
-"""Colour, what a key calls it, and what is said of some layers."""
+"""Decision -> colour, text in a key, verb for some layers."""
 _PARTS = {"vision": "encoder", "decoder": "decoder"}
-_ONCE = {"vision": ", one picture", "decoder": ", one token"}
+_ONCE = {"vision": ", per picture", "decoder": ", per token"}
 _NAMED = 50
-"""Skipped examples that the page names; there may be thousands."""
+"""Skipped examples that the page lists; there may be thousands."""
 
 
 def _layers(vision: VisionReport) -> list[tuple[GroupReport, LayerReport]]:
@@ -93,7 +97,7 @@ def _tiles(document: QuantizationReport) -> str:
     if document.vision and sum(macs.values()):
         tiles.append((percent(macs.get("INT8", 0) / sum(macs.values())), "of the encoder's multiply-accumulates in INT8"))
     if document.vision:
-        tiles.append((figure(document.vision.measured_cosine), "cosine of the image features with those of the floats"))
+        tiles.append((figure(document.vision.measured_cosine), "cosine between the image features and those of the floating-point encoder"))
     if pair := _pair(document):
         tiles.append((pair[2], f"{pair[0]}; {pair[1]} before"))
     if document.bytes:
@@ -104,26 +108,26 @@ def _tiles(document: QuantizationReport) -> str:
 
 def _summary(document: QuantizationReport) -> str:
     data, evaluation = document.calibration, document.evaluation
-    text = f"Calibration looked at {_count(range(data.used), 'example')} from {data.source} and took {_duration(data.seconds)}."
+    text = f"Calibration used {_count(range(data.used), 'example')} from {data.source} and took {_duration(data.seconds)}."
     if data.skipped:
-        text += f" {len(data.skipped):,} more could not be used; they are named at the end of this page."
+        text += f" {len(data.skipped):,} more could not be used; the end of this page lists them."
     if document.accuracy_drop is not None:
-        text += f" At most {document.accuracy_drop:g} points of accuracy were to be lost."
+        text += f" The accepted loss of accuracy was {document.accuracy_drop:g} percentage points."
     if isinstance(evaluation.get("points_lost"), int | float):
-        text += f" {figure(evaluation['points_lost'])} points were lost."
+        text += f" The measured loss is {figure(evaluation['points_lost'])} percentage points."
     if pair := _pair(document):
-        text += f" {pair[0][:1].upper()}{pair[0][1:]} was {pair[1]} before and is {pair[2]} now."
-    about_vision = "The encoder was not calibrated: it is what the precision plan makes of it."
+        text += f" {pair[0][:1].upper()}{pair[0][1:]} was {pair[1]} before quantisation and is {pair[2]} after it."
+    about_vision = "The encoder was not calibrated; the precision plan alone gives its types."
     about_decoder, reasons = "The decoder was not calibrated.", ""
     if document.vision:
         about_vision, reasons = _about_vision(document.vision), _why(document.vision)
     if document.decoder:
         matrices = document.decoder.matrices
         better = sorted(each.error / each.error_rounded for each in matrices if each.error_rounded > 0 and each.error >= 0)
-        about_decoder = f"Of the decoder, {_count(matrices, 'matrix', 'matrices')} were quantised with {document.decoder.method}."
+        about_decoder = f"{_count(matrices, 'matrix', 'matrices')} of the decoder were quantised with {document.decoder.method}."
         if better:
             median = percent(better[len(better) // 2])
-            about_decoder += f" In the median, the error of their outputs is {median} of what rounding to nearest makes."
+            about_decoder += f" The median error of their outputs is {median} of the error of rounding to nearest."
     return "".join(f"<p>{escape(each)}</p>" for each in (text, about_vision, about_decoder)) + reasons
 
 
@@ -134,9 +138,9 @@ def _about_vision(vision: VisionReport) -> str:
         if chosen := [layer for layer in layers if layer.decision == decision]:
             counts.append(f"{len(chosen)} ({_work(chosen, layers)}) {what}")
     text = f"Of the {len(layers)} layers of the encoder, {', '.join(counts)}. " if counts else ""
-    text += f"Image features then have a cosine of {figure(vision.measured_cosine)} with those of the floats"
-    text += f", where 1 - cosine was to stay within {figure(vision.bound)}." if vision.bound is not None else "."
-    return f"{text} Their relative squared error is {figure(vision.measured_relative)}; {figure(vision.predicted)} was predicted."
+    text += f"The cosine between the image features and those of the floating-point encoder is {figure(vision.measured_cosine)}"
+    text += f"; the bound on 1 - cosine was {figure(vision.bound)}." if vision.bound is not None else "."
+    return f"{text} The relative squared error is {figure(vision.measured_relative)} (predicted: {figure(vision.predicted)})."
 
 
 def _why(vision: VisionReport) -> str:
@@ -149,7 +153,7 @@ def _why(vision: VisionReport) -> str:
         f'<li><i class="{_DECISIONS[decision][0]}"></i>{_count(chosen, "layer")}, {_work(chosen, layers)}: {escape(reason)}</li>'
         for (decision, reason), chosen in sorted(reasons.items(), key=lambda item: -sum(layer.macs for layer in item[1]))
     ]
-    return f'<p>Why layers are not INT8 throughout:</p><ul class="why">{"".join(items)}</ul>' if items else ""
+    return f'<p>Why some layers do not compute in INT8:</p><ul class="why">{"".join(items)}</ul>' if items else ""
 
 
 def _work(some: Sequence[LayerReport], layers: Sequence[LayerReport]) -> str:
@@ -158,7 +162,8 @@ def _work(some: Sequence[LayerReport], layers: Sequence[LayerReport]) -> str:
 
 def _shares(document: QuantizationReport) -> str:
     bars = [
-        draw_stack(f"Computed, {_PARTS.get(part, part)}{_ONCE.get(part, '')}", macs, " MACs") for part, macs in document.placement.items()
+        draw_stack(f"Computation, {_PARTS.get(part, part)}{_ONCE.get(part, '')}", macs, " MACs")
+        for part, macs in document.placement.items()
     ]
     stored: dict[str, dict[str, float]] = {}
     for _, layer in _layers(document.vision) if document.vision else ():
@@ -169,9 +174,9 @@ def _shares(document: QuantizationReport) -> str:
         rest = sum(size for name, size in document.bytes.items() if name.startswith(part)) - sum(kinds.values())
         if rest > 0:
             _add(stored, part, "embedding, scales, norms, graph" if part == "decoder" else "scales, biases, graph", rest)
-        bars.append(draw_stack(f"Stored, {_PARTS[part]}", kinds, "B"))
+        bars.append(draw_stack(f"Storage, {_PARTS[part]}", kinds, "B"))
     files = draw_table("sizes of files", ("file", "bytes"), [(name, (f"{size:,}", size)) for name, size in document.bytes.items()])
-    text = "Multiply-accumulates (MACs) by the type they are computed in, and bytes by the type that is stored."
+    text = "Multiply-accumulates (MACs) by the type of the computation, and bytes by the type in storage."
     return f"<p>{text}</p>" + "".join(bars) + (draw_details("Files", files) if document.bytes else "")
 
 
@@ -186,12 +191,12 @@ def _sensitivity(vision: VisionReport) -> str:
     for group in tried:
         colour, decision, _ = _DECISIONS[group.decision]
         marks.append(Mark(group.stage, group.cosine_loss, colour, f"{group.name}: {figure(group.cosine_loss)}, {decision}"))
-    text = "What the image features lose (1 - cosine) when one group of layers alone is INT8, along the network. Losses of groups add up"
-    text += ", and their sum has to stay below the line." if vision.bound is not None else "."
+    text = "Loss of the image features (1 - cosine) when only one group of layers is INT8, in the order of the network. The losses add up"
+    text += "; the line is the limit for their sum." if vision.bound is not None else "."
     if len(tried) < len(vision.groups):
-        text += f" Left out: {_count(vision.groups[len(tried) :], 'group')} not tried or without a loss."
+        text += f" Left out: {_count(vision.groups[len(tried) :], 'group')} without a loss, or not tried."
     what = f"Loss of each of {len(tried)} groups on a logarithmic scale; the table below has the figures"
-    limit = "" if vision.bound is None else f"bound for the whole, {figure(vision.bound)}"
+    limit = "" if vision.bound is None else f"bound for the whole plan, {figure(vision.bound)}"
     columns = ("group", "stage", "kind", "MACs", "weights", "1 - cosine", "relative error", "decision", "reason")
     rows = [
         (each.name, each.stage, each.kind, *_sizes(each), _number(each.cosine_loss), _number(each.relative_error), *_decided(each))
@@ -209,10 +214,14 @@ def _ranges(vision: VisionReport) -> str:
             clip = "not clipped" if layer.clip is None else f"clipped at {figure(layer.clip)}"
             title = f"{layer.name}: up to {figure(layer.observed_max)}, {clip}, {decision}"
             marks.append(Mark(group.stage, layer.observed_max, colour, title, layer.observed_max if layer.clip is None else layer.clip))
-    text = "The largest input of each layer that was seen (ring), and where INT8 ends or would end (dot), chosen by the observer "
-    text += f"{vision.observer}. A long line is a layer with outliers, which are clipped so that all others get finer steps."
+    text = "The largest observed input of each layer (ring), and the clip value, at which INT8 ends or would end (dot), chosen by "
+    text += f"{_observer(vision)}. A long line is a layer with outliers: clipping them gives all other values finer steps."
     what = f"Observed maximum and clip value of {_count(marks, 'layer')} on a logarithmic scale; the table of layers has the figures"
     return f"<p>{escape(text)}</p>{_decisions_key(marks)}{draw_chart(marks, what)}"
+
+
+def _observer(vision: VisionReport) -> str:
+    return "the least mean squared error" if vision.observer == "mse" else vision.observer
 
 
 def _decisions_key(marks: Sequence[Mark]) -> str:
@@ -229,7 +238,7 @@ def _sizes(part: GroupReport | LayerReport) -> tuple[tuple[str, int], tuple[str,
 
 
 def _decided(part: GroupReport | LayerReport) -> tuple[str, str]:
-    return part.decision.replace("int8", "INT8"), part.reason
+    return part.decision.replace("int8", "INT8").replace("wide", "floats"), part.reason
 
 
 def _decoder(decoder: DecoderReport) -> str:
@@ -243,10 +252,10 @@ def _decoder(decoder: DecoderReport) -> str:
             colour = "wide" if matrix.error > matrix.error_rounded else f"int{matrix.bits}"
             title = f"{matrix.name}, INT{matrix.bits}: {figure(matrix.error_rounded)} rounded, {figure(matrix.error)} chosen"
             marks.append(Mark(kind, matrix.error_rounded, colour, title, matrix.error))
-    text = "How far each matrix's outputs are from those of the floats, relative to them: weights rounded to nearest (ring) and as chosen "
-    text += f"with {decoder.method} (dot). Matrices of one kind stand together, from the first layer to the last."
+    text = "Relative error of the outputs of each matrix, with weights rounded to nearest (ring) and as chosen with "
+    text += f"{decoder.method} (dot). Matrices of one kind are side by side, from the first layer to the last."
     entries = {mark.colour: "worse than rounded" if mark.colour == "wide" else mark.colour.upper() for mark in marks}
-    columns = ("matrix", "bits", "block", "bytes", "error rounded", "error chosen", "of rounded")
+    columns = ("matrix", "bits", "block", "bytes", "error rounded", "error chosen", "chosen / rounded")
     rows = [
         (each.name, *stored, _number(each.error_rounded), _number(each.error), (percent(ratio), ratio))
         for each in decoder.matrices
@@ -285,7 +294,7 @@ def _evaluation(document: QuantizationReport) -> str:
         (name, *((figure(value), value if isinstance(value, int | float) else None) for value in (before, after)))
         for name, before, after in _figures(document.evaluation)
     ]
-    return draw_table("what was measured", ("figure", "before", "after"), rows)
+    return draw_table("measurements", ("figure", "before", "after"), rows)
 
 
 def _reproduce(document: QuantizationReport) -> str:
@@ -297,7 +306,7 @@ def _reproduce(document: QuantizationReport) -> str:
         "model": document.model,
         "precision": document.precision,
         "data": f"{data.source}: {data.used:,} used, {len(data.skipped):,} skipped",
-        "observer": document.vision.observer if document.vision else "–",
+        "clip values": _observer(document.vision) if document.vision else "–",
         "decoder": document.decoder.method if document.decoder else "–",
         "fastvlm-edge": document.toolkit_version,
         "date": document.date,
@@ -305,12 +314,13 @@ def _reproduce(document: QuantizationReport) -> str:
     rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     skipped = [f"<li>{escape(each)}</li>" for each in data.skipped[:_NAMED]]
     if len(data.skipped) > _NAMED:
-        skipped.append(f"<li>and {len(data.skipped) - _NAMED:,} more, all of them in {JSON_NAME}</li>")
+        skipped.append(f"<li>and {len(data.skipped) - _NAMED:,} more; {JSON_NAME} lists all of them</li>")
     lost = draw_details(f"{_count(data.skipped, 'example')} that could not be used", f'<ul class="names">{"".join(skipped)}</ul>')
     return f'<pre tabindex="0"><code>{escape(command)}</code></pre><dl class="facts">{rows}</dl>{lost if skipped else ""}'
 
 
 def render(document: QuantizationReport) -> str:
+    """The whole page."""
     vision, decoder = document.vision, document.decoder
     sections = [("Summary", _tiles(document) + _summary(document)), ("Shares of work and bytes", _shares(document))]
     if vision:
@@ -318,11 +328,11 @@ def render(document: QuantizationReport) -> str:
     if decoder:
         sections.append(("Error of the decoder", _decoder(decoder)))
     if document.evaluation:
-        sections.append(("What was measured", _evaluation(document)))
+        sections.append(("Measurements", _evaluation(document)))
     if vision:
         sections.append(("Layers of the encoder", _layer_table(vision)))
     if document.fallbacks:
-        sections.append(("What does not compute in INT8", _fallbacks(document.fallbacks)))
+        sections.append(("Not computed in INT8", _fallbacks(document.fallbacks)))
     sections.append(("How to reproduce", _reproduce(document)))
     body = "\n".join(f"<section><h2>{title}</h2>{inside}</section>" for title, inside in sections if inside)
     title = escape(f"{document.model}: {document.precision} quantisation")
@@ -350,7 +360,7 @@ _TEMPLATE = """<!doctype html>
 </html>
 """
 
-# The colours of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any colour vision tell apart.
+# The colours of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any colour vision can distinguish.
 _STYLE = """
 :root { --text: #1c2024; --soft: #5b6570; --page: #fff; --card: #f4f6f8; --line: #d5dae0; --band: #f4f6f8; --limit: #b3261e;
   --int8: #0072b2; --weights: #56b4e9; --int4: #009e73; --fp16: #e69f00; --fp32: #d55e00; --rest: #9aa3ad; }
@@ -419,7 +429,7 @@ th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=desce
 @media print { .scroll { max-height: none; overflow: visible; } .tip { display: none; } }
 """
 
-# Headings become buttons that sort; the mark under the pointer or finger is told below its picture.
+# Column headings become buttons that sort. The text of the mark under the pointer is shown below its picture.
 _SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];

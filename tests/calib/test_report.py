@@ -1,4 +1,4 @@
-"""The report of a calibrated conversion: it says all that the document has, survives its way through JSON, and is safe to open."""
+"""The report of a calibrated conversion: page and JSON have everything, and the page is safe to open."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from fastvlm_edge.calib.report.document import (
-    HTML_NAME,
     JSON_NAME,
     CalibrationData,
     DecoderReport,
@@ -25,14 +23,12 @@ from fastvlm_edge.calib.report.document import (
     MatrixReport,
     QuantizationReport,
     VisionReport,
-    read_report,
-    write_report,
 )
-from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.calib.report.write import HTML_NAME, write_report
 
 GROUPED = "TensorRT pads the groups of INT8 convolutions"
-COSTS = "costs more accuracy than the bound allows"
-INPUTS = "its inputs in INT8 cost more accuracy than the bound allows"
+COSTS = "INT8 would cost more accuracy than the bound allows"
+INPUTS = "INT8 inputs would cost more accuracy than the bound allows"
 ATTENTION = "no weights: a product of two activations, in float"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 BOUND = 2e-3
@@ -179,9 +175,13 @@ def written(directory: Path, report: QuantizationReport) -> str:
     return (directory / HTML_NAME).read_text(encoding="utf-8")
 
 
-def test_a_document_survives_its_way_through_json(tmp_path: Path) -> None:
+def read_json(directory: Path) -> Any:
+    return json.loads((directory / JSON_NAME).read_text(encoding="utf-8"))
+
+
+def test_the_json_has_the_whole_document(tmp_path: Path) -> None:
     write_report(tmp_path, document())
-    assert read_report(tmp_path) == document()
+    assert read_json(tmp_path) == dataclasses.asdict(document())
 
 
 def test_the_page_is_well_formed_and_so_is_each_picture(tmp_path: Path) -> None:
@@ -228,12 +228,12 @@ def test_every_group_layer_matrix_and_reason_is_on_the_page(tmp_path: Path) -> N
 def test_the_summary_says_what_was_quantised_and_lost(tmp_path: Path) -> None:
     text = " ".join(Page(written(tmp_path, document())).text.split())
     for sentence in (
-        "looked at 512 examples from data/textvqa train.json and took 21 minutes",
+        "Calibration used 512 examples from data/textvqa train.json and took 21 minutes",
         "2 more could not be used",
-        "At most 0.5 points of accuracy were to be lost",
-        "0.4 points were lost. Exact match was 61.3 % before and is 60.9 % now",
+        "The accepted loss of accuracy was 0.5 percentage points",
+        "The measured loss is 0.4 percentage points. Exact match was 61.3 % before quantisation and is 60.9 % after it",
         "83 (74.9 % of the work) compute in INT8",
-        "97 matrices were quantised with GPTQ",
+        "97 matrices of the decoder were quantised with GPTQ",
         f"of the work: {GROUPED}",
         "--precision int8 --calib 'data/textvqa train.json' --accuracy-drop 0.5",
     ):
@@ -243,7 +243,7 @@ def test_the_summary_says_what_was_quantised_and_lost(tmp_path: Path) -> None:
 def test_a_pair_of_figures_may_be_written_in_two_ways(tmp_path: Path) -> None:
     for figures in ({"anls_before": 0.5, "anls_after": 0.25}, {"anls": {"before": 0.5, "after": 0.25}}):
         text = " ".join(Page(written(tmp_path, dataclasses.replace(document(), evaluation=figures))).text.split())
-        assert "Anls was 50.0 % before and is 25.0 % now." in text
+        assert "Anls was 50.0 % before quantisation and is 25.0 % after it." in text
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_int4_without_a_calibrated_encoder(tmp_path: Path) -> None:
         document(), precision="int4", vision=None, accuracy_drop=None, decoder=decoder_report(4), fallbacks=[], evaluation={}
     )
     page = Page(written(tmp_path, report))
-    assert read_report(tmp_path) == report
+    assert read_json(tmp_path)["vision"] is None
     assert "The encoder was not calibrated" in page.text
     assert "Sensitivity" not in page.text and "--accuracy-drop" not in page.text
 
@@ -285,7 +285,6 @@ def test_a_document_of_almost_nothing(tmp_path: Path) -> None:
         "m", "int8", "0", "today", CalibrationData("x", 0, [], 0.0), None, VisionReport("max", None, 0, 1, 0, []), None
     )
     assert "The decoder was not calibrated" in Page(written(tmp_path, report)).text
-    assert read_report(tmp_path) == report
 
 
 def test_figures_that_are_not_finite_do_not_break_it(tmp_path: Path) -> None:
@@ -299,39 +298,4 @@ def test_figures_that_are_not_finite_do_not_break_it(tmp_path: Path) -> None:
     text = written(tmp_path, dataclasses.replace(report, vision=vision, decoder=DecoderReport("GPTQ", matrices)))
     assert not re.search(r"\b(nan|inf)\b", Page(text).text)
     assert "NaN" not in (tmp_path / JSON_NAME).read_text()
-    again = read_report(tmp_path).vision
-    assert again is not None and math.isnan(again.predicted)
-
-
-def damaged(change: Any) -> str:
-    content = json.loads(json.dumps(dataclasses.asdict(document())))
-    change(content)
-    return json.dumps(content)
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        ("", "damaged"),
-        ("[]", "damaged"),
-        ('{"precision": "int8"}', "schema"),
-        (damaged(lambda content: content.update(schema=0)), "schema 0, this toolkit reads 1"),
-        (damaged(lambda content: content.pop("model")), "lacks 'model'"),
-        (damaged(lambda content: content.update(colour="red")), "unknown 'colour'"),
-        (damaged(lambda content: content["vision"]["groups"][0].update(decision="fp8")), "decision is 'fp8', not one of int8"),
-        (damaged(lambda content: content["vision"].update(groups=None)), "groups is 'None', not of type list"),
-        (damaged(lambda content: content["decoder"]["matrices"][0].update(bits="4")), "bits is '4', not of type int"),
-        (damaged(lambda content: content["decoder"]["matrices"].append(3)), "matrices is not an object"),
-        (damaged(lambda content: content["bytes"].update({"vision.onnx": "many"})), "bytes vision.onnx is 'many'"),
-    ],
-)
-def test_an_old_or_damaged_document_is_told_in_a_sentence(tmp_path: Path, content: str, named: str) -> None:
-    (tmp_path / JSON_NAME).write_text(content)
-    with pytest.raises(FastVLMError, match=re.escape(named)) as caught:
-        read_report(tmp_path)
-    assert "convert the checkpoint again" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_directory_without_a_report_says_how_to_get_one(tmp_path: Path) -> None:
-    with pytest.raises(FastVLMError, match=r"has no quantization\.json.*--calib"):
-        read_report(tmp_path)
+    assert read_json(tmp_path)["vision"]["predicted"] is None
