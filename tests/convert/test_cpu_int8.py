@@ -1,5 +1,6 @@
 """INT8 activations in the encoder of a CPU: as many blocks as the features bear, and the graph computes what was chosen."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fastvlm_edge.backends.verification import compare
@@ -19,15 +21,15 @@ from fastvlm_edge.convert.weights.vision import write_vision_weights
 from tests.convert.graphs.test_vision import HIDDEN, TINY, random_encoder
 
 
-def noises(*damages):
+def noises(*damages: float) -> list[Noise]:
     return [Noise((f"{index}.fc1", f"{index}.fc2"), damage, 1.0) for index, damage in enumerate(damages)]
 
 
-def noisy_run(losses):
+def noisy_run(losses: Sequence[float]) -> tuple[Callable[[frozenset[str]], list[NDArray[np.float32]]], list[frozenset[str]]]:
     """Features whose 1 - cosine is about the sum of the losses of the blocks that are on; and the calls made."""
-    calls = []
+    calls: list[frozenset[str]] = []
 
-    def run(layers):
+    def run(layers: frozenset[str]) -> list[NDArray[np.float32]]:
         calls.append(layers)
         angle = np.sqrt(2 * sum(loss for index, loss in enumerate(losses) if f"{index}.fc1" in layers))
         return [np.array([[np.cos(angle), np.sin(angle)]], np.float32)]
@@ -59,7 +61,7 @@ def test_nothing_is_taken_where_nothing_holds() -> None:
 
 
 def test_features_that_are_no_numbers_are_a_loss() -> None:
-    def run(layers):
+    def run(layers: frozenset[str]) -> list[NDArray[np.float32]]:
         return [np.full((1, 2), np.nan if layers else 1.0, np.float32)]
 
     assert not choose_blocks(noises(1.0, 2.0), run).layers
@@ -77,7 +79,7 @@ def test_an_outlier_makes_its_block_the_noisiest() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_graph_with_int8_inputs_is_near_the_module_and_one_kernel_a_product(tmp_path: Path, threads) -> None:
+def test_the_graph_with_int8_inputs_is_near_the_module_and_one_kernel_a_product(tmp_path: Path, threads: int) -> None:
     encoder = random_encoder()
     projector = nn.Sequential(nn.Linear(256, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN)).requires_grad_(False)
     plan = precision_plan("int8")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ from fastvlm_edge.engines.engine_cache import EngineCache
 from fastvlm_edge.engines.layers import count_kinds
 from fastvlm_edge.model_dir.engine_record import PARTS, RECORD_NAME, read_record
 from fastvlm_edge.model_dir.manifest import read_manifest, sha256
+from fastvlm_edge.nvidia.tensorrt_library import Library
 from tests.support.checkpoints import write_checkpoint
 
 pytest.importorskip("tensorrt_rtx")
@@ -51,14 +53,14 @@ class Notes:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test touches the user's own cache."""
     monkeypatch.setenv("FASTVLM_EDGE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory):
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("source") / "tiny-fastvlm", layout="native")
     output = tmp_path_factory.mktemp("models") / "tiny"
     convert(str(checkpoint), output, precision="int4", context=512)
@@ -66,7 +68,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
-def model(tiny, tmp_path: Path):
+def model(tiny: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny, tmp_path / "model")
 
 
@@ -78,14 +80,14 @@ def left_in(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=["fp16", "int8", "int4"])
-def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("demo") / request.param
     convert(str(DEMO), output, precision=request.param)
     return output
 
 
 @pytest.mark.parametrize("target", ["sm86", "sm89", "sm120"])
-def test_engines_of_the_demo_model(demo, target) -> None:
+def test_engines_of_the_demo_model(demo: Path, target: str) -> None:
     record = build(demo, target, Options(report=True))
     folder = demo / "engines" / target
     assert record == read_record(folder)
@@ -107,7 +109,7 @@ def test_engines_of_the_demo_model(demo, target) -> None:
 # What is kept and built again ---------------------------------------------------------------------------------------------------
 
 
-def test_engines_that_are_up_to_date_are_not_built_again(model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_that_are_up_to_date_are_not_built_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build(model, "sm86")
     notes = Notes()
     with monkeypatch.context() as patched:
@@ -120,7 +122,7 @@ def test_engines_that_are_up_to_date_are_not_built_again(model, monkeypatch: pyt
 
 
 def test_another_model_directory_of_the_same_graphs_gets_its_engines_from_the_cache(
-    model, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = build(model, "sm86")
     shutil.rmtree(model)
@@ -149,7 +151,7 @@ def test_the_cache_forgets_what_was_unused_for_longest(tmp_path: Path, monkeypat
     assert (tmp_path / "copy3").read_bytes() == b"\3" * 100
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_costs_only_time(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     record = build(model, "sm86", Options(cache=tmp_path / "file"))
     assert not record.build["vision"]["cached"]
@@ -159,7 +161,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(model, monkeypatch: pyte
 # What is refused ----------------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_targets_and_precisions_are_refused_before_anything_is_built(model, tmp_path: Path) -> None:
+def test_wrong_targets_and_precisions_are_refused_before_anything_is_built(model: Path, tmp_path: Path) -> None:
     no_gpu = r"there is no GPU to build for \(.*\); name one with --target"
     for target, says in (
         ("orin9", r"target 'orin9' is unknown; use auto or one of: rtx, orin-nano"),
@@ -177,7 +179,7 @@ def test_wrong_targets_and_precisions_are_refused_before_anything_is_built(model
     assert not (model / "engines").exists() or not any((model / "engines").iterdir())
 
 
-def test_too_little_memory_is_predicted(model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_predicted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastvlm_edge.engines.memory.available_memory", lambda _: (100 << 20, 8 << 20))
     says = r"building vision.engine takes about 3\d\d MiB of memory, and 100 MiB and 8 MiB of swap are free; close .*, add 1 GiB of swap"
     with pytest.raises(FastVLMError, match=says):
@@ -185,13 +187,13 @@ def test_too_little_memory_is_predicted(model, monkeypatch: pytest.MonkeyPatch) 
     assert build(model, "sm86", Options(check_memory=False)).files
 
 
-def test_too_little_disk_is_said_before_any_work(model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_is_said_before_any_work(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 1000}))
     with pytest.raises(FastVLMError, match=r"the engines need about \d MB, and .* has 0 MB free; make room"):
         build(model, "sm86")
 
 
-def test_a_graph_that_tensorrt_refuses_is_explained(model) -> None:
+def test_a_graph_that_tensorrt_refuses_is_explained(model: Path) -> None:
     graph = model / "decoder.onnx"
     graph.write_bytes(graph.read_bytes().replace(b"Sigmoid", b"Sigmoix"))
     with pytest.raises(FastVLMError, match=r"tensorrt_rtx 1\.[\d.]+ does not accept .*decoder\.onnx: .*Sigmoix"):
@@ -200,11 +202,11 @@ def test_a_graph_that_tensorrt_refuses_is_explained(model) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), RuntimeError("something")])
-def test_nothing_is_left_behind_and_what_was_there_stays(model, monkeypatch: pytest.MonkeyPatch, error) -> None:
+def test_nothing_is_left_behind_and_what_was_there_stays(model: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     before = build(model, "sm86")
     real = module.Library.build
 
-    def fail(self, graph, settings, **options):
+    def fail(self: Library, graph: Path, settings: Any, **options: Any) -> Any:
         if graph.name == "decoder.onnx":
             raise error
         return real(self, graph, settings, **options)
@@ -219,7 +221,7 @@ def test_nothing_is_left_behind_and_what_was_there_stays(model, monkeypatch: pyt
     assert all((model / "engines" / "sm86" / name).stat().st_size == entry.bytes for name, entry in before.files.items())
 
 
-def test_ctrl_c_in_the_middle_of_a_build(model) -> None:
+def test_ctrl_c_in_the_middle_of_a_build(model: Path) -> None:
     """The monitor is called from within TensorRT; the exception comes out on this side."""
 
     class Impatient(Notes):
@@ -232,7 +234,7 @@ def test_ctrl_c_in_the_middle_of_a_build(model) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_command(model, number) -> None:
+def test_a_signal_stops_the_command(model: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "fastvlm_edge", "build", str(model), "--target", "sm86"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -248,7 +250,7 @@ def test_a_signal_stops_the_command(model, number) -> None:
 # The command --------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_builds_reports_and_prints(model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_builds_reports_and_prints(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", str(model), "--target", "rtx", "--report", "--workspace", "256"]) == 0
     out, err = capsys.readouterr()
     assert "vision.engine: " in out and "decoder.engine: " in out and "runtime_fusion" in out

@@ -1,18 +1,20 @@
 """The graph builder: weights on disk at page borders, shared names, values that onnxruntime reads back."""
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import pytest
+from numpy.typing import NDArray
 
 from fastvlm_edge.convert.graphs.builder import ALIGNMENT, GraphBuilder, WeightsFile, cast_weight, to_bytes
 from fastvlm_edge.convert.weights.round_to_nearest import dequantize, quantize_blocks, quantize_channels
 from fastvlm_edge.errors import FastVLMError
 
 
-def run(graph, path: Path, feeds):
+def run(graph: GraphBuilder, path: Path, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
     graph.weights.close()
     graph.save(path)
     return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)

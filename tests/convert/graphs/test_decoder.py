@@ -1,13 +1,16 @@
 """The decoder graph against an independent Qwen2 in PyTorch, and what its contract promises about cache, chunks and pictures."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from numpy.typing import NDArray
 
-from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
+from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.decoder import build_decoder
 from fastvlm_edge.convert.precision import on_cpu, precision_plan
@@ -24,7 +27,7 @@ PRECISIONS = {"fp32": 1e-5, "fp16": 6e-3, "bf16": 2e-2, "int8": 0.1, "int4": 0.6
 class Graph:
     """One decoder graph in onnxruntime, its cache managed in plain numpy as the contract says."""
 
-    def __init__(self, path: Path, checkpoint, precision: str, *, cpu: bool = False) -> None:
+    def __init__(self, path: Path, checkpoint: Checkpoint, precision: str, *, cpu: bool = False) -> None:
         self.text = checkpoint.text
         plan = precision_plan(precision)
         weights = WeightsFile(path / "decoder.weights")
@@ -41,11 +44,11 @@ class Graph:
         self.dtype = np.float16 if precision == "fp16" else np.float32
         self.features = RNG.standard_normal((4, self.text.hidden)).astype(self.dtype)
 
-    def cache(self, capacity: int, batch: int = 1):
+    def cache(self, capacity: int, batch: int = 1) -> NDArray[Any]:
         text = self.text
         return np.zeros((text.layers, 2, batch, text.kv_heads, capacity, text.head_dim), self.dtype)
 
-    def step(self, ids, start, cache, logit_positions):
+    def step(self, ids: NDArray[np.int64], start: int, cache: NDArray[Any], logit_positions: Sequence[int]) -> list[NDArray[Any]]:
         """Run `ids` [batch, seq] from position `start` on, append to `cache`, return logits, top_values, top_ids."""
         ids = np.atleast_2d(ids)
         batch, seq = ids.shape
@@ -77,17 +80,17 @@ class Graph:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"), layout="native", tied=request.param)))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["engines", "cpu"])
-def graph(request: pytest.FixtureRequest, checkpoint, tmp_path_factory: pytest.TempPathFactory):
+def graph(request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Graph:
     return Graph(tmp_path_factory.mktemp("graph"), checkpoint, "fp32", cpu=request.param)
 
 
 @pytest.fixture(scope="module")
-def ids(checkpoint):
+def ids(checkpoint: Checkpoint) -> NDArray[np.int64]:
     """Text, four rows of a picture, text."""
     vocab = checkpoint.text.vocab
     words = RNG.integers(0, vocab, 20)
@@ -95,7 +98,7 @@ def ids(checkpoint):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_logits_are_those_of_the_reference(checkpoint, ids, precision: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_reference(checkpoint: Checkpoint, ids: NDArray[np.int64], precision: str, tmp_path: Path) -> None:
     graph = Graph(tmp_path, checkpoint, precision)
     positions = list(range(len(ids)))
     logits, values, top = graph.step(ids, 0, graph.cache(32), positions)
@@ -106,7 +109,9 @@ def test_logits_are_those_of_the_reference(checkpoint, ids, precision: str, tmp_
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_the_graph_for_the_cpu_computes_what_the_one_for_engines_does(checkpoint, ids, precision: str, tmp_path: Path) -> None:
+def test_the_graph_for_the_cpu_computes_what_the_one_for_engines_does(
+    checkpoint: Checkpoint, ids: NDArray[np.int64], precision: str, tmp_path: Path
+) -> None:
     logits = []
     for cpu in (True, False):
         (tmp_path / str(cpu)).mkdir()
@@ -117,7 +122,7 @@ def test_the_graph_for_the_cpu_computes_what_the_one_for_engines_does(checkpoint
 
 
 @pytest.mark.parametrize("cuts", [(1,), (5, 9), (7,), tuple(range(1, 24))])
-def test_chunked_prefill_equals_one_shot(graph, ids, cuts) -> None:
+def test_chunked_prefill_equals_one_shot(graph: Graph, ids: NDArray[np.int64], cuts: tuple[int, ...]) -> None:
     whole = graph.cache(32)
     expected, *_ = graph.step(ids, 0, whole, [len(ids) - 1])
     cache, start = graph.cache(32), 0
@@ -128,7 +133,7 @@ def test_chunked_prefill_equals_one_shot(graph, ids, cuts) -> None:
     np.testing.assert_allclose(cache, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_what_lies_beyond_the_valid_cache_does_not_matter(graph, ids) -> None:
+def test_what_lies_beyond_the_valid_cache_does_not_matter(graph: Graph, ids: NDArray[np.int64]) -> None:
     clean, dirty = graph.cache(24), graph.cache(64)
     graph.step(ids[:10], 0, clean, [0])
     graph.step(ids[:10], 0, dirty, [0])
@@ -138,7 +143,7 @@ def test_what_lies_beyond_the_valid_cache_does_not_matter(graph, ids) -> None:
     np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
 
 
-def test_rolling_back_is_a_matter_of_the_counter(graph, ids) -> None:
+def test_rolling_back_is_a_matter_of_the_counter(graph: Graph, ids: NDArray[np.int64]) -> None:
     cache = graph.cache(32)
     graph.step(ids[:12], 0, cache, [0])
     expected, *_ = graph.step(ids[12:15], 12, cache, [2])
@@ -147,7 +152,7 @@ def test_rolling_back_is_a_matter_of_the_counter(graph, ids) -> None:
     np.testing.assert_allclose(again, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_of_a_batch_do_not_see_each_other(graph, ids) -> None:
+def test_rows_of_a_batch_do_not_see_each_other(graph: Graph, ids: NDArray[np.int64]) -> None:
     other = np.roll(ids, 3)
     both, *_ = graph.step(np.stack([ids, other]), 0, graph.cache(32, batch=2), [5, len(ids) - 1])
     for row, single in zip(both, (ids, other), strict=True):
@@ -155,7 +160,7 @@ def test_rows_of_a_batch_do_not_see_each_other(graph, ids) -> None:
         np.testing.assert_allclose(row, alone[0], rtol=1e-4, atol=1e-4)
 
 
-def test_the_last_layer_computes_what_is_asked_for_alone(graph, ids) -> None:
+def test_the_last_layer_computes_what_is_asked_for_alone(graph: Graph, ids: NDArray[np.int64]) -> None:
     every, *_ = graph.step(ids, 0, graph.cache(32), list(range(len(ids))))
     some, *_ = graph.step(ids, 0, graph.cache(32), [7, 2, 7])
     np.testing.assert_allclose(some, every[:, [7, 2, 7]], rtol=1e-4, atol=1e-4)
@@ -165,7 +170,7 @@ def test_the_last_layer_computes_what_is_asked_for_alone(graph, ids) -> None:
     assert inputs == ["GroupQueryAttention" if graph.cpu else "Reshape"] * (len(inputs) - 1) + ["GatherND"] and len(inputs) > 1
 
 
-def test_only_standard_operators_of_one_opset_but_for_attention_on_the_cpu(graph) -> None:
+def test_only_standard_operators_of_one_opset_but_for_attention_on_the_cpu(graph: Graph) -> None:
     model = onnx.load(graph.path, load_external_data=False)
     own = {node.op_type for node in model.graph.node if node.domain}
     assert own == ({"GroupQueryAttention"} if graph.cpu else set())

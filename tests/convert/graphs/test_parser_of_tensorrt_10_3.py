@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from fastvlm_edge.convert.pipeline import convert
@@ -15,15 +18,18 @@ from tests.support.checkpoints import write_checkpoint
 from tests.support.parser_of_tensorrt_10_3 import OPERATORS, Finding, check_graph, list_doubts
 
 F32, F16, I64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
+Specs = Mapping[str, tuple[int, Sequence[int | str]]]
+"""Name -> (element type, shape) of inputs or outputs."""
+Constants = Mapping[str, "TensorProto | NDArray[Any]"]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("source") / "tiny-fastvlm", layout="native")
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
-def model_dir(request: pytest.FixtureRequest, checkpoint, tmp_path_factory: pytest.TempPathFactory):
+def model_dir(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("models") / request.param
     convert(str(checkpoint), output, precision=request.param, context=512)
     return output
@@ -52,30 +58,34 @@ def test_the_graph_for_the_cpu_is_refused_where_it_gathers_integers(model_dir: P
 # Single nodes -------------------------------------------------------------------------------------------------------------------
 
 
-def model(nodes, inputs, outputs=(), constants=None, opset=21):
-    """A graph of a few nodes; `inputs` and `outputs` are name -> (type, shape)."""
+def model(
+    nodes: Sequence[onnx.NodeProto], inputs: Specs, outputs: Specs | None = None, constants: Constants | None = None, opset: int = 21
+) -> onnx.ModelProto:
+    """A graph of a few nodes."""
     graph = helper.make_graph(
         nodes,
         "test",
-        [helper.make_tensor_value_info(name, *spec) for name, spec in dict(inputs).items()],
-        [helper.make_tensor_value_info(name, *spec) for name, spec in dict(outputs).items()],
+        [helper.make_tensor_value_info(name, *spec) for name, spec in inputs.items()],
+        [helper.make_tensor_value_info(name, *spec) for name, spec in (outputs or {}).items()],
         [value if isinstance(value, TensorProto) else numpy_helper.from_array(value, name) for name, value in (constants or {}).items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)])
 
 
-def problems(*args, **kwargs):
+def problems(*args: Any, **kwargs: Any) -> list[str]:
     return [finding.problem for finding in check_graph(model(*args, **kwargs))]
 
 
-def one(op, inputs, constants=None, *, outputs=("y",), opset=21, **attributes):
+def one(
+    op: str, inputs: Specs, constants: Constants | None = None, *, outputs: Sequence[str] = ("y",), opset: int = 21, **attributes: Any
+) -> list[str]:
     """What there is to say of one node."""
     names = [*inputs, *(constants or {})]
     return problems([helper.make_node(op, names, list(outputs), name="/n", **attributes)], inputs, constants=constants, opset=opset)
 
 
 @pytest.mark.parametrize("op", ["RMSNormalization", "Attention", "TensorScatter", "RotaryEmbedding", "Swish", "Bernoulli"])
-def test_an_operator_without_importer_is_named(op) -> None:
+def test_an_operator_without_importer_is_named(op: str) -> None:
     graph = model([helper.make_node(op, ["x", "x"], ["y"], name="/layers.0/it")], {"x": (F16, [2, 4])})
     assert check_graph(graph) == [Finding("/layers.0/it", op, "10.3 has no importer for it")]
 
@@ -90,7 +100,7 @@ def test_control_flow_is_not_vouched_for() -> None:
 
 
 @pytest.mark.parametrize(("opset", "good"), [(8, False), (17, True), (21, True), (22, False), (23, False)])
-def test_the_opset_has_bounds(opset, good) -> None:
+def test_the_opset_has_bounds(opset: int, good: bool) -> None:
     found = one("Relu", {"x": (F32, [2])}, opset=opset)
     assert found == ([] if good else [f"opset {opset}; 10.3 is known to read 9 to 21"])
 
@@ -106,7 +116,7 @@ def test_the_opset_has_bounds(opset, good) -> None:
         ("And", [I64] * 2),
     ],
 )
-def test_a_type_that_an_operator_does_not_take_is_named(op, kinds) -> None:
+def test_a_type_that_an_operator_does_not_take_is_named(op: str, kinds: Sequence[int]) -> None:
     found = one(op, {name: (kind, [4, 4]) for name, kind in zip("xz", kinds, strict=False)})
     assert any(f"an input of {TensorProto.DataType.Name(kinds[0])}; 10.3 takes" in problem for problem in found), found
 
@@ -135,18 +145,18 @@ def test_bindings_and_casts_of_quantised_types_are_named() -> None:
 # Quantisation -------------------------------------------------------------------------------------------------------------------
 
 
-def integers(kind: str, shape):
+def integers(kind: int, shape: Sequence[int]) -> TensorProto:
     return helper.make_tensor("w", kind, shape, np.ones(int(np.prod(shape)), np.int8).tolist())
 
 
-def dequantize(kind: str, shape, scales, zero=None, **attributes):
+def dequantize(kind: int, shape: Sequence[int], scales: NDArray[Any], zero: Sequence[int] | None = None, **attributes: Any) -> list[str]:
     constants = {"w": integers(kind, shape), "s": np.asarray(scales, np.float16)}
     if zero is not None:
         constants["z"] = helper.make_tensor("z", kind, [len(zero)] if len(zero) > 1 else [], zero)
     return one("DequantizeLinear", {}, constants, **attributes)
 
 
-def ones(*shape):
+def ones(*shape: int) -> NDArray[Any]:
     return np.ones(shape)
 
 
@@ -179,13 +189,15 @@ def test_our_three_forms_of_quantisation_are_accepted() -> None:
         (UINT8, [8, 6], ones(6), [128] * 6, {"axis": 1}, "a zero point of UINT8; 10.3 would take it for INT8"),
     ],
 )
-def test_quantisation_that_is_refused_is_named(kind: str, shape, scales, zero, attributes, problem) -> None:
+def test_quantisation_that_is_refused_is_named(
+    kind: int, shape: Sequence[int], scales: NDArray[Any], zero: Sequence[int] | None, attributes: dict[str, Any], problem: str
+) -> None:
     found = dequantize(kind, shape, scales, zero, **attributes)
     assert any(problem in text for text in found), found
 
 
 def test_scales_may_be_a_cast_constant_but_not_computed() -> None:
-    def nodes(source):
+    def nodes(source: str) -> list[onnx.NodeProto]:
         return [
             helper.make_node("Cast", [source], ["c"], to=F16),
             helper.make_node("DequantizeLinear", ["w", "c"], ["y"], axis=1),
@@ -221,7 +233,7 @@ def test_gather_nd_batches_all_axes_but_two_at_most() -> None:
 
 
 @pytest.mark.parametrize("op", ["ReduceMean", "Unsqueeze", "Squeeze"])
-def test_axes_are_constants(op) -> None:
+def test_axes_are_constants(op: str) -> None:
     assert "axes that are computed; they must be a constant" in one(op, {"x": (F32, [2, 1]), "a": (I64, [1])})
     assert one(op, {"x": (F32, [2, 1])}, {"a": np.array([1])}) == []
 

@@ -1,13 +1,16 @@
 """The checker of Q/DQ placement: every product is counted in the type that it computes in, and each fallback is named."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from fastvlm_edge.convert.graphs.placement import check_placement
+from fastvlm_edge.convert.graphs.placement import Placement, check_placement
 from fastvlm_edge.convert.pipeline import convert
 from tests.support.checkpoints import write_checkpoint
 
@@ -18,30 +21,31 @@ class Graph:
     """A few nodes with weights of ones."""
 
     def __init__(self) -> None:
-        self.nodes, self.constants = [], []
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[TensorProto] = []
 
-    def constant(self, name: str, array):
+    def constant(self, name: str, array: NDArray[Any]) -> str:
         self.constants.append(numpy_helper.from_array(array, name))
         return name
 
-    def node(self, op, inputs, name: str, **attributes):
+    def node(self, op: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [f"{name}_out"], name=name, **attributes))
         return f"{name}_out"
 
-    def quantized(self, x, name: str, zero=0, kind: str = np.int8, scale=0.1):
+    def quantized(self, x: str, name: str, zero: int = 0, kind: type[np.integer[Any]] = np.int8, scale: float = 0.1) -> str:
         pair = [self.constant(f"{name}.scale", np.float32(scale)), self.constant(f"{name}.zero", kind(zero))]
         return self.node("DequantizeLinear", [self.node("QuantizeLinear", [x, *pair], f"{name}/q"), *pair], f"{name}/dq")
 
-    def weight(self, name: str, *shape):
+    def weight(self, name: str, *shape: int) -> str:
         self.constant(f"{name}.w", np.ones(shape, np.int8))
         self.constant(f"{name}.s", np.ones(shape[0], np.float32))
         return self.node("DequantizeLinear", [f"{name}.w", f"{name}.s"], f"{name}/w", axis=0)
 
-    def conv(self, x, name: str, *, groups=1, quantized=True):
+    def conv(self, x: str, name: str, *, groups: int = 1, quantized: bool = True) -> str:
         weight = self.weight(name, CHANNELS, CHANNELS // groups, 1, 1)
         return self.node("Conv", [self.quantized(x, f"{name}/in") if quantized else x, weight], name, group=groups, kernel_shape=[1, 1])
 
-    def check(self, path: Path, output):
+    def check(self, path: Path, output: str) -> Placement:
         graph = helper.make_graph(
             self.nodes,
             "test",
@@ -54,11 +58,11 @@ class Graph:
 
 
 @pytest.fixture
-def path(tmp_path: Path):
+def path(tmp_path: Path) -> Path:
     return tmp_path / "graph.onnx"
 
 
-def reasons(placement):
+def reasons(placement: Placement) -> dict[str, str]:
     return {fallback.node: fallback.reason.partition(":")[0] for fallback in placement.fallbacks}
 
 
@@ -114,7 +118,7 @@ def test_pairs_that_tensorrt_cannot_use_are_named(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "kinds"), [("fp32", {"FP32"}), ("int4", {"INT4 weights -> FP16", "INT8 weights -> FP16", "FP16"})])
-def test_our_own_decoder(tmp_path: Path, precision: str, kinds) -> None:
+def test_our_own_decoder(tmp_path: Path, precision: str, kinds: set[str]) -> None:
     checkpoint = write_checkpoint(tmp_path / "tiny", layout="native")
     convert(str(checkpoint), tmp_path / "model", precision=precision)
     placement = check_placement(tmp_path / "model" / "decoder.onnx")

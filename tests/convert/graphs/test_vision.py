@@ -18,7 +18,7 @@ TINY = FastViTHDConfig((1, 2, 2, 1, 1), (16, 32, 64, 64, 128), out_dim=256, se_d
 HIDDEN = 48
 
 
-def random_encoder(*, train_form=False, config=TINY):
+def random_encoder(*, train_form: bool = False, config: FastViTHDConfig = TINY) -> FastViTHD:
     torch.manual_seed(0)
     encoder = FastViTHD(config, train_form=train_form)
     for module in encoder.modules():
@@ -49,14 +49,14 @@ def test_the_released_size_has_the_parameters_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("dims", [(16, 24, 48, 64, 128), (16, 32, 64, 80, 160)])
-def test_widths_that_cannot_be_built_are_refused(dims) -> None:
+def test_widths_that_cannot_be_built_are_refused(dims: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="multiple"):
         FastViTHDConfig((1, 1, 1, 1, 1), dims, out_dim=320)
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("fp16", 5e-3), ("bf16", 3e-2), ("int8", 5e-2)])
 @pytest.mark.parametrize("image_size", [128, 256])
-def test_the_graph_computes_what_the_module_does(tmp_path: Path, precision: str, bound, image_size: int) -> None:
+def test_the_graph_computes_what_the_module_does(tmp_path: Path, precision: str, bound: float, image_size: int) -> None:
     encoder = random_encoder()
     projector = nn.Sequential(nn.Linear(256, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN)).requires_grad_(False)
     plan = precision_plan(precision)

@@ -11,7 +11,7 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize(("bits", "low", "high"), [(8, -127, 127), (4, -8, 7)])
-def test_a_channel_is_rounded_to_the_nearest_step(bits, low, high) -> None:
+def test_a_channel_is_rounded_to_the_nearest_step(bits: int, low: int, high: int) -> None:
     weight = RNG.standard_normal((48, 20)).astype(np.float32)
     quantized = quantize_channels(weight, 1, bits)
     values = quantized.values.astype(np.int32)
@@ -47,7 +47,7 @@ def test_zeros_stay_zero() -> None:
 
 
 @pytest.mark.parametrize(("inputs", "block"), [(256, 128), (192, 64), (96, 32)])
-def test_the_block_is_the_largest_that_divides_the_inputs(inputs, block) -> None:
+def test_the_block_is_the_largest_that_divides_the_inputs(inputs: int, block: int) -> None:
     quantized = quantize_matrix(RNG.standard_normal((inputs, 8)).astype(np.float32), INT4_BLOCK)
     assert quantized.values.dtype == ml_dtypes.int4
     assert quantized.scales.shape == (inputs // block, 8)
