@@ -29,8 +29,8 @@ import torch
 
 from benchmarks import machine
 from benchmarks.studies.recipes import OBSERVERS, Recipe, RecipeSearch
+from fastvlm_edge.calib.accuracy import Question, score
 from fastvlm_edge.calib.encoder.search import DISPROPORTION, VisionSearch, squared_error
-from fastvlm_edge.calib.judge import Question, score
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import precision_plan

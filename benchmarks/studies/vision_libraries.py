@@ -37,8 +37,8 @@ from benchmarks.studies.quantization_choice import (
     judge,
 )
 from benchmarks.studies.vision_quantization import Model, graph_features, static_features, write_fp32
+from fastvlm_edge.calib.accuracy import score
 from fastvlm_edge.calib.encoder.search import VisionSearch, squared_error
-from fastvlm_edge.calib.judge import score
 from fastvlm_edge.calib.quantizer import DAMAGE
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.precision import precision_plan
