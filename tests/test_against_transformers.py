@@ -1,9 +1,14 @@
 """The whole path against an independent implementation: transformers' `fast_vlm` with timm's encoder, both in FP32 on the same weights."""
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import skimage.data
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -18,7 +23,7 @@ PROMPT = "What does the meter read? Answer briefly."
 PICTURES = {"square": skimage.data.astronaut, "wide": skimage.data.coffee, "tall": lambda: np.rot90(skimage.data.chelsea()).copy()}
 
 
-def reference_reply(model, tokenizer, pixels):
+def reference_reply(model: Any, tokenizer: Tokenizer, pixels: NDArray[np.float32]) -> tuple[list[int], NDArray[np.float32]]:
     """Greedy ids of transformers, and its image features [tokens, hidden], for the prompt that FastVLM was trained with."""
     image_id = model.config.image_token_id
     text = (
@@ -40,13 +45,15 @@ def reference_reply(model, tokenizer, pixels):
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, Path, Any]:
     directory = write_checkpoint(tmp_path_factory.mktemp("native") / "ck", layout="native", tied=request.param, image_size=256)
     return request.param, directory, load_reference(directory)
 
 
 @pytest.fixture(scope="module", params=["apple", "native"])
-def both(request: pytest.FixtureRequest, reference, tmp_path_factory: pytest.TempPathFactory):
+def both(
+    request: pytest.FixtureRequest, reference: tuple[bool, Path, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, FastVLM, Tokenizer]]:
     tied, native, model = reference
     source = native
     if request.param == "apple":
@@ -58,7 +65,7 @@ def both(request: pytest.FixtureRequest, reference, tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize("shape", PICTURES)
-def test_the_same_tokens_and_features(both, shape) -> None:
+def test_the_same_tokens_and_features(both: tuple[Any, FastVLM, Tokenizer], shape: str) -> None:
     model, vlm, tokenizer = both
     picture = PICTURES[shape]()
     expected, expected_features = reference_reply(model, tokenizer, preprocess(picture, 256, "pad"))
@@ -72,7 +79,7 @@ def test_the_same_tokens_and_features(both, shape) -> None:
 
 @pytest.mark.parametrize("geometry", ["pad", "crop"])
 @pytest.mark.parametrize("shape", PICTURES)
-def test_preprocessing_is_that_of_the_reference(shape, geometry) -> None:
+def test_preprocessing_is_that_of_the_reference(shape: str, geometry: str) -> None:
     """Apple pads to a black square and lets CLIP's processor do the rest; the hub's snippet uses the processor alone."""
     from transformers import CLIPImageProcessorPil
 

@@ -39,7 +39,7 @@ def converted(source: Path, output: Path, precision: str) -> tuple[float, float]
 
 @pytest.mark.parametrize("layout", ["apple", "hub", "native"])
 @pytest.mark.parametrize("size", ["0.5b", "1.5b"])
-def test_every_layout_converts_and_answers(tmp_path: Path, layout: str, size) -> None:
+def test_every_layout_converts_and_answers(tmp_path: Path, layout: str, size: str) -> None:
     source = write_checkpoint(tmp_path / "ck", layout=layout, size=size)
     seconds, peak = converted(source, tmp_path / "model", "int4")
     manifest = read_manifest(tmp_path / "model")
@@ -61,7 +61,7 @@ def test_7b_converts_to_int4_in_8_gib(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_0_5b_gives_the_tokens_of_transformers(tmp_path: Path, tied) -> None:
+def test_0_5b_gives_the_tokens_of_transformers(tmp_path: Path, tied: bool) -> None:
     from tokenizers import Tokenizer
 
     from tests.support.timm_reference import load_reference

@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ COUNT = 120
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory):
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, dict[str, Any]]]:
     """Pictures and questions as the scene command writes them, from the held-out split."""
     folder = tmp_path_factory.mktemp("scenes")
     command = [sys.executable, "-m", "examples.demo_training.scenes", "--seed", "77", "--count", str(COUNT), "--out", str(folder)]
@@ -32,7 +34,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
-def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastVLM]:
     output = tmp_path_factory.mktemp("models") / request.param
     convert(str(CHECKPOINT), output, precision=request.param)
     with FastVLM.load(output, threads=2) as loaded:
@@ -43,13 +45,13 @@ def test_the_checkpoint_is_small() -> None:
     assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 12e6
 
 
-def test_answers_are_right_in_every_precision(vlm, scenes) -> None:
+def test_answers_are_right_in_every_precision(vlm: FastVLM, scenes: list[tuple[Path, dict[str, Any]]]) -> None:
     right = [vlm.generate(question["prompt"], image=picture, max_new_tokens=16).text == question["answer"] for picture, question in scenes]
     least = 0.75 if vlm.manifest.precision == "int4" else 0.85
     assert np.mean(right) >= least, f"{np.mean(right):.3f} of {len(right)}"
 
 
-def test_transformers_gives_the_same_answers(tmp_path: Path, scenes) -> None:
+def test_transformers_gives_the_same_answers(tmp_path: Path, scenes: list[tuple[Path, dict[str, Any]]]) -> None:
     import torch
 
     from tests.support.timm_reference import load_reference

@@ -3,16 +3,21 @@
 import gc
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from examples.demo_training.picture import Scene
 from examples.demo_training.scenes import make_scene
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY
 from fastvlm_edge.backends.load_engines import BOUNDS
+from fastvlm_edge.backends.protocol import Backend
 from fastvlm_edge.backends.select import select
 from fastvlm_edge.backends.verification import compare
 from fastvlm_edge.convert.pipeline import convert
@@ -52,8 +57,12 @@ class Built:
     engines: Path
 
 
+Models = Callable[[str], Built]
+"""Precision -> model directory with engines."""
+
+
 @pytest.fixture(scope="session")
-def gpu():
+def gpu() -> Iterator[Gpu]:
     """The GPU and TensorRT of this machine; skips with the sentence that says what is missing."""
     try:
         cuda = open_cuda()
@@ -69,13 +78,13 @@ def gpu():
 
 
 @pytest.fixture(scope="session")
-def scenes():
+def scenes() -> list[Scene]:
     """Held-out pictures with questions."""
     return [make_scene("heldout", 2026, index) for index in range(QUESTIONS)]
 
 
 @pytest.fixture(scope="session")
-def models(gpu, tmp_path_factory: pytest.TempPathFactory):
+def models(gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Models:
     """Precision -> model directory with engines for the GPU at hand, built once."""
     made: dict[str, Built | FastVLMError] = {}
 
@@ -99,18 +108,18 @@ def models(gpu, tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(params=PRECISIONS)
-def precision(request: pytest.FixtureRequest):
+def precision(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def fp16(models):
+def fp16(models: Models) -> Built:
     """The model directory that most tests are about."""
     return models("fp16")
 
 
 @pytest.fixture
-def vlm(fp16):
+def vlm(fp16: Built) -> Iterator[FastVLM]:
     with FastVLM.load(fp16.directory, "tensorrt") as loaded:
         yield loaded
 
@@ -121,11 +130,11 @@ def without_end(vlm: FastVLM) -> FastVLM:
     return vlm
 
 
-def texts(vlm, scenes):
+def texts(vlm: FastVLM, scenes: list[Scene]) -> list[str]:
     return [vlm.generate(scene.questions[0].prompt, image=scene.image, max_new_tokens=16).text for scene in scenes]
 
 
-def test_engines_are_built_and_agree_with_onnxruntime(gpu, models, precision: str) -> None:
+def test_engines_are_built_and_agree_with_onnxruntime(gpu: Gpu, models: Models, precision: str) -> None:
     built = models(precision)
     (record,) = find_records(built.directory)
     assert engine_folders(built.directory) == [built.engines]
@@ -141,7 +150,7 @@ def test_engines_are_built_and_agree_with_onnxruntime(gpu, models, precision: st
     assert not list(built.directory.glob(f"{ENGINES}/.*")), "a half-built folder was left"
 
 
-def test_a_second_build_finds_everything_up_to_date(fp16) -> None:
+def test_a_second_build_finds_everything_up_to_date(fp16: Built) -> None:
     before = (fp16.engines / "build.json").stat().st_mtime_ns
     began = time.perf_counter()
     build(fp16.directory, "auto", Options(cache=None))
@@ -149,7 +158,7 @@ def test_a_second_build_finds_everything_up_to_date(fp16) -> None:
     assert time.perf_counter() - began < 10
 
 
-def test_the_answers_are_those_of_onnxruntime(models, precision: str, scenes) -> None:
+def test_the_answers_are_those_of_onnxruntime(models: Models, precision: str, scenes: list[Scene]) -> None:
     directory = models(precision).directory
     with FastVLM.load(directory, "ort") as reference:
         expected = texts(reference, scenes)
@@ -163,12 +172,14 @@ def test_the_answers_are_those_of_onnxruntime(models, precision: str, scenes) ->
     assert right >= QUESTIONS - 2, "the demo model answers 99 % of these questions"
 
 
-def test_auto_takes_the_engines(fp16) -> None:
+def test_auto_takes_the_engines(fp16: Built) -> None:
     with FastVLM.load(fp16.directory) as vlm:
         assert vlm.backend.name == "tensorrt" and vlm.backend.description.endswith("(auto)")
 
 
-def test_decoding_replays_a_cuda_graph_and_gives_the_tokens_of_decoding_without(vlm, scenes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_replays_a_cuda_graph_and_gives_the_tokens_of_decoding_without(
+    vlm: FastVLM, scenes: list[Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cuda = vlm.backend._cuda
     if not cuda.supports_graphs:
         pytest.skip(f"{cuda.binding} has no CUDA graphs")
@@ -193,7 +204,7 @@ def test_decoding_replays_a_cuda_graph_and_gives_the_tokens_of_decoding_without(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
-def test_the_cache_grows_over_its_buckets_and_keeps_what_it_held(models, precision: str, scenes) -> None:
+def test_the_cache_grows_over_its_buckets_and_keeps_what_it_held(models: Models, precision: str, scenes: list[Scene]) -> None:
     """Prefill in unequal chunks, then single ids across two borders; logits against onnxruntime at every place."""
     directory = models(precision).directory
     manifest = read_manifest(directory)
@@ -207,7 +218,7 @@ def test_the_cache_grows_over_its_buckets_and_keeps_what_it_held(models, precisi
         at += size
     chunks.append((at, len(ids)))
 
-    def logits(name: str) -> list:
+    def logits(name: str) -> list[NDArray[np.float32]]:
         backend = select(name, directory, manifest)
         try:
             shown = (backend.encode(pixels),)
@@ -226,7 +237,7 @@ def test_the_cache_grows_over_its_buckets_and_keeps_what_it_held(models, precisi
         assert compare(ours, theirs).cosine >= bound, f"positions {start} to {stop}"
 
 
-def test_truncated_positions_are_forgotten(vlm) -> None:
+def test_truncated_positions_are_forgotten(vlm: FastVLM) -> None:
     backend = vlm.backend
     ids = [5 + index % 300 for index in range(200)]
     backend.reset()
@@ -239,7 +250,7 @@ def test_truncated_positions_are_forgotten(vlm) -> None:
     assert compare(found, expected).cosine > 0.9999
 
 
-def test_a_chat_computes_only_what_is_new_and_says_what_onnxruntime_says(fp16, vlm, scenes) -> None:
+def test_a_chat_computes_only_what_is_new_and_says_what_onnxruntime_says(fp16: Built, vlm: FastVLM, scenes: list[Scene]) -> None:
     scene = scenes[0]
     prompts = [scene.questions[0].prompt, "What does the sign say?", "How many?"]
     with FastVLM.load(fp16.directory, "ort") as reference:
@@ -257,14 +268,14 @@ def test_a_chat_computes_only_what_is_new_and_says_what_onnxruntime_says(fp16, v
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_two_pictures_in_one_question(models, precision: str, scenes) -> None:
+def test_two_pictures_in_one_question(models: Models, precision: str, scenes: list[Scene]) -> None:
     directory = models(precision).directory
     manifest = read_manifest(directory)
     tokens, vocab = manifest.vision.tokens, manifest.decoder.vocab
     ids = [*range(5, 15), *range(vocab, vocab + tokens), *range(15, 25), *range(vocab + tokens, vocab + 2 * tokens), *range(25, 35)]
     pictures = [preprocess(scene.image, manifest.vision.image_size, manifest.vision.geometry) for scene in scenes[:2]]
 
-    def last_logits(backend, *order: int):
+    def last_logits(backend: Backend, *order: int) -> NDArray[np.float32]:
         shown = tuple(backend.encode(pictures[index]) for index in order)
         backend.reset()
         return backend.step(ids, shown, want_logits=True).logits[-1].copy()
@@ -281,7 +292,7 @@ def test_two_pictures_in_one_question(models, precision: str, scenes) -> None:
         backend.close()
 
 
-def test_close_gives_all_device_memory_back(gpu, fp16, scenes) -> None:
+def test_close_gives_all_device_memory_back(gpu: Gpu, fp16: Built, scenes: list[Scene]) -> None:
     def use() -> int:
         with FastVLM.load(fp16.directory, "tensorrt") as vlm:
             texts(vlm, scenes[:2])
@@ -302,11 +313,11 @@ def test_close_gives_all_device_memory_back(gpu, fp16, scenes) -> None:
         assert lost < KEPT_BY_LIBRARIES, f"{lost / MEBIBYTES:.0f} MiB were not given back"
 
 
-def kept_kernels(engines):
+def kept_kernels(engines: Path) -> list[Path]:
     return [path for path in engines.glob("*.kernels") if path.stat().st_size]
 
 
-def test_loading_again_uses_the_kernels_that_were_compiled(gpu, fp16, scenes, tmp_path: Path) -> None:
+def test_loading_again_uses_the_kernels_that_were_compiled(gpu: Gpu, fp16: Built, scenes: list[Scene], tmp_path: Path) -> None:
     if not gpu.library.is_rtx:
         pytest.skip(f"{gpu.library.name} compiles when it builds, there is nothing to keep")
     assert len(kept_kernels(fp16.engines)) == 2, "build compared the engines and kept no compiled kernels"
@@ -334,7 +345,7 @@ def test_loading_again_uses_the_kernels_that_were_compiled(gpu, fp16, scenes, tm
         ({"onnx": {}}, "they were built from another conversion of the model"),
     ],
 )
-def test_engines_that_are_not_for_this_machine_are_refused(fp16, tmp_path: Path, change, says) -> None:
+def test_engines_that_are_not_for_this_machine_are_refused(fp16: Built, tmp_path: Path, change: dict[str, Any], says: str) -> None:
     directory = Path(shutil.copytree(fp16.directory, tmp_path / "model"))
     (folder,) = engine_folders(directory)
     (record,) = find_records(directory)
@@ -343,14 +354,14 @@ def test_engines_that_are_not_for_this_machine_are_refused(fp16, tmp_path: Path,
         FastVLM.load(directory, "tensorrt")
 
 
-def test_a_missing_engine_is_refused(fp16, tmp_path: Path) -> None:
+def test_a_missing_engine_is_refused(fp16: Built, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(fp16.directory, tmp_path / "model"))
     (directory / ENGINES / fp16.engines.name / "decoder.engine").unlink()
     with pytest.raises(FastVLMError, match=r"decoder\.engine is missing; run: fastvlm-edge build .* --force"):
         FastVLM.load(directory, "tensorrt")
 
 
-def test_auto_goes_on_without_engines_that_are_refused(fp16, tmp_path: Path) -> None:
+def test_auto_goes_on_without_engines_that_are_refused(fp16: Built, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(fp16.directory, tmp_path / "model"))
     (folder,) = engine_folders(directory)
     (record,) = find_records(directory)
