@@ -1,0 +1,116 @@
+"""The scripts of examples/, each run as a user runs it, with the demo model and pictures that the model has never seen."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvlm_edge.convert.pipeline import convert
+
+pytest.importorskip("matplotlib")  # draws the pictures
+
+from examples.demo_training.scenes import make_scene
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "__init__.py")
+
+
+def run(script: str, *arguments: str | Path, typed: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, input=typed, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the demo model in two precisions, `fp32` and `int4`."""
+    directory = tmp_path_factory.mktemp("models")
+    for precision in ("fp32", "int4"):
+        convert(str(EXAMPLES / "demo" / "fastvlm-demo"), directory / precision, precision=precision)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A picture of a meter, a question about it, and the answer. The demo itself asks the same."""
+    scene = make_scene("heldout", 0, 3, kind="reading")
+    path = tmp_path_factory.mktemp("pictures") / "meter.png"
+    scene.image.save(path)
+    return path, scene.questions[0].prompt, scene.questions[0].answer
+
+
+def test_ask(models: Path, asked: tuple[Path, str, str]) -> None:
+    picture, question, answer = asked
+    done = run("ask.py", models / "fp32", picture, question)
+    assert (done.returncode, done.stdout) == (0, f"{answer}\n"), done.stderr
+    assert re.fullmatch(r"\d+ ms to the first token; stopped by eos\n", done.stderr)
+
+
+def test_stream(models: Path, asked: tuple[Path, str, str]) -> None:
+    picture, question, answer = asked
+    done = run("stream.py", models / "fp32", picture, question)
+    assert (done.returncode, done.stdout) == (0, f"{answer}\n"), done.stderr
+    assert re.fullmatch(r"\d+ ms to the first token, then \d+\.\d tokens/s; stopped by eos\n", done.stderr)
+
+
+def test_chat_with_picture(models: Path, asked: tuple[Path, str, str]) -> None:
+    picture, question, answer = asked
+    done = run("chat_with_picture.py", models / "fp32", picture, typed=f"{question}\n{question}\n\nnever asked\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    turns = re.findall(r"^> (.*)\n\[(\d+) of \d+ positions used\]$", done.stdout, re.MULTILINE)
+    assert len(turns) == 2
+    assert turns[0][0] == answer
+    assert int(turns[1][1]) > int(turns[0][1])
+
+
+def test_a_full_context_begins_a_new_conversation(models: Path, asked: tuple[Path, str, str]) -> None:
+    picture, question, answer = asked
+    done = run("chat_with_picture.py", models / "fp32", picture, typed=f"{'word ' * 5000}\n{question}\n")
+    assert done.returncode == 0 and "starting a new conversation" in done.stderr
+    assert answer in done.stdout
+
+
+def test_batch_over_folder(models: Path, asked: tuple[Path, str, str], tmp_path: Path) -> None:
+    picture, question, answer = asked
+    shutil.copy(picture, tmp_path / "b.png")
+    shutil.copy(picture, tmp_path / "c.PNG")
+    (tmp_path / "a.jpg").write_bytes(b"not a picture")
+    (tmp_path / "notes.txt").write_text("not read", encoding="utf-8")
+    done = run("batch_over_folder.py", models / "fp32", tmp_path, question)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0
+    assert [line["picture"] for line in lines] == ["a.jpg", "b.png", "c.PNG"]
+    assert "a.jpg" in lines[0]["error"]
+    assert [line["answer"] for line in lines[1:]] == [answer, answer]
+
+
+def test_compare_two_precisions(models: Path, asked: tuple[Path, str, str]) -> None:
+    picture, question, answer = asked
+    done = run("compare_two_precisions.py", models / "fp32", models / "int4", picture, question)
+    assert done.returncode == 0, done.stderr
+    _, first, second, verdict = done.stdout.splitlines()
+    for row, precision in ((first, "fp32"), (second, "int4")):
+        assert re.fullmatch(rf"{precision} +{precision} +\d+\.\d +\d+ +\d+\.\d  {answer}", row)
+    assert verdict == "the same tokens"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_model_that_is_missing_is_one_line(script: str, asked: tuple[Path, str, str], tmp_path: Path) -> None:
+    picture, question, _ = asked
+    others = {"batch_over_folder.py": [tmp_path, question], "chat_with_picture.py": [picture]}
+    models = [tmp_path / "missing"] * (2 if script.startswith("compare") else 1)
+    done = run(script, *models, *others.get(script, [picture, question]))
+    assert done.returncode == 1
+    assert re.fullmatch(rf"error: .*{tmp_path}/missing.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_it_is_short_and_listed(script: str) -> None:
+    assert script in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert len((EXAMPLES / script).read_text(encoding="utf-8").splitlines()) <= 50
+    assert f"def test_{script.removesuffix('.py')}(" in Path(__file__).read_text(encoding="utf-8")
