@@ -1,4 +1,4 @@
-"""model directory -> `engines/<target>/`: both engines, built beside their final place, compared where there is a GPU, then put there."""
+"""Build both engines of a model directory, verify them if their GPU is here, and put them into `engines/<target>/`."""
 
 from __future__ import annotations
 
@@ -26,38 +26,39 @@ from fastvlm_edge.model_dir.engine_record import ENGINES, PARTS, RECORD_NAME, En
 from fastvlm_edge.model_dir.manifest import FileRecord, Manifest, read_manifest, sha256, verify_files
 from fastvlm_edge.nvidia.cuda import Cuda
 from fastvlm_edge.nvidia.drivers import open_cuda
-from fastvlm_edge.nvidia.tensorrt_library import LIBRARIES, BuildSettings, Built, Library, Profile, find_library
+from fastvlm_edge.nvidia.tensorrt_library import LIBRARIES, BuildSettings, Built, Library, Monitor, Profile, find_library
 from fastvlm_edge.progress import Progress, SilentProgress
 
 LAYERS_NAME = "layers.json"
 REVISION = 1
-"""To be raised with every change of how engines are built that their flags do not show: engines of another one are built again."""
+"""Raise this with every change to how engines are built that `flags` does not show: engines of other revisions are then built again."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How `build` builds; the defaults are right for almost everybody."""
+    """Options of `build`. The defaults are right for almost everybody."""
 
     workspace: int | None = None
-    """Bytes that a kernel may use beside its inputs and outputs."""
+    """Bytes of scratch memory that a kernel may use. None means all memory of the GPU."""
     weakly_typed: bool = False
-    """See docs/tensorrt-10.3.md."""
+    """Use a weakly typed network (docs/tensorrt-10.3.md)."""
     separate_profiles: bool | None = None
-    """Prefill and decoding in profiles of their own; None is what is best for the library (docs/tensorrt.md)."""
+    """Use separate profiles for prefill and decoding. None means what is best for the library (docs/tensorrt.md)."""
     report: bool = False
-    """Write every layer to `layers.json`."""
+    """Write all layers of the engines to `layers.json`."""
     verify: bool = True
-    """Compare with onnxruntime where the GPU is here."""
+    """Compare the engines with onnxruntime if their GPU is here."""
     check_memory: bool = True
+    """Refuse a build for which memory is short."""
     force: bool = False
-    """Build again what is up to date."""
+    """Rebuild engines even if they are up to date."""
     cache: Path | None = dataclasses.field(default_factory=default_cache)
-    """Folder of engines and timings built before; None for neither."""
+    """Directory with engines and timings of earlier builds. None means no cache."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Everything that is settled before the first engine is built."""
+    """Everything that is decided before the first engine is built."""
 
     target: Target
     library: Library
@@ -70,9 +71,9 @@ class _Plan:
 def build(model: Path, target: str = "auto", options: Options | None = None, *, progress: Progress | None = None) -> EngineRecord:
     """Build the engines of the model directory `model` for `target` into `model/engines/<target>/`.
 
-    Nothing is left behind when anything fails, and what was there stays. Engines that are up to date are not built again. Raises
-    FastVLMError for everything a user can mend: an unknown target, a precision that it lacks, too little memory or disk, a graph that
-    TensorRT refuses, engines that do not compute what onnxruntime does.
+    Engines that are up to date are not built again. After an error nothing is left behind, and earlier engines stay as they were. Raises
+    FastVLMError for an unknown target, a precision that the target does not support, too little memory or disk space, a graph that TensorRT
+    refuses, and engines that disagree with onnxruntime.
     """
     options, progress = options or Options(), progress or SilentProgress()
     model = Path(os.path.abspath(model))
@@ -81,16 +82,16 @@ def build(model: Path, target: str = "auto", options: Options | None = None, *, 
     plan = _plan(manifest, target, options)
     try:
         if not plan.target.listed:
-            progress.note(f"warning: {plan.library.name} does not list {plan.target.title}; trying all the same")
+            progress.note(f"warning: {plan.library.name} does not list {plan.target.title} as supported; trying anyway")
         folder = model / ENGINES / plan.target.name
         if not options.force and (found := _up_to_date(folder, manifest, plan, report=options.report)) is not None:
-            progress.note(f"{folder} is up to date; --force builds it again")
+            progress.note(f"{folder} is up to date; --force rebuilds it")
             return found
         if options.check_memory:
             check_memory(model, plan.library.name)
         _check_disk(model)
-        with written_beside(folder, replace=True, elsewhere="make room in the model directory, where engines lie") as partial:
-            record = _build_both(model, manifest, plan, options, partial, progress)
+        with written_beside(folder, replace=True, elsewhere="move the model directory to another disk") as partial:
+            record = _build_both(_Job(model, manifest, plan, options, partial, progress))
             record.write(partial)
         progress.done()
         return record
@@ -108,7 +109,11 @@ def _plan(manifest: Manifest, name: str, options: Options) -> _Plan:
         device = None if cuda is None else cuda.device
         if name == "auto":
             if device is None:
-                raise FastVLMError(f"there is no GPU to build for ({no_gpu}); name one with --target, such as rtx or sm86")
+                assert no_gpu is not None
+                mend = "choose a target with --target, such as rtx or sm86"
+                raise FastVLMError(
+                    f"there is no GPU to build for ({no_gpu.what})", mend if no_gpu.mend is None else f"{mend}, or {no_gpu.mend}"
+                )
             target = target_of_device(device.compute_capability, _installed())
         else:
             target = find_target(name)
@@ -118,10 +123,10 @@ def _plan(manifest: Manifest, name: str, options: Options) -> _Plan:
         capabilities = target.compute_capabilities
         if not library.is_rtx:
             if device is None or device.compute_capability not in capabilities:
-                here = "this machine has none" if device is None else f"here is {device.name}"
+                here = "this machine has no GPU" if device is None else f"this machine has {device.name}"
                 raise FastVLMError(
-                    f"engines for {target.title} ({target.name}) are built on it: TensorRT builds for the GPU at hand, and {here}. "
-                    f"Copy the model directory there and run: fastvlm-edge build {manifest.name}"
+                    f"TensorRT only builds for the local GPU: engines for {target.title} ({target.name}) must be built there, and {here}",
+                    f"copy the model directory there and run: fastvlm-edge build {manifest.name}",
                 )
             capabilities = (device.compute_capability,)
         separate = not library.is_rtx if options.separate_profiles is None else options.separate_profiles
@@ -134,12 +139,12 @@ def _plan(manifest: Manifest, name: str, options: Options) -> _Plan:
         raise
 
 
-def _open_cuda() -> tuple[Cuda | None, str]:
-    """The GPU of this machine, or why there is none."""
+def _open_cuda() -> tuple[Cuda | None, FastVLMError | None]:
+    """Open the GPU of this machine. If that fails, returns None and the reason."""
     try:
-        return open_cuda(), ""
+        return open_cuda(), None
     except FastVLMError as error:
-        return None, str(error)
+        return None, error
 
 
 def _installed() -> list[str]:
@@ -172,7 +177,7 @@ def _up_to_date(folder: Path, manifest: Manifest, plan: _Plan, *, report: bool) 
 
 
 def _as_lists(profiles: dict[str, tuple[Profile, ...]]) -> dict[str, list[dict[str, list[list[int]]]]]:
-    """As JSON has it."""
+    """The profiles as JSON represents them."""
     return {
         part: [{name: [list(shape) for shape in shapes] for name, shapes in ranges.items()} for ranges in both]
         for part, both in profiles.items()
@@ -182,16 +187,36 @@ def _as_lists(profiles: dict[str, tuple[Profile, ...]]) -> dict[str, list[dict[s
 # Building -----------------------------------------------------------------------------------------------------------------------
 
 
-def _build_both(model: Path, manifest: Manifest, plan: _Plan, options: Options, partial: Path, progress: Progress) -> EngineRecord:
-    cache = EngineCache(options.cache)
-    figures: dict[str, Any] = {"date": date.today().isoformat()}
-    layers: dict[str, list[Layer]] = {}
-    for part in PARTS:
-        figures[part] = _build_part(part, model, manifest, plan, options, cache, partial, progress, layers)
-    if options.report:
-        listed = {part: [dataclasses.asdict(layer) for layer in found] for part, found in layers.items()}
+@dataclass(frozen=True)
+class _Job:
+    """A build in progress."""
+
+    model: Path
+    manifest: Manifest
+    plan: _Plan
+    options: Options
+    partial: Path
+    """The directory for the new engines, until they are complete."""
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """A finished engine file."""
+
+    figures: dict[str, Any]
+    """Duration, peak memory, and whether it came from the cache."""
+    layers: list[Layer] | None
+    """None if it came from the cache."""
+
+
+def _build_both(job: _Job) -> EngineRecord:
+    """Build both engines and verify them if their GPU is here. Returns the record, which is not yet written."""
+    plan, manifest, partial = job.plan, job.manifest, job.partial
+    engines = {part: _build_part(job, part) for part in PARTS}
+    if job.options.report:
+        listed = {part: [dataclasses.asdict(layer) for layer in engine.layers or ()] for part, engine in engines.items()}
         (partial / LAYERS_NAME).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
-    files = {f"{part}.engine": _file_record(partial / f"{part}.engine") for part in PARTS}
     record = EngineRecord(
         target=plan.target.name,
         library=plan.library.name,
@@ -200,47 +225,82 @@ def _build_both(model: Path, manifest: Manifest, plan: _Plan, options: Options, 
         device=plan.cuda.device.name if plan.cuda is not None else "",
         flags=plan.flags,
         onnx=onnx_hashes(manifest),
-        files=files,
+        files={f"{part}.engine": _file_record(partial / f"{part}.engine") for part in PARTS},
         profiles=_as_lists(plan.profiles),
-        build=figures,
+        build={"date": date.today().isoformat(), **{part: engine.figures for part, engine in engines.items()}},
     )
+    return replace(record, parity=_verify(job))
+
+
+def _verify(job: _Job) -> dict[str, Any]:
+    """Compare the engines with onnxruntime and return the figures; empty if that is not possible here or not wanted."""
+    plan = job.plan
     here = plan.cuda is not None and list(plan.cuda.device.compute_capability) in plan.compute_capabilities
-    if here and options.verify:
-        assert plan.cuda is not None
-        platform = Platform(plan.cuda, plan.library.name, plan.library.version, plan.library.load)
-        backend, parity = verify_engines(model, partial, partial.parent / plan.target.name, manifest, platform, progress)
-        backend.close()
-        record = replace(record, parity=parity)
-    else:
-        why = "there is no GPU for them here" if not here else "as asked for"
-        progress.note(f"the engines were not compared with onnxruntime ({why}); that happens at their first load on a GPU")
-    return record
+    if plan.cuda is None or not here or not job.options.verify:
+        why = "as requested" if here else "this machine has no GPU for them"
+        job.progress.note(f"the engines were not compared with onnxruntime ({why}); this happens when a GPU loads them for the first time")
+        return {}
+    platform = Platform(plan.cuda, plan.library.name, plan.library.version, plan.library.load)
+    place = job.partial.parent / plan.target.name
+    backend, parity = verify_engines(job.model, job.partial, place, job.manifest, platform, job.progress)
+    backend.close()
+    return parity
 
 
-def _build_part(
-    part: str,
-    model: Path,
-    manifest: Manifest,
-    plan: _Plan,
-    options: Options,
-    cache: EngineCache,
-    partial: Path,
-    progress: Progress,
-    layers: dict[str, list[Layer]],
-) -> dict[str, Any]:
-    """Write `part.engine`, from the cache where it was built before. Returns what it took."""
-    library = plan.library
-    # An engine of TensorRT proper is tuned for the very GPU; the others of its compute capability have other clocks and cores.
-    device = "" if library.is_rtx or plan.cuda is None else plan.cuda.device.name
-    made_for = {"library": library.name, "version": library.version, "capabilities": plan.compute_capabilities, "device": device}
-    sources = {name: digest for name, digest in onnx_hashes(manifest).items() if name.startswith(part)}
-    key = cache_key({**made_for, "onnx": sources, "flags": plan.flags, "profiles": _as_lists({part: plan.profiles[part]})})
-    engine = partial / f"{part}.engine"
-    progress.stage(f"building {part}.engine with {library.name} {library.version}", 100)
-    if not options.report and not options.force and cache.fetch(key, engine):
-        progress.note(f"{part}.engine was built before and is taken from the cache")
-        return {"seconds": 0.0, "cached": True}
-    began, done = time.perf_counter(), 0
+def _build_part(job: _Job, part: str) -> _Engine:
+    """Write `<part>.engine` into the new directory, from the cache if it was built before."""
+    plan, options, library = job.plan, job.options, job.plan.library
+    cache = EngineCache(options.cache)
+    engine_key, timings_key = _cache_keys(job, part)
+    path = job.partial / f"{part}.engine"
+    job.progress.stage(f"building {part}.engine with {library.name} {library.version}", 100)
+    if not options.report and not options.force and cache.fetch(engine_key, path):
+        job.progress.note(f"{part}.engine is taken from the cache of earlier builds")
+        return _Engine({"seconds": 0.0, "cached": True}, None)
+    began = time.perf_counter()
+    # Without a target that the library lists, it builds for the local GPU, whatever its name.
+    named = plan.compute_capabilities if library.is_rtx and plan.target.listed else []
+    settings = BuildSettings(
+        profiles=plan.profiles[part],
+        compute_capabilities=tuple((major, minor) for major, minor in named),
+        workspace=options.workspace,
+        weakly_typed=options.weakly_typed,
+    )
+    graph, timings = job.model / f"{part}.onnx", cache.timings(timings_key)
+    built = library.build(graph, settings, timing_cache=timings, monitor=_in_percent(job.progress))
+    with path.open("wb") as file:
+        file.write(memoryview(built.plan))
+    cache.keep(engine_key, path)
+    cache.keep_timings(timings_key, built.timing_cache)
+    layers = _list_layers(library, built, plan.cuda is not None, job.progress)
+    if widened := sum(layer.widens_weights for layer in layers):
+        job.progress.note(
+            f"warning: {part}.engine converts {widened} integer matrices to floats in memory at every run: the types in the graph "
+            "are those of the file, not of the computation (docs/tensorrt-types.md)"
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return _Engine({"seconds": round(time.perf_counter() - began, 1), "cached": False, "peak_bytes": peak}, layers)
+
+
+def _cache_keys(job: _Job, part: str) -> tuple[str, str]:
+    """Keys of the engine and of the timings in the cache: hashes of everything that they depend on."""
+    plan = job.plan
+    # TensorRT tunes an engine for one model of GPU: others of the same compute capability have other clocks and numbers of cores.
+    device = "" if plan.library.is_rtx or plan.cuda is None else plan.cuda.device.name
+    made_for = {
+        "library": plan.library.name,
+        "version": plan.library.version,
+        "capabilities": plan.compute_capabilities,
+        "device": device,
+    }
+    sources = {name: digest for name, digest in onnx_hashes(job.manifest).items() if name.startswith(part)}
+    profiles = _as_lists({part: plan.profiles[part]})
+    return cache_key({**made_for, "onnx": sources, "flags": plan.flags, "profiles": profiles}), cache_key(made_for)
+
+
+def _in_percent(progress: Progress) -> Monitor:
+    """A monitor that advances `progress` by each whole percent."""
+    done = 0
 
     def advance(share: float) -> None:
         nonlocal done
@@ -248,44 +308,23 @@ def _build_part(
             progress.advance(percent - done)
             done = percent
 
-    timings = cache_key(made_for)
-    named = library.is_rtx and plan.target.listed  # otherwise it is built for the GPU at hand, whatever that is called
-    settings = BuildSettings(
-        profiles=plan.profiles[part],
-        compute_capabilities=tuple((major, minor) for major, minor in plan.compute_capabilities) if named else (),
-        workspace=options.workspace,
-        weakly_typed=options.weakly_typed,
-    )
-    built = library.build(model / f"{part}.onnx", settings, timing_cache=cache.timings(timings), monitor=advance)
-    with engine.open("wb") as file:
-        file.write(memoryview(built.plan))
-    cache.keep(key, engine)
-    cache.keep_timings(timings, built.timing_cache)
-    found = _list_layers(library, built, plan.cuda is not None, progress)
-    if widened := sum(layer.widens_weights for layer in found):
-        progress.note(
-            f"warning: {part}.engine widens {widened} matrices from integers to floats in memory at every run: the type in the graph is "
-            "that on the disk, not that which computes (docs/tensorrt-types.md)"
-        )
-    layers[part] = found
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return {"seconds": round(time.perf_counter() - began, 1), "cached": False, "peak_bytes": peak}
+    return advance
 
 
 def _list_layers(library: Library, built: Built, has_gpu: bool, progress: Progress) -> list[Layer]:
-    """From the builder's log, or the engine inspector where there is none and the GPU is here."""
+    """The layers from the builder's log or, if it has none and the GPU is here, from the engine inspector."""
     if built.listing or not has_gpu:
         return parse_listing(built.listing)
     inspected = library.inspect(built.plan)
     try:
         return parse_inspector(inspected) if inspected else []
-    except (ValueError, KeyError, TypeError) as error:  # the engine is fine all the same
-        progress.note(f"warning: TensorRT's list of layers cannot be read ({type(error).__name__}: {error})")
+    except (ValueError, KeyError, TypeError) as error:  # the engine is not affected
+        progress.note(f"warning: the list of layers from TensorRT cannot be read ({type(error).__name__}: {error})")
         return []
 
 
 def read_layers(folder: Path) -> dict[str, list[Layer]]:
-    """Part -> layers, as `report` wrote them. Empty for a part whose engine came from the cache or was not listed."""
+    """Read `layers.json`, which a build with `report` writes: part -> layers. Empty for a part that TensorRT did not list."""
     document = json.loads((folder / LAYERS_NAME).read_text(encoding="utf-8"))
     return {part: [_layer(layer) for layer in layers] for part, layers in document.items()}
 
@@ -305,8 +344,9 @@ def _file_record(path: Path) -> FileRecord:
 
 
 def _check_disk(model: Path) -> None:
-    """An engine is about as large as the weights that go in, where TensorRT widens none."""
+    """Raise FastVLMError if the disk is too full. An engine is about as large as its weights, unless TensorRT converts them."""
     needed = sum((model / f"{part}.weights").stat().st_size for part in PARTS)
     free = shutil.disk_usage(model).free
     if needed > free:
-        raise FastVLMError(f"the engines need about {needed / 1e6:,.0f} MB, and {model} has {free / 1e6:,.0f} MB free; make room there")
+        what = f"the engines need about {needed / 1e6:,.0f} MB, but the disk of {model} has only {free / 1e6:,.0f} MB free"
+        raise FastVLMError(what, "free some space there")

@@ -1,4 +1,4 @@
-"""Engines and timings that were paid for once: kept under the user's cache folder, by everything that an engine depends on."""
+"""A cache of engines and timings in the user's cache directory. The key is a hash of everything that an engine depends on."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.model_dir.atomic import whole_file
 from fastvlm_edge.model_dir.manifest import sha256
 
 LIMIT = 16 << 30
-"""Bytes of engines that are kept; beyond it the ones unused for longest go. Hard links to a model directory's own cost nothing more."""
+"""Total size in bytes of the engines that are kept; beyond it, the least recently used are deleted. Hard links to the engines of a model
+directory take no additional space."""
 
 
 def default_cache() -> Path:
-    """`$FASTVLM_EDGE_CACHE`, or `fastvlm-edge` in the user's cache folder (XDG base directory specification)."""
-    named = os.environ.get("FASTVLM_EDGE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(named) if named else Path(base) / "fastvlm-edge"
+    """`$FASTVLM_EDGE_CACHE`, or `fastvlm-edge` in the user's cache directory (XDG base directory specification)."""
+    return Probe().cache()
 
 
 def cache_key(ingredients: dict[str, Any]) -> str:
-    """One name for everything that an engine depends on."""
+    """Hash of everything that an engine depends on, as a file name."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
 class EngineCache:
-    """A folder of engines and timing caches. What goes wrong here costs time, never a build: no method raises OSError."""
+    """A directory of engines and timing caches. No method raises OSError: if the cache fails, a build takes longer but succeeds."""
 
     def __init__(self, folder: Path | None) -> None:
-        """None keeps nothing."""
+        """With None nothing is kept."""
         self._folder = folder
 
     def fetch(self, key: str, destination: Path) -> bool:
-        """Put the engine called `key` at `destination`, by a hard link where the file system can. Returns whether there is one."""
+        """Put the engine `key` at `destination`, as a hard link if the file system can. Returns whether the cache has it."""
         if self._folder is None:
             return False
         kept = self._folder / f"{key}.engine"
         try:
-            # A hard link shares its bytes: whoever writes into an engine of a model directory writes here too.
+            # A hard link shares its bytes: a program that writes into an engine of a model directory also writes here.
             if sha256(kept) != kept.with_suffix(".sha256").read_text(encoding="ascii"):
                 kept.unlink()
                 return False
@@ -54,7 +54,7 @@ class EngineCache:
         return True
 
     def keep(self, key: str, engine: Path) -> None:
-        """Remember a new engine, and forget the ones unused for longest beyond LIMIT."""
+        """Add a new engine. Delete the least recently used ones beyond LIMIT."""
         if self._folder is None:
             return
         with contextlib.suppress(OSError):
@@ -65,14 +65,14 @@ class EngineCache:
             self._prune()
 
     def timings(self, name: str) -> bytes:
-        """The timing cache of that name, or nothing."""
+        """The timing cache called `name`, or no bytes."""
         if self._folder is not None:
             with contextlib.suppress(OSError):
                 return (self._folder / f"{name}.timing").read_bytes()
         return b""
 
     def keep_timings(self, name: str, timings: bytes) -> None:
-        """Replace the timing cache of that name."""
+        """Replace the timing cache called `name`."""
         if self._folder is None or not timings:
             return
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""What an engine really runs: its kernels with their types, and which nodes of the ONNX graph each of them fuses.
+"""The layers of an engine: its kernels with their types, and the nodes of the ONNX graph that each of them fuses.
 
-Two sources say it. The engine inspector needs the GPU. The builder's verbose log lists the same of TensorRT for RTX wherever it builds
-(profiling verbosity DETAILED).
+There are two sources. The engine inspector needs the GPU. The verbose log of the TensorRT for RTX builder has the same list, also on a
+machine without a GPU (with profiling verbosity DETAILED).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LINE = re.compile(
 _TENSOR = re.compile(r"Dimensions: \[([-\d,]*)\].*?Datatype: (\w+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _LARGE = 10_000
-"""Values from which on a constant is a weight."""
+"""A constant with at least this many values counts as a weight."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Tensor:
 
     @property
     def values(self) -> int:
-        """How many; a dynamic size counts by its largest."""
+        """Number of values. Of a dynamic size, the largest counts."""
         return math.prod(abs(size) for size in self.shape)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A kernel of an engine."""
+    """One layer of an engine, which is one kernel."""
 
     name: str
     kind: str
@@ -47,17 +47,17 @@ class Layer:
     constants: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     nodes: tuple[str, ...]
-    """Nodes of the ONNX graph that it computes."""
+    """Names of the ONNX nodes that it computes."""
 
     @property
     def widens_weights(self) -> bool:
-        """Whether all that it does is to write integer weights into memory as floats, at every run."""
+        """Whether this layer only converts integer weights to floats, in memory, at every run."""
         integers = any(constant.dtype in ("Int8", "Int4") and constant.values >= _LARGE for constant in self.constants)
         return integers and not self.inputs and all(output.dtype not in ("Int8", "Int4") for output in self.outputs)
 
 
 def parse_listing(text: str) -> list[Layer]:
-    """The layers in the builder's log."""
+    """Parse the layers from the log of the builder."""
     return [
         Layer(
             name=match["name"],
@@ -73,9 +73,9 @@ def parse_listing(text: str) -> list[Layer]:
 
 
 def parse_inspector(text: str) -> list[Layer]:
-    """The layers in the JSON of `IEngineInspector.get_engine_information`, whose keys vary between versions.
+    """Parse the layers from the JSON of `IEngineInspector.get_engine_information`. Its keys vary between versions.
 
-    Raises ValueError, KeyError or TypeError where it is something else.
+    Raises ValueError, KeyError or TypeError if it has another structure.
     """
     layers: list[dict[str, Any] | str] = json.loads(text, strict=False)["Layers"]
     return [
@@ -88,12 +88,12 @@ def parse_inspector(text: str) -> list[Layer]:
             nodes=tuple(_NODE.findall(str(layer.get("Metadata", "")))),
         )
         for layer in layers
-        if not isinstance(layer, str)  # built with names only
+        if not isinstance(layer, str)  # an engine that was built with layer names only
     ]
 
 
 def count_kinds(layers: Sequence[Layer]) -> list[tuple[str, str, int]]:
-    """Kind, type of the outputs and how many, most frequent first."""
+    """(kind, types of the outputs, number of layers), most frequent first."""
     counts = Counter((layer.kind, "+".join(sorted({output.dtype for output in layer.outputs}))) for layer in layers)
     return [(kind, types, count) for (kind, types), count in counts.most_common()]
 

@@ -1,4 +1,4 @@
-"""Optimisation profiles: which shapes the two engines are built for."""
+"""Optimisation profiles: the ranges of shapes that the two engines are built for."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from fastvlm_edge.model_dir.manifest import Manifest
 from fastvlm_edge.nvidia.tensorrt_library import Profile
 
 LOGIT_POSITIONS = 16
-"""Positions of a call whose logits may be asked for: a draft of 15 ids can be verified at once."""
+"""Largest number of positions per call whose logits may be requested: enough to verify a draft of 15 ids at once."""
 
 
 def vision_profiles(manifest: Manifest) -> tuple[Profile, ...]:
-    """One static shape."""
+    """The profile of the vision engine, one static shape."""
     size = manifest.vision.image_size
     shape = (1, 3, size, size)
     return ({"pixel_values": (shape, shape, shape)},)
 
 
 def decoder_profiles(manifest: Manifest, *, separate: bool) -> tuple[Profile, ...]:
-    """Prefill and decoding in one profile, or with `separate` in two, the second for one id at a time.
+    """One profile for prefill and decoding, or two if `separate`: the first for prefill, the second for one id at a time.
 
-    The optimum of a shared profile is decoding, which is most of the time of an answer; a picture's prefill has its own where separate.
+    A single profile is optimised for decoding, which takes most of the time of an answer. If there are two, the first is optimised for the
+    prefill of a question about one picture.
     """
     spec, tokens = manifest.decoder, manifest.vision.tokens
     longest = next_capacity(spec.context)

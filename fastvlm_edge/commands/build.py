@@ -1,4 +1,4 @@
-"""`fastvlm-edge build`: TensorRT engines for a model directory. Needs TensorRT, and no GPU where that is TensorRT for RTX."""
+"""`fastvlm-edge build`: build TensorRT engines for a model directory. TensorRT for RTX needs no GPU for this."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvlm_edge.progress import stderr_progress
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Build, and print what was made."""
+    """Build the engines and print a summary."""
     command = parser()
     options = command.parse_args(arguments)
     if options.list_targets:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
                 print(f"  {count:5}  {kind:16} {types}")
     size = sum(entry.bytes for entry in record.files.values()) / 1e6
     gpus = ", ".join(capability(numbers) for numbers in record.compute_capabilities)
-    state = "compared with onnxruntime" if record.verified else "not compared yet"
+    state = "compared with onnxruntime" if record.verified else "not yet compared with onnxruntime"
     print(f"{folder}: {record.library} {record.version}, compute capability {gpus}, {size:.1f} MB, {state}")
     return 0
 
@@ -62,17 +62,19 @@ def _table() -> str:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastvlm-edge build", description="Build TensorRT engines for a model directory.")
-    parser.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="model directory, as fastvlm-edge convert writes it")
+    parser.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="model directory that fastvlm-edge convert wrote")
     parser.add_argument("--target", metavar="NAME", default="auto", help="auto is the GPU of this machine; see --list-targets")
-    parser.add_argument("--list-targets", action="store_true", help="print the table of targets and stop")
-    parser.add_argument("--force", action="store_true", help="build again what is up to date")
-    parser.add_argument("--report", action="store_true", help=f"write every layer to {LAYERS_NAME} and print a summary")
-    parser.add_argument("--workspace", metavar="MIB", type=_mebibytes, help="memory that a kernel may use beside its tensors; default all")
-    parser.add_argument("--profiles", type=int, choices=(1, 2), help="prefill and decoding in one profile or two; default what is best")
-    parser.add_argument("--weakly-typed", action="store_true", help="for TensorRT 10.3 where strong typing fails (docs/tensorrt-10.3.md)")
-    parser.add_argument("--no-verify", action="store_true", help="do not compare with onnxruntime now, but at the first load")
-    parser.add_argument("--no-memory-check", action="store_true", help="build although memory may be short")
-    parser.add_argument("--no-cache", action="store_true", help="neither use nor keep engines and timings of earlier builds")
+    parser.add_argument("--list-targets", action="store_true", help="print the table of targets and exit")
+    parser.add_argument("--force", action="store_true", help="rebuild even if up to date")
+    parser.add_argument("--report", action="store_true", help=f"write all layers of the engines to {LAYERS_NAME} and print a summary")
+    parser.add_argument("--workspace", metavar="MIB", type=_mebibytes, help="scratch memory that a kernel may use, in MiB (default: all)")
+    parser.add_argument(
+        "--profiles", type=int, choices=(1, 2), help="use one profile for prefill and decoding, or two (default: whichever is best)"
+    )
+    parser.add_argument("--weakly-typed", action="store_true", help="for TensorRT 10.3 if strong typing fails (docs/tensorrt-10.3.md)")
+    parser.add_argument("--no-verify", action="store_true", help="compare with onnxruntime at the first load, not now")
+    parser.add_argument("--no-memory-check", action="store_true", help="build even if there may be too little memory")
+    parser.add_argument("--no-cache", action="store_true", help="do not use or write the cache of engines and timings")
     return parser
 
 

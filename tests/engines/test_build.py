@@ -162,11 +162,11 @@ def test_a_cache_that_cannot_be_written_costs_only_time(model: Path, monkeypatch
 
 
 def test_wrong_targets_and_precisions_are_refused_before_anything_is_built(model: Path, tmp_path: Path) -> None:
-    no_gpu = r"there is no GPU to build for \(.*\); name one with --target"
+    no_gpu = r"there is no GPU to build for \(.*\); choose a target with --target"
     for target, says in (
         ("orin9", r"target 'orin9' is unknown; use auto or one of: rtx, orin-nano"),
         ("auto", no_gpu),
-        ("orin", "TensorRT is not installed; install tensorrt, or on a Jetson JetPack's own"),
+        ("orin", "TensorRT is not installed; install tensorrt, or on a Jetson that of JetPack"),
     ):
         with pytest.raises(FastVLMError, match=says):
             build(model, target)
@@ -180,8 +180,10 @@ def test_wrong_targets_and_precisions_are_refused_before_anything_is_built(model
 
 
 def test_too_little_memory_is_predicted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastvlm_edge.engines.memory.available_memory", lambda _: (100 << 20, 8 << 20))
-    says = r"building vision.engine takes about 3\d\d MiB of memory, and 100 MiB and 8 MiB of swap are free; close .*, add 1 GiB of swap"
+    monkeypatch.setattr("fastvlm_edge.engines.memory.available_memory", lambda: (100 << 20, 8 << 20))
+    says = (
+        r"vision.engine needs about 3\d\d MiB of memory, but only 100 MiB of memory and 8 MiB of swap are free; close .*, add 1 GiB of swap"
+    )
     with pytest.raises(FastVLMError, match=says):
         build(model, "sm86")
     assert build(model, "sm86", Options(check_memory=False)).files
@@ -189,7 +191,7 @@ def test_too_little_memory_is_predicted(model: Path, monkeypatch: pytest.MonkeyP
 
 def test_too_little_disk_is_said_before_any_work(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(FastVLMError, match=r"the engines need about \d MB, and .* has 0 MB free; make room"):
+    with pytest.raises(FastVLMError, match=r"the engines need about \d MB, but the disk of .* has only 0 MB free; free some space"):
         build(model, "sm86")
 
 
@@ -255,9 +257,9 @@ def test_the_command_builds_reports_and_prints(model: Path, capsys: pytest.Captu
     out, err = capsys.readouterr()
     assert "vision.engine: " in out and "decoder.engine: " in out and "runtime_fusion" in out
     assert out.splitlines()[-1].startswith(f"{model}/engines/rtx: tensorrt_rtx 1.")
-    assert "compute capability 8.6, 8.9, 12.0" in out and "not compared yet" in out
-    assert "widens 20 matrices from integers to floats in memory at every run" in err
-    assert "were not compared with onnxruntime (there is no GPU for them here)" in err
+    assert "compute capability 8.6, 8.9, 12.0" in out and "not yet compared with onnxruntime" in out
+    assert "converts 20 integer matrices to floats in memory at every run" in err
+    assert "were not compared with onnxruntime (this machine has no GPU for them)" in err
     document = json.loads((model / "engines" / "rtx" / RECORD_NAME).read_text())
     assert document["flags"]["workspace"] == 256 << 20
     (model / "engines" / "rtx" / "layers.json").unlink()
