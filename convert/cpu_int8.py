@@ -1,9 +1,9 @@
-"""Which blocks of the encoder a CPU computes in INT8: products whose inputs are quantised per picture, as far as the features hold.
+"""Chooses the blocks of the encoder that a CPU computes in INT8, without calibration data.
 
-    watch     one pass in PyTorch, the one that probes activations: how coarse 8 bits are for the inputs of every block's products
-    choose    all blocks, or as many of the least coarse ones as keep the features within BOUND of the graph without
+    watch     during the probe in PyTorch, measure how coarse 8 bits are for the inputs of every block's products
+    choose    take all blocks, or as many of the least coarse ones as keep the image features within BOUND
 
-Ranges are those of the picture at hand (ONNX DynamicQuantizeLinear), so nothing is clipped; what a range with outliers costs is resolution.
+The graph takes the range of each picture at run time (ONNX DynamicQuantizeLinear), so nothing is clipped; outliers cost resolution.
 """
 
 from __future__ import annotations
@@ -21,50 +21,54 @@ from fastvlm_edge.backends.verification import compare
 from fastvlm_edge.convert.reference.fastvithd import AttentionBlock, FastViTHD, RepMixerBlock, Stage
 
 BOUND = 0.001
-"""1 - cosine of the image features against the same weights with float activations, worst picture: the bound of calibration as well."""
+"""Largest accepted 1 - cosine of the image features, compared with float activations and the same weights, of the worst picture."""
 TRIES = 5
+"""Largest number of choices of blocks that are tried."""
 
 Float32 = npt.NDArray[np.float32]
 
 
 @dataclass
 class Noise:
-    """What 8 bits would add to one block's branch, summed over pictures."""
+    """The noise that 8-bit inputs would add to one branch of a block, summed over pictures."""
 
     layers: tuple[str, ...]
-    """The products, by their names among the encoder's weights."""
+    """Names of the branch's products among the encoder's weights."""
     rounding: float = 0.0
-    """Squared rounding error of the inputs over their squared values, of all products of the block."""
+    """Squared rounding error of the inputs relative to their squared values, summed over the products of the branch."""
     share: float = 0.0
-    """Squared values of the branch over those of what it is added to."""
+    """Squared values of the branch relative to those of the sum that it is part of."""
 
     @property
     def damage(self) -> float:
-        """An estimate of the squared error that reaches the block's output, relative to it. For an order, not for a bound."""
+        """Estimated squared error of the block's output, relative to it. Good enough to order blocks, not to bound an error."""
         return self.rounding * self.share
 
 
 @dataclass(frozen=True)
 class IntegerInputs:
-    """The result."""
+    """The layers that get INT8 inputs on a CPU, and how they were found."""
 
     layers: frozenset[str]
     blocks: int
-    """How many of `candidates` they are."""
+    """Number of blocks, of `candidates`, that they belong to."""
     candidates: int
     loss: float
-    """1 - cosine of the image features that they cost, worst picture."""
+    """1 - cosine of the image features with them, of the worst picture."""
     tried: list[tuple[int, float]]
-    """Blocks and loss of every try."""
+    """Number of blocks and loss of every choice that was tried."""
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest."""
+        """As an object for the manifest."""
         return {**asdict(self), "layers": sorted(self.layers)}
 
 
 @contextmanager
 def watch_blocks(encoder: FastViTHD) -> Iterator[list[Noise]]:
-    """Inside the block every forward pass of `encoder` (inference form) is watched; the list has one entry a branch."""
+    """Watch every forward pass of `encoder` (inference form) inside the `with` block: the list has one entry for each branch.
+
+    A branch is an attention or a ConvFFN that is added to the stream.
+    """
     found: list[Noise] = []
     handles: list[Any] = []
 
@@ -116,9 +120,9 @@ def watch_blocks(encoder: FastViTHD) -> Iterator[list[Noise]]:
 
 
 def choose_blocks(noises: Sequence[Noise], run: Callable[[frozenset[str]], list[Float32]], bound: float = BOUND) -> IntegerInputs:
-    """The most of the least noisy blocks that keep 1 - cosine of the features within `bound`, by at most TRIES runs.
+    """As many of the least noisy blocks as keep 1 - cosine of the image features within `bound`, found with at most TRIES + 1 runs.
 
-    `run` takes the layers with INT8 inputs and gives the image features of every picture.
+    `run` takes the names of the layers with INT8 inputs and returns the image features of every picture.
     """
     order = sorted(noises, key=lambda noise: noise.damage)
     without = run(frozenset())

@@ -1,4 +1,7 @@
-"""The check that every conversion ends with: the new graphs, in the runtime that will run them, against the PyTorch source."""
+"""The check at the end of every conversion: the new graphs, run by the runtime's own backend, are compared with PyTorch.
+
+Before that, the same PyTorch passes give the largest activations, which decide the float types of the plan.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,13 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a precision may lose before the conversion is refused: smallest cosines, and smallest share of equal greedy tokens."""
+    """What a precision may lose: the smallest accepted cosines, and the smallest share of equal greedy tokens."""
 
     features: float
     logits: float
     greedy: float
     stored: float | None = None
-    """Of the logits, against PyTorch on the integers that the directory stores: the graph's own error, without that of the rounding."""
+    """Cosine of the logits to those of PyTorch with the stored integers: the error of the graph without the error of rounding."""
 
 
 BOUNDS = {
@@ -48,14 +51,14 @@ BOUNDS = {
     "int8": Bounds(features=0.95, logits=0.97, greedy=0.5, stored=0.99),
     "int4": Bounds(features=0.95, logits=0.5, greedy=0.0, stored=0.99),
 }
-"""Wide enough for random weights, whose logits lie close together: rounded to INT4 in blocks of 128, those of the 0.5B size keep 0.70 at
-256 px and 0.82 at 1024 px. A faulty graph shows against the stored weights. The manifest has what was found."""
+"""Wide enough for random weights, whose logits are close together: with weights of the 0.5B size rounded to INT4 in blocks of 128, their
+cosine is 0.70 at 256 px and 0.82 at 1024 px. A faulty graph is found by the comparison with the stored weights."""
 
 
 def probe_activations(encoder: FastViTHD, projector: nn.Sequential, pictures: Sequence[Float32]) -> tuple[dict[str, float], list[Float32]]:
     """The largest magnitude in every stage, and the image features [1, tokens, hidden] of every picture, in FP32.
 
-    Looked at is what the folded graph computes: behind BatchNorm and layer scale, not before them.
+    Only values that the folded graph computes as well are measured: after BatchNorm and layer scale, not before them.
     """
     largest = dict.fromkeys(VISION_STAGES, 0.0)
 
@@ -83,15 +86,15 @@ def probe_activations(encoder: FastViTHD, projector: nn.Sequential, pictures: Se
 
 @dataclass(frozen=True)
 class Conversation:
-    """What PyTorch says along a stored conversation about a picture."""
+    """What PyTorch computes for the stored conversation about a picture, as the reference for the decoder."""
 
     features: Float32
-    """[tokens, hidden]"""
+    """Image features [tokens, hidden]"""
     ids: list[int]
     split: int
-    """Where the graphs' prefill is cut in two."""
+    """Index in `ids` where the second chunk of the prefill begins."""
     positions: list[int]
-    """Of the logits."""
+    """Positions whose logits are compared."""
     logits: Float32
     """[len(positions), vocab]"""
     magnitudes: Magnitudes
@@ -100,7 +103,7 @@ class Conversation:
 def converse(
     tokenizer: TextTokenizer, manifest: Manifest, checkpoint: Checkpoint, features: Float32, advance: Callable[[], None]
 ) -> Conversation:
-    """Run the LLM of the checkpoint in FP32 on the stored conversation; `advance` is called once a layer."""
+    """Run the LLM of the checkpoint in FP32 on the stored conversation; `advance` is called once for each layer."""
     ids = stored_conversation(tokenizer, manifest, len(features))
     split = len(ids) - min(LOGIT_COUNT, len(ids) // 2) - 3
     positions = list(range(split, len(ids)))[-LOGIT_COUNT:]
@@ -109,7 +112,7 @@ def converse(
 
 
 def repeat(conversation: Conversation, weights: Weights, advance: Callable[[], None]) -> Float32:
-    """The logits [positions, vocab] that PyTorch has with other weights, at the conversation's positions."""
+    """PyTorch's logits [positions, vocab] for the same conversation with other weights."""
     return reference_logits(weights, conversation.ids, conversation.features, conversation.positions, advance)[0]
 
 
@@ -124,12 +127,12 @@ def check_parity(
     stored: Float32 | None = None,
     activations: bool = False,
 ) -> dict[str, Any]:
-    """Run the graphs of `directory` and compare: features of each picture, then logits along the stored conversation.
+    """Run the graphs of `directory` and compare the image features of each picture, then the logits of the stored conversation.
 
-    The decoder gets PyTorch's own features, so that each graph is judged by itself, and its prompt in two chunks through the cache.
-    `stored` are PyTorch's logits with the directory's own integers, where the plan has some: the graph's error without the rounding's.
-    With `activations` the encoder's graph for a GPU is run as well, since it alone has quantised activations.
-    Returns the figures for the manifest; raises FastVLMError where they are beyond BOUNDS. `advance`: once a picture, and at the end.
+    The decoder gets PyTorch's image features, so that each graph is tested alone, and its prompt in two chunks, so that the cache is tested
+    too. `stored` are PyTorch's logits with the integers in the directory; None if the plan stores floats. With `activations`, the encoder's
+    graph for a GPU is run as well, because only that one has quantised activations. `advance` is called for each picture and at the end.
+    Returns the figures for the manifest. Raises FastVLMError if they are outside BOUNDS.
     """
     bounds = BOUNDS[manifest.precision]
     setup = on_device(directory, manifest)
@@ -158,31 +161,32 @@ def check_parity(
     for what, value, bound in checks:
         if not value >= bound:
             raise FastVLMError(
-                f"the {manifest.precision} graphs do not agree with PyTorch: {what} is {value:.5f}, at least {bound} is needed; "
-                "nothing was written. Try --precision fp32, and report it if that fails too"
+                f"the {manifest.precision} graphs do not agree with PyTorch, so nothing was written: "
+                f"{what} is {value:.5f}, but must be at least {bound}",
+                "try --precision fp32, and report it if that fails too",
             )
     return figures
 
 
 def _likeness(found: Float32, expected: Float32) -> dict[str, float]:
-    """Of logits [positions, vocab]."""
+    """Difference of two sets of logits [positions, vocab], and the share of positions with the same greedy token."""
     greedy = float((found.argmax(1) == expected.argmax(1)).mean())
     return {**asdict(compare(found, expected)), "greedy_agreement": greedy, "positions": len(found)}
 
 
 def files_under_way(directory: Path) -> dict[str, FileRecord]:
-    """What a directory that is being written has so far, for a manifest; without hashes."""
+    """The files that an unfinished model directory has so far, with sizes but without hashes, so that a backend can load it."""
     return {path.name: FileRecord("", path.stat().st_size) for path in directory.iterdir() if path.is_file()}
 
 
 def encode(directory: Path, manifest: Manifest, pictures: Sequence[Float32]) -> list[Float32]:
-    """The image features [tokens, hidden] that the encoder of a directory under way gives for each picture, on the CPU."""
+    """The image features [tokens, hidden] of each picture, computed on the CPU by the encoder of an unfinished model directory."""
     vision = OrtVision(on_device(directory, replace(manifest, files=files_under_way(directory))))
     return [vision.encode(picture).numpy() for picture in pictures]
 
 
 def _run_vision(vision: OrtVision, pictures: Sequence[Float32], expected: Sequence[Float32], advance: Callable[[], None]) -> Difference:
-    """The largest difference of all pictures; the graph is given back, since a 7B decoder needs the room."""
+    """The largest difference among all pictures."""
     differences = []
     for picture, want in zip(pictures, expected, strict=True):
         differences.append(compare(vision.encode(picture).numpy()[None], want))
@@ -191,7 +195,7 @@ def _run_vision(vision: OrtVision, pictures: Sequence[Float32], expected: Sequen
 
 
 def _run_decoder(decoder: OrtDecoder, conversation: Conversation, dtype: str) -> Float32:
-    """Logits at the conversation's positions; its ids go in as two chunks."""
+    """Logits [positions, vocab] of the conversation, whose ids are given in two chunks."""
     ids, split = conversation.ids, conversation.split
     picture = HostFeatures(from_float32(conversation.features, dtype), dtype)
     decoder.step(ids[:split], (picture,))

@@ -1,4 +1,4 @@
-"""A small builder for ONNX graphs whose weights go straight to a file beside them, tensor by tensor."""
+"""A small builder for ONNX graphs. Weights are written to a separate file, tensor by tensor, and are never all in memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fastvlm_edge.version import __version__
 OPSET = 21
 IR_VERSION = 10
 ORT_DOMAIN = "com.microsoft"
-"""onnxruntime's own operators, for graphs that only its CPU provider runs."""
+"""The domain of onnxruntime's own operators, for graphs that only its CPU provider runs."""
 ALIGNMENT = 4096
-"""Offset of a tensor in the weights file: a page, so that it can be mapped into memory where it lies."""
+"""Tensors in the weights file begin at multiples of a page, so that each can be mapped into memory."""
 
 _ELEMENT_TYPES: dict[Any, int] = {
     np.dtype(np.float32): TensorProto.FLOAT,
@@ -52,7 +52,7 @@ def to_bytes(array: Array) -> bytes | memoryview:
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """Where a tensor lies in the weights file."""
+    """Place, type and shape of a tensor in the weights file."""
 
     offset: int
     bytes: int
@@ -61,7 +61,7 @@ class WeightEntry:
 
 
 class WeightsFile:
-    """The `.weights` file of one or more graphs: tensors one after another, each at a page border, each name once."""
+    """The `.weights` file of one or more graphs: tensors one after another, aligned to pages, with unique names."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,9 +69,9 @@ class WeightsFile:
         self.entries: dict[str, WeightEntry] = {}
 
     def add(self, name: str, array: Array) -> None:
-        """Append a tensor."""
+        """Append a tensor. Raises ValueError if the name exists already."""
         if name in self.entries:
-            raise ValueError(f"{name} is in {self.path.name} already")
+            raise ValueError(f"{name} is already in {self.path.name}")
         self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
         data = to_bytes(array)
@@ -79,7 +79,7 @@ class WeightsFile:
         self.entries[name] = WeightEntry(offset, len(data), array.dtype, array.shape)
 
     def proto(self, name: str) -> TensorProto:
-        """The initializer that points at a tensor of this file."""
+        """The ONNX initializer that refers to a tensor of this file."""
         entry = self.entries[name]
         tensor = TensorProto(name=name, data_type=element_type(entry.dtype), dims=entry.shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", self.path.name), ("offset", str(entry.offset)), ("length", str(entry.bytes))):
@@ -87,11 +87,12 @@ class WeightsFile:
         return tensor
 
     def close(self) -> None:
+        """Finish the file; `entries` and `proto` still work."""
         self._file.close()
 
 
 class GraphBuilder:
-    """Nodes in order of use. Names are paths such as `/layers.0/attn/qkv/MatMul`; a node's output carries the node's name."""
+    """One graph, node by node in the order of the data. Names are paths such as `/layers.0/attn/qkv/MatMul`."""
 
     def __init__(self, name: str, weights: WeightsFile) -> None:
         self.name = name
@@ -104,11 +105,12 @@ class GraphBuilder:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def input(self, name: str, dtype: npt.DTypeLike, shape: list[int | str]) -> str:
+        """Add a graph input; a string in `shape` is a dynamic dimension. Returns `name`."""
         self.inputs.append(helper.make_tensor_value_info(name, element_type(dtype), shape))
         return name
 
     def output(self, name: str, value: str, dtype: npt.DTypeLike, shape: list[int | str]) -> None:
-        """Give `value` out under `name`, without an Identity, which would copy it."""
+        """Make `value` the graph output `name` by renaming it, because an Identity node would copy it."""
         for node in self.nodes:
             for names in (node.input, node.output):
                 for index, other in enumerate(names):
@@ -117,11 +119,11 @@ class GraphBuilder:
         self.outputs.append(helper.make_tensor_value_info(name, element_type(dtype), shape))
 
     def node(self, op: str, inputs: list[str], path: str, **attributes: Any) -> str:
-        """One node of `op` with one output, named `path`/`op` after its place in the model."""
+        """Add a node named `path`/`op` and return its output. Raises ValueError if the name exists already."""
         return self.split(op, inputs, path, 1, **attributes)[0]
 
     def split(self, op: str, inputs: list[str], path: str, count: int, **attributes: Any) -> list[str]:
-        """One node with `count` outputs."""
+        """Add a node with `count` outputs, named like in `node`, and return them."""
         name = f"{path}/{op}"
         if name in self._names:
             raise ValueError(f"two nodes are named {name}")
@@ -131,7 +133,7 @@ class GraphBuilder:
         return outputs
 
     def constant(self, value: Any, dtype: npt.DTypeLike) -> str:
-        """A small constant, kept inside the graph; equal ones are shared."""
+        """A small constant that is stored inside the graph; equal constants are shared."""
         array = np.asarray(value, dtype=dtype)
         key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._constants:
@@ -145,7 +147,7 @@ class GraphBuilder:
         return self.constant(values, np.int64)
 
     def weight(self, name: str) -> str:
-        """The initializer of a tensor in the weights file."""
+        """Use a tensor of the weights file as an initializer. Returns `name`."""
         if name not in self._initializers:
             self._initializers[name] = self.weights.proto(name)
         return name
@@ -159,13 +161,13 @@ class GraphBuilder:
         return self.weights.entries[name].shape
 
     def is_quantized(self, name: str) -> bool:
-        """Whether a tensor is stored as integers with scales beside it."""
+        """Whether a tensor is stored as integers with scales."""
         return f"{name}.scale" in self.weights.entries
 
     def dequantized(self, name: str, path: str, dtype: npt.DTypeLike, axis: int = 1) -> str:
-        """The `DequantizeLinear` to `dtype` of a tensor stored as integers: scales [outputs] along `axis`, or [inputs / block, outputs].
+        """Add the `DequantizeLinear` to `dtype` of a tensor stored as integers. Its scales are [outputs] along `axis`, or per block.
 
-        The scales are cast where they are stored in another type, which every loader folds; TensorRT wants them as they are.
+        Scales that are stored in another type are cast; onnxruntime does that once, at load. TensorRT needs scales without a cast.
         """
         values, scales = self.weights.entries[name], self.weights.entries[f"{name}.scale"]
         blocked = len(scales.shape) > 1
@@ -176,7 +178,7 @@ class GraphBuilder:
         return self.node("DequantizeLinear", [self.weight(name), scale], path, **attributes)
 
     def model(self) -> onnx.ModelProto:
-        """The finished model, checked by ONNX's own checker except for the weights, which stay on disk."""
+        """The finished model; its weights stay in their file."""
         graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, list(self._initializers.values()))
         domains = {node.domain for node in self.nodes if node.domain}
         return helper.make_model(
@@ -188,7 +190,7 @@ class GraphBuilder:
         )
 
     def save(self, path: Path) -> None:
-        """Write the graph beside its weights."""
+        """Write the graph; `path` must be in the directory of the weights file."""
         path.write_bytes(self.model().SerializeToString())
 
 
@@ -197,10 +199,10 @@ def _inline(name: str, array: Array) -> TensorProto:
 
 
 def cast_weight(name: str, array: Array, dtype: npt.DTypeLike) -> Array:
-    """`array` in the float type `dtype`; raises FastVLMError where a value does not fit (FP16 ends at 65504)."""
+    """`array` in the float type `dtype`. Raises FastVLMError if a value does not fit (FP16 ends at 65504)."""
     with np.errstate(over="ignore"):
         cast = array.astype(dtype)
     if np.dtype(dtype) == np.float16 and not np.isfinite(cast).all():
         largest = float(np.abs(array.astype(np.float32)).max())
-        raise FastVLMError(f"{name} holds {largest:g}, more than FP16's 65504; convert with --precision bf16 or int8 instead")
+        raise FastVLMError(f"{name} contains {largest:g}, but FP16 ends at 65504", "convert with --precision bf16 or int8 instead")
     return cast

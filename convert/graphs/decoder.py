@@ -1,8 +1,8 @@
 """The decoder graph: Qwen2 as standard ONNX operators, stateless, one graph for every backend (docs/graphs.md).
 
-One call sees `seq` new positions and a read-only cache. Scores against the cache and against the new keys are two matrix products
-joined before the softmax, so the cache is never copied inside the graph; the runtime writes `kv_new` into it afterwards.
-The twin for onnxruntime's CPU provider has the provider's own attention, which appends to the cache where it lies.
+One call has `seq` new positions and a read-only cache. Scores for the cache and for the new keys are two matrix products that are joined
+before the softmax, so the cache is never copied inside the graph; the runtime writes `kv_new` into it afterwards.
+A second graph for onnxruntime's CPU provider uses the provider's own attention, which appends to the cache in place.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fastvlm_edge.convert.graphs.builder import ORT_DOMAIN, GraphBuilder, elemen
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan
 
 CANDIDATES = 64
-"""Length of top_values and top_ids: what greedy, top-k and top-p sampling see without moving the whole row."""
+"""Length of top_values and top_ids, from which greedy, top-k and top-p sampling choose without reading all logits."""
 MASKED = -30000.0
-"""Added to the score of a key that must not be seen: finite in FP16, and its exponential is zero in every type."""
+"""Added to the scores of masked keys: finite in FP16, and its exponential is zero in every type."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _SharedOnCpu:
-    """Values that every layer uses in the twin for the CPU."""
+    """Values that every layer uses in the graph for the CPU."""
 
     cos: str  # [context, head_dim / 2]
     sin: str  # the same
@@ -45,14 +45,16 @@ class _SharedOnCpu:
 def build_decoder(graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, *, cpu_context: int | None = None) -> None:
     """Add the whole decoder to `graph`, whose weights file holds what `write_decoder_weights` wrote.
 
-    Floats stored in another type than `plan.decoder` are cast to it, so that a second graph can share the file. With `cpu_context`, the
-    positions that a conversation may have, it is the twin for onnxruntime's CPU provider: keys and values go into the cache itself, given
-    out as `present.N.key` and `.value`, which must be bound to the memory of `past_key_values`.
+    Floats that are stored in another type than `plan.decoder` are cast to it, so that a second graph can share the file. `cpu_context`, the
+    longest conversation in positions, makes the graph for onnxruntime's CPU provider: it appends keys and values to the cache in place. Its
+    outputs `present.N.key` and `.value` must be bound to the memory of `past_key_values`.
     """
     _Decoder(graph, text, plan, cpu_context).build()
 
 
 class _Decoder:
+    """Builds the graph from inputs to outputs."""
+
     def __init__(self, graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, cpu_context: int | None) -> None:
         self.cpu_context = cpu_context
         self.graph = graph
@@ -81,7 +83,7 @@ class _Decoder:
                 attended, key, value = self._attention(normed, past_key, past_value, shared, weights, f"{path}/attn")
             else:
                 attended, key, value = self._attention_on_cpu(normed, past_key, past_value, shared, weights, f"{path}/attn")
-            if layer == text.layers - 1:  # from here on a position only matters to its own logits
+            if layer == text.layers - 1:  # from here on, only positions with wanted logits are needed
                 attended = graph.node("GatherND", [attended, wanted], f"{path}/attn/wanted", batch_dims=1)  # [batch, m, heads * head_dim]
                 hidden = graph.node("GatherND", [hidden, wanted], f"{path}/wanted", batch_dims=1)  # [batch, m, hidden]
             attended = graph.node("MatMul", [attended, self._weight(f"{weights}.o_proj", f"{path}/attn/o_proj")], f"{path}/attn/o_proj")
@@ -108,7 +110,7 @@ class _Decoder:
 
     def _shared_on_cpu(self, positions: str, context: int) -> _SharedOnCpu:
         graph = self.graph
-        every = graph.constant(np.arange(context)[:, None], np.float32)  # onnxruntime folds what follows from it when it loads the graph
+        every = graph.constant(np.arange(context)[:, None], np.float32)  # onnxruntime computes all that depends on it at load
         cos, sin = self._angles(every)
         last = graph.node("Slice", [positions, graph.ints(-1), graph.ints(np.iinfo(np.int64).max), graph.ints(1)], "/shared/last")
         last = graph.node("Cast", [graph.node("Squeeze", [last, graph.ints(1)], "/shared/last")], "/shared/last", to=element_type(np.int32))
@@ -132,7 +134,10 @@ class _Decoder:
         return self._cast(cos, "/rotary/cos"), self._cast(sin, "/rotary/sin")
 
     def _mask(self, positions: str, capacity: str) -> str:
-        """0 where a query may see a key, MASKED elsewhere: the first position of a row says how much of the cache is valid."""
+        """[batch, 1, group * seq, capacity + seq]: 0 where a query may see a key, MASKED elsewhere.
+
+        The first position of a row is also the number of valid positions in its cache.
+        """
         graph = self.graph
         scalar = graph.node("Squeeze", [capacity], "/mask/capacity")
         slots = graph.node("Range", [graph.constant(0, np.int64), scalar, graph.constant(1, np.int64)], "/mask/slots")
@@ -148,7 +153,7 @@ class _Decoder:
         rows = graph.node("Concat", [graph.node("Shape", [query], "/mask/rows", end=2), capacity], "/mask/rows", axis=0)
         past = graph.node("Expand", [past, rows], "/mask/past")  # [batch, seq, capacity]
         mask = graph.node("Unsqueeze", [graph.node("Concat", [past, new], "/mask", axis=-1), graph.ints(1)], "/mask")
-        # The queries of a KV head lie group by group in the rows of one matrix, so the mask repeats for each of the group.
+        # The queries of one KV head are the rows of one matrix, query head after query head, so the mask repeats for each of them.
         mask = graph.node("Expand", [mask, graph.ints(1, self.group, 1, 1)], "/mask")
         shape = graph.node("Shape", [mask], "/mask/width", start=3)
         shape = graph.node("Concat", [graph.ints(0, 1, -1), shape], "/mask/shape", axis=0)
@@ -167,10 +172,10 @@ class _Decoder:
         return graph.node("Where", [condition, image, text], "/embed")  # [batch, seq, hidden]
 
     def _text_embedding(self, text_ids: str) -> str:
-        """[batch, seq, hidden] from a table of floats, or of int8 with one scale a row.
+        """[batch, seq, hidden] from a table of floats, or of int8 with one scale for each row.
 
-        TensorRT allows int8 constants only in front of DequantizeLinear. onnxruntime's CPU provider would dequantise the whole table at
-        every step that way (0.5 s measured for 50,000 rows), so there the rows are gathered first.
+        TensorRT allows int8 constants only as inputs of DequantizeLinear. onnxruntime's CPU provider would then dequantise the whole table
+        at every step (0.5 s measured for 50,000 rows), so the graph for the CPU gathers the rows first.
         """
         graph, name = self.graph, "llm.embedding"
         if graph.is_quantized(name) and self.cpu_context is None:
@@ -220,7 +225,7 @@ class _Decoder:
     def _attention_on_cpu(
         self, x: str, past_key: str, past_value: str, shared: _SharedOnCpu, weights: str, path: str
     ) -> tuple[str, str, str]:
-        """Attention of every head [batch, seq, heads * head_dim], and the cache, appended to."""
+        """Attention of every head [batch, seq, heads * head_dim], and key and value of the cache with the new positions appended."""
         graph, text = self.graph, self.text
         out, key, value = graph.split(
             "GroupQueryAttention",
@@ -232,7 +237,7 @@ class _Decoder:
             kv_num_heads=text.kv_heads,
             do_rotary=1,
             rotary_interleaved=0,
-            scale=1.0,  # it is in the weights of the queries
+            scale=1.0,  # folded into the weights of the queries
         )
         return out, key, value
 
@@ -251,7 +256,7 @@ class _Decoder:
         return graph.node("MatMul", [product, self._weight(f"{weights}.down", f"{path}/down")], f"{path}/down")
 
     def _rms_norm(self, x: str, name: str, path: str) -> str:
-        """x / sqrt(mean(x^2) + eps) * weight, in FP32 where x is narrower: the square of an activation overflows FP16 at 256."""
+        """x / sqrt(mean(x^2) + eps) * weight, always in FP32: in FP16 the squares of activations above 256 would overflow."""
         graph = self.graph
         wide = graph.node("Cast", [x], f"{path}/wide", to=element_type(np.float32)) if self.dtype != np.float32 else x
         square = graph.node("Pow", [wide, graph.constant(2, np.float32)], path)
@@ -263,7 +268,7 @@ class _Decoder:
     # Outputs --------------------------------------------------------------------------------------------------------------------
 
     def _logits(self, hidden: str, logit_positions: str) -> None:
-        """Of `hidden` [batch, m, hidden]."""
+        """Add the outputs `logits`, `top_values` and `top_ids` for `hidden` [batch, m, hidden]."""
         graph, text = self.graph, self.text
         hidden = self._rms_norm(hidden, "llm.norm", "/head/norm")
         if graph.is_quantized("llm.head"):
@@ -283,6 +288,7 @@ class _Decoder:
         graph.output("top_ids", ids, np.int64, ["batch", "m", count])
 
     def _kv_new(self, new: list[str]) -> None:
+        """Add the output `kv_new` from the key and value of every layer, each [batch, kv_heads, seq, head_dim]."""
         graph, text = self.graph, self.text
         kv = graph.node("Concat", new, "/kv_new", axis=0)  # [layers * 2 * batch, kv_heads, seq, head_dim]
         tail = graph.node("Shape", [kv], "/kv_new", start=1)
@@ -299,7 +305,7 @@ class _Decoder:
         return self._cast(self.graph.weight(name), f"{path}/weight", stored=self.graph.dtype(name))
 
     def _cast(self, value: str, path: str, stored: object = np.float32) -> str:
-        """`value` in the computing type; nothing to do where it is `stored` so."""
+        """Cast `value` from the type `stored` to the computing type, if they differ."""
         if np.dtype(stored) == self.dtype:  # type: ignore[call-overload]
             return value
         return self.graph.node("Cast", [value], path, to=element_type(self.dtype))

@@ -1,9 +1,9 @@
-"""In which type every product of a graph computes in TensorRT, and why those that could be INT8 are not.
+"""Predicts the type in which TensorRT computes each product of a graph, and says why products are not INT8.
 
-TensorRT's rules for Q/DQ networks (developer guide, "Working with quantized types"): a layer runs in INT8 where every input
-comes through QuantizeLinear and DequantizeLinear, weights per output channel and activations per tensor, all symmetric; Q/DQ stand in
-front of a layer's inputs, never between a convolution and the activation that fuses with it; and an Add fuses in INT8 with the
-convolution before it where its other branch is quantised too.
+TensorRT's rules for Q/DQ networks (developer guide, "Working with quantized types"): a layer runs in INT8 if every input comes through
+QuantizeLinear and DequantizeLinear, with scales per output channel for weights and per tensor for activations, all symmetric. Q/DQ pairs
+belong in front of a layer's inputs, never between a convolution and the activation that fuses with it. An Add fuses in INT8 with the
+convolution before it if its other branch is quantised too.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ PRODUCTS = ("Conv", "MatMul", "Gemm")
 _INTEGERS: dict[int, str] = {TensorProto.INT8: "INT8", TensorProto.INT4: "INT4"}
 _FLOATS: dict[int, str] = {TensorProto.FLOAT: "FP32", TensorProto.FLOAT16: "FP16", TensorProto.BFLOAT16: "BF16"}
 _GROUP = 4
-"""Channels that a group must have for INT8 (`IConvolutionLayer::setNbGroups`, NvInfer.h)."""
+"""The channels of a group must be a multiple of this for INT8 (`IConvolutionLayer::setNbGroups`, NvInfer.h)."""
 
 
 @dataclass(frozen=True)
 class Fallback:
-    """A node that does not compute in INT8, or a pair that TensorRT cannot use."""
+    """A product that does not compute in INT8, or a Q/DQ node that TensorRT cannot use, and why."""
 
     node: str
     op: str
@@ -39,20 +39,20 @@ class Fallback:
 
 @dataclass
 class Placement:
-    """What a graph asks TensorRT to compute."""
+    """The products of a graph by the type that they compute in, and the reasons for those that are not INT8."""
 
     macs: dict[str, int] = field(default_factory=dict)
-    """Multiply-accumulates of one picture, or of one decoded token, by computing type; `INT8 weights -> FP16` is a product in FP16."""
+    """Computing type -> multiply-accumulates of one picture or one decoded token. `INT8 weights -> FP16` is a product in FP16."""
     fallbacks: list[Fallback] = field(default_factory=list)
 
     def share(self, kind: str = "INT8") -> float:
-        """Of all multiply-accumulates, 0 to 1."""
+        """Share of all multiply-accumulates that compute in `kind`, 0 to 1."""
         total = sum(self.macs.values())
         return self.macs.get(kind, 0) / total if total else 0.0
 
 
 def check_placement(path: Path) -> Placement:
-    """Walk the graph at `path`. Dynamic sizes count as 1: one picture, one token, an empty cache."""
+    """Analyse the graph at `path`. Dynamic sizes count as 1: one picture, one token, an empty cache."""
     return _Walk(onnx.load(str(path), load_external_data=False)).run()
 
 
@@ -89,7 +89,7 @@ class _Walk:
     # Products -------------------------------------------------------------------------------------------------------------------
 
     def _product(self, node: onnx.NodeProto) -> tuple[str, str]:
-        """Computing type, and why it is not INT8; empty where it is, or where nothing of it was quantised."""
+        """The computing type of a product, and why it is not INT8; the reason is empty if it is INT8."""
         data, weight = node.input[0], node.input[1]
         floats = _FLOATS.get(self.types.get(node.output[0], 0), "FP32")
         weights, inputs = self._dequantized(weight), self._dequantized(data)
@@ -115,7 +115,7 @@ class _Walk:
         return name in self.constants
 
     def _dequantized(self, name: str) -> str:
-        """`INT8` or `INT4` where `name` is the output of a DequantizeLinear, else nothing."""
+        """`INT8` or `INT4` if `name` is the output of a DequantizeLinear, otherwise an empty string."""
         node = self.made_by.get(name)
         if node is None or node.op_type != "DequantizeLinear":
             return ""
@@ -160,7 +160,7 @@ class _Walk:
                 yield "between a convolution and its activation: they no longer fuse"
 
     def _through_int8(self, name: str) -> bool:
-        """Whether `name` is an INT8 product, but for scaling and bias on the way."""
+        """Whether `name` is an INT8 product, possibly followed by scaling, a bias or a cast."""
         node = self.made_by.get(name)
         while node is not None and node.op_type in ("Add", "Mul", "Div", "Cast") and self._has_constant(node):
             node = next((self.made_by.get(each) for each in node.input if each not in self.constants), None)

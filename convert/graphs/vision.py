@@ -1,6 +1,6 @@
 """The vision graph: FastViTHD and projector as standard ONNX operators, pixel_values -> image_features.
 
-The image size is fixed at conversion, the batch is free. A Cast stands only where the plan changes the type between two stages.
+The image size is fixed at conversion, the batch size is dynamic. There is a Cast only where the plan changes the type between two stages.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ def build_vision(
 ) -> None:
     """Add encoder and projector to `graph`, whose weights file holds what `write_vision_weights` wrote.
 
-    pixel_values [batch, 3, image_size, image_size] in 0..1 -> image_features [batch, (image_size / 64)^2, hidden], both in the
-    decoder's type. The inputs of the layers in `activation_scales` are quantised to INT8: `QuantizeLinear` and `DequantizeLinear` right
-    before Conv or MatMul, which TensorRT makes one INT8 product with. A graph for a CPU leaves them out: there they only take time.
-    It has `integer_inputs` instead, layers of blocks with INT8 weights: their inputs are quantised by the range that each picture has, and
-    onnxruntime makes one kernel of that and the product.
+    Input: pixel_values [batch, 3, image_size, image_size], always float32, in 0..1.
+    Output: image_features [batch, (image_size / 64)^2, hidden] in the decoder's float type.
+
+    `activation_scales` (layer -> scale) is for GPUs: the inputs of these layers get `QuantizeLinear` and `DequantizeLinear` right before
+    the Conv or MatMul, and TensorRT turns the three into one INT8 product. On a CPU that would only take time.
+    `integer_inputs` is for CPUs: these layers have INT8 weights, and their inputs are quantised by the range of each picture at run time;
+    onnxruntime turns that and the product into one kernel.
     """
     _Vision(graph, config, plan, activation_scales or {}, integer_inputs).build(hidden, image_size)
 
 
 class _Vision:
+    """Builds the graph from input to output; `dtype` is the type of the value that was added last."""
+
     def __init__(
         self,
         graph: GraphBuilder,
@@ -96,13 +100,13 @@ class _Vision:
     # Blocks ---------------------------------------------------------------------------------------------------------------------
 
     def _feed_forward(self, x: str, name: str, path: str, dim: int) -> str:
-        """x + depthwise 7 x 7, 1 x 1, GELU, 1 x 1; BatchNorm and layer scale are in the weights."""
+        """x + (depthwise 7 x 7, 1 x 1, GELU, 1 x 1); BatchNorm and layer scale are folded into the weights."""
         graph = self.graph
         y = self._conv(x, f"{name}.conv", f"{path}/conv", groups=dim)
         if f"{name}.fc1" not in self.integer_inputs:
             y = self._gelu(self._conv(y, f"{name}.fc1", f"{path}/fc1"), path)
             return graph.node("Add", [x, self._conv(y, f"{name}.fc2", f"{path}/fc2")], f"{path}/residual")
-        # Channels last for products of rows. In this form onnxruntime makes the transpositions part of its own change of layout at a Conv.
+        # MatMulInteger needs the channels last. onnxruntime merges these Transposes with its own changes of layout around a Conv.
         x = graph.node("Transpose", [x], f"{path}/last", perm=[0, 2, 3, 1])
         y = graph.node("Transpose", [y], f"{path}/conv/last", perm=[0, 2, 3, 1])
         y = self._gelu(self._integer_product(y, f"{name}.fc1", f"{path}/fc1"), path)
@@ -110,7 +114,7 @@ class _Vision:
         return graph.node("Transpose", [x], f"{path}/first", perm=[0, 3, 1, 2])
 
     def _attention(self, x: str, name: str, path: str, dim: int, side: int) -> str:
-        """[batch, dim, side, side] -> the same: norm, attention over all positions with heads of 32, projection."""
+        """[batch, dim, side, side] -> [batch, dim, side, side]: norm, attention over all positions with heads of 32, projection."""
         graph, heads = self.graph, dim // HEAD_DIM
         x = self._to_positions(x, path, dim)
         x = self._layer_norm(x, f"{name}.norm", f"{path}/norm")
@@ -142,7 +146,7 @@ class _Vision:
         return self.graph.node("Reshape", [x, self.graph.ints(0, dim, side, side)], f"{path}/map")
 
     def _squeeze_excite(self, x: str) -> str:
-        """Channel gate from the mean over all positions."""
+        """x times a gate per channel, which is computed from the mean over all positions."""
         graph, path, name = self.graph, "/final_conv/se", "vision.final_conv.se"
         gate = graph.node("ReduceMean", [x, graph.ints(2, 3)], path, keepdims=1)
         gate = graph.node("Relu", [self._conv(gate, f"{name}.fc1", f"{path}/fc1")], path)
@@ -156,7 +160,7 @@ class _Vision:
         weight, bias = self._weight(f"{name}.weight", path, axis=0), f"{name}.bias"
         if name in self.activation_scales:
             x = self._input(x, name, path)
-        elif f"{name}.factor" in self.graph.weights.entries:  # on the weights, which are fewer than the inputs
+        elif f"{name}.factor" in self.graph.weights.entries:  # applied to the weights, because they are fewer than the inputs
             weight = self.graph.node("Mul", [weight, self._weight(f"{name}.factor", path)], f"{path}/weight")
             bias = f"{name}.plain_bias"
         return self.graph.node(
@@ -176,9 +180,9 @@ class _Vision:
             x = self._input(x, name, path)
         return self.graph.node("MatMul", [x, self._weight(f"{name}.weight", path, axis=1)], path)
 
-    # DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul by both scales -> Add; onnxruntime makes it one DynamicQuantizeMatMul
+    # DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul by both scales -> Add; onnxruntime fuses them into one DynamicQuantizeMatMul
     def _integer_product(self, x: str, name: str, path: str) -> str:
-        """x [..., inputs] by INT8 weights, of a 1 x 1 convolution or a linear layer, in integers; with the bias if there is one."""
+        """INT8 product of x [..., inputs] and the weights of a 1 x 1 convolution or linear layer, plus the bias if it has one."""
         graph, entries = self.graph, self.graph.weights.entries
         weight, scale = graph.weight(f"{name}.weight"), graph.weight(f"{name}.weight.scale")
         if len(graph.shape(f"{name}.weight")) == 4:
@@ -203,7 +207,7 @@ class _Vision:
     def _linear(self, x: str, name: str, path: str) -> str:
         x = self._product(x, name, path)
         if name in self.integer_inputs:
-            return x  # with its bias
+            return x  # the bias is already added
         return self.graph.node("Add", [x, self._weight(f"{name}.bias", f"{path}/bias")], path)
 
     def _gelu(self, x: str, path: str) -> str:
@@ -215,10 +219,10 @@ class _Vision:
         return graph.node("Mul", [y, graph.constant(0.5, self.dtype)], f"{path}/half")
 
     def _layer_norm(self, x: str, name: str, path: str) -> str:
-        """LayerNorm over the last axis, in FP32: in FP16 its squares overflow from a deviation of 256 on, silently.
+        """LayerNorm over the last axis, in FP32: in FP16 the squares of deviations above 256 would overflow silently.
 
-        In primitives, which onnxruntime fuses: the LayerNormalization importer of TensorRT 10.3 sets a precision, and strongly typed
-        networks refuse that (docs/tensorrt-10.3.md).
+        It is made of primitive operators, which onnxruntime fuses: the LayerNormalization importer of TensorRT 10.3 sets a precision, which
+        is an error in strongly typed networks (docs/tensorrt-10.3.md).
         """
         graph, narrow, wide = self.graph, self.dtype, np.dtype(np.float32)
         x = self._cast(x, wide, f"{path}/wide")
@@ -232,9 +236,9 @@ class _Vision:
         scale, bias = (self._weight(f"{name}.{part}", path) for part in ("weight", "bias"))
         return graph.node("Add", [graph.node("Mul", [x, scale], path), bias], path)
 
-    # x -> Mul by factor -> Add offset -> QuantizeLinear -> DequantizeLinear -> Conv or MatMul, the first two where the weights have them
+    # x -> Mul by factor -> Add offset -> QuantizeLinear -> DequantizeLinear -> Conv or MatMul; the first two only if the layer has a factor
     def _input(self, x: str, name: str, path: str) -> str:
-        """The input of a layer in INT8."""
+        """`x` through the quantisation of a layer's input."""
         graph, path = self.graph, f"{path}/input"
         if f"{name}.factor" in graph.weights.entries:
             factor, offset = (self._weight(f"{name}.{part}", path) for part in ("factor", "offset"))
@@ -246,18 +250,18 @@ class _Vision:
     # Types ----------------------------------------------------------------------------------------------------------------------
 
     def _enter(self, stage: str, x: str) -> str:
-        """Go on in the type of `stage`."""
+        """Cast `x` to the type of `stage`, which becomes the current one."""
         return self._cast(x, np.dtype(FLOAT_TYPES[self.plan.vision[stage]]), f"/{stage}/enter")
 
     def _cast(self, x: str, dtype: np.dtype[np.generic], path: str) -> str:
-        """`x`, of the current type, in `dtype`, which becomes the current one."""
+        """Cast `x` from the current type to `dtype`, which becomes the current one."""
         if dtype == self.dtype:
             return x
         self.dtype = dtype
         return self.graph.node("Cast", [x], path, to=element_type(dtype))
 
     def _weight(self, name: str, path: str, axis: int = 0) -> str:
-        """A weight as a float value of the current type; its outputs lie along `axis`."""
+        """A weight as a float value of the current type; its outputs are along `axis`."""
         graph = self.graph
         if graph.is_quantized(name):
             return graph.dequantized(name, path, self.dtype, axis)

@@ -1,4 +1,4 @@
-"""The PyTorch source that every conversion is checked against: Qwen2 in FP32, one layer in memory at a time."""
+"""Qwen2 in PyTorch and FP32, the reference for every decoder graph. Only one layer is in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from fastvlm_edge.convert.checkpoint.checkpoint import TextConfig
 
 ROWS = 8192
-"""Rows of the head that are multiplied at a time."""
+"""How many rows of the head are multiplied at a time."""
 
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """The largest magnitude of what a layer computes, one figure a layer: what a narrow float type has to hold."""
+    """The largest magnitudes that each layer computes, one value per layer: a narrow float type must be able to hold them."""
 
     qkv: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -29,15 +29,15 @@ class Magnitudes:
     product: list[float] = field(default_factory=list)
     """gate, up and silu(gate) * up"""
     residual: list[float] = field(default_factory=list)
-    """The stream behind the attention and behind the MLP, and what they add to it."""
+    """The residual stream after the attention and after the MLP, and what each adds to it."""
 
     def largest(self) -> float:
-        """The largest of all."""
+        """The largest magnitude of all layers."""
         return max(*self.qkv, *self.scores, *self.product, *self.residual)
 
 
 class Weights(Protocol):
-    """What the reference reads: a `Checkpoint`, or one whose matrices were quantised."""
+    """What the reference reads weights from: a `Checkpoint` or a `QuantizedDecoder`."""
 
     text: TextConfig
 
@@ -49,7 +49,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Passage:
-    """One causal pass: an id of `vocab + k` is row k of `features` [rows, hidden]; wanted are the logits at `positions`."""
+    """The input of one causal pass, and the positions whose logits are wanted. The id `vocab + k` is row k of `features` [rows, hidden]."""
 
     ids: Sequence[int]
     features: npt.NDArray[np.float32]
@@ -64,7 +64,7 @@ def reference_logits(
     logit_positions: Sequence[int],
     advance: Callable[[], None],
 ) -> tuple[npt.NDArray[np.float32], Magnitudes]:
-    """Logits [len(logit_positions), vocab] of one pass, and how large its layers get; `advance` is called once a layer."""
+    """Logits [len(logit_positions), vocab] of one pass, and its magnitudes; `advance` is called once for each layer."""
     seen = Magnitudes()
     (hidden,) = _run(checkpoint, [Passage(input_ids, image_features, logit_positions)], advance, seen)
     return torch.cat([hidden @ rows.T for _, rows in _head(checkpoint)], dim=1).numpy(), seen
@@ -72,7 +72,7 @@ def reference_logits(
 
 @torch.inference_mode()
 def reference_choices(checkpoint: Weights, passages: Sequence[Passage], advance: Callable[[], None]) -> list[npt.NDArray[np.int64]]:
-    """The id of the largest logit at each wanted position of each passage, all in one reading of the weights."""
+    """For each passage, the id of the largest logit at each wanted position. The weights are read once for all passages."""
     hidden = _run(checkpoint, passages, advance, Magnitudes())
     joined = torch.cat(hidden)
     best, chosen = torch.full((len(joined),), -torch.inf), torch.zeros(len(joined), dtype=torch.int64)
@@ -85,7 +85,7 @@ def reference_choices(checkpoint: Weights, passages: Sequence[Passage], advance:
 
 
 def _run(checkpoint: Weights, passages: Sequence[Passage], advance: Callable[[], None], seen: Magnitudes) -> list[Tensor]:
-    """Normed hidden states [positions, hidden] of each passage.
+    """Hidden states [positions, hidden] of each passage after the final norm.
 
     Written from the Qwen2 report (arXiv 2407.10671): pre-norm RMSNorm, rotary embedding on halves, grouped-query attention with biases on
     q, k and v, SwiGLU.
@@ -102,7 +102,7 @@ def _run(checkpoint: Weights, passages: Sequence[Passage], advance: Callable[[],
 
 
 def _embed(checkpoint: Weights, passage: Passage) -> Tensor:
-    """[seq, hidden]"""
+    """The embeddings [seq, hidden] of a passage, with the image features in their places."""
     vocab = checkpoint.text.vocab
     rows = [
         passage.features[token - vocab] if token >= vocab else checkpoint.tensor_rows("llm.embed_tokens.weight", token, token + 1)[0]
@@ -112,13 +112,13 @@ def _embed(checkpoint: Weights, passage: Passage) -> Tensor:
 
 
 def _head(checkpoint: Weights) -> Iterator[tuple[int, Tensor]]:
-    """The head ROWS rows at a time, each with its first id."""
+    """The head in parts [ROWS, hidden], each with the id of its first row."""
     for row in range(0, checkpoint.text.vocab, ROWS):
         yield row, _torch(checkpoint.tensor_rows(checkpoint.head_name, row, min(row + ROWS, checkpoint.text.vocab)))
 
 
 class _Layer:
-    """The weights of one layer, each read when it is first asked for."""
+    """The weights of one layer; each is read at its first use."""
 
     def __init__(self, checkpoint: Weights, layer: int) -> None:
         self.checkpoint = checkpoint
@@ -132,7 +132,7 @@ class _Layer:
 
 
 def _layer(weight: _Layer, text: TextConfig, hidden: Tensor, cos: Tensor, sin: Tensor, seen: Magnitudes) -> Tensor:
-    """hidden [1, seq, hidden] -> the same."""
+    """hidden [1, seq, hidden] -> hidden [1, seq, hidden] after one layer; its magnitudes are added to `seen`."""
     x = _rms_norm(hidden, weight("input_layernorm.weight"), text.rms_norm_eps)
     q, k, v = (
         F.linear(x, weight(f"self_attn.{part}_proj.weight"), weight(f"self_attn.{part}_proj.bias"))

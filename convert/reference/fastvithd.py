@@ -76,11 +76,12 @@ def pad_kernel(weight: Tensor, kernel: int) -> Tensor:
 
 
 class Reparameterizable(nn.Module):
-    """A sum of linear branches that one convolution `reparam_conv` with bias can replace."""
+    """A sum of linear branches that can be replaced by one convolution with bias, `reparam_conv`."""
 
     reparam_conv: nn.Conv2d | None
 
     def fused(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one convolution that equals the sum of the branches."""
         raise NotImplementedError
 
     def _install(self, shape: nn.Conv2d, branches: tuple[str, ...], *, train_form: bool) -> None:
@@ -91,7 +92,7 @@ class Reparameterizable(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """Merge the branches into `reparam_conv`; nothing to do when that has happened."""
+        """Merge the branches into `reparam_conv`; a second call does nothing."""
         if self.reparam_conv is not None:
             return
         weight, bias = self.fused()
@@ -105,7 +106,7 @@ class Reparameterizable(nn.Module):
 
 
 class MobileOneConv(Reparameterizable):
-    """k x k convolution, 1 x 1 convolution and identity, each with BatchNorm, summed; then squeeze-excite and GELU where asked for."""
+    """k x k convolution, 1 x 1 convolution and identity, each with BatchNorm, summed; then squeeze-excite and GELU, both optional."""
 
     def __init__(
         self,
@@ -233,7 +234,7 @@ class PositionalConv(Reparameterizable):
 
 
 class SqueezeExcite(nn.Module):
-    """Channel gate from the mean over all positions, whatever the image size."""
+    """x times a gate per channel, which is computed from the mean over all positions, so that any image size works."""
 
     def __init__(self, dim: int, se_dim: int) -> None:
         super().__init__()
@@ -246,7 +247,7 @@ class SqueezeExcite(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """One learned factor a channel."""
+    """One learned factor for each channel."""
 
     def __init__(self, dim: int, initial: float = 1e-5) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Round-to-nearest weight quantisation, symmetric: what `DequantizeLinear` (ONNX opset 21) undoes as q * scale."""
+"""Symmetric round-to-nearest quantisation of weights; `DequantizeLinear` (ONNX opset 21) computes q * scale from the result."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from fastvlm_edge.convert.precision import WeightType
 
 LARGEST = {8: 127, 4: 7}
 SMALLEST_BLOCK = 32
-"""What every loader takes: TensorRT's kernels and onnxruntime's MatMulNBits."""
+"""The smallest block that TensorRT's kernels and onnxruntime's MatMulNBits both accept."""
 SMALLEST = {8: -127, 4: -8}
-"""INT8 leaves -128 out, as TensorRT does; INT4 is too coarse to give a sixteenth of its range away."""
+"""INT8 does not use -128, as in TensorRT. INT4 uses -8: without it, a sixteenth of its few levels would be lost."""
 
 
 @dataclass(frozen=True)
 class Quantized:
     """Integers of the shape of the weight, int8 or ml_dtypes.int4, with float32 scales.
 
-    Per channel: scales have the length of `axis`. By block: scales have the weight's shape with the *other* axis divided by the block,
-    for a matrix [inputs, outputs] that is [inputs / block, outputs].
+    Per-channel scales are [outputs]. Per-block scales of a matrix [inputs, outputs] are [inputs / block, outputs].
     """
 
     values: npt.NDArray[np.generic]
@@ -30,24 +29,27 @@ class Quantized:
 
 
 def quantize_channels(weight: npt.NDArray[np.float32], axis: int, bits: int = 8, scale_type: npt.DTypeLike = np.float32) -> Quantized:
-    """One scale for every index of `axis`: the smallest that reaches all values there, as `scale_type` can hold it."""
+    """One scale for every index of `axis`: the smallest one that clips no value, rounded to `scale_type`."""
     others = tuple(i for i in range(weight.ndim) if i != axis)
     scales = _scale(weight, others, bits, scale_type)
     return Quantized(_round(weight, scales, bits), scales.reshape(-1))
 
 
 def quantize_blocks(weight: npt.NDArray[np.float32], block: int, bits: int, scale_type: npt.DTypeLike = np.float32) -> Quantized:
-    """A matrix [inputs, outputs] with one scale for every `block` consecutive inputs of an output; inputs must be a multiple of block."""
+    """A matrix [inputs, outputs] with one scale for every `block` consecutive inputs of an output.
+
+    Raises ValueError if the inputs are not a multiple of `block`.
+    """
     inputs, outputs = weight.shape
     if inputs % block:
-        raise ValueError(f"{inputs} inputs are no multiple of the block size {block}")
+        raise ValueError(f"{inputs} inputs are not a multiple of the block size {block}")
     blocks = weight.reshape(inputs // block, block, outputs)
     scales = _scale(blocks, (1,), bits, scale_type)
     return Quantized(_round(blocks, scales, bits).reshape(inputs, outputs), scales[:, 0])
 
 
 def stored_type(kind: WeightType, inputs: int) -> WeightType:
-    """The type of a matrix of so many inputs: the block is halved until it divides them, and below 32 it is INT8, one scale a channel."""
+    """`kind` for a matrix with `inputs` inputs: the block is halved until it divides them; below 32 it becomes per-channel INT8."""
     block = kind.block
     while block >= SMALLEST_BLOCK:
         if inputs % block == 0:
@@ -57,7 +59,7 @@ def stored_type(kind: WeightType, inputs: int) -> WeightType:
 
 
 def quantize_matrix(weight: npt.NDArray[np.float32], kind: WeightType, scale_type: npt.DTypeLike = np.float32) -> Quantized:
-    """A matrix [inputs, outputs] in the given type, or in what `stored_type` makes of it."""
+    """A matrix [inputs, outputs] quantised as `stored_type(kind, inputs)`."""
     kind = stored_type(kind, weight.shape[0])
     if kind.block:
         return quantize_blocks(weight, kind.block, kind.bits, scale_type)
@@ -65,7 +67,7 @@ def quantize_matrix(weight: npt.NDArray[np.float32], kind: WeightType, scale_typ
 
 
 def dequantize(quantized: Quantized, axis: int = 1) -> npt.NDArray[np.float32]:
-    """The float weight that the graph computes with."""
+    """The float weight that the graph computes with, in the shape of `quantized.values`; per-channel scales belong to `axis`."""
     values, scales = quantized.values.astype(np.float32), quantized.scales
     if scales.ndim == 1:
         shape = [1] * values.ndim
@@ -75,9 +77,9 @@ def dequantize(quantized: Quantized, axis: int = 1) -> npt.NDArray[np.float32]:
 
 
 def _scale(weight: npt.NDArray[np.float32], axes: tuple[int, ...], bits: int, scale_type: npt.DTypeLike) -> npt.NDArray[np.float32]:
-    """Scales that broadcast over `weight`; zeros all along get scale 1, so that no division by zero follows.
+    """Scales that broadcast over `weight`; a scale is 1 where all values are zero, to avoid a division by zero.
 
-    They are rounded to `scale_type` here, before the values are divided by them, so that its rounding is no further error.
+    They are rounded to `scale_type` before the values are divided by them, so that storing them adds no error.
     """
     above = weight.max(axis=axes, keepdims=True) / LARGEST[bits]
     below = weight.min(axis=axes, keepdims=True) / SMALLEST[bits]

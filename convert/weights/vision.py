@@ -1,7 +1,7 @@
-"""The encoder's weights folded for inference and written in the types of a precision plan.
+"""The weights of encoder and projector, folded for inference and written in the types of a precision plan.
 
-Folded: every train-time branch (re-parameterisation), BatchNorm into the 7 x 7 convolution before it, layer scale into the product before
-it, and 1 / sqrt(head_dim) into the rows of the queries. Names are the module's own paths: `vision.stages.0.blocks.0.mlp.fc1`.
+Folded are: all train-time branches (re-parameterisation), BatchNorm into the 7 x 7 convolution before it, layer scale into the product
+before it, and 1 / sqrt(head_dim) into the rows of the queries. Names are the module's own paths: `vision.stages.0.blocks.0.mlp.fc1`.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def write_vision_weights(
     advance: Callable[[], None],
     quantized: VisionIntegers | None = None,
 ) -> None:
-    """Append the folded weights of `encoder` (re-parameterised) and `projector`; `advance` is called once a stage.
+    """Append the folded weights of `encoder` (in inference form) and `projector`; `advance` is called once for each stage.
 
-    A convolution is [outputs, inputs / groups, k, k], a linear layer [inputs, outputs]. With `quantized`, made for the same plan, its
-    layers are what it says and all others floats; without it, every weight is rounded to nearest where the plan has integers.
+    A convolution is [outputs, inputs / groups, k, k], a linear layer [inputs, outputs]. With `quantized`, which must be made for the same
+    plan, exactly its layers are integers. Without it, the weights are rounded to nearest if the plan has integers.
     """
     store = _Store(weights, plan, quantized)
     for index, conv in enumerate(encoder.stem):
@@ -113,7 +113,7 @@ def write_vision_weights(
 
 
 def fold_feed_forward(mlp: ConvFFN, gamma: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight and bias of `conv`, `fc1` and `fc2` with BatchNorm and layer scale in them."""
+    """Weight and bias of `conv`, `fc1` and `fc2` with BatchNorm and layer scale folded in; `gamma` [dim, 1, 1]."""
     assert mlp.fc1.bias is not None and mlp.fc2.bias is not None
     gamma = gamma.flatten()
     return {
@@ -124,7 +124,7 @@ def fold_feed_forward(mlp: ConvFFN, gamma: Tensor) -> dict[str, tuple[Tensor, Te
 
 
 def fold_attention(attention: Attention, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [3 dim, dim] with the queries' scale in it; weight and bias of the projection with the layer scale."""
+    """qkv [3 dim, dim] with the scale of the queries, and weight and bias of the projection with the layer scale folded in."""
     qkv = attention.qkv.weight.clone()
     qkv[: qkv.shape[1]] *= HEAD_DIM**-0.5
     gamma = gamma.flatten()
@@ -132,6 +132,8 @@ def fold_attention(attention: Attention, gamma: Tensor) -> tuple[Tensor, Tensor,
 
 
 class _Store:
+    """Writes layers into the weights file, as integers or floats."""
+
     def __init__(self, weights: WeightsFile, plan: PrecisionPlan, quantized: VisionIntegers | None) -> None:
         self.weights = weights
         self.plan = plan
@@ -144,7 +146,7 @@ class _Store:
         self.weights.add(name, cast_weight(name, array, FLOAT_TYPES[self.plan.vision[stage]]))
 
     def matrix(self, name: str, tensor: Tensor, bias: Tensor | None, stage: str, axis: int) -> None:
-        """A weight whose outputs lie along `axis`, and its bias; integers where `quantized` or else the plan says so."""
+        """A weight whose outputs are along `axis`, and its bias; as integers if `quantized`, or without it the plan, says so."""
         dtype = FLOAT_TYPES[self.plan.vision[stage]]
         layer = None if self.quantized is None else self.quantized.layers.get(name)
         if layer is not None:
@@ -152,7 +154,7 @@ class _Store:
             self.weights.add(f"{name}.weight.scale", layer.scales.astype(dtype))
             for part in ("bias", "plain_bias", "factor", "offset"):
                 if (array := getattr(layer, part)) is not None:
-                    shaped = array if part.endswith("bias") else array.reshape(-1, 1, 1)  # channels before a map
+                    shaped = array if part.endswith("bias") else array.reshape(-1, 1, 1)  # [channels, 1, 1]
                     self.weights.add(f"{name}.{part}", cast_weight(f"{name}.{part}", shaped, dtype))
             return
         if self.quantized is not None or not self.plan.vision_weights.bits:

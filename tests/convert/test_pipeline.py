@@ -9,8 +9,10 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from fastvlm_edge import FastVLM, FastVLMError
@@ -19,10 +21,12 @@ from fastvlm_edge.cli import main
 from fastvlm_edge.convert import pipeline as module
 from fastvlm_edge.convert import request as request_module
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
+from fastvlm_edge.convert.checkpoint.structure import TextConfig
 from fastvlm_edge.convert.graphs import decoder
+from fastvlm_edge.convert.graphs.builder import GraphBuilder
 from fastvlm_edge.convert.parity import BOUNDS
 from fastvlm_edge.convert.pipeline import convert
-from fastvlm_edge.convert.precision import PLANS, VISION_STAGES, precision_plan
+from fastvlm_edge.convert.precision import PLANS, VISION_STAGES, PrecisionPlan, precision_plan
 from fastvlm_edge.convert.reference.decoder import Magnitudes
 from fastvlm_edge.convert.request import estimated_bytes
 from fastvlm_edge.model_dir.manifest import PRECISIONS, read_manifest, verify_files
@@ -30,18 +34,18 @@ from tests.support.checkpoints import write_checkpoint
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("source") / "tiny-fastvlm", layout="native")
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
-def model(request: pytest.FixtureRequest, checkpoint, tmp_path_factory: pytest.TempPathFactory):
+def model(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("models") / request.param
     convert(str(checkpoint), output, precision=request.param)
     return output
 
 
-def test_a_model_directory_is_whole_and_runs(model) -> None:
+def test_a_model_directory_is_whole_and_runs(model: Path) -> None:
     manifest = read_manifest(model)
     verify_files(model, manifest, hashes=True)
     assert set(manifest.files) | {"fastvlm.json"} == {path.name for path in model.iterdir()}
@@ -53,7 +57,21 @@ def test_a_model_directory_is_whole_and_runs(model) -> None:
     assert len(reply.token_ids) == 4 or reply.stop_reason == "stop"
 
 
-def test_the_manifest_has_the_figures_of_the_check(model) -> None:
+def test_the_inputs_and_outputs_have_the_types_that_the_manifest_names(model: Path) -> None:
+    """As in docs/graphs.md: pixel_values is always float32, everything else that is not an id or a logit has the decoder's type."""
+    dtype = read_manifest(model).decoder.dtype
+    for file in sorted(model.glob("*.onnx")):
+        graph = onnx.load(file, load_external_data=False).graph
+        values = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+        types = {name: onnx.helper.tensor_dtype_to_np_dtype(kind).name for name, kind in values.items()}
+        expected = "float32" if file.name.endswith(".cpu.onnx") else dtype
+        integers = {"input_ids", "position_ids", "logit_positions", "top_ids"}
+        always_float32 = {"pixel_values", "logits", "top_values"}
+        for name, found in types.items():
+            assert found == ("int64" if name in integers else "float32" if name in always_float32 else expected), (file.name, name)
+
+
+def test_the_manifest_has_the_figures_of_the_check(model: Path) -> None:
     manifest = read_manifest(model)
     bounds = BOUNDS[manifest.precision]
     assert bounds.features <= manifest.parity["image_features"]["cosine"] <= 1.0000001
@@ -67,11 +85,11 @@ def test_the_manifest_has_the_figures_of_the_check(model) -> None:
     assert all(value > 0 for value in manifest.activations["largest"].values())
 
 
-def test_a_faulty_graph_is_distinguished_from_coarse_weights(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_faulty_graph_is_distinguished_from_coarse_weights(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With wrong frequencies the logits are still as close to the checkpoint's as INT4 allows; the check finds the fault all the same."""
     angles = decoder._Decoder._angles
 
-    def wrong(self, position):
+    def wrong(self: Any, position: str) -> Any:
         text, self.text = self.text, replace(self.text, rope_theta=self.text.rope_theta / 2)
         try:
             return angles(self, position)
@@ -84,13 +102,13 @@ def test_a_faulty_graph_is_distinguished_from_coarse_weights(checkpoint, tmp_pat
     assert not any(tmp_path.iterdir())
 
 
-def test_the_user_is_told_what_the_integers_cost(checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_user_is_told_what_the_integers_cost(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for precision, count in (("int4", 1), ("fp16", 0)):
         assert main(["convert", str(checkpoint), "-o", str(tmp_path / precision), "--precision", precision]) == 0
         assert capsys.readouterr().err.count("of greedy tokens are unchanged; calibration (--calib DATA) would preserve more") == count
 
 
-def test_contradictions_in_the_checkpoint_reach_the_user_and_the_manifest(tmp_path, capsys):
+def test_contradictions_in_the_checkpoint_reach_the_user_and_the_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_checkpoint(tmp_path / "contradictory", layout="native")
     config = json.loads((source / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 24
@@ -109,7 +127,7 @@ def test_contradictions_in_the_checkpoint_reach_the_user_and_the_manifest(tmp_pa
     assert read_manifest(tmp_path / "model").notes == expected
 
 
-def test_a_consistent_checkpoint_has_no_notes_and_older_manifests_are_read(model, tmp_path):
+def test_a_consistent_checkpoint_has_no_notes_and_older_manifests_are_read(model: Path, tmp_path: Path) -> None:
     assert read_manifest(model).notes == []
     document = json.loads((model / "fastvlm.json").read_text())
     del document["notes"]
@@ -121,7 +139,7 @@ def test_every_precision_has_a_plan_and_bounds() -> None:
     assert set(PLANS) == set(BOUNDS) == set(PRECISIONS)
 
 
-def test_the_estimate_of_the_size_is_close(checkpoint, model) -> None:
+def test_the_estimate_of_the_size_is_close(checkpoint: Path, model: Path) -> None:
     manifest = read_manifest(model)
     weights = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".weights"))
     needed = estimated_bytes(open_checkpoint(str(checkpoint)), precision_plan(manifest.precision))
@@ -129,9 +147,9 @@ def test_the_estimate_of_the_size_is_close(checkpoint, model) -> None:
 
 
 @pytest.mark.parametrize("layout", ["apple", "hub"])
-def test_both_public_layouts_give_the_same_model(checkpoint, tmp_path: Path, layout: str) -> None:
+def test_both_public_layouts_give_the_same_model(checkpoint: Path, tmp_path: Path, layout: str) -> None:
     other = write_checkpoint(tmp_path / layout, layout=layout)
-    kwargs = {"precision": "fp32", "image_size": 256, "context": 512}
+    kwargs: dict[str, Any] = {"precision": "fp32", "image_size": 256, "context": 512}
     logits = []
     for number, source in enumerate((checkpoint, other)):
         output = tmp_path / f"model{number}"
@@ -152,13 +170,13 @@ def test_both_public_layouts_give_the_same_model(checkpoint, tmp_path: Path, lay
         ({"context": 10**6}, "a context of 1000000 is longer than the 32768 positions"),
     ],
 )
-def test_impossible_requests_are_refused_before_any_work(checkpoint, tmp_path: Path, arguments, message) -> None:
+def test_impossible_requests_are_refused_before_any_work(checkpoint: Path, tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(FastVLMError, match=message):
         convert(str(checkpoint), tmp_path / "model", **arguments)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_directory_with_other_files_is_never_replaced(checkpoint, tmp_path: Path) -> None:
+def test_a_directory_with_other_files_is_never_replaced(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for force in (False, True):
@@ -167,7 +185,7 @@ def test_a_directory_with_other_files_is_never_replaced(checkpoint, tmp_path: Pa
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_model_directory_is_replaced_only_with_force(checkpoint, tmp_path: Path) -> None:
+def test_a_model_directory_is_replaced_only_with_force(checkpoint: Path, tmp_path: Path) -> None:
     convert(str(checkpoint), tmp_path / "model", precision="fp32")
     with pytest.raises(FastVLMError, match="add --force"):
         convert(str(checkpoint), tmp_path / "model", precision="int8")
@@ -186,8 +204,10 @@ def test_a_model_directory_is_replaced_only_with_force(checkpoint, tmp_path: Pat
     ],
 )
 @pytest.mark.parametrize("stage", ["write_vision_weights", "write_decoder_weights", "check_parity"])
-def test_nothing_is_left_behind(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error, expected, stage) -> None:
-    def fail(*_args, **_kwargs) -> None:
+def test_nothing_is_left_behind(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, expected: type[BaseException], stage: str
+) -> None:
+    def fail(*_args: Any, **_kwargs: Any) -> None:
         raise error
 
     monkeypatch.setattr(module, stage, fail)
@@ -198,7 +218,7 @@ def test_nothing_is_left_behind(checkpoint, tmp_path: Path, monkeypatch: pytest.
         assert "is full" in str(caught.value)
 
 
-def test_an_output_behind_a_link_is_written_where_the_link_points(checkpoint, tmp_path: Path) -> None:
+def test_an_output_behind_a_link_is_written_where_the_link_points(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "disk" / "model").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
     for precision in ("fp32", "int8"):  # the empty folder, then a model that is there
@@ -207,13 +227,15 @@ def test_an_output_behind_a_link_is_written_where_the_link_points(checkpoint, tm
     assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
 
 
-def test_a_place_that_cannot_be_written_is_an_error_in_one_sentence(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_cannot_be_written_is_an_error_in_one_sentence(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mounted").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
     with pytest.raises(FastVLMError, match=r"mounted is a mount point.*give a directory inside it: .*mounted/model"):
         convert(str(checkpoint), tmp_path / "mounted")
 
-    def busy(self, target) -> None:
+    def busy(self: Path, target: Path) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
 
     monkeypatch.setattr(Path, "rename", busy)
@@ -222,7 +244,7 @@ def test_a_place_that_cannot_be_written_is_an_error_in_one_sentence(checkpoint, 
     assert not any((tmp_path / "mounted").iterdir()) and [path.name for path in tmp_path.iterdir()] == ["mounted"]
 
 
-def test_a_failed_replacement_keeps_the_old_model(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_replacement_keeps_the_old_model(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(str(checkpoint), tmp_path / "model")
     monkeypatch.setattr(module, "check_parity", lambda *_, **__: (_ for _ in ()).throw(FastVLMError("do not agree")))
     with pytest.raises(FastVLMError, match="do not agree"):
@@ -231,14 +253,14 @@ def test_a_failed_replacement_keeps_the_old_model(checkpoint, tmp_path: Path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_too_little_disk_space_is_refused_before_any_work(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_refused_before_any_work(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(request_module.shutil, "disk_usage", lambda _path: usage)
     with pytest.raises(FastVLMError, match=r"needs about 8 MB, but only 0 MB are free in .*; free some space"):
         convert(str(checkpoint), tmp_path / "model")
 
 
-def test_the_next_conversion_removes_what_a_killed_one_left(checkpoint, tmp_path: Path) -> None:
+def test_the_next_conversion_removes_what_a_killed_one_left(checkpoint: Path, tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / f".model.partial-{gone.pid}").mkdir()
@@ -249,7 +271,7 @@ def test_the_next_conversion_removes_what_a_killed_one_left(checkpoint, tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_command_and_leaves_nothing(checkpoint, tmp_path: Path, number) -> None:
+def test_a_signal_stops_the_command_and_leaves_nothing(checkpoint: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "fastvlm_edge", "convert", str(checkpoint), "-o", str(tmp_path / "model")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -262,11 +284,11 @@ def test_a_signal_stops_the_command_and_leaves_nothing(checkpoint, tmp_path: Pat
     assert not any(tmp_path.iterdir())
 
 
-def test_a_graph_that_disagrees_is_not_published(checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_disagrees_is_not_published(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real fault: the rotary base is read wrongly. The check must find it."""
     real = module.build_decoder
 
-    def wrong(graph, text, plan, *, cpu_context) -> None:
+    def wrong(graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, *, cpu_context: int | None) -> None:
         real(graph, type(text)(**{**text.__dict__, "rope_theta": 100.0}), plan, cpu_context=cpu_context)
 
     monkeypatch.setattr(module, "build_decoder", wrong)
@@ -277,12 +299,12 @@ def test_a_graph_that_disagrees_is_not_published(checkpoint, tmp_path: Path, mon
 
 @pytest.mark.parametrize("precision", ["fp16", "int4"])
 def test_a_model_that_does_not_fit_fp16_gets_wider_types(
-    checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     """As if the checkpoint had large activations: the graphs with wider types are complete and agree with PyTorch."""
     real = module.probe_activations
 
-    def probe(*args):
+    def probe(*args: Any) -> Any:
         largest, features = real(*args)
         return {**largest, "stage3": 20_000.0}, features
 
@@ -297,7 +319,7 @@ def test_a_model_that_does_not_fit_fp16_gets_wider_types(
         assert vlm.generate("What is this?", image=np.zeros((40, 60, 3), np.uint8), max_new_tokens=4).token_ids
 
 
-def test_the_manifest_says_how_large_every_layer_gets(model) -> None:
+def test_the_manifest_says_how_large_every_layer_gets(model: Path) -> None:
     seen = read_manifest(model).activations["decoder"]
     layers = read_manifest(model).decoder.layers
     assert set(seen) == {"qkv", "scores", "product", "residual"}
@@ -312,14 +334,14 @@ def test_compare_knows_the_same_from_the_opposite() -> None:
     assert compare(a + 1, a).largest == pytest.approx(1)
 
 
-def test_the_manifest_is_plain_json(model) -> None:
+def test_the_manifest_is_plain_json(model: Path) -> None:
     document = json.loads((model / "fastvlm.json").read_text())
     assert document["schema"] == 2
     assert document["plan"]["decoder.body"]
 
 
 @pytest.mark.parametrize("image_size", [320, 1536])
-def test_image_sizes_in_steps_of_64(checkpoint, tmp_path: Path, image_size: int) -> None:
+def test_image_sizes_in_steps_of_64(checkpoint: Path, tmp_path: Path, image_size: int) -> None:
     manifest = convert(str(checkpoint), tmp_path / "model", image_size=image_size)
     assert manifest.vision.tokens == (image_size // 64) ** 2
     assert manifest.parity["image_features"]["cosine"] > BOUNDS["fp32"].features
