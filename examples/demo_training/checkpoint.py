@@ -1,4 +1,4 @@
-"""The demo checkpoint on disk: the native `fast_vlm` layout, as transformers reads and writes it, in bfloat16."""
+"""Reads and writes the demo checkpoint: the native `fast_vlm` layout of transformers, in bfloat16."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def native_tensors(model: DemoModel) -> dict[str, Tensor]:
 
 
 def export_checkpoint(model: DemoModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the whole checkpoint into `folder`, each file beside its final name first."""
+    """Write the whole checkpoint into `folder`: into a temporary folder first, then file by file to its place."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
     end, pad = (tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
@@ -173,7 +173,7 @@ def load_checkpoint(folder: Path) -> tuple[DemoModel, Tokenizer]:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write the training state so that a kill at any moment leaves the old or the new one."""
+    """Write the training state atomically: a kill at any moment leaves the old or the new one."""
     beside = path.with_suffix(".new")
     with open(beside, "wb") as file:
         torch.save(state, file)
@@ -183,4 +183,5 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def config_dict(config: DemoConfig) -> dict[str, Any]:
+    """Sizes as JSON values."""
     return asdict(config)

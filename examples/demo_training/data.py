@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -18,10 +19,12 @@ from examples.demo_training.picture import COLOURS, SHAPES, Mark, Scene, pick_we
 from examples.demo_training.scenes import OBJECT_KINDS, make_scene
 from fastvlm_edge.model_dir.manifest import STRIDE
 
+Ints = npt.NDArray[np.int64]
+
 GLYPH_INDEX = {name: index for index, name in enumerate(GLYPHS)}
 TINT_INDEX = {name: index for index, name in enumerate(TINTS)}
 CHARACTER_INDEX = {name: index for index, name in enumerate(CHARACTERS)}
-QUESTIONS_A_PICTURE = 8
+QUESTIONS_PER_PICTURE = 8
 TRAINING_WEIGHTS = {
     "reading": 0.2,
     "dial": 0.05,
@@ -32,9 +35,9 @@ TRAINING_WEIGHTS = {
     "shape": 0.09,
     "position": 0.17,
 }
-"""Share of the kinds in training. It leans towards what is learned last; held-out pictures follow `scenes.KIND_WEIGHTS`."""
+"""Kind -> share in training. Kinds that are learned last have larger shares; held-out pictures follow `scenes.KIND_WEIGHTS`."""
 WARM_UP_PICTURES = 30_000
-"""Distortions grow to their full strength over the first this many pictures."""
+"""Number of pictures over which distortions grow to their full strength."""
 
 
 @dataclass
@@ -48,16 +51,19 @@ class Batch:
     tints: Tensor
     slots: Tensor
     counts: Tensor
-    """-1 where counting makes no sense (pictures to be read)."""
+    """-1 for pictures to be read, where there is nothing to count."""
     relations: Tensor
-    """[n, RELATIONS], -1 where there is not exactly one such object."""
+    """[n, RELATIONS]; -1 unless there is exactly one such object."""
     place_shapes: Tensor
     """[n, H/64, W/64]: 0 nothing, else 1 + index into SHAPES; -1 where two objects meet."""
     place_tints: Tensor
 
 
-def cell_targets(marks: list[Mark], rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Character or shape, and colour, of every cell whose middle lies in the box of a mark, and of the cell that its centre is in."""
+def cell_targets(marks: list[Mark], rows: int, columns: int) -> tuple[Ints, Ints]:
+    """Character or shape, and colour, [rows, columns] each.
+
+    A mark is in every cell whose centre lies in its box, and in the cell of its own centre.
+    """
     glyphs, tints = np.zeros((rows, columns), np.int64), np.zeros((rows, columns), np.int64)
     for mark in marks:
         top, bottom = (round((mark.y + half * mark.height) / DENSE_STRIDE) for half in (-0.42, 0.42))
@@ -72,16 +78,16 @@ def cell_targets(marks: list[Mark], rows: int, columns: int) -> tuple[np.ndarray
     return glyphs, tints
 
 
-def slot_targets(text: str) -> np.ndarray:
-    """The text's characters in order, then nothing."""
+def slot_targets(text: str) -> Ints:
+    """Classes of the text's characters in order, [SLOTS], filled up with 0."""
     slots = np.zeros(SLOTS, dtype=np.int64)
     for index, character in enumerate(text[:SLOTS]):
         slots[index] = CHARACTER_INDEX[character]
     return slots
 
 
-def count_targets(scene: Scene) -> np.ndarray:
-    """How many objects there are of each shape, of each colour, and in all; -1 for pictures that are read."""
+def count_targets(scene: Scene) -> Ints:
+    """Number of objects of each shape, of each colour, and in total, [COUNTED]; -1 for pictures to be read."""
     if scene.kind not in OBJECT_KINDS:
         return np.full(len(SHAPES) + len(COLOURS) + 1, -1, dtype=np.int64)
     names, colours = [mark.name for mark in scene.marks], [mark.colour for mark in scene.marks]
@@ -89,9 +95,10 @@ def count_targets(scene: Scene) -> np.ndarray:
     return np.minimum(np.array(counts, dtype=np.int64), MOST - 1)
 
 
-def relation_targets(scene: Scene) -> np.ndarray:
-    """For each shape that occurs once its colour, its side (left 0, right 1) and its level (top 0, bottom 1); then for each colour that
-    occurs once its shape. -1 where it does not occur once, or is too near to the middle to tell.
+def relation_targets(scene: Scene) -> Ints:
+    """For each shape its colour, side (left 0, right 1) and level (top 0, bottom 1); then for each colour its shape: [RELATIONS].
+
+    -1 for shapes and colours that do not occur exactly once, or are too near to the middle to tell the side.
     """
     colour, side, level, shape = (np.full(count, -1, dtype=np.int64) for count in (*[len(SHAPES)] * 3, len(COLOURS)))
     if scene.kind in OBJECT_KINDS:
@@ -111,8 +118,8 @@ def relation_targets(scene: Scene) -> np.ndarray:
     return np.concatenate([colour, side, level, shape])
 
 
-def place_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Shape and colour of the object whose centre is in the square of each visual token."""
+def place_targets(scene: Scene) -> tuple[Ints, Ints]:
+    """Shape and colour of the object whose centre is in the square of each visual token, [H/64, W/64] each."""
     rows, columns = scene.image.height // STRIDE, scene.image.width // STRIDE
     shapes, tints = np.zeros((rows, columns), np.int64), np.zeros((rows, columns), np.int64)
     if scene.kind in OBJECT_KINDS:
@@ -124,12 +131,13 @@ def place_targets(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return shapes, tints
 
 
-def _pack_rows(rows: Sequence[np.ndarray], pictures: list[int]) -> tuple[Tensor, Packed]:
+def _pack_rows(rows: Sequence[Ints], pictures: list[int]) -> tuple[Tensor, Packed]:
     stacked = torch.from_numpy(stack_rows([rows[index] for index in pictures]))
     return torch.tensor(pictures), Packed(*stacked.unbind(1))
 
 
 def collate(scenes: list[Scene], prompter: Prompter) -> Batch:
+    """The batch of some scenes, with all their targets."""
     cells = [cell_targets(scene.marks, scene.image.height // DENSE_STRIDE, scene.image.width // DENSE_STRIDE) for scene in scenes]
     places = [place_targets(scene) for scene in scenes]
     rows = [prompter.pack(scene.questions) for scene in scenes]
@@ -149,14 +157,14 @@ def collate(scenes: list[Scene], prompter: Prompter) -> Batch:
 
 
 def training_kind(seed: int, picture: int) -> str:
-    """Kind of a training picture, from a stream of its own."""
+    """Kind of a training picture, from a random stream that nothing else uses."""
     return pick_weighted(np.random.default_rng([seed, picture]), TRAINING_WEIGHTS)
 
 
 def draw_batches(
     tokenizer: Tokenizer, *, seed: int, start: int, batch: int, rank: int, ranks: int, image_size: int, visual_tokens: int
 ) -> Iterator[Batch]:
-    """This rank's share of the training batches from picture `start` on, without end; the pictures of a batch are dealt out in turn."""
+    """This rank's share of the training batches from picture `start` on, endless; the ranks take the pictures of a batch in turn."""
     prompter = Prompter(tokenizer, visual_tokens)
     for first in itertools.count(start, batch):
         yield collate(
@@ -168,7 +176,7 @@ def draw_batches(
                     size=image_size,
                     difficulty=min(1.0, 0.3 + 0.7 * picture / WARM_UP_PICTURES),
                     kind=training_kind(seed, picture),
-                    questions=QUESTIONS_A_PICTURE,
+                    questions=QUESTIONS_PER_PICTURE,
                 )
                 for picture in range(first + rank, first + batch, ranks)
             ],

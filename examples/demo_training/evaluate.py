@@ -1,4 +1,4 @@
-"""Exact match on held-out questions by kind: what training looks at, and what `benchmarks/demo_accuracy.py` records."""
+"""Exact match on held-out questions by kind: checked during training, and recorded by `benchmarks/demo_accuracy.py`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def answer_scenes(model: DemoModel, prompter: Prompter, scenes: Sequence[Scene])
 
 
 def _as_packed(rows: Sequence[list[int]], beginning: int) -> Packed:
-    """Rows of ids with one question each, padded on the right, with a label only at each row's last place."""
+    """Rows of ids with one question each, padded on the right; only the last place of each row has a label."""
     length = max(len(row) for row in rows)
     ids, question = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), -1)
     labels = torch.full((len(rows), length), IGNORE)
@@ -53,7 +53,7 @@ def _as_packed(rows: Sequence[list[int]], beginning: int) -> Packed:
 
 
 def score(pairs: Iterable[tuple[Scene, str]]) -> dict[str, dict[str, float]]:
-    """Questions, right answers and exact match by kind; readings also by number of digits, and all together."""
+    """Number of questions, right answers and exact match: by kind, for readings also by number of digits, and in total."""
     counts: dict[str, list[int]] = {}
     for scene, answer in pairs:
         question = scene.questions[0]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.demo_training.picture import Question
@@ -27,7 +28,7 @@ CHAT_TEMPLATE = (
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# A space joins the word after it; capitals and digits stand alone; line ends stand alone.
+# A space belongs to the word after it; capitals, digits and line ends are separate pieces.
 PIECES = r"[A-Z0-9]| ?[a-z]+|\n| ?[^\sa-zA-Z0-9]|\s"
 IGNORE = -100
 
@@ -78,7 +79,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context: int) -> None:
 
 
 class Prompter:
-    """Token ids of prompts and answers, encoded as the runtime does: the text before and after `<image>` apart, no token added."""
+    """Token ids of prompts and answers, encoded as in the runtime: the texts before and after `<image>` separately, no token added."""
 
     def __init__(self, tokenizer: Tokenizer, visual_tokens: int) -> None:
         self.tokenizer = tokenizer
@@ -98,7 +99,7 @@ class Prompter:
     def answer(self, answer: str) -> list[int]:
         return [*self._encode(answer), self.end_id]
 
-    def pack(self, questions: Sequence[Question]) -> np.ndarray:
+    def pack(self, questions: Sequence[Question]) -> npt.NDArray[np.int64]:
         """One row for all questions about a picture, [4, length] int64: ids, positions, question number, labels.
 
         Ids below zero are visual tokens. Each question continues from the shared beginning as if it were alone.
@@ -115,7 +116,7 @@ class Prompter:
         return np.array([ids, positions, number, labels], dtype=np.int64)
 
 
-def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
+def stack_rows(rows: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
     """Pad packed rows to one length: [rows, 4, length]."""
     length = max(row.shape[1] for row in rows)
     length = -(-length // 8) * 8

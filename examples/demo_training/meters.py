@@ -44,7 +44,7 @@ def draw_meter(canvas: Canvas, max_digits: int) -> tuple[str, list[Question]]:
 
 
 def _place_display(canvas: Canvas, length: int, aspect: float, pitch: float) -> tuple[float, float, float, float]:
-    """Choose digit height, digit width, and left and middle of the row so that the display with its frame stays in the picture."""
+    """Digit height and width, and the left and the middle of the row, so that the display with its frame is inside the picture."""
     rng, side = canvas.rng, canvas.side
     widest = 0.80 * side / (length * aspect * pitch)
     tallest = min(0.46 * side, widest)
@@ -157,7 +157,7 @@ def _draw_counter(canvas: Canvas, text: str) -> None:
 
 
 def draw_dial(canvas: Canvas) -> tuple[str, list[Question]]:
-    """A round gauge whose pointer stands on one of eleven ticks, 0..10 or 0..100. Returns the value and the questions about it."""
+    """A round gauge whose pointer is on one of eleven ticks, 0..10 or 0..100. Returns the value and the questions about it."""
     rng, side = canvas.rng, canvas.side
     canvas.clutter()
     radius = between(rng, 0.36, 0.47) * side
@@ -195,5 +195,5 @@ def draw_dial(canvas: Canvas) -> tuple[str, list[Question]]:
 
 
 def dial_values() -> list[str]:
-    """Every answer that a dial can have."""
+    """All possible answers about a dial."""
     return [str(value) for value in sorted({int(tick * step) for step in (1, 10) for tick in np.arange(11)})]

@@ -43,13 +43,13 @@ MOST = 7
 COUNTED = len(SHAPES) + len(COLOURS) + 1
 """Counts that the summary head gives: objects of each shape, of each colour, and of all."""
 RELATIONS = 3 * len(SHAPES) + len(COLOURS)
-"""What it says of single objects: colour, side and level of each shape, and shape of each colour."""
+"""Facts about single objects that it gives: colour, side and level of each shape, and the shape of each colour."""
 RELATED = max(len(SHAPES), len(COLOURS))
 SUMMARY_PARTS = (SLOTS * len(CHARACTERS), COUNTED * MOST, RELATIONS * RELATED)
 PLACE_PARTS = (len(SHAPES) + 1, len(TINTS))
 DENSE_STRIDE = 16
 LAYER_SCALE = 0.5
-"""Start of the layer scales. The 1e-5 of deep networks would keep a shallow one from learning for thousands of steps."""
+"""Initial layer scale. With the 1e-5 of deep networks, a shallow one would learn nothing for thousands of steps."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,12 @@ class DemoConfig:
         return (self.image_size // STRIDE) ** 2
 
     def vision(self) -> FastViTHDConfig:
+        """Sizes of the encoder."""
         out = 2 * self.dims[4]
         return FastViTHDConfig(depths=self.depths, dims=self.dims, out_dim=out, se_dim=out // 16)
 
     def language(self) -> Qwen2Config:
+        """Sizes of the LLM."""
         return Qwen2Config(
             vocab_size=self.vocab,
             hidden_size=self.hidden,
@@ -94,7 +96,7 @@ class DemoConfig:
 
 
 class NormedConv(nn.Module):
-    """The train-time stand-in of one merged convolution: convolution without bias, BatchNorm, plus the input itself where `skip` is set."""
+    """Replaces one merged convolution in training: convolution without bias and BatchNorm; `skip` adds the input."""
 
     def __init__(self, shape: nn.Conv2d, *, skip: bool) -> None:
         super().__init__()
@@ -153,7 +155,7 @@ TRAINING_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     LargeKernelConv: TrainingLargeKernelConv,
     ConvFFN: TrainingConvFFN,
 }
-"""The same computation through the kernels that training uses."""
+"""Module -> the same module on the kernels of training."""
 
 
 def make_trainable(vision: FastViTHD) -> FastViTHD:
@@ -195,7 +197,7 @@ class Projector(nn.Module):
 
 @dataclass
 class Seen:
-    """What one vision pass gives: `features` [batch, tokens, hidden], and the auxiliary logits."""
+    """The result of a vision pass: `features` [batch, tokens, hidden], and the auxiliary logits."""
 
     features: Tensor
     glyphs: Tensor
@@ -260,11 +262,11 @@ class Packed:
     question: Tensor
     """Which question a token belongs to: 0 for the shared beginning, 1.. for the questions, -1 for padding."""
     labels: Tensor
-    """The id to predict at this place, -100 where there is nothing to learn."""
+    """The id to predict at this place; -100 if there is nothing to learn."""
 
 
 class DemoModel(nn.Module):
-    """The whole model. Parameter names are those of the native `fast_vlm` layout below `model.`, but for the auxiliary heads."""
+    """The whole model. Parameter names are those of the native `fast_vlm` layout below `model.`, except for the auxiliary heads."""
 
     def __init__(self, config: DemoConfig = DemoConfig()) -> None:
         super().__init__()

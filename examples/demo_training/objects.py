@@ -1,4 +1,4 @@
-"""Scenes of a few coloured shapes, and the questions of count, colour, shape and position about them."""
+"""Scenes of a few coloured shapes, with questions about count, colour, shape and position."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OBJECT_COUNTS = {1: 0.12, 2: 0.18, 3: 0.22, 4: 0.2, 5: 0.16, 6: 0.12}
 MOST_OBJECTS = max(OBJECT_COUNTS)
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
 CLEAR_MARGIN = 0.08
-"""A shape counts as left or right, top or bottom, when its centre is this share of the side away from the middle."""
+"""A shape is left or right, top or bottom, if its centre is at least this share of the side away from the middle."""
 
 
 def draw_objects(canvas: Canvas) -> list[str]:
@@ -83,7 +83,7 @@ def _ring(corners: int, radius: float, inner: float, turn: float) -> list[Point]
 
 
 def ask_objects(rng: np.random.Generator, marks: list[Mark], width: int, height: int, kind: str, *, narrow: bool = False) -> Question:
-    """A question of the given kind about the shapes; one of count where the scene has no unambiguous one of that kind.
+    """A question of the given kind about the shapes; a question about the count if the scene has no unambiguous one of that kind.
 
     `narrow` counts objects of one shape or colour, never all.
     """
@@ -144,7 +144,7 @@ def _ask_position(rng: np.random.Generator, marks: list[Mark], width: int, heigh
 
 
 def _only_one(rng: np.random.Generator, marks: list[Mark], key: Callable[[Mark], str]) -> Mark | None:
-    """A mark that no other one shares `key` with, if there is any."""
+    """A random mark whose `key` no other mark has; None if there is none."""
     counts = Counter(key(mark) for mark in marks)
     single = [mark for mark in marks if counts[key(mark)] == 1]
     return pick(rng, single) if single else None

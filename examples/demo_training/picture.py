@@ -1,6 +1,6 @@
-"""What a drawn scene consists of, and the canvas it is drawn on: antialiasing, fonts, light, blur, noise and perspective.
+"""The parts of a drawn scene, and its canvas: antialiasing, fonts, light, blur, noise and perspective.
 
-Everything that a model may be asked about a picture is recorded while it is drawn, so questions and training targets are exact.
+Everything that a question may be about is recorded while the picture is drawn, so answers and training targets are exact.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 DIGITS = "0123456789"
@@ -21,12 +22,12 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple")
 OVERSAMPLING = 2
-"""The canvas is drawn this much larger; the perspective warp samples the middle of four of its pixels."""
+"""Factor by which the canvas is larger than the picture; the perspective warp samples the centre of four of its pixels."""
 
 POOL_SIDE = 640
 MOST_NOISE = 9
 STRAIGHT = 0.35
-"""Share of the pictures that are taken straight on."""
+"""Share of the pictures without perspective."""
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -61,7 +62,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a picture and its only right answer."""
+    """A question about a picture, with the only right answer."""
 
     prompt: str
     answer: str
@@ -70,7 +71,7 @@ class Question:
 
 @dataclass
 class Scene:
-    """A finished picture and all that is known about it. `text` is what it says, for those kinds that are read."""
+    """A finished picture and everything known about it. `text` is its text, for kinds that are read."""
 
     image: Image.Image
     kind: str
@@ -111,13 +112,13 @@ def mix(first: Colour, second: Colour, share: float) -> Colour:
 
 @functools.cache
 def font_folder() -> Path:
-    """The DejaVu faces that matplotlib carries (found without importing it).
+    """The folder of matplotlib's DejaVu fonts, found without importing matplotlib.
 
     Raises FileNotFoundError when matplotlib is not installed: without its fonts the same seed would draw other pictures.
     """
     spec = importlib.util.find_spec("matplotlib")
     if spec is None or spec.origin is None:
-        raise FileNotFoundError("the scenes are drawn with the DejaVu fonts of matplotlib, which is not installed: pip install matplotlib")
+        raise FileNotFoundError("scenes are drawn with the DejaVu fonts of matplotlib, which is not installed; run: pip install matplotlib")
     return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
 
 
@@ -133,7 +134,7 @@ def load_font(face: str, size: int) -> Font:
 
 @functools.cache
 def noise_pool(sigma: int) -> Image.Image:
-    """Grey level 128 with normal noise, 640 px square, of which every picture takes a random window: fresh noise would double its cost."""
+    """Grey level 128 with normal noise, 640 px square, of which pictures take random windows: fresh noise would double their time."""
     noise = np.random.default_rng([20240229, sigma]).standard_normal((POOL_SIDE, POOL_SIDE, 3), dtype=np.float32)
     return Image.fromarray(np.clip(np.rint(noise * sigma + 128), 0, 255).astype(np.uint8))
 
@@ -187,7 +188,7 @@ class Canvas:
         self._draw.line([(x * OVERSAMPLING, y * OVERSAMPLING) for x, y in points], fill, max(1, round(width * OVERSAMPLING)))
 
     def text(self, centre: Point, text: str, face: str, size: float, fill: Colour, *, mark: bool = True) -> None:
-        """Write `text` centred on `centre`; `size` is the font size in output pixels. Records one mark a character unless told not to."""
+        """Write `text` centred on `centre`; `size` is the font size in output pixels. Adds one mark per character if `mark`."""
         font = load_font(face, max(6, round(size * OVERSAMPLING)))
         left, top, right, bottom = (value / OVERSAMPLING for value in font.getbbox(text))
         x, y = centre[0] - (left + right) / 2, centre[1] - (top + bottom) / 2
@@ -204,7 +205,7 @@ class Canvas:
         return load_font(face, max(6, round(size * OVERSAMPLING))).getlength(text) / OVERSAMPLING
 
     def clutter(self) -> None:
-        """Make the background less plain: a second area, a band or a few lines close to its colour."""
+        """Add a second area, a band or a few lines to the background, close to its colour."""
         style = int(self.rng.integers(5))
         if style == 0:
             edge = between(self.rng, 0.25, 0.75) * self.height
@@ -234,7 +235,7 @@ class Canvas:
             image = image.filter(ImageFilter.BoxBlur(blur))
         return self._light(image, amount)
 
-    def _warp_matrix(self, amount: float) -> np.ndarray:
+    def _warp_matrix(self, amount: float) -> npt.NDArray[np.float64]:
         """Output pixel -> canvas pixel, a projective map [3, 3] about the middle of the picture."""
         rng = self.rng
         angle = math.radians(between(rng, -7, 7) * amount)
@@ -249,7 +250,7 @@ class Canvas:
         return to_canvas @ turn @ to_middle
 
     def _light(self, image: Image.Image, amount: float) -> Image.Image:
-        """Exposure and a tint, light that falls off across the picture, and sensor noise. Eight bits all through, for speed."""
+        """Exposure, a tint, light that falls off across the picture, and sensor noise; in 8 bits throughout, for speed."""
         rng = self.rng
         gain = 1 + between(rng, -0.35, 0.2) * amount
         offset = between(rng, -8, 14) * amount
@@ -279,8 +280,8 @@ class Canvas:
         return ramp_pool().transform((self.width, self.height), Image.Transform.AFFINE, turned, Image.Resampling.NEAREST).point(table)
 
 
-def _move_marks(marks: list[Mark], matrix: np.ndarray) -> list[Mark]:
-    """Marks from canvas to output coordinates; sizes are kept, the warp hardly changes them."""
+def _move_marks(marks: list[Mark], matrix: npt.NDArray[np.float64]) -> list[Mark]:
+    """Marks from canvas to output coordinates; sizes stay, because the warp hardly changes them."""
     if not marks:
         return []
     points = np.array([(mark.x * OVERSAMPLING, mark.y * OVERSAMPLING, 1.0) for mark in marks])

@@ -1,4 +1,4 @@
-"""Things to read: signs with a word and labels with a short code."""
+"""Signs with a word, and labels with a short code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WORDS = (
     "DANGER",
 )
 CODE_CHARACTERS = "".join(c for c in LETTERS + DIGITS if c not in "OIQ")
-"""Codes leave out the letters that part numbers leave out, because they look like digits."""
+"""Codes have no letters that look like digits, as part numbers do not."""
 SIGN_PROMPTS = ("What does the sign say?", "Read the sign.", "What word is on the sign?")
 LABEL_PROMPTS = ("What is written on the label?", "Read the label.", "What code is on the label?")
 SIGN_COLOURS: tuple[tuple[Colour, Colour], ...] = (

@@ -1,9 +1,9 @@
-"""Train the demo checkpoint on a CPU: pictures made on the fly, resumable, safe to kill at any moment.
+"""Train the demo checkpoint on a CPU: pictures are drawn on the fly, and training resumes after a kill at any moment.
 
     python -m examples.demo_training.train --work DIR --pictures 320000
     python -m examples.demo_training.train --work DIR --export examples/demo/fastvlm-demo
 
-Beside the language-model loss on the answers there are auxiliary ones (`model.DemoVision`). The dense head learns characters and shapes an
+Auxiliary losses are added to the language-model loss on the answers (`model.DemoVision`). The dense head learns characters and shapes an
 order of magnitude sooner than the answers alone would teach them, the summary head brings them into the visual tokens, and the place
 head puts each object into the token of its square, where the LLM's attention finds it.
 """
@@ -47,9 +47,9 @@ PROCESS_SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
-"""Environment of the training processes. The allocator keeps what was freed: page faults on fresh memory cost a tenth of a step."""
+"""Environment of the training processes. The allocator keeps freed memory: page faults on fresh memory cost a tenth of a step."""
 BACKGROUND_WEIGHT = 0.1
-"""Nine cells in ten are background."""
+"""Weight of background cells in the losses of the dense head: nine cells in ten are background."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Recipe:
 
 @dataclass
 class Trainer:
-    """Everything that a saved state restores. `averaged` is the moving average of the weights: what is checked and exported."""
+    """The state of the training. `averaged` has the moving average of the weights, which is checked and exported."""
 
     model: DemoModel
     averaged: DemoModel
@@ -80,6 +80,7 @@ class Trainer:
     steps: int = 0
 
     def state(self) -> dict[str, Any]:
+        """What `save_state` writes and `load_trainer` restores."""
         return {
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
@@ -92,6 +93,7 @@ class Trainer:
 
 
 def build_trainer(config: DemoConfig, tokenizer: Tokenizer, recipe: Recipe) -> Trainer:
+    """A trainer at the beginning, with seeded random weights."""
     torch.manual_seed(recipe.seed)
     model = DemoModel(config)
     model.vision.to(memory_format=torch.channels_last)
@@ -127,7 +129,7 @@ def learning_rate(recipe: Recipe, seen: int) -> float:
 
 
 def losses(model: DemoModel, batch: Batch) -> dict[str, Tensor]:
-    """The terms of the loss, each a mean cross entropy, weighted to be added up."""
+    """The terms of the loss: weighted mean cross entropies, whose sum is the loss."""
     pixels = batch.pixels.to(torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         seen = model.vision(pixels)
@@ -169,7 +171,7 @@ def step(trainer: Trainer, recipe: Recipe, batch: Batch) -> dict[str, float]:
     """One update. Returns the terms of the loss."""
     for group in trainer.optimizer.param_groups:
         group["lr"] = learning_rate(recipe, trainer.seen)
-    # A term is not a number when the batch has nothing of its kind.
+    # A term is NaN if the batch has nothing of its kind.
     terms = {name: term for name, term in losses(trainer.model, batch).items() if term.isfinite()}
     total = torch.stack(list(terms.values())).sum()
     total.backward()
@@ -268,13 +270,15 @@ def open_trainer(work: Path, recipe: Recipe) -> Trainer:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train the demo checkpoint; resumes from --work by itself.")
+    parser = argparse.ArgumentParser(description="Train the demo checkpoint, or resume the training in --work.")
     parser.add_argument("--work", type=Path, required=True, help="folder of the training state and the log")
-    parser.add_argument("--pictures", type=int, help="train until this many pictures were seen; may be raised later")
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step; default: %(default)s")
+    parser.add_argument("--pictures", type=int, help="number of pictures to train on; may be raised later")
+    parser.add_argument("--batch", type=int, default=32, help="pictures per step; default: %(default)s")
     parser.add_argument("--rate", type=float, default=Recipe.peak_rate, help="highest learning rate; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one a core, which is the default (%(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="training processes; default: one per core (%(default)s)"
+    )
     parser.add_argument("--export", type=Path, help="at the end write the checkpoint into this folder")
     args = parser.parse_args(argv)
     state = args.work / "state.pt"
@@ -287,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = Recipe(pictures=args.pictures or 0, batch=args.batch, peak_rate=args.rate, seed=args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
     if args.pictures:
-        load_kernels()  # compiled once, before the processes want it
+        load_kernels()  # compiled once, before the processes start
         os.environ.update(PROCESS_SETTINGS)
         with tempfile.TemporaryDirectory() as folder:
             meeting = f"file://{folder}/meeting"

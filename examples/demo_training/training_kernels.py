@@ -1,7 +1,6 @@
 """Faster depthwise convolution and GELU for training on CPUs (`training_kernels.cpp`), compiled at first use.
 
-They take the place of torch's own only in training under bfloat16 autocast. Without a C++ compiler training runs on torch's, more slowly.
-This file is not `kernels`, because transformers takes a module of that name for the package of Hugging Face.
+They replace PyTorch's own only in training under bfloat16 autocast. Without a C++ compiler, training uses PyTorch's and is slower.
 """
 
 from __future__ import annotations
@@ -66,14 +65,14 @@ def _in_training(x: Tensor) -> bool:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact GELU."""
+    """Exact GELU (erf), by the compiled kernel in training."""
     if _in_training(x) and x.dtype == torch.bfloat16:
         return _Gelu.apply(x)
     return F.gelu(x)
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Convolution of one input channel a group. oneDNN keeps the one case it is good at, 3 x 3 with stride 1 and one output a channel."""
+    """Depthwise convolution. oneDNN still does the case that it is good at: 3 x 3, stride 1, one output per channel."""
 
     def forward(self, x: Tensor) -> Tensor:
         easy = self.kernel_size == (3, 3) and self.stride == (1, 1) and self.out_channels == self.in_channels
