@@ -1,9 +1,9 @@
-"""What the ONNX parser of TensorRT 10.3 (JetPack 6.1 and 6.2) accepts, and a walk over a graph that names each node it would refuse.
+"""A table of what the ONNX parser of TensorRT 10.3 (JetPack 6.1 and 6.2) accepts, and a check that names each node it would refuse.
 
-Development tests with a far newer parser; this table keeps JetPack 6 from breaking unnoticed. It was read from onnx-tensorrt at commit
-62bdde2a, branch 10.3-GA, which TensorRT's own tag v10.3.0 pins, and from include/NvInfer.h of that tag. "importer" below is
-onnxOpImporters.cpp there, "NvInfer.h" that header. A graph without findings parses as far as these sources say; whether the builder has
-a kernel for every node they do not say. docs/tensorrt-10.3.md has the doubts in words.
+Development uses a much newer parser; this table makes tests fail when a graph no longer works with JetPack 6. It is based on onnx-tensorrt
+at commit 62bdde2a, branch 10.3-GA, which TensorRT's tag v10.3.0 uses, and on include/NvInfer.h of that tag. Below, "importer" means
+onnxOpImporters.cpp there, and "NvInfer.h" that header. According to these sources, a graph without findings can be parsed; they do not say
+whether the builder has a kernel for every node. docs/tensorrt-10.3.md explains what remains uncertain.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import onnx  # not on every Jetson: imported where it is used
+    import onnx  # not installed on every Jetson, so it is imported where it is used
 
 OPSETS = range(9, 22)
-"""docs/operators.md declares 9 to 20. 21 is ours for `block_size`: ModelImporter.cpp (importModel) compares no upper limit, the parser is
-built against ONNX 1.16, which has opset 21, and the importers of our operators read nothing that changed. Beyond 21 nothing was read."""
+"""docs/operators.md declares 9 to 20. Our graphs use 21, for `block_size`: ModelImporter.cpp (importModel) checks no upper limit, the parser
+is built against ONNX 1.16, which has opset 21, and the importers of our operators read nothing that changed. Later opsets are not covered."""
 MAX_RANK = 8
 """Dims::MAX_DIMS in NvInferRuntimeBase.h."""
 MAX_TOPK = 3840
@@ -35,7 +35,7 @@ _BINDINGS = _ANY | {"UINT8"}
 """Types of inputs and outputs (importInput in ModelImporter.cpp, notes in docs/operators.md); INT64 ones stay INT64."""
 _CONSTANTS = _BINDINGS | _QUANTIZED | {"DOUBLE"}
 """convertDtype in importerUtils.cpp. NvInfer.h says that IConstantLayer "does not support boolean types", docs/operators.md lists BOOL
-for Constant: which of them holds is not known; our graphs have no boolean constant."""
+for Constant. It is not known which is right; our graphs have no boolean constant."""
 _EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum"})
 """convertOnnxWeights in WeightsContext.cpp refuses any other key."""
 
@@ -80,18 +80,18 @@ _UNREAD = _names(
     "Dropout GRU GlobalLpPool If LRN LSTM Loop LpPool MeanVarianceNormalization RNN RandomNormal RandomNormalLike RandomUniform"
     " RandomUniformLike Resize Scan Scatter Shrink Upsample"
 )
-"""Imported under conditions that this table does not hold, since no graph of ours has such a node."""
+"""Operators with conditions that this table does not contain, because our graphs do not use them."""
 
 _ALL_INPUTS = _names("Add And Concat Div Equal Gemm Greater GreaterOrEqual Less LessOrEqual MatMul Max Mean Min Mod Mul Or Pow Sub Sum Xor")
-"""Operators whose inputs are all data; of the others it is the first."""
+"""Operators whose inputs are all data. For other operators, only the first input is."""
 
 _WRONG_FROM = {"GroupNormalization": 21, "ScatterND": 18}
-"""Opsets whose meaning of an operator came to the parser with 10.9 (docs/Changelog.md)."""
+"""Opsets in which an operator has a meaning that the parser supports only since 10.9 (docs/Changelog.md)."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A node that TensorRT 10.3 would refuse, and why. `op` is "graph" for what concerns no single node."""
+    """A node that TensorRT 10.3 would refuse, and why. `op` is "graph" if the problem concerns no single node."""
 
     node: str
     op: str
@@ -102,22 +102,22 @@ class Finding:
 
 
 def check_graph(graph: Path | onnx.ModelProto) -> list[Finding]:
-    """Every reason for which the parser of TensorRT 10.3 would refuse `graph` in a strongly typed network, in the order of the nodes.
+    """List every reason for which the parser of TensorRT 10.3 would refuse `graph` in a strongly typed network, in the order of the nodes.
 
-    Weights in files of their own are not read, so values that only they hold (a scale of zero, say) go unseen.
+    Weights in external files are not read, so problems with their values, such as a scale of zero, are not found.
     Raises ImportError without the package `onnx`.
     """
     return list(_walk(_read(graph)))
 
 
 def list_doubts(graph: Path | onnx.ModelProto) -> list[Finding]:
-    """Nodes of which the sources do not say whether 10.3 takes them, or say it against each other (docs/tensorrt-10.3.md)."""
+    """Nodes for which the sources do not say whether 10.3 accepts them, or contradict each other (docs/tensorrt-10.3.md)."""
     return list(_doubts(_read(graph)))
 
 
 @dataclass
 class _Graph:
-    """A model with the types and shapes of its tensors; a shape is None where unknown, and so is a length."""
+    """A model with the types and shapes of its tensors. None stands for an unknown shape or length."""
 
     model: onnx.ModelProto
     opset: int
@@ -131,7 +131,7 @@ class _Graph:
         return name in self.constants
 
     def values(self, name: str) -> list[Any] | None:
-        """The flat values of a constant that the graph itself holds."""
+        """The flattened values of a constant that is stored in the graph itself."""
         from onnx import TensorProto, numpy_helper
 
         tensor = self.constants.get(name)
@@ -187,7 +187,7 @@ def _walk(graph: _Graph) -> Iterator[Finding]:
 
 
 def _tensors(graph: _Graph) -> Iterator[Finding]:
-    """Bindings and constants."""
+    """Check the inputs, outputs and constants of the graph."""
     weights = {tensor.name for tensor in graph.model.graph.initializer}
     for value in (*graph.model.graph.input, *graph.model.graph.output):
         if value.name not in weights and graph.types[value.name] not in _BINDINGS:
