@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastvlm_edge.backends.verification import compare
-from fastvlm_edge.convert.reference.fastvithd import AttentionBlock, FastViTHD, RepMixerBlock, Stage
+from fastvlm_edge.convert.reference.fastvithd import AttentionBlock, ConvFFN, FastViTHD, LayerScale, RepMixerBlock, Stage
 
 BOUND = 0.001
 """Largest accepted 1 - cosine of the image features, compared with float activations and the same weights, of the worst picture."""
@@ -67,56 +68,63 @@ class IntegerInputs:
 def watch_blocks(encoder: FastViTHD) -> Iterator[list[Noise]]:
     """Watch every forward pass of `encoder` (inference form) inside the `with` block: the list has one entry for each branch.
 
-    A branch is an attention or a ConvFFN that is added to the stream.
+    A branch is an attention or a ConvFFN whose output is added to the stream.
     """
-    found: list[Noise] = []
-    handles: list[Any] = []
-
-    def inputs_of(noise: Noise) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0]
-            step = float(x.amax().clamp(min=0) - x.amin().clamp(max=0)) / 255
-            noise.rounding += step**2 / 12 / max(float(x.square().mean()), 1e-30)
-
-        return hook
-
-    def output_of(noise: Noise, sizes: dict[str, float]) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
-            sizes["branch"] = float(output.square().mean())
-
-        return hook
-
-    def stream_of(noises: list[tuple[Noise, dict[str, float]]]) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
-            size = max(float(output.square().mean()), 1e-30)
-            for noise, sizes in noises:
-                noise.share += sizes["branch"] / size
-
-        return hook
-
-    for index, stage in enumerate(encoder.stages):
-        assert isinstance(stage, Stage)
-        for number, block in enumerate(stage.blocks):
-            path = f"vision.stages.{index}.blocks.{number}"
-            branches: list[tuple[nn.Module, nn.Module, str, tuple[str, ...]]] = []
-            if isinstance(block, AttentionBlock):
-                branches.append((block.token_mixer, block.layer_scale_1, f"{path}.token_mixer", ("qkv", "proj")))
-                branches.append((block.mlp, block.layer_scale_2, f"{path}.mlp", ("fc1", "fc2")))
-            elif isinstance(block, RepMixerBlock):
-                branches.append((block.mlp, block.layer_scale, f"{path}.mlp", ("fc1", "fc2")))
-            of_block: list[tuple[Noise, dict[str, float]]] = []
-            for module, layer_scale, name, parts in branches:
-                noise, sizes = Noise(tuple(f"{name}.{part}" for part in parts)), dict[str, float]()
-                handles += [getattr(module, part).register_forward_pre_hook(inputs_of(noise)) for part in parts]
-                handles.append(layer_scale.register_forward_hook(output_of(noise, sizes)))
-                of_block.append((noise, sizes))
-                found.append(noise)
-            handles.append(block.register_forward_hook(stream_of(of_block)))
+    blocks = [(block, _branches(block, path)) for path, block in _blocks(encoder)]
+    handles: list[RemovableHandle] = []
     try:
-        yield found
+        for block, branches in blocks:
+            for branch in branches:
+                handles += [product.register_forward_pre_hook(branch.see_input) for product in branch.products]
+                handles.append(branch.layer_scale.register_forward_hook(branch.see_output))
+                handles.append(block.register_forward_hook(branch.see_sum))
+        yield [branch.noise for _, branches in blocks for branch in branches]
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass
+class _Branch:
+    """The modules of one branch, with hooks that add to its noise."""
+
+    noise: Noise
+    products: list[nn.Module]
+    layer_scale: LayerScale
+    size: float = 0.0
+    """Mean square of the branch in the present forward pass."""
+
+    def see_input(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0]
+        step = float(x.amax().clamp(min=0) - x.amin().clamp(max=0)) / 255
+        self.noise.rounding += step**2 / 12 / max(float(x.square().mean()), 1e-30)
+
+    def see_output(self, _module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        self.size = float(output.square().mean())
+
+    def see_sum(self, _block: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        self.noise.share += self.size / max(float(output.square().mean()), 1e-30)
+
+
+def _blocks(encoder: FastViTHD) -> Iterator[tuple[str, nn.Module]]:
+    """Every block with its name among the weights, in the order of the data."""
+    for index, stage in enumerate(encoder.stages):
+        assert isinstance(stage, Stage)
+        for number, block in enumerate(stage.blocks):
+            yield f"vision.stages.{index}.blocks.{number}", block
+
+
+def _branches(block: nn.Module, path: str) -> list[_Branch]:
+    if isinstance(block, AttentionBlock):
+        attention, layer_scale = block.token_mixer, block.layer_scale_1
+        mixer = Noise((f"{path}.token_mixer.qkv", f"{path}.token_mixer.proj"))
+        return [_Branch(mixer, [attention.qkv, attention.proj], layer_scale), _feed_forward(block.mlp, block.layer_scale_2, path)]
+    assert isinstance(block, RepMixerBlock)
+    return [_feed_forward(block.mlp, block.layer_scale, path)]
+
+
+def _feed_forward(mlp: ConvFFN, layer_scale: LayerScale, path: str) -> _Branch:
+    return _Branch(Noise((f"{path}.mlp.fc1", f"{path}.mlp.fc2")), [mlp.fc1, mlp.fc2], layer_scale)
 
 
 def choose_blocks(noises: Sequence[Noise], run: Callable[[frozenset[str]], list[Float32]], bound: float = BOUND) -> IntegerInputs:
