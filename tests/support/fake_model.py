@@ -1,8 +1,7 @@
-"""A model directory of a few kilobytes whose graphs obey the contract of the real ones (docs/graphs.md) without any attention.
+"""A model directory of a few kilobytes whose graphs have the same inputs and outputs as the real ones (docs/graphs.md), without attention.
 
-Keys and values depend on id and position, and logits on the sum over every valid cached position of every layer, so a cache that is
-stale, shifted, cut short or in the wrong order changes the text at once. Nothing here is trained; the text is noise, and the same noise
-every time.
+Keys and values depend on id and position. Logits depend on the sum over all valid cached positions of all layers, so any error in the cache
+(stale, shifted, cut or reordered) changes the text at once. Nothing is trained: the text is noise, and the same noise every time.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from fastvlm_edge.model_dir.manifest import DecoderSpec, FileRecord, Manifest, S
 
 LAYERS, KV_HEADS, HEAD_DIM, HIDDEN, CANDIDATES = 3, 2, 4, 8, 64
 VOCAB, TOKEN_COUNT = 512, 500
-"""The last 12 rows of the head are padding, and half of them always win."""
+"""The last 12 rows of the head are padding. Half of them always have the largest logits, so that a sampler must mask them."""
 IMAGE_SIZE, PATCH = 256, 64
 TOKENS = (IMAGE_SIZE // PATCH) ** 2
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -78,7 +77,7 @@ class _Graph:
 
 
 def build_vision(path: Path, dtype: str) -> None:
-    """Mean colour of each patch, times a matrix."""
+    """The encoder: the mean colour of each patch, times a matrix."""
     g = _Graph(seed=1)
     pooled = g.add("AveragePool", "pixel_values", kernel_shape=[PATCH, PATCH], strides=[PATCH, PATCH])  # [batch, 3, h, w]
     flat = g.add("Reshape", pooled, g.ints(0, 3, -1))
@@ -92,7 +91,7 @@ def build_vision(path: Path, dtype: str) -> None:
 
 
 def build_decoder(path: Path, dtype: str) -> None:
-    """See the module's text."""
+    """The decoder that the docstring of this module describes."""
     g = _Graph(seed=2)
     features = g.add("Cast", "image_features", to=TensorProto.FLOAT)
     table = g.add("Concat", g.weight(VOCAB, HIDDEN), features, axis=0)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import onnx  # not installed on every Jetson, so it is imported where it is used
 
 OPSETS = range(9, 22)
-"""docs/operators.md declares 9 to 20. Our graphs use 21, for `block_size`: ModelImporter.cpp (importModel) checks no upper limit, the parser
-is built against ONNX 1.16, which has opset 21, and the importers of our operators read nothing that changed. Later opsets are not covered."""
+"""docs/operators.md declares 9 to 20. Our graphs use 21, for `block_size`: ModelImporter.cpp (importModel) checks no upper limit, the
+parser is built against ONNX 1.16, which has opset 21, and the importers of our operators read nothing that changed. Later opsets are not
+covered."""
 MAX_RANK = 8
 """Dims::MAX_DIMS in NvInferRuntimeBase.h."""
 MAX_TOPK = 3840
