@@ -73,7 +73,7 @@ class Options:
     source: str
     """The calibration data, as `open_data` takes it."""
     images: Path | None = None
-    """Directory of the pictures; None means beside the data."""
+    """Directory of the pictures; None means that of the data."""
     limit: int = 128
     """Number of calibration examples."""
     accuracy_drop: float | None = None

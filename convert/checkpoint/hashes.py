@@ -1,4 +1,4 @@
-"""The sha256 of a checkpoint's files, computed in a thread beside the conversion: reading 15 GB takes a while."""
+"""The sha256 of a checkpoint's files, computed in a background thread, because reading 15 GB takes a while."""
 
 from __future__ import annotations
 

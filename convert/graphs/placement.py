@@ -98,13 +98,13 @@ class _Walk:
                 return floats, "missing pair: its input is quantised and its weights are not"
             return floats, "no weights: a product of two activations, in float" if not self._is_weight(weight) else "not quantised"
         if weights == "INT4":
-            return f"INT4 weights -> {floats}", "INT4 is for weights alone"
+            return f"INT4 weights -> {floats}", "INT4 is for weights only"
         groups = self._attribute(node, "group", 1)
         if groups > 1:
             per_group = self.shapes[weight][0] // groups, self.shapes[weight][1]
             if any(channels % _GROUP for channels in per_group):
                 what = "depthwise" if self.shapes[weight][1] == 1 else "grouped"
-                return f"INT8 weights -> {floats}", f"{what} convolution: INT8 wants groups of a multiple of {_GROUP} channels"
+                return f"INT8 weights -> {floats}", f"{what} convolution: INT8 needs a multiple of {_GROUP} channels in each group"
         if not inputs:
             return f"INT8 weights -> {floats}", "missing pair: its weights are quantised and its input is not"
         return "INT8", ""
@@ -137,7 +137,7 @@ class _Walk:
             quantized = [bool(self._dequantized(name)) for name in node.input]
             convolved = [self._through_int8(name) for name in node.input]
             if any(convolved) and not all(q or c for q, c in zip(quantized, convolved, strict=True)) and not self._has_constant(node):
-                yield "residual add: one branch ends an INT8 product and the other is not quantised, so it runs in float"
+                yield "residual add: one branch is an INT8 product and the other is not quantised, so it runs in float"
         elif node.op_type == "Erf" and self._through_int8(node.input[0]):
             yield "GELU: computed in float between INT8 products, fused with the one before it"
         elif node.op_type == "Sigmoid" and self._feeds(node.output[0], "Mul") and self._comes_from(node.input[0], "ReduceMean"):
@@ -147,17 +147,17 @@ class _Walk:
         zero = node.input[2] if len(node.input) > 2 else ""
         if zero in self.constants and self.constants[zero].data_location != TensorProto.EXTERNAL:
             if np.any(numpy_helper.to_array(self.constants[zero])):
-                yield "asymmetric zero point: TensorRT takes 0 only"
+                yield "asymmetric zero point: TensorRT supports only 0"
             if self.constants[zero].data_type == TensorProto.UINT8:
-                yield "UINT8: TensorRT takes INT8 only"
+                yield "UINT8: TensorRT supports only INT8"
         if node.op_type == "QuantizeLinear":
             if np.prod(self.shapes.get(node.input[1], [])) > 1:
-                yield "one scale a channel on an activation: TensorRT takes one for the tensor"
+                yield "per-channel scales on an activation: TensorRT needs one scale for the whole tensor"
             if any(user.op_type != "DequantizeLinear" for user in self.used_by.get(node.output[0], [])):
-                yield "missing pair: QuantizeLinear without DequantizeLinear behind it"
+                yield "missing pair: QuantizeLinear is not followed by DequantizeLinear"
             source = self.made_by.get(node.input[0])
             if source is not None and source.op_type == "Conv" and self._feeds(node.input[0], "Relu"):
-                yield "between a convolution and its activation: they no longer fuse"
+                yield "between a convolution and its activation: the two cannot fuse"
 
     def _through_int8(self, name: str) -> bool:
         """Whether `name` is an INT8 product, possibly followed by scaling, a bias or a cast."""

@@ -192,7 +192,7 @@ class RepMixer(Reparameterizable):
 
 
 class LargeKernelConv(Reparameterizable):
-    """7 x 7 stride-2 grouped convolution beside a 3 x 3 one, summed, then GELU."""
+    """The sum of a 7 x 7 and a 3 x 3 stride-2 grouped convolution, then GELU."""
 
     def __init__(self, c_in: int, c_out: int, *, train_form: bool = False) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ class QuantizedDecoder:
         self._last: tuple[str, Quantized] | None = None
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
-        """A tensor by the checkpoint's name for it and in its shape, [outputs, inputs] for a matrix. Raises KeyError like `Checkpoint`."""
+        """The tensor `name` as `Checkpoint.tensor` returns it: a matrix is [outputs, inputs]."""
         module, _, kind = name.rpartition(".")
         if kind != "weight" or module not in self._matrix_of:
             return self.source.tensor(name)

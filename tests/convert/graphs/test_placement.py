@@ -114,7 +114,7 @@ def test_pairs_that_tensorrt_cannot_use_are_named(path: Path) -> None:
     placement = graph.check(path, graph.node("Cast", [lonely], "cast", to=TensorProto.FLOAT))
     found = {(fallback.node, fallback.reason.partition(":")[0]) for fallback in placement.fallbacks}
     assert {("shifted/q", "asymmetric zero point"), ("unsigned/q", "UINT8")} <= found
-    assert {("lonely", "one scale a channel on an activation"), ("lonely", "missing pair")} <= found
+    assert {("lonely", "per-channel scales on an activation"), ("lonely", "missing pair")} <= found
 
 
 @pytest.mark.parametrize(("precision", "kinds"), [("fp32", {"FP32"}), ("int4", {"INT4 weights -> FP16", "INT8 weights -> FP16", "FP16"})])
