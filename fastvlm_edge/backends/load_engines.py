@@ -49,7 +49,10 @@ def load_engines(directory: Path, manifest: Manifest, *, threads: int | None = N
         raise
     if record.verified:
         return TensorRTBackend(folder, manifest, platform, progress=progress)
-    return _load_unverified(directory, folder, record, manifest, platform, progress, threads)
+    backend, figures = verify_engines(directory, folder, folder, manifest, platform, progress, threads)
+    with contextlib.suppress(OSError):  # in a read-only directory they are compared at every load
+        dataclasses.replace(record, parity=figures).write(folder)
+    return backend
 
 
 def _choose(directory: Path, manifest: Manifest) -> tuple[Path, EngineRecord, Platform]:
@@ -82,21 +85,6 @@ def check_files(folder: Path, record: EngineRecord) -> None:
         if size != entry.bytes:
             what = "is missing" if size < 0 else f"has {size} bytes instead of {entry.bytes}"
             raise FastVLMError(f"{path} {what}", f"run: fastvlm-edge build {folder.parents[1]} --target {record.target} --force")
-
-
-def _load_unverified(
-    directory: Path,
-    folder: Path,
-    record: EngineRecord,
-    manifest: Manifest,
-    platform: Platform,
-    progress: Progress,
-    threads: int | None,
-) -> TensorRTBackend:
-    backend, figures = verify_engines(directory, folder, folder, manifest, platform, progress, threads)
-    with contextlib.suppress(OSError):  # in a read-only directory they are compared at every load
-        dataclasses.replace(record, parity=figures).write(folder)
-    return backend
 
 
 def verify_engines(

@@ -1,4 +1,7 @@
-"""Building engines with TensorRT for RTX on a machine without a GPU: what is written, kept, refused, and that nothing is left behind."""
+"""Building engines on a machine without a GPU: what is written, kept and refused, and that nothing is left behind.
+
+The real TensorRT for RTX builds; only free memory, free disk space and failures are stubbed. No engine runs.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "fastvlm-demo
 
 
 class Notes:
-    """A progress that keeps what it was told."""
+    """A progress that records its calls."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []

@@ -1,4 +1,4 @@
-"""What `plan` computes in closed form is what stands in the graphs that the converter writes."""
+"""The formulas of `plan` agree with the graphs that the converter writes. Nothing is stubbed; TensorRT is not used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache grows without losing anything, and bfloat16 bits mean what they should."""
+"""The KV cache grows without losing anything, and bfloat16 bits are those of ml_dtypes. Nothing is stubbed."""
 
 from __future__ import annotations
 

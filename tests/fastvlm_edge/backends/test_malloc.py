@@ -1,4 +1,7 @@
-"""What loading a model gives back, the heap's memory and the processor once nothing runs, and what it leaves alone unless asked."""
+"""A load returns heap memory to the system, its threads sleep when idle, and it changes the process only when asked.
+
+The memory and thread tests use the real glibc and onnxruntime; the others record calls of the C library instead of making them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ on_glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), rea
 
 
 def kept_mib(context: str) -> int:
-    """MiB that a process holds once every other one of 128 blocks of 2 MiB was freed within `context`; 128 are in use."""
+    """MiB that a process still holds after it freed every second one of 128 blocks of 2 MiB within `context`."""
     script = """
     import contextlib
     from pathlib import Path

@@ -1,6 +1,7 @@
-"""The TensorRT backend over a fake GPU and fake engines: buffers, graphs, cache, memory, and what it refuses.
+"""The TensorRT backend: buffers, CUDA graphs, cache, memory, and what it refuses.
 
-That its answers are those of onnxruntime, token for token, test_vlm.py proves: its `vlm` is both backends.
+Stubbed: CUDA by `FakeCuda`, and TensorRT by engines that compute with onnxruntime. The backend itself is real. test_vlm.py runs on both
+backends and so shows that their answers are the same, token for token.
 """
 
 from __future__ import annotations
