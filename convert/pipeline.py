@@ -62,7 +62,7 @@ class Reference:
     """Image features [1, tokens, hidden] of every stored picture."""
     conversation: Conversation
     noises: list[Noise]
-    """How coarse INT8 inputs would be, for every block of the encoder."""
+    """How coarse INT8 inputs would be, for every branch of the encoder's blocks."""
 
 
 def convert(
@@ -118,11 +118,7 @@ def convert(
             )
             _run(conversion, calibrate)
         progress.stage("hash")
-        files = {
-            path.name: FileRecord(sha256(path), path.stat().st_size) for path in sorted(directory.iterdir()) if path.name != MANIFEST_NAME
-        }
-        manifest = conversion.manifest
-        manifest = replace(manifest, files=files, source=replace(manifest.source, files=source_hashes.result()))
+        manifest = _add_hashes(conversion.manifest, directory, source_hashes.result())
         manifest.write(directory)
     progress.done()
     return manifest
@@ -163,6 +159,13 @@ def _describe(source: Checkpoint, text: TextAssets, plan: PrecisionPlan, image_s
         files={},
         notes=list(source.notes),
     )
+
+
+def _add_hashes(manifest: Manifest, directory: Path, source_hashes: dict[str, str]) -> Manifest:
+    """The manifest with size and sha256 of every file in the finished `directory`, and with the sha256 of the checkpoint's files."""
+    paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST_NAME)
+    files = {path.name: FileRecord(sha256(path), path.stat().st_size) for path in paths}
+    return replace(manifest, files=files, source=replace(manifest.source, files=source_hashes))
 
 
 def _run(conversion: Conversion, calibrate: Calibrate | None) -> None:
