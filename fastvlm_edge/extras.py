@@ -27,15 +27,21 @@ NEEDED_BY = {
 
 
 def install_command(extra: str = "") -> str:
-    """The pip command for the runtime, or for an extra: of this clone, or package by package where fastvlm-edge was installed from a wheel.
+    """The pip command for the runtime, or for an extra: of this clone, or package by package if fastvlm-edge was installed from a wheel.
 
-    fastvlm-edge is not on PyPI yet, so its own name is never part of the command.
+    In a bundle, which is neither, it is the command for a clone somewhere else. fastvlm-edge is not on PyPI yet, so its own name is never
+    part of the command.
     """
     clone = Path(__file__).resolve().parents[1]
     if (clone / "pyproject.toml").is_file():
         return f'pip install "{clone}[{extra}]"' if extra else f'pip install "{clone}"'
+    try:
+        requirements = metadata.requires("fastvlm-edge") or ()
+    except metadata.PackageNotFoundError:
+        place = f".[{extra}]" if extra else "."
+        return f'pip install "{place}" (in a clone of fastvlm-edge)'
     packages = []
-    for requirement in metadata.requires("fastvlm-edge") or ():
+    for requirement in requirements:
         package, _, condition = requirement.partition(";")
         wanted = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", condition)
         if (wanted.group(1) if wanted else "") == extra:
