@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         told = _explain(error)
         if wants_json:
-            print(json.dumps({"error": {"message": told.what, "mend": told.mend}}, ensure_ascii=False), flush=True)
+            report = {**(told.partial or {}), "error": {"message": told.what, "mend": told.mend}}
+            print(json.dumps(report, ensure_ascii=False), flush=True)
         print(f"fastvlm-edge: error: {' '.join(str(told).split())}", file=sys.stderr)
         return EXIT_FAILED
 

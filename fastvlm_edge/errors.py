@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FastVLMError(Exception):
     """What is wrong, and what to do about it.
@@ -18,6 +20,8 @@ class FastVLMError(Exception):
         super().__init__(what if mend is None else f"{what}; {mend}")
         self.what = what
         self.mend = mend
+        self.partial: dict[str, Any] | None = None
+        """What a command had found out before it failed. With `--json` it stands beside `error` in the one object."""
 
     def __reduce__(self) -> tuple[type[FastVLMError], tuple[str, str | None]]:
         return type(self), (self.what, self.mend)

@@ -96,6 +96,8 @@ class DeviceCache:
         self._position_bytes = spec.head_dim * storage(spec.dtype).itemsize
         self.context = spec.context
         self.length = 0
+        self.revision = 0
+        """Counts every change of the contents."""
         self.capacity = 0
         self.address = 0
         self._replace(FIRST_CAPACITY)
@@ -117,6 +119,7 @@ class DeviceCache:
         height = self._parts * self._rows
         self._cuda.copy_2d(self.address + position * size, self.capacity * size, kv_new, seq * size, seq * size, height, self._stream)
         self.length = end
+        self.revision += 1
 
     def grow(self, needed: int) -> None:
         """Make room for `needed` positions, after all work that uses the cache. If it raises OutOfDeviceMemory, nothing has changed."""
@@ -127,10 +130,12 @@ class DeviceCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"length {length} is outside the {self.length} positions of the cache")
         self.length = length
+        self.revision += 1
 
     def reset(self) -> None:
         """Forget all positions. The buffer stays: the next conversation is likely to be as long, and the CUDA graph for it exists."""
         self.length = 0
+        self.revision += 1
 
     def free(self) -> None:
         """Release the memory."""

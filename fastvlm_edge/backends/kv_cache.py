@@ -35,6 +35,8 @@ class KVCache:
         self._dtype = storage(dtype)
         self.context = context
         self.length = 0
+        self.revision = 0
+        """Counts every change of the contents."""
         self.buffer = self._allocate(min(FIRST_CAPACITY, context))
 
     @property
@@ -53,6 +55,7 @@ class KVCache:
         grew = self.reserve(end)
         self.buffer[:, :, :, :, position:end] = kv_new
         self.length = end
+        self.revision += 1
         return grew
 
     def reserve(self, positions: int) -> bool:
@@ -64,16 +67,19 @@ class KVCache:
         if not self.length <= length <= self.capacity:
             raise ValueError(f"length {length} is outside {self.length} to {self.capacity}")
         self.length = length
+        self.revision += 1
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"length {length} is outside the {self.length} positions of the cache")
         self.length = length
+        self.revision += 1
 
     def reset(self) -> bool:
         """Forget all positions and release the memory beyond the first capacity. Returns whether the buffer changed."""
         self.length = 0
+        self.revision += 1
         if self.capacity <= FIRST_CAPACITY:
             return False
         self.buffer = self._allocate(FIRST_CAPACITY)

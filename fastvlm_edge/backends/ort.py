@@ -223,6 +223,11 @@ class OrtBackend:
         """Number of positions in the cache."""
         return self._decoder.cache.length
 
+    @property
+    def revision(self) -> int:
+        """Differs after every change of the cache."""
+        return self._decoder.cache.revision
+
     def encode(self, pixel_values: NDArray[np.float32]) -> HostFeatures:
         """pixel_values [1, 3, S, S] -> features [tokens, hidden]."""
         return self._vision.encode(pixel_values)

@@ -51,6 +51,10 @@ class Backend(Protocol):
     def length(self) -> int:
         """Number of positions in the cache."""
 
+    @property
+    def revision(self) -> int:
+        """Differs after every change of the cache, so that whoever relies on its contents notices changes made by others."""
+
     def encode(self, pixel_values: NDArray[np.float32]) -> ImageFeatures:
         """Run the vision encoder: pixel_values [1, 3, S, S] in 0..1 -> the features of that picture."""
 

@@ -323,6 +323,11 @@ class TensorRTBackend:
         """Number of positions in the cache."""
         return self._decoder.cache.length
 
+    @property
+    def revision(self) -> int:
+        """Differs after every change of the cache."""
+        return self._decoder.cache.revision
+
     def save_kernels(self) -> None:
         """Save the kernels that TensorRT for RTX has compiled for this GPU. TensorRT itself compiles at build time and has none."""
         for part, engine in self._engines.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fastvlm_edge.bench.timed_backend import TimedBackend
 from fastvlm_edge.bench.workload import TEXT_TOKENS, WORDS, Pictures, question_near
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.reply import Reply
-from fastvlm_edge.generation.vlm import EncodedImage, FastVLM
+from fastvlm_edge.generation.vlm import EncodedImage, FastVLM, load_parts
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.machine.peak_memory import DeviceMemory, peak_host_mib
@@ -85,12 +86,11 @@ def measure(directory: Path, settings: Settings) -> Iterator[Line]:
     """Load a model directory and measure it. A generator, so that what was measured is known when it is stopped."""
     memory = _device_memory(settings.backend)
     began = time.perf_counter()
-    vlm = FastVLM.load(directory, settings.backend, threads=settings.threads, tune_process=True)
+    manifest, tokenizer, backend = load_parts(directory, settings.backend, threads=settings.threads, tune_process=True)
     yield _figure("load_ms", (time.perf_counter() - began) * 1e3)
-    with vlm:
-        backend = vlm.backend
+    with closing(backend):
         yield {"facts": {"backend": backend.name, "runs_on": backend.description}}
-        yield from measure_backend(backend, vlm.manifest, TextTokenizer(directory / "tokenizer.json"), settings, memory)
+        yield from measure_backend(backend, manifest, tokenizer, settings, memory)
 
 
 def measure_backend(
@@ -159,7 +159,7 @@ class Subject:
         chat = self._vlm.chat()
         self._timed.step_seconds = 0.0
         warm = chat.ask(self._question(number + 1), self._kept, max_new_tokens=1)  # of other words, so only the beginning is shared
-        if warm.timings.prefilled_tokens > warm.timings.prompt_tokens - self._kept.features.rows:
+        if warm.timings.prefilled_tokens > warm.timings.prompt_tokens - self._kept.image_features.rows:
             raise FastVLMError("the picture was not found in the cache; report this as a bug of fastvlm-edge bench")
         yield _figure("ttft_warm_ms", warm.timings.ttft_ms)
         yield from self._prefill(warm, "warm_prefill_ms", "warm_first_sample_ms")

@@ -27,6 +27,11 @@ class TimedBackend:
         """Positions in the cache."""
         return self._backend.length
 
+    @property
+    def revision(self) -> int:
+        """Differs after every change of the cache."""
+        return self._backend.revision
+
     def encode(self, pixel_values: NDArray[np.float32]) -> ImageFeatures:
         """As the backend does."""
         return self._backend.encode(pixel_values)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,14 @@ def main(arguments: Sequence[str]) -> int:
             begun.append(each)
             if isinstance(each, Measurement):
                 _measure(each, begun, options.output, progress)
-    except (KeyboardInterrupt, FastVLMError):
+    except (KeyboardInterrupt, FastVLMError) as error:
         progress.done()
         documents = [document for document in _documents(begun) if "load_ms" in document]
-        if documents:
+        if documents and options.json and isinstance(error, FastVLMError):
+            error.partial = _one(documents)  # printed with the error, as one object
+            with suppress(FastVLMError):  # the first error is the one to report
+                _write(documents, options.output)
+        elif documents:
             _tell(documents, options)
         raise
     documents = _documents(begun)
@@ -94,8 +99,12 @@ def _tell(documents: list[dict[str, Any]], options: argparse.Namespace) -> None:
         print(json.dumps(_one(documents)), flush=True)
     else:
         print("\n\n".join(format_record(document) for document in documents), flush=True)
-    if options.output is not None:  # last: the disk may be full
-        write_json(options.output, _one(documents))
+    _write(documents, options.output)  # last: the disk may be full
+
+
+def _write(documents: list[dict[str, Any]], output: Path | None) -> None:
+    if output is not None:
+        write_json(output, _one(documents))
 
 
 def _be_process(model: Path, settings: Settings) -> int:

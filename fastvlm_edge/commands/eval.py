@@ -44,9 +44,11 @@ def main(arguments: Sequence[str]) -> int:
         saved = None if options.save is None else stack.enter_context(open(options.save, "x", encoding="utf-8", errors="replace"))
         try:
             evaluation.run(on_answer=lambda answer: _save(saved, answer), progress=progress)
-        except (KeyboardInterrupt, FastVLMError):
+        except (KeyboardInterrupt, FastVLMError) as error:
             progress.done()
-            if evaluation.count:
+            if evaluation.count and options.json and isinstance(error, FastVLMError):
+                error.partial = evaluation.report()  # printed with the error, as one object
+            elif evaluation.count:
                 _print(evaluation, as_json=options.json)
             raise
         _print(evaluation, as_json=options.json)

@@ -47,8 +47,6 @@ METRICS: dict[str, tuple[str, Callable[[str, Sequence[str]], float]]] = {
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 """LLaVA, on which FastVLM's code is built, appends this to questions of these sets (haotian-liu/LLaVA, docs/Evaluation.md)."""
 MAX_NEW_TOKENS = 128
-_POSITIONS = 16
-"""Positions a call whose logits every backend can give; a TensorRT engine is built for so many (engines/profiles.py)."""
 _NAMED = 20
 
 
@@ -106,15 +104,7 @@ class Subject:
     def logits_along(self, answer: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Logits that predict each id of an answer to the last question after those before it, in blocks [up to 16, token_count]."""
         assert self._shown is not None, "answer first"
-        backend, token_count = self.vlm.backend, self.vlm.manifest.text.token_count
-        first = len(self._ids) - 1  # `answer` left the whole prompt in the cache
-        fed = [self._ids[-1], *answer[:-1]]
-        for start in range(0, len(fed), _POSITIONS):
-            part = fed[start : start + _POSITIONS]
-            backend.truncate(first + start)
-            output = backend.step(part, (self._shown[1].features,), logit_positions=range(len(part)), want_logits=True)
-            assert output.logits is not None
-            yield np.array(output.logits[:, :token_count], dtype=np.float32)  # rows beyond are padding, never sampled
+        return self.vlm.logits([*self._ids, *answer[:-1]], [self._shown[1]], start=len(self._ids) - 1)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         return [*self._template.opening(), *self._template.turn(prompt, [self.vlm.manifest.vision.tokens])]

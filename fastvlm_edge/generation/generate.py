@@ -1,10 +1,9 @@
-"""The loop from ids to text: prefill, then sample, decode, detokenise until something ends the reply."""
+"""The loop from ids to text: prefill, then sample, decode and detokenise until the reply ends."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from fastvlm_edge.backends.protocol import ImageFeatures
@@ -17,21 +16,12 @@ from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import Manifest
 
 StopReason = Literal["stop", "length", "context", "cancelled"]
-"""`stop`: the model ended its reply, or a stop string did. `length`: max_new_tokens. `context`: no position is left.
-`cancelled`: the caller stopped listening."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one sampled id adds to the reply. `text` is empty while a character, or a possible stop string, is incomplete."""
-
-    text: str
-    token_id: int | None
-    """None for text that was held back until the end."""
+"""`stop`: the model or a stop string ended the reply. `length`: it has max_new_tokens tokens. `context`: the context is full.
+`cancelled`: the caller closed the stream."""
 
 
 class Generation:
-    """One reply in the making: iterate for its pieces. The attributes are true at any moment, also after an exception."""
+    """One reply while it is generated: iterate for its text. The attributes are valid at any time, also after an exception."""
 
     def __init__(
         self,
@@ -45,16 +35,17 @@ class Generation:
         reuse: bool = False,
         chunk: int = PREFILL_CHUNK,
     ) -> None:
-        """`ids` is the whole conversation up to where the reply begins; `reuse` keeps the part that the cache holds already.
+        """`ids` is the whole conversation up to where the reply begins, and must leave room in the context (`check_room`).
 
-        Raises FastVLMError where `ids` leave no room in the context.
+        With `reuse`, the beginning that the cache already holds is not computed again. `chunk` is the number of positions per prefill call.
         """
-        check_room(ids, manifest)
         self._session, self._tokenizer, self._manifest = session, tokenizer, manifest
         self._ids, self._image_features, self._params = ids, image_features, params
         self._reuse, self._chunk = reuse, chunk
         self.token_ids: list[int] = []
         """Ids of the reply so far, without the one that ended it."""
+        self.pieces: list[str] = []
+        """Text of the reply so far."""
         self.stop_reason: StopReason = "cancelled"
         self.stop_string: str | None = None
         self.prefill_seconds = 0.0
@@ -62,8 +53,8 @@ class Generation:
         self.decode_seconds = 0.0
         self.decode_steps = 0
 
-    def __iter__(self) -> Iterator[Piece]:
-        """Prefill, then one piece a token, then perhaps one with text that had been held back."""
+    def __iter__(self) -> Iterator[str]:
+        """Prefill, then sample and decode. Yields text as soon as a character is complete and cannot belong to a stop string."""
         params, text = self._params, self._manifest.text
         sampler = Sampler(params, text.token_count, self._ids)
         detokenizer, stops = Detokenizer(self._tokenizer), StopStrings(params.stop)
@@ -80,18 +71,22 @@ class Generation:
                 self.stop_reason = "stop"
                 break
             self.token_ids.append(token_id)
-            yield Piece(stops.push(detokenizer.push(token_id)), token_id)
+            yield from self._said(stops.push(detokenizer.push(token_id)))
             if self._ended(stops):
                 break
             began = time.perf_counter()
             output = self._session.decode(ticket, token_id, want_logits=params.wants_logits)
         tail = stops.push(detokenizer.flush()) + stops.flush()
         self.stop_string = stops.found
-        if tail:
-            yield Piece(tail, None)
+        yield from self._said(tail)
+
+    def _said(self, text: str) -> Iterator[str]:
+        if text:
+            self.pieces.append(text)
+            yield text
 
     def _count(self, seconds: float) -> None:
-        """The first sampled id is the end of prefill; the others are decode steps."""
+        """Count the time until an id was sampled: the first id is the end of prefill, every other one a decode step."""
         if self.prefill_seconds:
             self.decode_seconds += seconds
             self.decode_steps += 1
@@ -111,13 +106,13 @@ class Generation:
 
 
 def check_room(ids: Sequence[int], manifest: Manifest) -> None:
-    """Raise FastVLMError where a conversation leaves no position for a reply."""
+    """Raise FastVLMError if a conversation leaves no position for a reply."""
     context, vocab = manifest.decoder.context, manifest.decoder.vocab
     if len(ids) < context:
         return
-    of_picture = sum(token_id >= vocab for token_id in ids)
-    remedy = "shorten the prompt" if len(ids) - of_picture >= context // 2 else "use fewer pictures"
+    visual = sum(token_id >= vocab for token_id in ids)
+    remedy = "shorten the prompt" if len(ids) - visual >= context // 2 else "use fewer images"
     raise FastVLMError(
-        f"the conversation has {len(ids)} tokens, {of_picture} of them of pictures, and the context of {context} leaves no room "
-        f"for a reply; {remedy}, start a new conversation, or convert with a larger --context"
+        f"the conversation has {len(ids)} tokens ({visual} of them visual), which leaves no room for a reply in the context of {context}",
+        f"{remedy}, start a new conversation, or convert with a larger --context",
     )

@@ -1,4 +1,4 @@
-"""What a question gives back: the text, why it ended, and where the time went."""
+"""The result of a question: the text, why it ended, and where the time went."""
 
 from __future__ import annotations
 
@@ -11,42 +11,44 @@ from fastvlm_edge.generation.generate import StopReason
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds of each stage; what the caller does between two pieces of a stream does not count."""
+    """Time of each stage. Time that the caller spends between two pieces of a stream is not counted."""
 
     preprocess_ms: float
-    """Reading, decoding and resizing the pictures."""
+    """Reading, decoding and resizing the images."""
     vision_ms: float
-    """Encoding the pictures. 0 where they came encoded."""
+    """Running the vision encoder; 0 if every image was an `EncodedImage`."""
     prefill_ms: float
-    """From ids to the first sampled token."""
+    """From the ids of the conversation to the first sampled token."""
     ttft_ms: float
-    """Time to first token: all of the above and the tokenizer."""
+    """Time to first token: the three above plus the tokenizer."""
     decode_tokens_per_second: float
-    """Tokens after the first; 0 where there was none."""
+    """Speed of all tokens after the first; 0 if there was only one."""
     prompt_tokens: int
-    """Positions of the conversation before the reply, pictures included."""
+    """Positions of the conversation before the reply, visual tokens included."""
     prefilled_tokens: int
-    """How many of them were computed; the rest was in the cache."""
+    """How many of `prompt_tokens` were computed; the others were in the KV cache already."""
     new_tokens: int
-    """Tokens of the reply."""
+    """Number of tokens in the reply."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer."""
+    """The answer to a question."""
 
     text: str
     token_ids: list[int]
-    """The ids that were sampled, without the end-of-reply id. They may run past a stop string."""
+    """The sampled ids, without the id that ended the reply. They may extend past a stop string."""
     stop_reason: StopReason
     stop_string: str | None
     """The stop string that ended the reply, if one did."""
     backend: str
+    """`ort`, `ort-cuda` or `tensorrt`."""
     precision: str
+    """The precision the model was converted with, such as `int4`."""
     timings: Timings
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; the figures of `timings` rounded to what a clock can tell."""
+        """A JSON object. The times in it are rounded to 3 decimals."""
         document = dataclasses.asdict(self)
         timings: dict[str, float] = document["timings"]
         document["timings"] = {name: round(value, 3) if isinstance(value, float) else value for name, value in timings.items()}

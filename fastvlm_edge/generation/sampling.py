@@ -1,4 +1,4 @@
-"""The next id from the candidates of one position: greedy, or temperature, top-k and top-p with a seed."""
+"""Chooses the next id from the candidates of one position: greedy, or with temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -13,64 +13,65 @@ from numpy.typing import NDArray
 from fastvlm_edge.errors import FastVLMError
 
 MAX_TOP_K = 64
-"""The decoder graph hands out this many candidates (`top_values`, `top_ids`), so sampling never looks further."""
+"""The decoder graph outputs this many candidates (`top_values`, `top_ids`); sampling chooses among them."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a reply is chosen and where it ends. Raises FastVLMError for a value out of range."""
+    """How the tokens of a reply are chosen and where it ends. Raises FastVLMError if a value is out of range."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    """0 takes the likeliest token every time (greedy)."""
+    """0 always takes the most likely token (greedy)."""
     top_k: int | None = None
-    """Keep the k likeliest, at most 64, which is also what None means."""
+    """Sample from the k most likely tokens. The maximum is 64, and None means 64."""
     top_p: float = 1.0
-    """Keep the smallest set of likeliest candidates whose probabilities reach p."""
+    """Sample from the smallest set of most likely tokens whose probabilities add up to p (nucleus sampling)."""
     seed: int | None = None
+    """The same seed gives the same reply; None takes a random one."""
     repetition_penalty: float = 1.0
-    """Over 1 makes tokens that the prompt or the reply already holds less likely (arXiv 1909.05858, section 4.1)."""
+    """Values above 1 make tokens less likely that are in the prompt or the reply already (arXiv 1909.05858, section 4.1)."""
     stop: tuple[str, ...] = ()
-    """The reply ends before any of these strings."""
+    """The reply ends before the first of these strings."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         _check_integer("max_new_tokens", self.max_new_tokens, least=1)
-        _check_number("temperature", self.temperature, "of 0 (greedy) or more", lambda value: value >= 0)
+        _check_number("temperature", self.temperature, "that is 0 (greedy) or larger", lambda value: value >= 0)
         if self.top_k is not None:
             _check_integer("top_k", self.top_k, least=1)
             if self.top_k > MAX_TOP_K:
-                raise FastVLMError(f"top_k is {self.top_k}; the model hands out {MAX_TOP_K} candidates, so give at most {MAX_TOP_K}")
-        _check_number("top_p", self.top_p, "over 0 and at most 1", lambda value: 0 < value <= 1)
+                raise FastVLMError(f"top_k is {self.top_k}, but the model gives only {MAX_TOP_K} candidates", f"give at most {MAX_TOP_K}")
+        _check_number("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
         if self.seed is not None:
             _check_integer("seed", self.seed, least=0)
-        _check_number("repetition_penalty", self.repetition_penalty, "over 0; 1 is none", lambda value: value > 0)
+        _check_number("repetition_penalty", self.repetition_penalty, "above 0 (1 means no penalty)", lambda value: value > 0)
         for string in stop:
             if not isinstance(string, str) or not string:
-                raise FastVLMError(f"stop string {string!r} is not a text of at least one character")
+                raise FastVLMError(f"the stop string {string!r} is not a string of at least one character")
 
     @property
     def wants_logits(self) -> bool:
-        """Whether the 64 candidates are not enough: a penalty can lift a token into them."""
+        """Whether sampling needs the logits of all tokens: a penalty can move other tokens among the 64 most likely."""
         return self.repetition_penalty != 1
 
 
 def _check_integer(name: str, value: Any, *, least: int) -> None:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise FastVLMError(f"{name} is {value!r}; give a whole number of at least {least}")
+        raise FastVLMError(f"{name} is {value!r}", f"give an integer of at least {least}")
 
 
 def _check_number(name: str, value: Any, expected: str, in_range: Callable[[float], bool]) -> None:
     if not isinstance(value, (int, float, np.integer, np.floating)) or not math.isfinite(value) or not in_range(float(value)):
-        raise FastVLMError(f"{name} is {value!r}; give a number {expected}")
+        raise FastVLMError(f"{name} is {value!r}", f"give a number {expected}")
 
 
 class Sampler:
-    """Chooses the ids of one reply. Ids of `token_count` and above are padding rows of the embedding and never chosen."""
+    """Chooses the ids of one reply. Ids from `token_count` on are padding rows of the embedding and are never chosen."""
 
     def __init__(self, params: SamplingParams, token_count: int, prompt_ids: Iterable[int] = ()) -> None:
-        """`prompt_ids` is what the repetition penalty counts as already said; picture ids in it do not matter."""
+        """The repetition penalty applies to the text tokens of `prompt_ids` as well as to the reply."""
         self._params = params
         self._token_count = token_count
         self._said = {token_id for token_id in prompt_ids if token_id < token_count} if params.wants_logits else set()
@@ -79,13 +80,13 @@ class Sampler:
     def next(self, top_values: NDArray[Any], top_ids: NDArray[Any], logits: NDArray[Any] | None = None) -> int:
         """The next id.
 
-        `top_values` and `top_ids` are [candidates], largest first; `logits` [vocab] is needed when there is a repetition penalty.
-        Raises FastVLMError where no candidate is a token, or the model's numbers are not finite.
+        `top_values` and `top_ids` are [candidates], in descending order. `logits` [vocab] is needed with a repetition penalty only.
+        Raises FastVLMError if no candidate is a token, or the output of the model is not finite.
         """
         params = self._params
         if params.wants_logits:
             if logits is None:
-                raise ValueError("a repetition penalty needs the logits of the whole vocabulary")
+                raise ValueError("a repetition penalty needs the logits of all tokens")
             top_values, top_ids = self._penalised(logits)
         choose = self._first_token if params.temperature == 0 else self._draw
         chosen = choose(top_values, top_ids)
@@ -109,12 +110,12 @@ class Sampler:
             raise _no_candidate(top_values)
         weights = np.exp((values - values[0]) / self._params.temperature)
         cumulative = np.cumsum(weights / weights.sum())
-        kept = min(int(np.searchsorted(cumulative, self._params.top_p)) + 1, len(ids))  # the one that reaches p is the last
+        kept = min(int(np.searchsorted(cumulative, self._params.top_p)) + 1, len(ids))  # including the one that reaches p
         point = self._random.random() * cumulative[kept - 1]
         return int(ids[min(int(np.searchsorted(cumulative[:kept], point, side="right")), kept - 1)])
 
     def _penalised(self, logits: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Candidates of the whole row after the penalty: positive logits of said tokens are divided by it, negative ones multiplied."""
+        """The candidates after the penalty: positive logits of tokens already used are divided by it, negative ones multiplied."""
         scores = np.array(logits[: self._token_count], dtype=np.float32)
         said = np.fromiter(self._said, dtype=np.int64, count=len(self._said))
         penalty = np.float32(self._params.repetition_penalty)
@@ -127,5 +128,7 @@ class Sampler:
 
 def _no_candidate(top_values: NDArray[Any]) -> FastVLMError:
     if not np.isfinite(top_values[:1]).all():
-        return FastVLMError("the model's output is not finite (overflow); convert the checkpoint with another --precision")
-    return FastVLMError("none of the model's candidates is a token of its vocabulary; the model directory is damaged, convert it again")
+        return FastVLMError("the output of the model is not finite (overflow)", "convert the checkpoint with another --precision")
+    return FastVLMError(
+        "none of the candidates is a token of the vocabulary: the model directory is damaged", "convert the checkpoint again"
+    )

@@ -1,30 +1,37 @@
-"""A backend and what its cache holds: prefill in chunks, prefix reuse, and who may decode next."""
+"""Who uses the KV cache of a backend, and for what: chunked prefill, reuse of a common beginning, logits, and who may decode next."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastvlm_edge.backends.protocol import Backend, ImageFeatures, StepOutput
 from fastvlm_edge.errors import FastVLMError
 
 PREFILL_CHUNK = 512
+LOGIT_POSITIONS = 16
+"""Largest number of positions per call for which every backend gives logits: TensorRT engines are built for 16 (engines/profiles.py)."""
 
 
 class Session:
     """Feeds one conversation at a time to a backend.
 
-    A caller holds a ticket from `prefill` on. Whoever prefills next takes the cache over, and the older ticket gets a FastVLMError instead
-    of tokens from a cache that is no longer its own. `lock` makes a prefill or a step atomic; hold it to keep others out for longer.
+    `prefill` returns a ticket, and only its holder may `decode`. The next prefill takes the cache over; `decode` then raises FastVLMError
+    for the older ticket. If anything but the session has changed the cache (`Backend.revision`), the session reuses nothing of it.
+    `lock` makes each call atomic; hold it to keep other threads out for longer.
     """
 
     def __init__(self, backend: Backend, *, vocab: int) -> None:
-        self.backend = backend
         self.lock = threading.RLock()
+        self._backend = backend
         self._vocab = vocab
-        self._ids: list[int] = []  # what the cache holds, at least as long as it
+        self._ids: list[int] = []  # ids of the cache; may be longer than the cache, never shorter
         self._image_features: tuple[ImageFeatures, ...] = ()
         self._ticket: object | None = None
+        self._revision: int | None = None  # of the cache after the last step that was made here
 
     def prefill(
         self,
@@ -35,42 +42,71 @@ class Session:
         chunk: int = PREFILL_CHUNK,
         want_logits: bool = False,
     ) -> tuple[object, StepOutput, int]:
-        """Bring the cache to exactly `ids`; the output is that of the last one.
+        """Fill the cache with exactly `ids`. Returns a ticket for `decode`, the output after the last id, and how many ids were computed.
 
-        With `reuse` the longest common beginning of `ids` and the cache is kept. Returns a ticket for `decode`, the output, and how many
-        positions were computed. Attention over the cache makes chunks of any length equal to one long call.
+        With `reuse`, the longest beginning that `ids` and the cache have in common is not computed again. The backend gets at most `chunk`
+        ids per call; the result does not depend on it, because every chunk attends to the cache.
         """
         with self.lock:
             self._ticket = ticket = object()
-            kept = min(self._common_length(ids, image_features), len(ids) - 1) if reuse else 0
-            if kept:
-                self.backend.truncate(kept)
-            else:
-                self.backend.reset()
-            # Recorded before it is computed: should an exception come in between, the backend's length says how much of it is true.
-            self._ids, self._image_features = list(ids), image_features
+            kept = self._keep(ids, image_features, len(ids) - 1 if reuse else 0)
             last = len(ids) - 1
             for start in range(kept, len(ids), chunk):
                 part = ids[start : start + chunk]
-                output = self.backend.step(part, image_features, want_logits=want_logits and start + len(part) > last)
+                output = self._step(part, want_logits=want_logits and start + len(part) > last)
             return ticket, output, len(ids) - kept
 
     def decode(self, ticket: object, token_id: int, *, want_logits: bool = False) -> StepOutput:
-        """Append one id and return the output after it. Raises FastVLMError where the ticket was superseded."""
+        """Append one id and return the output after it. Raises FastVLMError if the cache was used for something else since."""
         with self.lock:
-            if ticket is not self._ticket:
-                raise FastVLMError("this reply was cut short by a newer question to the same model; finish one stream before the next")
+            if ticket is not self._ticket or self._backend.revision != self._revision:
+                raise FastVLMError(
+                    "this reply was cut short, because the same model was used for something else", "finish one stream before the next"
+                )
             self._ids.append(token_id)
-            return self.backend.step((token_id,), self._image_features, want_logits=want_logits)
+            return self._step((token_id,), want_logits=want_logits)
 
-    def close(self) -> None:
-        """Close the backend; unfinished replies end with an error."""
+    def logits(self, ids: Sequence[int], image_features: tuple[ImageFeatures, ...], start: int) -> NDArray[np.float32]:
+        """Logits after each of `ids[start:]`: [len(ids) - start, vocab], for at most LOGIT_POSITIONS ids.
+
+        Takes the cache over as `prefill` does, and reuses the beginning that it has in common with `ids[:start]`.
+        """
         with self.lock:
             self._ticket = None
-            self.backend.close()
+            kept = self._keep(ids, image_features, start)
+            for first in range(kept, start, PREFILL_CHUNK):
+                self._step(ids[first : min(first + PREFILL_CHUNK, start)])
+            output = self._step(ids[start:], logit_positions=range(len(ids) - start), want_logits=True)
+            assert output.logits is not None
+            return np.array(output.logits, dtype=np.float32)  # a copy: the next step may overwrite the array
+
+    def close(self) -> None:
+        """Close the backend. Unfinished replies end with an error."""
+        with self.lock:
+            self._ticket = None
+            self._backend.close()
+
+    def _keep(self, ids: Sequence[int], image_features: tuple[ImageFeatures, ...], most: int) -> int:
+        """Cut the cache down to the beginning that it shares with `ids`, at most `most` positions. Returns its length."""
+        kept = min(self._common_length(ids, image_features), most) if most else 0
+        if kept:
+            self._backend.truncate(kept)
+        else:
+            self._backend.reset()
+        # Recorded before the steps: if an exception ends one of them, the length of the cache tells how many of these ids are in it.
+        self._ids, self._image_features = list(ids), image_features
+        self._revision = self._backend.revision
+        return kept
+
+    def _step(self, ids: Sequence[int], *, logit_positions: Sequence[int] | None = None, want_logits: bool = False) -> StepOutput:
+        output = self._backend.step(ids, self._image_features, logit_positions=logit_positions, want_logits=want_logits)
+        self._revision = self._backend.revision
+        return output
 
     def _common_length(self, ids: Sequence[int], image_features: tuple[ImageFeatures, ...]) -> int:
-        """How many leading ids the cache holds already, counting rows of a picture only where the picture is the same."""
+        """Number of leading ids that are in the cache already. Rows of an image count only if it is the same image."""
+        if self._backend.revision != self._revision:
+            return 0
         same_rows = 0
         for new, old in zip(image_features, self._image_features, strict=False):
             if new is not old:
@@ -78,7 +114,7 @@ class Session:
             same_rows += new.rows
         first_unknown = self._vocab + same_rows
         length = 0
-        for new_id, old_id in zip(ids, self._ids[: self.backend.length], strict=False):
+        for new_id, old_id in zip(ids, self._ids[: self._backend.length], strict=False):
             if new_id != old_id or new_id >= first_unknown:
                 break
             length += 1

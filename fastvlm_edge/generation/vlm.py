@@ -1,13 +1,18 @@
-"""`FastVLM`, the Python API: a model directory goes in, answers about pictures come out."""
+"""`FastVLM`, the Python API: load a model directory and ask questions about images."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastvlm_edge.backends.protocol import Backend, ImageFeatures
 from fastvlm_edge.backends.select import select
@@ -15,7 +20,7 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.generate import Generation, check_room
 from fastvlm_edge.generation.reply import Reply, Timings
 from fastvlm_edge.generation.sampling import SamplingParams
-from fastvlm_edge.generation.session import PREFILL_CHUNK, Session
+from fastvlm_edge.generation.session import LOGIT_POSITIONS, PREFILL_CHUNK, Session
 from fastvlm_edge.inputs.image_input import ImageInput
 from fastvlm_edge.inputs.preprocess import GEOMETRIES, preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
@@ -25,21 +30,37 @@ from fastvlm_edge.progress import Progress
 
 
 class EncodedImage:
-    """A picture after the vision encoder; pass it as `image` to ask about it again without encoding it again."""
+    """An image after the vision encoder. Pass it as `image` to ask about the same image again without encoding it again."""
 
-    def __init__(self, features: ImageFeatures) -> None:
-        self.features = features
+    def __init__(self, image_features: ImageFeatures) -> None:
+        """Made by `FastVLM.encode_image`."""
+        self.image_features = image_features
 
-    def numpy(self) -> Any:
-        """The visual tokens: float32 [tokens, hidden]."""
-        return self.features.numpy()
+    def numpy(self) -> NDArray[np.float32]:
+        """A copy of the visual tokens: float32 [tokens, hidden]."""
+        return self.image_features.numpy()
+
+
+Images: TypeAlias = "ImageInput | EncodedImage | Sequence[ImageInput | EncodedImage] | None"
+"""No image, one, or a list or tuple of images."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What runs a model."""
+
+    name: str
+    """`ort`, `ort-cuda` or `tensorrt`."""
+    description: str
+    """Library, version and device, as text for users."""
 
 
 class ReplyStream:
-    """Iterate for the pieces of a reply as strings; `reply` is the whole of it, once iteration ended or `close` was called."""
+    """Iterate for the pieces of a reply as strings. `reply` is the whole reply, after the last piece or after `close`."""
 
-    def __init__(self, pieces: Iterator[str]) -> None:
-        self._pieces = pieces
+    def __init__(self, generate: Callable[[Callable[[Reply], None]], Iterator[str]]) -> None:
+        """`generate` gives the pieces, and passes the reply to the function that it gets."""
+        self._pieces = generate(self._finish)
         self._reply: Reply | None = None
         self._closed = False
 
@@ -51,34 +72,64 @@ class ReplyStream:
 
     @property
     def reply(self) -> Reply:
-        """The finished reply. Raises FastVLMError before the end, and where the stream was closed before its first piece."""
+        """The finished reply. Raises FastVLMError before the end, and if the stream was closed before its first piece."""
         if self._reply is None and self._closed:
-            raise FastVLMError("the stream was closed before its first piece, so there is no reply")
+            raise FastVLMError("there is no reply, because the stream was closed before its first piece")
         if self._reply is None:
-            raise FastVLMError("the reply is not finished; read the stream to its end, or close it")
+            raise FastVLMError("the reply is not finished", "read the stream to its end, or close it")
         return self._reply
 
-    def finish(self, reply: Reply) -> None:
-        """Called by the generator when the reply is complete."""
-        self._reply = reply
-
     def close(self) -> None:
-        """Stop listening. What came so far, if anything did, becomes the reply, with stop reason `cancelled`."""
+        """Stop the generation. The text so far, if any, becomes the reply, with stop reason `cancelled`."""
         self._closed = True
         close = getattr(self._pieces, "close", None)
         if close is not None:
             close()
 
+    def _finish(self, reply: Reply) -> None:
+        self._reply = reply
 
-def _check_options(geometry: str | None, prefill_chunk: int) -> None:
-    if geometry is not None and geometry not in GEOMETRIES:
-        raise FastVLMError(f"geometry {geometry!r} is unknown; use one of: {', '.join(GEOMETRIES)}")
-    if prefill_chunk < 1:
-        raise FastVLMError(f"prefill_chunk is {prefill_chunk}; give a whole number of at least 1")
+
+@dataclass(frozen=True)
+class _Question:
+    """A question that was checked, and the conversation that it continues."""
+
+    ids: list[int]
+    """The whole conversation, up to where the reply begins."""
+    earlier: tuple[ImageFeatures, ...]
+    """Features of the images of earlier questions."""
+    images: list[ImageInput | EncodedImage]
+    """The images of this question."""
+    params: SamplingParams
+    reuse: bool
+    """Whether to reuse what the cache already holds of the conversation."""
+    remember: Callable[[list[int], tuple[ImageFeatures, ...]], None] | None
+    """Gets the conversation with the reply, and the features of all of its images, once there is at least a part of the reply."""
+    seconds: float
+    """Time that the tokenizer took."""
+
+
+def load_parts(
+    path: str | os.PathLike[str],
+    backend: str = "auto",
+    *,
+    threads: int | None = None,
+    verify: bool = False,
+    tune_process: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Manifest, TextTokenizer, Backend]:
+    """Load the parts of a model, for code that measures or verifies the backend itself. Options and errors as in `FastVLM.load`."""
+    directory = Path(path)
+    if threads is not None and threads < 1:
+        raise FastVLMError(f"threads is {threads}", "give an integer of at least 1")
+    manifest = read_manifest(directory)
+    verify_files(directory, manifest, hashes=verify)
+    tokenizer = TextTokenizer(directory / "tokenizer.json")
+    return manifest, tokenizer, select(backend, directory, manifest, threads=threads, tune_process=tune_process, progress=progress)
 
 
 class FastVLM:
-    """A loaded model. It answers one question at a time: a newer question ends a stream that is still open."""
+    """A loaded model. It answers one question at a time: a new question ends a stream that is still open."""
 
     def __init__(
         self,
@@ -95,6 +146,7 @@ class FastVLM:
         _check_options(self.geometry, prefill_chunk)
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, manifest)
+        self._backend = backend
         self._session = Session(backend, vocab=manifest.decoder.vocab)
         self._chunk = prefill_chunk
         self._closed = False
@@ -114,36 +166,30 @@ class FastVLM:
     ) -> FastVLM:
         """Load a model directory.
 
-        `threads` is for the CPU, by default all that this process may use. `verify` compares the sha256 of every file with the manifest.
-        `geometry` (`pad` or `crop`) overrides the manifest's. `prefill_chunk` bounds the memory of a long prompt and changes nothing else.
-        `tune_process` saves memory with two settings that last as long as the process and concern all of it (`backends.select.select`): the
-        commands of the toolkit ask for them; a program that embeds the model decides for itself. Answers are the same either way.
-        Raises FastVLMError where the directory is incomplete, damaged, or not for this machine.
+        `threads` is the number of CPU threads; None means all that this process may use. `verify` compares the sha256 of every file with
+        the manifest. `geometry` (`pad` or `crop`) overrides that of the manifest. `prefill_chunk` is the number of tokens per prefill call;
+        a smaller one uses less memory. `tune_process` saves memory with two settings that affect the whole process until it ends
+        (`backends.select.select`): the commands of the toolkit turn it on, a program that embeds the model decides for itself. Replies are
+        the same either way. Raises FastVLMError if the directory is incomplete, damaged, or does not fit this machine.
         """
-        directory = Path(path)
-        if threads is not None and threads < 1:
-            raise FastVLMError(f"threads is {threads}; give a whole number of at least 1")
         _check_options(geometry, prefill_chunk)  # before minutes of loading
-        manifest = read_manifest(directory)
-        verify_files(directory, manifest, hashes=verify)
-        tokenizer = TextTokenizer(directory / "tokenizer.json")
-        runner = select(backend, directory, manifest, threads=threads, tune_process=tune_process, progress=progress)
-        return cls(manifest, tokenizer, runner, geometry=geometry, prefill_chunk=prefill_chunk)
+        parts = load_parts(path, backend, threads=threads, verify=verify, tune_process=tune_process, progress=progress)
+        return cls(*parts, geometry=geometry, prefill_chunk=prefill_chunk)
 
     @property
-    def backend(self) -> Backend:
-        """What runs the graphs."""
-        return self._session.backend
+    def backend(self) -> BackendInfo:
+        """Name and description of what runs the model."""
+        return BackendInfo(self._backend.name, self._backend.description)
 
-    def generate(self, prompt: str, image: ImageInput | EncodedImage | Sequence[Any] | None = None, **sampling: Any) -> Reply:
-        """Answer a question about no picture, one, or a list of them.
+    def generate(self, prompt: str, image: Images = None, **sampling: Any) -> Reply:
+        """Answer a question about no image, one, or several.
 
-        `sampling` is any field of `SamplingParams`. Raises FastVLMError for a picture that cannot be read or a full context.
+        `sampling` is any field of `SamplingParams`. Raises FastVLMError if an image cannot be read or the context is full.
         """
         return self._finish(self.stream(prompt, image, **sampling))
 
-    def stream(self, prompt: str, image: ImageInput | EncodedImage | Sequence[Any] | None = None, **sampling: Any) -> ReplyStream:
-        """Like `generate`, piece by piece. The question is checked now; pictures are read when the first piece is asked for."""
+    def stream(self, prompt: str, image: Images = None, **sampling: Any) -> ReplyStream:
+        """Like `generate`, piece by piece. The question is checked now; images are read when the first piece is requested."""
         return self._ask(self._template.opening(), (), prompt, image, sampling)
 
     def chat(self) -> Chat:
@@ -151,12 +197,36 @@ class FastVLM:
         return Chat(self, self._template)
 
     def encode_image(self, image: ImageInput) -> EncodedImage:
-        """Run the vision encoder alone."""
+        """Run only the vision encoder. Raises FastVLMError if the image cannot be read."""
         self._check_open()
-        return EncodedImage(self.backend.encode(preprocess(image, self.manifest.vision.image_size, self.geometry)))
+        return EncodedImage(self._backend.encode(preprocess(image, self.manifest.vision.image_size, self.geometry)))
+
+    def logits(self, input_ids: Sequence[int], images: Sequence[EncodedImage] = (), *, start: int = 0) -> Iterator[NDArray[np.float32]]:
+        """Logits after each of `input_ids[start:]`, to score a given text: blocks [up to 16, token_count] float32.
+
+        The id `vocab + k` is row k of the features of all `images`, concatenated (docs/graphs.md). Positions that the cache still holds,
+        such as those of the question just asked, are not computed again. The model may be used for something else between two blocks.
+        Raises FastVLMError if an id is out of range or the ids do not fit into the context.
+        """
+        self._check_open()
+        image_features = tuple(image.image_features for image in images)
+        ids = list(input_ids)
+        end = self.manifest.decoder.vocab + sum(features.rows for features in image_features)
+        if wrong := [token_id for token_id in ids if not 0 <= token_id < end]:
+            raise FastVLMError(f"the id {wrong[0]} is out of range: there are {end} text and visual tokens")
+        if not 0 <= start < len(ids):
+            raise FastVLMError(f"start is {start}, outside the {len(ids)} ids")
+
+        def blocks() -> Iterator[NDArray[np.float32]]:
+            for first in range(start, len(ids), LOGIT_POSITIONS):
+                self._check_open()
+                logits = self._session.logits(ids[: first + LOGIT_POSITIONS], image_features, first)
+                yield logits[:, : self.manifest.text.token_count]  # the others are padding rows of the embedding
+
+        return blocks()
 
     def close(self) -> None:
-        """Give back the memory of the model. May be called twice."""
+        """Release the memory of the model. May be called twice."""
         if not self._closed:
             self._closed = True
             self._session.close()
@@ -172,56 +242,68 @@ class FastVLM:
         history: list[int],
         earlier: tuple[ImageFeatures, ...],
         prompt: str,
-        image: Any,
+        image: Images,
         sampling: dict[str, Any],
         *,
         reuse: bool = False,
-        on_end: Callable[[list[int], tuple[ImageFeatures, ...]], None] | None = None,
+        remember: Callable[[list[int], tuple[ImageFeatures, ...]], None] | None = None,
     ) -> ReplyStream:
-        """A question after the conversation `history`, whose pictures are `earlier`.
-
-        `on_end` gets the conversation with question and reply, and its pictures, once there is a reply or part of one.
-        """
+        """Check a question that follows the conversation `history`, and return the stream that will answer it. See `_Question`."""
         self._check_open()
         began = time.perf_counter()
         params = SamplingParams(**sampling)
-        images = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
-        rows = [given.features.rows if isinstance(given, EncodedImage) else self.manifest.vision.tokens for given in images]
-        ids = [*history, *self._template.turn(prompt, rows, first_row=sum(picture.rows for picture in earlier))]
-        check_room(ids, self.manifest)  # before the vision encoder runs for nothing
-        prompt_seconds = time.perf_counter() - began
+        images: list[ImageInput | EncodedImage] = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
+        rows = [each.image_features.rows if isinstance(each, EncodedImage) else self.manifest.vision.tokens for each in images]
+        ids = [*history, *self._template.turn(prompt, rows, first_row=sum(features.rows for features in earlier))]
+        check_room(ids, self.manifest)  # before the vision encoder runs in vain
+        question = _Question(ids, earlier, images, params, reuse, remember, time.perf_counter() - began)
+        return ReplyStream(partial(self._answer, question))
 
-        def run() -> Iterator[str]:
-            self._check_open()
-            began = time.perf_counter()
-            image_features, preprocess_seconds, vision_seconds = self._encode_all(images)
-            shown = (*earlier, *image_features)
-            generation = Generation(self._session, self._tokenizer, self.manifest, ids, shown, params, reuse=reuse, chunk=self._chunk)
-            before_prefill = prompt_seconds + time.perf_counter() - began
-            texts: list[str] = []
-            try:
-                for piece in generation:
-                    if piece.text:
-                        texts.append(piece.text)
-                        yield piece.text
-            finally:
-                if generation.prefill_seconds:  # else there is no reply, not even part of one
-                    if on_end is not None:
-                        on_end([*ids, *generation.token_ids], shown)
-                    timings = Timings(
-                        preprocess_ms=preprocess_seconds * 1e3,
-                        vision_ms=vision_seconds * 1e3,
-                        prefill_ms=generation.prefill_seconds * 1e3,
-                        ttft_ms=(before_prefill + generation.prefill_seconds) * 1e3,
-                        decode_tokens_per_second=generation.decode_steps / generation.decode_seconds if generation.decode_steps else 0.0,
-                        prompt_tokens=len(ids),
-                        prefilled_tokens=generation.prefilled_tokens,
-                        new_tokens=len(generation.token_ids),
-                    )
-                    stream.finish(self._reply("".join(texts), generation, timings))
+    def _answer(self, question: _Question, finish: Callable[[Reply], None]) -> Iterator[str]:
+        """Encode the images and generate the reply: yields its text, then passes it to `finish`, also when it was cut short."""
+        self._check_open()
+        began = time.perf_counter()
+        encoded, preprocess_seconds, vision_seconds = self._encode_all(question.images)
+        image_features = (*question.earlier, *encoded)
+        generation = Generation(
+            self._session,
+            self._tokenizer,
+            self.manifest,
+            question.ids,
+            image_features,
+            question.params,
+            reuse=question.reuse,
+            chunk=self._chunk,
+        )
+        before_prefill = question.seconds + time.perf_counter() - began
+        try:
+            yield from generation
+        finally:
+            if generation.prefill_seconds:  # otherwise there is not even a part of a reply
+                if question.remember is not None:
+                    question.remember([*question.ids, *generation.token_ids], image_features)
+                timings = Timings(
+                    preprocess_ms=preprocess_seconds * 1e3,
+                    vision_ms=vision_seconds * 1e3,
+                    prefill_ms=generation.prefill_seconds * 1e3,
+                    ttft_ms=(before_prefill + generation.prefill_seconds) * 1e3,
+                    decode_tokens_per_second=generation.decode_steps / generation.decode_seconds if generation.decode_steps else 0.0,
+                    prompt_tokens=len(question.ids),
+                    prefilled_tokens=generation.prefilled_tokens,
+                    new_tokens=len(generation.token_ids),
+                )
+                finish(self._reply(generation, timings))
 
-        stream = ReplyStream(run())
-        return stream
+    def _reply(self, generation: Generation, timings: Timings) -> Reply:
+        return Reply(
+            text="".join(generation.pieces),
+            token_ids=list(generation.token_ids),
+            stop_reason=generation.stop_reason,
+            stop_string=generation.stop_string,
+            backend=self._backend.name,
+            precision=self.manifest.precision,
+            timings=timings,
+        )
 
     def _finish(self, stream: ReplyStream) -> Reply:
         """Read a stream to its end, while other threads wait."""
@@ -230,42 +312,32 @@ class FastVLM:
                 pass
         return stream.reply
 
-    def _reply(self, text: str, generation: Generation, timings: Timings) -> Reply:
-        return Reply(
-            text=text,
-            token_ids=list(generation.token_ids),
-            stop_reason=generation.stop_reason,
-            stop_string=generation.stop_string,
-            backend=self.backend.name,
-            precision=self.manifest.precision,
-            timings=timings,
-        )
-
-    def _encode_all(self, images: Sequence[Any]) -> tuple[list[ImageFeatures], float, float]:
-        """Features of every picture, and the seconds that preprocessing and encoding took."""
-        features: list[ImageFeatures] = []
+    def _encode_all(self, images: Sequence[ImageInput | EncodedImage]) -> tuple[list[ImageFeatures], float, float]:
+        """Features of every image, and the seconds that preprocessing and the vision encoder took."""
+        image_features: list[ImageFeatures] = []
         preprocess_seconds = vision_seconds = 0.0
         for image in images:
             if isinstance(image, EncodedImage):
-                features.append(image.features)
+                image_features.append(image.image_features)
                 continue
             start = time.perf_counter()
             pixel_values = preprocess(image, self.manifest.vision.image_size, self.geometry)
             middle = time.perf_counter()
-            features.append(self.backend.encode(pixel_values))
+            image_features.append(self._backend.encode(pixel_values))
             preprocess_seconds += middle - start
             vision_seconds += time.perf_counter() - middle
-        return features, preprocess_seconds, vision_seconds
+        return image_features, preprocess_seconds, vision_seconds
 
     def _check_open(self) -> None:
         if self._closed:
-            raise FastVLMError("this model was closed; load it again with FastVLM.load")
+            raise FastVLMError("this model was closed", "load it again with FastVLM.load")
 
 
 class Chat:
-    """Made by `FastVLM.chat`. Every turn computes only what is new; other questions to the same model in between cost one full prefill.
+    """A conversation, made by `FastVLM.chat`. Each turn computes only what is new.
 
-    A turn that fails before its first token leaves the conversation as it was. A reply that was cut short stays in it as far as it came.
+    If the model was used for something else in between, the next turn computes the whole conversation again. A turn that fails before its
+    first token leaves the conversation as it was. A reply that was cut short stays in it, up to where it got.
     """
 
     def __init__(self, vlm: FastVLM, template: ChatTemplate) -> None:
@@ -276,21 +348,28 @@ class Chat:
 
     @property
     def token_count(self) -> int:
-        """Positions of the context that the conversation takes so far."""
+        """Number of positions that the conversation takes in the context so far."""
         return len(self._ids)
 
-    def ask(self, prompt: str, image: ImageInput | EncodedImage | Sequence[Any] | None = None, **sampling: Any) -> Reply:
-        """The next question, with or without a new picture. Options and errors as in `FastVLM.generate`."""
+    def ask(self, prompt: str, image: Images = None, **sampling: Any) -> Reply:
+        """Ask the next question, with or without a new image. Options and errors as in `FastVLM.generate`."""
         return self._vlm._finish(self.stream(prompt, image, **sampling))
 
-    def stream(self, prompt: str, image: ImageInput | EncodedImage | Sequence[Any] | None = None, **sampling: Any) -> ReplyStream:
+    def stream(self, prompt: str, image: Images = None, **sampling: Any) -> ReplyStream:
         """Like `ask`, piece by piece."""
         history = [*self._ids, *self._template.closing()] if self._ids else self._template.opening()
-        return self._vlm._ask(history, self._image_features, prompt, image, sampling, reuse=True, on_end=self._remember)
+        return self._vlm._ask(history, self._image_features, prompt, image, sampling, reuse=True, remember=self._remember)
 
     def reset(self) -> None:
-        """Begin a new conversation."""
+        """Forget the conversation and begin a new one."""
         self._ids, self._image_features = [], ()
 
     def _remember(self, ids: list[int], image_features: tuple[ImageFeatures, ...]) -> None:
         self._ids, self._image_features = ids, image_features
+
+
+def _check_options(geometry: str | None, prefill_chunk: int) -> None:
+    if geometry is not None and geometry not in GEOMETRIES:
+        raise FastVLMError(f"unknown geometry {geometry!r}", f"use one of: {', '.join(GEOMETRIES)}")
+    if prefill_chunk < 1:
+        raise FastVLMError(f"prefill_chunk is {prefill_chunk}", "give an integer of at least 1")

@@ -88,7 +88,7 @@ def test_every_option_reaches_the_model(run: list[str], vlm: FastVLM, picture: s
         picture,
     ]
     assert main([*run, *options.split(), *extra, "--json"]) == 0
-    cropped = FastVLM(vlm.manifest, vlm._tokenizer, vlm.backend, geometry="crop")
+    cropped = FastVLM(vlm.manifest, vlm._tokenizer, vlm._backend, geometry="crop")
     reply = cropped.generate(
         PROMPT,
         [picture, picture],

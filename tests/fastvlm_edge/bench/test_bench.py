@@ -124,7 +124,7 @@ def test_on_every_backend_warm_computes_no_visual_token_again(vlm: FastVLM, mode
     tokenizer = TextTokenizer(model_dir / "tokenizer.json")
     free = iter([10 << 30, *[6 << 30] * 9])
     memory = DeviceMemory(lambda: next(free))
-    lines = list(measure_backend(vlm.backend, vlm.manifest, tokenizer, settings, memory))
+    lines = list(measure_backend(vlm._backend, vlm.manifest, tokenizer, settings, memory))
     found = lines_of(lines)
     facts = {name: value for line in lines if "facts" in line for name, value in line["facts"].items()}
     plan = plan_for(vlm.manifest, tokenizer, settings)
@@ -315,13 +315,18 @@ def test_a_process_that_fails_keeps_what_came_before_it(
     monkeypatch.setattr(Measurement, "_run_one", fail)
     assert main(["bench", str(model_dir), *QUICK, "--processes", "3", "--json"]) == 1
     out, err = capsys.readouterr()
-    assert json.loads(out)["processes_done"] == 1 and err == "fastvlm-edge: error: process 2 was killed\n"
+    document = json.loads(out)
+    assert (
+        document["processes_done"] == 1 and document["partial"] and document["error"] == {"message": "process 2 was killed", "mend": None}
+    )
+    assert err == "fastvlm-edge: error: process 2 was killed\n"
 
 
 def test_the_reason_of_a_measuring_process_is_told_in_one_line(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(model_dir), *QUICK, "--backend", "tensorrt", "--json"]) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("fastvlm-edge: error: ") and "fastvlm-edge build" in err
+    assert err.count("\n") == 1 and err.startswith("fastvlm-edge: error: ") and "fastvlm-edge build" in err
+    assert "has no engines" in json.loads(out)["error"]["message"]
 
 
 def test_a_killed_process_is_explained(model_dir: Path) -> None:

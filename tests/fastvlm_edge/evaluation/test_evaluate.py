@@ -66,11 +66,11 @@ def subject(vlm: FastVLM, model_dir: Path) -> Subject:
 
 def one_by_one(subject: Subject, prompt: str, image: Image.Image, answer: list[int]) -> np.ndarray:
     """Logits along an answer from single decode steps after a prefill of the whole prompt."""
-    backend, encoded = subject.vlm.backend, subject.vlm.encode_image(image)
+    backend, encoded = subject.vlm._backend, subject.vlm.encode_image(image)
     backend.reset()
     rows = []
     for part in (subject._prompt_ids(prompt), *[[token] for token in answer[:-1]]):
-        logits = backend.step(part, (encoded.features,), want_logits=True).logits
+        logits = backend.step(part, (encoded.image_features,), want_logits=True).logits
         assert logits is not None
         rows.append(np.array(logits[0, :TOKEN_COUNT]))
     return np.stack(rows)
@@ -305,7 +305,9 @@ def test_an_error_on_the_way_prints_what_there_is(
     monkeypatch.setattr(Subject, "answer", answer)
     assert main(arguments(model_dir, questions, "--json")) == 1
     out, err = capsys.readouterr()
-    assert json.loads(out)["count"] == 3 and json.loads(out)["partial"] and "not finite" in err
+    report = json.loads(out)
+    assert report["count"] == 3 and report["partial"] and "not finite" in err
+    assert report["error"] == {"message": "the model's output is not finite", "mend": None}
 
 
 def test_ctrl_c_loses_no_answer(model_dir: Path, pictures: Path, tmp_path: Path) -> None:

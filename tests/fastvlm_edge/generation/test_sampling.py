@@ -104,18 +104,18 @@ def test_output_that_cannot_be_sampled() -> None:
         sampler = Sampler(SamplingParams(temperature=temperature), COUNT)
         with pytest.raises(FastVLMError, match="not finite"):
             sampler.next(np.full(64, np.nan, np.float32), ids)
-        with pytest.raises(FastVLMError, match="none of the model's candidates"):
+        with pytest.raises(FastVLMError, match="none of the candidates is a token"):
             sampler.next(np.zeros(64, np.float32), ids + COUNT)
 
 
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"temperature": -0.1}, "temperature is -0.1; give a number of 0"),
+        ({"temperature": -0.1}, "temperature is -0.1; give a number that is 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
-        ({"top_k": 0}, "top_k is 0; give a whole number"),
-        ({"top_k": 65}, "top_k is 65; the model hands out 64 candidates"),
+        ({"top_k": 0}, "top_k is 0; give an integer"),
+        ({"top_k": 65}, "top_k is 65, but the model gives only 64 candidates; give at most 64"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"seed": -1}, "seed is -1"),

@@ -20,11 +20,13 @@ from skimage import data
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
 from fastvlm_edge.backends.select import select
+from fastvlm_edge.backends.verification import answer
+from fastvlm_edge.generation.session import LOGIT_POSITIONS
 from fastvlm_edge.inputs.preprocess import preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, read_manifest
-from tests.support.fake_model import HEAD_DIM, HIDDEN, IMAGE_SIZE, KV_HEADS, LAYERS, TOKEN_COUNT, TOKENS, build_model
+from tests.support.fake_model import HEAD_DIM, HIDDEN, IMAGE_SIZE, KV_HEADS, LAYERS, TOKEN_COUNT, TOKENS, VOCAB, build_model
 
 PROMPT = "What does the meter read?"
 LONG_PROMPT = "Describe the picture. " * 40
@@ -90,7 +92,7 @@ def reference(model_dir: Path) -> Reference:
 
 def with_stop_ids(vlm: FastVLM, *stop_ids: int) -> FastVLM:
     text = dataclasses.replace(vlm.manifest.text, stop_ids=list(stop_ids))
-    return FastVLM(dataclasses.replace(vlm.manifest, text=text), vlm._tokenizer, vlm.backend)
+    return FastVLM(dataclasses.replace(vlm.manifest, text=text), vlm._tokenizer, vlm._backend)
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG_PROMPT])
@@ -128,13 +130,153 @@ def test_text_alone_and_several_pictures(vlm: FastVLM, reference: Reference) -> 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 511, 512])
 def test_chunked_prefill_equals_one_shot(model_dir: Path, vlm: FastVLM, chunk: int) -> None:
-    chunked = FastVLM(vlm.manifest, vlm._tokenizer, vlm.backend, prefill_chunk=chunk)
+    chunked = FastVLM(vlm.manifest, vlm._tokenizer, vlm._backend, prefill_chunk=chunk)
     expected = vlm.generate(LONG_PROMPT, data.coffee(), max_new_tokens=24)
     assert chunked.generate(LONG_PROMPT, data.coffee(), max_new_tokens=24).token_ids == expected.token_ids
 
 
+def questions_in_between(vlm: FastVLM) -> None:
+    vlm.generate("Something else entirely.", data.astronaut(), max_new_tokens=3)
+
+
+def another_chat(vlm: FastVLM) -> None:
+    vlm.chat().ask(PROMPT, data.coffee(), max_new_tokens=3)
+
+
+def scoring(vlm: FastVLM) -> None:
+    """The same ids as the chat holds, but another image; and ids that branch off."""
+    image = vlm.encode_image(data.astronaut())
+    template = ChatTemplate(vlm._tokenizer, vlm.manifest)
+    ids = [*template.opening(), *template.turn(PROMPT, [TOKENS])]
+    assert sum(map(len, vlm.logits(ids, [image], start=len(ids) - 20))) == 20
+    assert sum(map(len, vlm.logits([*ids[:30], *ids[:9]], [image]))) == 39
+
+
+def verification(vlm: FastVLM) -> None:
+    """Leaves an empty cache, which a chat notices by its length alone."""
+    answer(vlm._backend, vlm._tokenizer, vlm.manifest)
+
+
+def steps_past_the_session(vlm: FastVLM) -> None:
+    """Leaves other keys and values of the same length, and more."""
+    length = vlm._backend.length
+    vlm._backend.reset()
+    vlm._backend.step([7] * length)
+    vlm._backend.step([8])
+
+
+def truncated_and_continued(vlm: FastVLM) -> None:
+    """Leaves the length as it was, but the second half is of other ids."""
+    length = vlm._backend.length
+    vlm._backend.truncate(length // 2)
+    vlm._backend.step([7] * (length - length // 2))
+
+
+def another_model_on_the_same_backend(vlm: FastVLM) -> None:
+    """As in `bench`; the same system prompt and image, but another question of the same length."""
+    FastVLM(vlm.manifest, vlm._tokenizer, vlm._backend).generate(PROMPT[::-1], data.coffee(), max_new_tokens=8)
+
+
+def an_interrupted_question(vlm: FastVLM) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        step = vlm._backend.step
+
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            step(*arguments, **options)
+            raise KeyboardInterrupt
+
+        patch.setattr(vlm._backend, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            vlm.generate(LONG_PROMPT, data.coffee(), max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        questions_in_between,
+        another_chat,
+        scoring,
+        verification,
+        steps_past_the_session,
+        truncated_and_continued,
+        another_model_on_the_same_backend,
+        an_interrupted_question,
+    ],
+)
+def test_nothing_between_two_turns_of_a_chat_changes_its_answers(vlm: FastVLM, between: Callable[[FastVLM], None]) -> None:
+    def talk(between: Callable[[FastVLM], None] | None) -> list[list[int]]:
+        chat, replies = vlm.chat(), []
+        for prompt, image in ((PROMPT, data.coffee()), ("And the second digit?", None), ("Why?", data.chelsea()), ("Sure?", None)):
+            replies.append(chat.ask(prompt, image, max_new_tokens=10).token_ids)
+            if between is not None:
+                between(vlm)
+        return replies
+
+    assert talk(between) == talk(None)
+
+
+def test_a_step_past_the_session_ends_an_open_stream(vlm: FastVLM) -> None:
+    for use in (scoring, steps_past_the_session, truncated_and_continued, another_model_on_the_same_backend):
+        stream = vlm.stream(PROMPT, data.coffee(), max_new_tokens=40)
+        next(stream)
+        use(vlm)
+        with pytest.raises(FastVLMError, match=r"cut short, .*; finish one stream"):
+            list(stream)
+
+
+def test_the_backend_of_a_model_can_be_named_but_not_used(vlm: FastVLM) -> None:
+    assert vlm.backend.name in ("ort", "tensorrt") and vlm.backend.description
+    assert not any(hasattr(vlm.backend, method) for method in ("step", "truncate", "reset", "encode", "close"))
+
+
+def test_logits_score_a_text(vlm: FastVLM, reference: Reference) -> None:
+    """In blocks, from any start, with and without what the cache holds, and while the model is used for something else."""
+    ids = [*reference.ids(PROMPT), *vlm._tokenizer.encode("It reads 042, or something like it; one cannot be sure.")]
+    image = vlm.encode_image(data.coffee())
+    features = reference.features(data.coffee())
+    expected = np.stack([reference.logits(ids[: end + 1], features)[:TOKEN_COUNT] for end in range(len(ids))])
+    assert len(ids) > 3 * LOGIT_POSITIONS
+    for start in (0, 5, len(ids) - 1):
+        blocks = []
+        for block in vlm.logits(ids, [image], start=start):
+            assert block.dtype == np.float32 and len(block) <= LOGIT_POSITIONS
+            blocks.append(block)
+            questions_in_between(vlm)
+        np.testing.assert_allclose(np.concatenate(blocks), expected[start:], atol=1e-3)
+    two = zip(vlm.logits(ids, [image]), vlm.logits(ids, [image]), strict=True)
+    for first, second in two:
+        assert np.array_equal(first, second)
+
+
+def test_logits_continue_what_is_in_the_cache(vlm: FastVLM, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, ids = vlm.encode_image(data.coffee()), reference.ids(PROMPT)
+    vlm.generate(PROMPT, image, max_new_tokens=4)
+    steps: list[int] = []
+    step = vlm._backend.step
+    monkeypatch.setattr(vlm._backend, "step", lambda given, *rest, **options: steps.append(len(given)) or step(given, *rest, **options))
+    list(vlm.logits([*ids, *range(20)], [image], start=len(ids) - 1))
+    assert steps == [16, 5]
+    steps.clear()
+    list(vlm.logits([*ids, *range(20)], [vlm.encode_image(data.coffee())], start=len(ids) - 1))  # encoded anew, so it may be another one
+    assert len(steps) == 3 and steps[1:] == [16, 5] and steps[0] >= TOKENS
+
+
+@pytest.mark.parametrize(
+    ("ids", "start", "says"),
+    [
+        ([1, -1], 0, "the id -1 is out of range"),
+        ([1, VOCAB], 0, f"the id {VOCAB} is out of range: there are {VOCAB} text and visual tokens"),
+        ([1, 2], 2, "start is 2, outside the 2 ids"),
+        ([], 0, "start is 0, outside the 0 ids"),
+    ],
+)
+def test_ids_that_cannot_be_scored(vlm: FastVLM, ids: list[int], start: int, says: str) -> None:
+    with pytest.raises(FastVLMError, match=says):
+        vlm.logits(ids, start=start)
+
+
 def test_logits_of_any_positions_and_rollback(vlm: FastVLM, reference: Reference) -> None:
-    backend = vlm.backend
+    backend = vlm._backend
     ids = reference.ids(PROMPT, 0)
     backend.reset()
     backend.step(ids[:5])
@@ -152,10 +294,10 @@ def test_logits_of_any_positions_and_rollback(vlm: FastVLM, reference: Reference
 
 
 def test_decoding_binds_anew_only_where_the_cache_grows(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    if vlm.backend.name != "ort":
+    if vlm._backend.name != "ort":
         pytest.skip("tests/fastvlm_edge/backends/test_tensorrt_backend.py looks at its graphs")
     made: list[tuple[Any, ...]] = []
-    decoder = vlm.backend._decoder  # type: ignore[attr-defined]
+    decoder = vlm._backend._decoder  # type: ignore[attr-defined]
     bind = decoder._bind
     monkeypatch.setattr(decoder, "_bind", lambda *key: made.append(key) or bind(*key))
     vlm.generate(PROMPT, data.coffee(), max_new_tokens=150)
@@ -167,10 +309,10 @@ def test_a_context_that_fills_up(tmp_path: Path) -> None:
     with FastVLM.load(directory, threads=1) as vlm:
         reply = vlm.generate(PROMPT, data.coffee(), max_new_tokens=1000)
         assert reply.stop_reason == "context" and reply.timings.prompt_tokens + len(reply.token_ids) == 100
-        says = r"has \d+ tokens, 16 of them of pictures, and the context of 100 leaves no room .* shorten the prompt.* larger --context"
+        says = r"has \d+ tokens \(16 of them visual\), .* no room .* context of 100; shorten the prompt, .* larger --context"
         with pytest.raises(FastVLMError, match=says):
             vlm.generate(LONG_PROMPT, data.coffee())
-        with pytest.raises(FastVLMError, match=r"96 of them of pictures.* use fewer pictures"):
+        with pytest.raises(FastVLMError, match=r"96 of them visual.*; use fewer images"):
             vlm.generate(PROMPT, [data.coffee()] * 6)
         chat = vlm.chat()
         chat.ask(PROMPT, data.coffee(), max_new_tokens=1000)
@@ -178,7 +320,7 @@ def test_a_context_that_fills_up(tmp_path: Path) -> None:
         with pytest.raises(FastVLMError, match="start a new conversation"):
             chat.ask("And now?")
         with pytest.raises(FastVLMError, match="101 positions do not fit into the context of 100"):
-            vlm.backend.step([1] * (101 - vlm.backend.length))
+            vlm._backend.step([1] * (101 - vlm._backend.length))
 
 
 def test_an_end_id_ends_the_reply_and_is_not_part_of_it(vlm: FastVLM) -> None:
@@ -245,14 +387,14 @@ def test_an_encoded_image_is_not_encoded_again(vlm: FastVLM, monkeypatch: pytest
     assert encoded.numpy().shape == (TOKENS, HIDDEN) and encoded.numpy().dtype == np.float32
     reply = vlm.generate(PROMPT, [encoded, data.astronaut()], max_new_tokens=20)
     assert reply.token_ids == expected.token_ids
-    monkeypatch.setattr(vlm.backend, "encode", None)
+    monkeypatch.setattr(vlm._backend, "encode", None)
     alone = vlm.generate(PROMPT, encoded, max_new_tokens=5)
     assert alone.timings.vision_ms == alone.timings.preprocess_ms == 0
 
 
 def test_geometry_can_be_overridden(model_dir: Path, vlm: FastVLM) -> None:
-    cropped = FastVLM(vlm.manifest, vlm._tokenizer, vlm.backend, geometry="crop")
-    expected = vlm.backend.encode(preprocess(data.coffee(), IMAGE_SIZE, "crop")).numpy()
+    cropped = FastVLM(vlm.manifest, vlm._tokenizer, vlm._backend, geometry="crop")
+    expected = vlm._backend.encode(preprocess(data.coffee(), IMAGE_SIZE, "crop")).numpy()
     assert np.array_equal(cropped.encode_image(data.coffee()).numpy(), expected)
     assert not np.array_equal(vlm.encode_image(data.coffee()).numpy(), expected)
 
@@ -315,7 +457,7 @@ def test_a_stream_closed_before_its_first_piece_has_no_reply(vlm: FastVLM) -> No
 def test_an_interrupt_leaves_the_model_usable(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     expected = vlm.generate(LONG_PROMPT, data.coffee(), max_new_tokens=20).token_ids
     calls = 0
-    step = vlm.backend.step
+    step = vlm._backend.step
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -326,7 +468,7 @@ def test_an_interrupt_leaves_the_model_usable(vlm: FastVLM, monkeypatch: pytest.
         return output
 
     chat = vlm.chat()
-    monkeypatch.setattr(vlm.backend, "step", interrupted)
+    monkeypatch.setattr(vlm._backend, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         chat.ask(LONG_PROMPT, data.coffee(), max_new_tokens=20)
     monkeypatch.undo()
@@ -339,7 +481,7 @@ def test_a_newer_question_ends_an_open_stream_with_an_error(vlm: FastVLM) -> Non
     stream = vlm.stream(PROMPT, data.coffee(), max_new_tokens=40)
     next(stream)
     vlm.generate("Another one.", max_new_tokens=2)
-    with pytest.raises(FastVLMError, match="cut short by a newer question"):
+    with pytest.raises(FastVLMError, match=r"cut short, .*; finish one stream"):
         list(stream)
 
 
@@ -388,7 +530,7 @@ def edit(directory: Path, **changes: Any) -> None:
 def test_directories_that_cannot_be_loaded(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(FastVLMError, match=r"is not a model directory.*fastvlm-edge convert"):
         FastVLM.load(tmp_path)
-    with pytest.raises(FastVLMError, match="geometry 'stretch' is unknown"):  # told before anything is read
+    with pytest.raises(FastVLMError, match="unknown geometry 'stretch'"):  # told before anything is read
         FastVLM.load(tmp_path, geometry="stretch")
     with pytest.raises(FastVLMError, match="prefill_chunk is 0"):
         FastVLM.load(tmp_path, prefill_chunk=0)
@@ -398,7 +540,7 @@ def test_directories_that_cannot_be_loaded(model_dir: Path, tmp_path: Path) -> N
         FastVLM.load(directory)
     damaged = bytearray((tmp_path / "decoder.onnx").read_bytes())
     (directory / "decoder.onnx").write_bytes(damaged[:-10])
-    with pytest.raises(FastVLMError, match=r"decoder\.onnx has \d+ bytes, the manifest says"):
+    with pytest.raises(FastVLMError, match=r"decoder\.onnx has \d+ bytes, but the manifest says"):
         FastVLM.load(directory)
     damaged[100] ^= 255
     (directory / "decoder.onnx").write_bytes(damaged)
@@ -445,7 +587,7 @@ def test_a_manifest_without_what_came_later(model_dir: Path, tmp_path: Path) -> 
     ("change", "says"),
     [
         ({"decoder__layers": 4}, r"tensor past_key_values\.3\.key is missing, expected float32"),
-        ({"decoder__layers": 2}, r"tensor past_key_values\.2\.key is float32, expected none of that name"),
+        ({"decoder__layers": 2}, r"tensor past_key_values\.2\.key is float32, expected no such tensor"),
         ({"decoder__dtype": "float16"}, "tensor image_features is float32, expected float16"),
     ],
 )
@@ -475,12 +617,12 @@ def test_backends_and_options_that_are_refused(model_dir: Path, vlm: FastVLM) ->
             select("ort-cuda", model_dir, manifest)
     with pytest.raises(FastVLMError, match="threads is 0"):
         FastVLM.load(model_dir, threads=0)
-    with pytest.raises(FastVLMError, match="geometry 'stretch' is unknown"):
+    with pytest.raises(FastVLMError, match="unknown geometry 'stretch'"):
         FastVLM.load(model_dir, geometry="stretch")
     with pytest.raises(FastVLMError, match="prefill_chunk is 0"):
         FastVLM.load(model_dir, prefill_chunk=0)
     with pytest.raises(FastVLMError, match=r"shape \[1, 3, 8, 8\], but this model takes \[1, 3, 256, 256\]"):
-        vlm.backend.encode(np.zeros((1, 3, 8, 8), np.float32))
+        vlm._backend.encode(np.zeros((1, 3, 8, 8), np.float32))
 
 
 def test_features_of_another_model_are_refused(vlm: FastVLM, tmp_path: Path) -> None:
