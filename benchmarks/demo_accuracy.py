@@ -1,6 +1,6 @@
 """Exact match of the demo model on held-out questions, in every precision, through the runtime that answers them.
 
-python benchmarks/demo_accuracy.py [--count 2000] [--out benchmarks/results/demo_accuracy.json]
+python -m benchmarks.demo_accuracy [--count 2000] [--out benchmarks/results/demo_accuracy.json]
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import machine
+from examples.demo_training.evaluate import score
+from examples.demo_training.scenes import make_scene
+from fastvlm_edge import FastVLM
+from fastvlm_edge.convert.pipeline import convert
+from fastvlm_edge.model_dir.manifest import PRECISIONS, sha256
 
+ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "examples" / "demo" / "fastvlm-demo"
 SEED = 2026
 """Not used by the checks during training."""
@@ -22,9 +27,6 @@ SEED = 2026
 
 def main() -> int:
     """Convert, ask, count, write."""
-    from benchmarks import machine
-    from fastvlm_edge.model_dir.manifest import PRECISIONS, sha256
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo_accuracy.json")
@@ -47,11 +49,6 @@ def main() -> int:
 
 def measure(checkpoint: Path, precision: str, count: int) -> dict[str, Any]:
     """Size of the model directory, exact match by kind, and agreement of the graphs with PyTorch."""
-    from examples.demo_training.evaluate import score
-    from examples.demo_training.scenes import make_scene
-    from fastvlm_edge import FastVLM
-    from fastvlm_edge.convert.pipeline import convert
-
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         manifest = convert(str(checkpoint), Path(folder) / "model", precision=precision)

@@ -3,8 +3,8 @@
     python -m benchmarks.headline [--rounds 5] [--threads 2] [--out FILE] [--plot PREFIX] [--sweep]
 
 Time to first token of the toolkit (INT4) and of transformers' own FastVLM (BF16), against LLaVA-OneVision in transformers (BF16); random
-weights, 34 tokens of text, each contender a process of its own in every round. Then the toolkit's INT4 model at 256 to 1536 px. The record
-has the paper's figures beside ours; they are of an M1 Max, the encoder on its Neural Engine, and without text. Needs 5 GB of disk.
+weights, 34 tokens of text, by the runner of `benchmarks/peers/run.py`. Then the toolkit's INT4 model at 256 to 1536 px. The record has the
+paper's figures beside ours. Those were measured on an M1 Max, with the encoder on its Neural Engine, and without text. Needs 5 GB of disk.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.peers.llava_onevision import ROW_ENDS, VISUAL_TOKENS
-from benchmarks.peers.protocol import ROOT
-from benchmarks.peers.run import call, environment, figures, peer_of
+from benchmarks.peers.run import RESULTS, Run, contender, parser, settle
 from benchmarks.peers.workload import converter_digest, prepare
 from fastvlm_edge.bench.measure import Settings
 from fastvlm_edge.bench.plot import PARTS
@@ -30,7 +29,7 @@ from fastvlm_edge.bench.table import aligned, number
 from fastvlm_edge.machine.state import read_state
 from fastvlm_edge.progress import stderr_progress
 
-SIZES = {"0.5b": (256, 512, 768, 1024, 1536), "tiny": (256, 512)}
+SIZES = {"0.5b": (256, 512, 768, 1024, 1536), "1.5b": (256, 512, 768, 1024, 1536), "tiny": (256, 512)}
 PAPER: dict[str, Any] = {
     "source": "FastVLM, arXiv 2412.13303v2; M1 Max: encoder on the Neural Engine, LLM by MLX in FP16 on its GPU; no text, no projector",
     "ttft_ms": {"FastVLM-0.5B, 1024 px": 166, "LLaVA-OneVision-0.5B, 1152 px": 14124},  # Table 6, R4 and R2
@@ -47,41 +46,29 @@ CONTENDERS = {
     "transformers FastVLM bfloat16": ("transformers_fastvlm", "bfloat16"),
     "transformers LLaVA-OneVision bfloat16": ("llava_onevision", "bfloat16"),
 }
+"""Name in the record -> module in benchmarks/peers and its variant."""
 OTHER = "transformers LLaVA-OneVision bfloat16"
-RESULT = ROOT / "benchmarks" / "results" / "headline.json"
 
 
 def main() -> int:
     """Measure both parts, write the record, print a table and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--runs", type=int, default=2, help="timed runs a process after a warm-up; default %(default)s")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--size", choices=SIZES, default="0.5b", help="tiny is a smoke test")
-    parser.add_argument("--work", type=Path, help="default build/bench, for tiny build/bench-tiny")
-    parser.add_argument("--envs", type=Path, default=ROOT / "build" / "peers")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--plot", type=Path, help="write PREFIX.png and PREFIX.svg")
-    parser.add_argument("--sweep", action="store_true", help="measure the resolutions alone, and keep the record's first part")
-    options = parser.parse_args()
-    if options.work is None:
-        options.work = ROOT / "build" / ("bench" if options.size == "0.5b" else f"bench-{options.size}")
-    options.work.mkdir(parents=True, exist_ok=True)
+    made = parser("benchmarks.headline", __doc__, RESULTS / "headline.json")
+    made.set_defaults(runs=2)
+    made.add_argument("--plot", type=Path, help="write PREFIX.png and PREFIX.svg")
+    made.add_argument("--sweep", action="store_true", help="measure only the resolutions, and keep the first part of the record")
+    options = settle(made.parse_args())
     before = read_state()
-    prepare(options.work, options.size, stderr_progress())
     document: dict[str, Any]
     if options.sweep:
+        prepare(options.work, options.size, stderr_progress())
         document = json.loads(options.out.read_text(encoding="utf-8")) | {"sweep_machine": machine.describe()}
     else:
+        found = headline(options)
         document = {
             "what": f"FastVLM-{options.size} against LLaVA-OneVision of the same LLM size, random weights, 34 tokens of text, first token",
-            "machine": machine.describe(),
-            "limits": machine.limits(options.threads),
-            "threads": options.threads,
-            "rounds": options.rounds,
-            "runs": options.runs,
+            **{key: found.pop(key) for key in ("machine", "limits", "threads", "rounds", "runs")},
             "paper": PAPER,
-            "headline": headline(options),
+            "headline": found,
         }
         write_json(options.out, document)
     document["resolutions"] = resolutions(options)
@@ -94,21 +81,18 @@ def main() -> int:
 
 
 def headline(options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of all contenders in turns, and the two ratios."""
-    pythons = {
-        module: environment(options.envs / environment_of(module), peer_of(environment_of(module))) for module, _ in CONTENDERS.values()
-    }
-    rounds: dict[str, list[dict[str, list[float]]]] = {name: [] for name in CONTENDERS}
-    for turn in range(options.rounds):
-        for name, (module, variant) in CONTENDERS.items():
-            print(f"round {turn + 1}: {name}", file=sys.stderr, flush=True)
-            arguments = ["--work", str(options.work.resolve()), "--threads", str(options.threads), "--runs", str(options.runs)]
-            out = call([pythons[module], "-m", f"benchmarks.peers.{module}", *arguments, "--measure", variant])
-            rounds[name].append(json.loads(out.splitlines()[-1])["samples"])
-    results = {name: figures(found) for name, found in rounds.items()}
+    """All contenders in turns, and the two ratios. Exits if one of them failed."""
+    measured = argparse.Namespace(**{**vars(options), "out": options.work / "headline.json"})
+    run = Run(measured, [contender(name, module, variant) for name, (module, variant) in CONTENDERS.items()])
+    if run.run():
+        raise SystemExit("headline: a contender failed; the same command tries it again")
+    document = run.document()
+    results = document["results"]
     slow = results[OTHER]["ttft_ms"]["median"]
-    encoders = {"FastViTHD": encoder_parameters(options.work / "checkpoint"), "SigLIP": int(rounds[OTHER][0]["encoder_parameters"][0])}
+    parameters = run.state["rounds"][OTHER][0]["encoder_parameters"][0]
+    encoders = {"FastViTHD": encoder_parameters(options.work / "checkpoint"), "SigLIP": int(parameters)}
     return {
+        **{key: document[key] for key in ("machine", "limits", "threads", "rounds", "runs")},
         "results": results,
         "visual_tokens": {"FastVLM": json.loads((options.work / "workload.json").read_text())["visual_tokens"], "LLaVA": VISUAL_TOKENS},
         "row_ends": ROW_ENDS,
@@ -116,11 +100,6 @@ def headline(options: argparse.Namespace) -> dict[str, Any]:
         "encoder_parameters": encoders,
         "encoder_ratio": round(encoders["SigLIP"] / encoders["FastViTHD"], 2),
     }
-
-
-def environment_of(module: str) -> str:
-    """Whose environment a module runs in: both that use transformers share one."""
-    return "transformers_fastvlm" if module == "llava_onevision" else module
 
 
 def encoder_parameters(checkpoint: Path) -> int:

@@ -2,7 +2,7 @@
 
 python -m benchmarks.quantization [--count 2000] [--out benchmarks/results/quantization.json] [--speed]
 
-`--speed` measures the speeds of a record again, one contender right after the other, on a machine that does nothing else.
+`--speed` measures the speeds of a record again, one variant right after the other, on a machine that does nothing else.
 
 `gpu graphs` are those that TensorRT gets, with INT8 activations where the plan has them, computed by onnxruntime on the CPU.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.peers.protocol import Samples
+from benchmarks.rounds import figures, take_turns
 from examples.demo_training.scenes import SEED, scene_questions
 from fastvlm_edge import FastVLM
 from fastvlm_edge.calib.quantizer import Options, Quantizer
@@ -34,11 +35,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "examples" / "demo" / "fastvlm-demo"
 CALIBRATION = 512
 ROUNDS, WARM_UP, TIMED = 5, 3, 10
-"""Of every contender, for its speed: contenders take turns, so that noise hits all of them alike."""
+"""Of every variant, for its speed: variants take turns, so that noise hits all of them alike."""
 
 
 @dataclass(frozen=True)
-class Contender:
+class Variant:
     """A precision, rounded to nearest or calibrated, and which of its graphs runs."""
 
     precision: str
@@ -52,16 +53,16 @@ class Contender:
         return f"{self.precision}{how}{', gpu graphs' if self.gpu_graphs else ''}"
 
 
-CONTENDERS = (
-    Contender("fp32"),
-    Contender("fp16"),
-    Contender("bf16"),
-    Contender("int8"),
-    Contender("int8", calibrated=True),
-    Contender("int8", calibrated=True, gpu_graphs=True),
-    Contender("int4"),
-    Contender("int4", calibrated=True),
-    Contender("int4", calibrated=True, gpu_graphs=True),
+VARIANTS = (
+    Variant("fp32"),
+    Variant("fp16"),
+    Variant("bf16"),
+    Variant("int8"),
+    Variant("int8", calibrated=True),
+    Variant("int8", calibrated=True, gpu_graphs=True),
+    Variant("int4"),
+    Variant("int4", calibrated=True),
+    Variant("int4", calibrated=True, gpu_graphs=True),
 )
 
 
@@ -87,49 +88,49 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "fp32"
-        for contender in CONTENDERS:
-            document["results"][contender.name] = measure(contender, options.checkpoint, Path(folder), reference, options.count)
+        for variant in VARIANTS:
+            document["results"][variant.name] = measure(variant, options.checkpoint, Path(folder), reference, options.count)
             options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            print_row(contender.name, document["results"][contender.name])
+            print_row(variant.name, document["results"][variant.name])
         measure_speed(document, options.checkpoint, Path(folder), options.out)
     return 0
 
 
 def measure_speed(document: dict[str, Any], checkpoint: Path, folder: Path, out: Path) -> None:
-    """Put the speeds into a record, all contenders in turns."""
-    models = {each.name: make_model(each, checkpoint, folder) for each in CONTENDERS if not each.gpu_graphs}
+    """Put the speeds into a record, all variants in turns."""
+    models = {each.name: make_model(each, checkpoint, folder) for each in VARIANTS if not each.gpu_graphs}
     for name, found in speeds(models, scene_questions(folder, "heldout", WARM_UP + TIMED)).items():
         document["results"][name]["speed"] = found
     document["speed_machine"] = machine.describe()
     out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def make_model(contender: Contender, checkpoint: Path, folder: Path) -> Path:
-    """The contender's model directory, made where it is not there yet."""
-    model = folder / f"{contender.precision}{'-calibrated' if contender.calibrated else ''}"
+def make_model(variant: Variant, checkpoint: Path, folder: Path) -> Path:
+    """The variant's model directory, made where it is not there yet."""
+    model = folder / f"{variant.precision}{'-calibrated' if variant.calibrated else ''}"
     if not model.exists():
         calibrate = (
             Quantizer(Options(str(scene_questions(folder, "calibration", CALIBRATION)), limit=CALIBRATION)).calibrate
-            if contender.calibrated
+            if variant.calibrated
             else None
         )
-        convert(str(checkpoint), model, precision=contender.precision, calibrate=calibrate, progress=stderr_progress())
+        convert(str(checkpoint), model, precision=variant.precision, calibrate=calibrate, progress=stderr_progress())
     return model
 
 
-def measure(contender: Contender, checkpoint: Path, folder: Path, reference: Path, count: int) -> dict[str, Any]:
-    """Accuracy and agreement of one contender."""
-    model = make_model(contender, checkpoint, folder)
+def measure(variant: Variant, checkpoint: Path, folder: Path, reference: Path, count: int) -> dict[str, Any]:
+    """Accuracy and agreement of one variant."""
+    model = make_model(variant, checkpoint, folder)
     manifest = read_manifest(model)
     row: dict[str, Any] = {
         "bytes": sum(manifest.files[name].bytes for name in ("vision.weights", "decoder.weights")),
         "parity": manifest.parity,
     }
-    if contender.calibrated:
+    if variant.calibrated:
         report = json.loads((model / "quantization.json").read_text(encoding="utf-8"))
         macs = report["placement"]["vision"]
         row["int8_share_of_vision"] = macs.get("INT8", 0) / sum(macs.values())
-    if contender.gpu_graphs:
+    if variant.gpu_graphs:
         model = without_cpu_graphs(model, folder / f"{model.name}-gpu", manifest)
     with Subject.load(model, "ort") as subject, Subject.load(reference, "ort") as fp32:
         evaluation = Evaluation(subject, open_data(scene_questions(folder, "heldout", count)), reference=fp32, max_new_tokens=16)
@@ -148,19 +149,16 @@ def without_cpu_graphs(model: Path, copy: Path, manifest: Manifest) -> Path:
     return copy
 
 
-def speeds(models: dict[str, Path], questions: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Milliseconds of vision and prefill, tokens/s of decoding: median, least and most of all replies of all rounds."""
+def speeds(models: dict[str, Path], questions: Path) -> dict[str, dict[str, Any]]:
+    """Milliseconds of vision and prefill, tokens/s of decoding: median, minimum, maximum and samples; models loaded anew, in turns."""
     fields = ("vision_ms", "prefill_ms", "decode_tokens_per_second")
-    found: dict[str, list[Any]] = {name: [] for name in models}
-    for _ in range(ROUNDS):
-        for name, model in models.items():
-            with FastVLM.load(model, "ort", tune_process=True) as vlm:
-                found[name] += [reply.timings for reply in _replies(vlm, questions)][WARM_UP:]
 
-    def spread(values: list[float]) -> dict[str, float]:
-        return {"median": round(statistics.median(values), 2), "min": round(min(values), 2), "max": round(max(values), 2)}
+    def measure(name: str) -> Samples:
+        with FastVLM.load(models[name], "ort", tune_process=True) as vlm:
+            timings = [reply.timings for reply in _replies(vlm, questions)][WARM_UP:]
+        return {each: [getattr(timing, each) for timing in timings] for each in fields}
 
-    return {name: {each: spread([getattr(timing, each) for timing in timings]) for each in fields} for name, timings in found.items()}
+    return {name: figures(found, fields) for name, found in take_turns(list(models), ROUNDS, measure).items()}
 
 
 def _replies(vlm: FastVLM, questions: Path) -> Iterator[Any]:
@@ -169,7 +167,7 @@ def _replies(vlm: FastVLM, questions: Path) -> Iterator[Any]:
 
 
 def print_row(name: str, row: dict[str, Any]) -> None:
-    """One line a contender."""
+    """One line a variant."""
     print(
         f"{name:28} {row['bytes'] / 1e6:7.2f} MB  exact {100 * row['exact_match']:.2f} %  agreement {100 * row['token_agreement']:.2f} %  "
         f"KL {row['kl_divergence']:.2e}",

@@ -1,4 +1,4 @@
-"""What each of the runtime's settings brings on a CPU: the same questions with it and without, processes in turns.
+"""What each of the runtime's settings brings on a CPU: the same questions with and without it, processes in turns.
 
     python -m benchmarks.settings [--work build/bench] [--processes 5] [--out benchmarks/results/settings.json]
 
@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
 from benchmarks.peers.ours import samples_of
-from benchmarks.peers.run import figures
+from benchmarks.peers.protocol import Samples
 from benchmarks.peers.workload import prepare
+from benchmarks.rounds import call, figures, take_turns
 from fastvlm_edge.bench.measure import Settings
 from fastvlm_edge.bench.record import write_json
 from fastvlm_edge.progress import stderr_progress
@@ -47,17 +46,15 @@ def main() -> int:
     models = {"0.5b": (options.work / "int4", 3), "demo": (demo(options.work), 40)}
     results: dict[str, Any] = {}
     for name, (directory, runs) in models.items():
-        rounds: dict[str, list[dict[str, list[float]]]] = {way: [] for way in WAYS}
-        for turn in range(options.processes):
-            for way in (*WAYS[turn % len(WAYS) :], *WAYS[: turn % len(WAYS)]):  # so that none always comes behind the same one
-                print(f"{name}, process {turn + 1}: {way}", file=sys.stderr, flush=True)
-                command = [sys.executable, "-m", "benchmarks.settings", "--threads", str(options.threads)]
-                environment = os.environ | {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb={int(way == HUGE)}"}
-                done = subprocess.run(
-                    [*command, "--one", way, str(directory), str(runs)], env=environment, stdout=subprocess.PIPE, text=True, check=True
-                )
-                rounds[way].append(json.loads(done.stdout))
-        results[name] = {way: figures(found) for way, found in rounds.items()}
+
+        def measure(way: str, directory: Path = directory, runs: int = runs) -> Samples:
+            command = [sys.executable, "-m", "benchmarks.settings", "--threads", str(options.threads)]
+            huge = {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb={int(way == HUGE)}"}
+            samples: Samples = json.loads(call([*command, "--one", way, str(directory.resolve()), str(runs)], environment=huge))
+            return samples
+
+        print(name, file=sys.stderr, flush=True)
+        results[name] = {way: figures(found) for way, found in take_turns(WAYS, options.processes, measure, rotate=True).items()}
         print(name, {way: {field: figure["median"] for field, figure in found.items()} for way, found in results[name].items()})
     document = {
         "what": "FastVLM-0.5b, random weights, 1024 px, and the demo model, both int4: the same processes with and without a setting",
@@ -73,7 +70,7 @@ def main() -> int:
 
 
 def demo(work: Path) -> Path:
-    """The demo model in INT4, converted anew: it takes a second."""
+    """The demo model in INT4, converted anew, which takes a second."""
     from fastvlm_edge.convert.pipeline import convert
 
     convert(str(DEMO), work / "demo-int4", precision="int4", force=True, progress=stderr_progress())
@@ -81,7 +78,7 @@ def demo(work: Path) -> Path:
 
 
 def one_process(way: str, directory: Path, runs: int, threads: int) -> None:
-    """Measure in this process and print the samples."""
+    """Measure one way in this process and print the samples."""
     from fastvlm_edge.backends import malloc, ort_session
 
     if way == HEAP:

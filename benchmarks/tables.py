@@ -59,7 +59,7 @@ def contender(name: str, record: dict[str, Any]) -> str:
 
 
 def rounded(value: float) -> str:
-    """Three digits are what such a measurement bears."""
+    """A figure with three significant digits; such a measurement is not more exact."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
@@ -299,13 +299,29 @@ def llm_libraries() -> str:
 
 
 def settings() -> str:
-    """`settings.json` as a table of medians."""
+    """`settings.json` as a table of medians; a star marks what differs from the first row of its model by the rule of `bench compare`."""
+    from benchmarks.verdicts import changed, enough
+
     fields = ("load_ms", "vision_ms", "prefill_ms", "decode_tokens_per_second", "peak_memory_mib")
+    document = load("settings")
     lines = ["| | load ms | vision ms | prefill ms | decode tokens/s | peak MiB |", "| --- | --- | --- | --- | --- | --- |"]
-    for model, results in load("settings")["results"].items():
+    for model, results in document["results"].items():
+        base = next(iter(results.values()))
         for way, found in results.items():
-            lines.append(f"| {model}, {way} | " + " | ".join(rounded(found[field]["median"]) for field in fields) + " |")
+            cells = [rounded(found[field]["median"]) + (" *" if changed(field, base, found) else "") for field in fields]
+            lines.append(f"| {model}, {way} | {' | '.join(cells)} |")
+    processes = document["processes"]
+    judged = f'A star marks what differs from "as shipped" by the rule of `fastvlm-edge bench compare`; {processes} processes each.'
+    few = f"{processes} processes each, too few for a verdict by `fastvlm-edge bench compare`, which needs five."
+    lines += ["", judged if enough(processes) else few]
     return "\n".join(lines)
+
+
+def verdicts() -> str:
+    """The claims about `peers.json`, each judged by the rule of `bench compare`."""
+    from benchmarks.verdicts import table
+
+    return table(load("peers"))
 
 
 def plan_error() -> str:
@@ -325,7 +341,42 @@ def plan_error() -> str:
     return "\n".join(rows)
 
 
+SCRIPTS = (
+    ("peers.run", "How fast is FastVLM-0.5B beside its peers on a CPU? (`make bench-peers`)", "peers", 120),
+    ("peers.run --device gpu", "The same on one GPU. **Not yet run on hardware.** (`make bench-gpu`)", "", 10),
+    ("verdicts", "Who is ahead, by the rule of `fastvlm-edge bench compare`?", "peers", 0),
+    ("cpu", "Where does the time go, by operator? (`make bench`)", "cpu", 15),
+    ("headline", "Is the paper's comparison with LLaVA-OneVision true here? What does the image size cost?", "headline", 60),
+    ("precisions", "What does each precision cost in speed and accuracy? (draws the pictures of performance.md)", "bench", 20),
+    ("settings", "What does each setting of the runtime bring on a CPU?", "settings", 20),
+    ("demo_accuracy", "How many questions does the demo answer correctly, by precision?", "demo_accuracy", 5),
+    ("quantization", "What does quantisation cost the demo in size, accuracy and speed?", "quantization", 15),
+    ("calibration", "What does calibrating a checkpoint of real size take?", "calibration", 45),
+    ("plan_error", "How far is `fastvlm-edge plan` from published measurements?", "plan_error", 0),
+    ("engine_builds", "What does building TensorRT engines of real size cost?", "engine_builds", 10),
+    ("bundle_sizes", "How large is a bundle, and how fast does it start beside PEX? (needs a package index)", "bundle_sizes", 15),
+)
+"""Module and options, the question it answers, its record, minutes that a run takes on two cores (0: under one)."""
+
+
+def benchmarks() -> str:
+    """The scripts of this directory, with the date of each record."""
+    lines = ["| script | question | record | last run | minutes |", "| --- | --- | --- | --- | --- |"]
+    for script, question, record, minutes in SCRIPTS:
+        link = f"[{record}.json](results/{record}.json)" if record else ""
+        lines.append(f"| `{script}` | {question} | {link} | {date_of(record) if record else 'never'} | {minutes or 'under 1'} |")
+    return "\n".join(lines)
+
+
+def date_of(record: str) -> str:
+    """When a record was measured; `any day` for one that is arithmetic and has no machine."""
+    document = load(record)
+    parts = [document, *(each for each in document.get("results", ()) if isinstance(each, dict))]
+    return max((part["machine"]["date"] for part in parts if "machine" in part), default="any day")
+
+
 TABLES = {
+    "benchmarks": benchmarks,
     "peers": peers,
     "headline": headline,
     "resolutions": resolutions,
@@ -337,12 +388,21 @@ TABLES = {
     "plan_error": plan_error,
     "prefill_w8a8": prefill_w8a8,
     "settings": settings,
+    "verdicts": verdicts,
     "vision_libraries": vision_libraries,
     "quantization_choice": quantization_choice,
     "calibration": calibration,
     "llm_libraries": llm_libraries,
 }
-PAGES = ("README.md", "docs/performance.md", "docs/tensorrt.md", "docs/tensorrt-types.md", "docs/quantization.md", "docs/plan.md")
+PAGES = (
+    "README.md",
+    "benchmarks/README.md",
+    "docs/performance.md",
+    "docs/tensorrt.md",
+    "docs/tensorrt-types.md",
+    "docs/quantization.md",
+    "docs/plan.md",
+)
 
 
 def filled(text: str) -> str:

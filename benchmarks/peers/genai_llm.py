@@ -58,9 +58,9 @@ def measure(workload: Workload, variant: str) -> Samples:
 PEER = Peer(
     "llm",
     ("int4",),
+    measure,
     packages=("torch==2.13.0", "onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "transformers"),
     prepare=prepare,
-    measure=measure,
 )
 
 if __name__ == "__main__":

@@ -107,9 +107,9 @@ def gguf_name(name: str) -> str:
 PEER = Peer(
     "llm",
     ("q4_0", "q8_0"),
+    measure,
     packages=("llama-cpp-python", "gguf", "ml_dtypes", "numpy", "safetensors"),
     prepare=prepare,
-    measure=measure,
 )
 
 if __name__ == "__main__":

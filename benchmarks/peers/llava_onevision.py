@@ -107,7 +107,7 @@ def tiles(file: bytes) -> Any:
     return np.stack([np.asarray(cut).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1 for cut in cuts])
 
 
-PEER = Peer("all", ("bfloat16", "float32"), packages=("torch==2.13.0", "transformers"), measure=measure)
+PEER = Peer("all", ("bfloat16", "float32"), measure, packages=("torch==2.13.0", "transformers"), environment="transformers_fastvlm")
 
 if __name__ == "__main__":
     sys.exit(main_of(PEER))

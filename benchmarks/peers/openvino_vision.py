@@ -56,7 +56,7 @@ def measure(workload: Workload, variant: str) -> Samples:
     return samples | time_vision(lambda pixels: request.infer([pixels])[0], workload)
 
 
-PEER = Peer("vision", ("bf16", "int8", "fp32"), packages=("openvino", "nncf"), prepare=prepare, measure=measure)
+PEER = Peer("vision", ("bf16", "int8", "fp32"), measure, packages=("openvino", "nncf"), prepare=prepare)
 
 if __name__ == "__main__":
     sys.exit(main_of(PEER))

@@ -61,7 +61,7 @@ def measure(workload: Workload, variant: str) -> Samples:
         return samples | time_llm(feed, lambda token: feed([token]), reset, workload)
 
 
-PEER = Peer("llm", ("int8", "fp32"), packages=("torch==2.13.0", "optimum-onnx[onnxruntime]"), prepare=prepare, measure=measure)
+PEER = Peer("llm", ("int8", "fp32"), measure, packages=("torch==2.13.0", "optimum-onnx[onnxruntime]"), prepare=prepare)
 
 if __name__ == "__main__":
     sys.exit(main_of(PEER))

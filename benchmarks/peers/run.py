@@ -1,11 +1,15 @@
-"""FastVLM-0.5B beside its peers on one CPU, in one run: the same random weights, the same positions, the same threads.
+"""FastVLM-0.5B beside its peers in one run, on a CPU or on one GPU: the same random weights, the same positions, the same threads.
 
     python -m benchmarks.peers.run [--only NAME,NAME] [--rounds 5] [--threads 2] [--out FILE] [--fresh]
+    python -m benchmarks.peers.run --device gpu [--only NAME,NAME] [--limit SECONDS] [--prepare]
 
-256 visual and 34 text tokens at 1024 px, greedy, 65 tokens; a peer without an encoder gets 290 positions of text, a peer without an LLM the
-picture alone. Every peer has an environment of its own in build/peers, made at the first call. Contenders take turns: each is a new process
-once a round, so that noise hits all of them alike. A peer that fails is recorded with the reason, the others go on. A run that was cut off
-goes on where it stopped: finished rounds are kept in the work folder until all are done.
+256 visual and 34 text tokens at 1024 px, greedy, 65 tokens. A peer without an encoder gets 290 positions of text, a peer without an LLM
+only the picture. Contenders take turns, each in a new process every round. A peer that fails is recorded with the reason, and the others
+go on. A run that was cut off continues with the same command: finished rounds are kept in the work directory until all are done.
+
+On a CPU every peer has an environment of its own in build/peers, made at the first call. On a GPU all run in this environment, because
+PyTorch and TensorRT have to fit the driver. There, the demo's answers are first compared with those of the CPU, and decoding is timed
+behind 1,900 positions as well. Not yet run on hardware.
 """
 
 from __future__ import annotations
@@ -13,18 +17,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
+import re
 import sys
+import time
 import venv
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.peers.protocol import FIELDS, ROOT, Peer
-from benchmarks.peers.workload import prepare
-from fastvlm_edge.bench.record import Samples, write_json
+from benchmarks.peers.gpu import floor_of
+from benchmarks.peers.protocol import DEVICES, FIELDS, ROOT, Peer, Samples
+from benchmarks.peers.workload import PRECISIONS, prepare
+from benchmarks.rounds import TIMEOUT, Contender, Failed, call, figures, take_turns
+from fastvlm_edge.bench.record import write_json
 from fastvlm_edge.machine.state import read_state
 from fastvlm_edge.progress import stderr_progress
 
@@ -36,32 +43,15 @@ SCRIPTS = {
     "llama.cpp": "llamacpp",
     "openvino": "openvino_vision",
 }
-"""Name of a peer -> its module in this folder."""
-RESULT = ROOT / "benchmarks" / "results" / "peers.json"
-TIMEOUT = 3600.0
+"""Name of a peer -> its module in this directory."""
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A variant of a peer."""
-
-    name: str
-    """`llama.cpp:q4_0`"""
-    peer: Peer
-    module: str
-    variant: str
-
-
-class PeerFailed(Exception):
-    """What a peer's process said last."""
-
-
-def contenders(only: list[str] | None) -> list[Contender]:
-    """All, or those that `only` names in full or by peer."""
+def contenders(only: Sequence[str] | None = None, device: str = "cpu") -> list[Contender]:
+    """All contenders on a device, or those that `only` names in full or by peer. Exits if it names another one."""
     found = []
     for name, module in SCRIPTS.items():
-        peer = peer_of(module)
-        found += [Contender(f"{name}:{variant}", peer, module, variant) for variant in peer.variants]
+        found += [contender(f"{name}:{variant}", module, variant) for variant in peer_of(module).variants_on(device)]
     names = [each.name for each in found]
     for wanted in only or ():
         if wanted not in names and wanted not in SCRIPTS:
@@ -69,8 +59,13 @@ def contenders(only: list[str] | None) -> list[Contender]:
     return [each for each in found if only is None or each.name in only or each.name.partition(":")[0] in only]
 
 
+def contender(name: str, module: str, variant: str) -> Contender:
+    """A variant of the peer in a module of this directory."""
+    return Contender(name, peer_of(module), module, variant)
+
+
 def peer_of(module: str) -> Peer:
-    """What a module of this folder says about itself."""
+    """The PEER of a module in this directory."""
     peer: Peer = import_module(f"benchmarks.peers.{module}").PEER
     return peer
 
@@ -92,156 +87,225 @@ def environment(folder: Path, peer: Peer) -> str:
     return str(python)
 
 
-def call(command: list[str]) -> str:
-    """Run in the repository's root; what it prints. Raises PeerFailed with its last line where it fails."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        out, errors = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise PeerFailed(f"not done after {TIMEOUT:.0f} s") from None
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-    if process.returncode:
-        lines = errors.strip().splitlines() or [f"exit status {process.returncode}"]
-        killed = f"ended by signal {-process.returncode}: " if process.returncode < 0 else ""
-        raise PeerFailed((killed + lines[-1]).replace(str(ROOT), ".")[:400])
-    return out
+class TimeUp(Exception):
+    """The seconds of `--limit` are over."""
 
 
 class Run:
-    """The rounds so far and where they are kept."""
+    """One run: the contenders, the rounds so far, and the file in which they are kept."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        """A run that was cut off is taken up, unless it was of other settings or `--fresh` asks for a new one."""
-        self.options = options
-        self.chosen = contenders(options.only.split(",") if options.only else None)
-        self._state_path: Path = options.work / "peers-run.json"
-        settings = {"size": options.size, "threads": options.threads, "runs": options.runs}
-        self.state: dict[str, Any] = {"settings": settings, "rounds": {}, "errors": {}, "versions": {}, "before": read_state()}
+    def __init__(self, options: argparse.Namespace, chosen: Sequence[Contender]) -> None:
+        """Take up a run that was cut off, unless its settings were different or `options.fresh` asks for a new one.
+
+        `options` are those of `parser()`. Without `options.envs`, all peers run in this environment.
+        """
+        self.options, self.chosen = options, list(chosen)
+        self.deadline = time.monotonic() + options.limit if options.limit else float("inf")
+        stem = options.out.stem if options.out else options.device
+        self._state_path: Path = options.work / f"{stem}-run.json"
+        settings = {"device": options.device, "size": options.size, "threads": options.threads, "runs": options.runs}
+        empty: dict[str, Any] = {"rounds": {}, "errors": {}, "versions": {}, "checks": {}, "before": read_state()}
+        self.state: dict[str, Any] = {"settings": settings, **empty}
         if self._state_path.is_file() and not options.fresh:
             earlier = json.loads(self._state_path.read_text(encoding="utf-8"))
             if earlier["settings"] == settings:
                 self.state = earlier
-                print(f"going on with {self._state_path}; --fresh begins anew", file=sys.stderr)
+                print(f"continuing {self._state_path}; --fresh starts anew", file=sys.stderr)
 
     def run(self) -> int:
-        """Prepare all, then the rounds. 0 where nothing failed."""
+        """Prepare everything, then measure the rounds. 0 if nothing failed."""
+        options = self.options
         self.state["errors"] = {}  # what failed is tried again
-        prepare(self.options.work, self.options.size, stderr_progress())
-        if "limits" not in self.state:
-            self.state["limits"] = machine.limits(self.options.threads)
-        pythons: dict[str, str] = {}
-        for each in self.chosen:
-            try:
-                pythons[each.name] = environment(self.options.envs / each.module, each.peer)
-                if each.peer.prepare is not None:
-                    print(f"preparing {each.name}", file=sys.stderr, flush=True)
-                    call(self._command(pythons[each.name], each, "--prepare"))
-            except (PeerFailed, OSError) as error:
-                self._failed(each, error)
-        for number in range(self.options.rounds):
-            for each in self.chosen:
-                done = self.state["rounds"].setdefault(each.name, [])
-                if len(done) > number or each.name in self.state["errors"]:
-                    continue
-                print(f"round {number + 1}: {each.name}", file=sys.stderr, flush=True)
-                try:
-                    found = json.loads(call(self._command(pythons[each.name], each, "--measure")).splitlines()[-1])
-                except (PeerFailed, OSError, ValueError, IndexError) as error:
-                    self._failed(each, error)
-                    continue
-                done.append(found["samples"])
-                self.state["versions"][each.name] = found["versions"]
-                self._keep()
+        try:
+            if options.device == "gpu":
+                self._look_at_the_gpu()
+        except Failed as error:
+            print(f"peers: {error}", file=sys.stderr)
+            return 1
+        try:
+            prepare(options.work, options.size, stderr_progress(), self._precisions())
+            if options.device == "cpu" and "limits" not in self.state:
+                self.state["limits"] = machine.limits(options.threads)
+            pythons = self._prepare_contenders()
+            if options.prepare:
+                return 1 if self.state["errors"] else 0
+            names = [each.name for each in self.chosen if each.name not in self.state["errors"]]
+            of = {each.name: each for each in self.chosen}
+
+            def measure(name: str) -> Samples:
+                found = json.loads(self._call(pythons[name], of[name], "--measure").splitlines()[-1])
+                self.state["versions"][name] = found["versions"]
+                samples: Samples = found["samples"]
+                return samples
+
+            take_turns(names, options.rounds, measure, found=self.state["rounds"], keep=self._keep, failed=self._failed)
+        except TimeUp:
+            print(f"peers: {options.limit:.0f} s are over; the same command continues from here", file=sys.stderr)
         self._keep()
-        if all(len(self.state["rounds"].get(each.name, ())) >= self.options.rounds for each in self.chosen):
+        if all(len(self.state["rounds"].get(each.name, ())) >= options.rounds for each in self.chosen):
             self._state_path.unlink()  # the next run is a new one
         print_table(self.document())
         return 1 if self.state["errors"] else 0
 
     def document(self) -> dict[str, Any]:
         """The record."""
-        settings = self.state["settings"]
-        workload = json.loads((self.options.work / "workload.json").read_text(encoding="utf-8"))
-        results = {}
-        for each in self.chosen:
-            rounds = self.state["rounds"].get(each.name, [])
-            record = {"part": "llm" if each.variant.endswith("-llm") else each.peer.what, **figures(rounds)}
-            record["versions"] = self.state["versions"].get(each.name)
-            if each.name in self.state["errors"]:
-                record["error"] = self.state["errors"][each.name]
-            results[each.name] = record
-        return {
+        options, settings = self.options, self.state["settings"]
+        workload = json.loads((options.work / "workload.json").read_text(encoding="utf-8"))
+        document: dict[str, Any] = {
             "what": f"FastVLM-{settings['size']}, random weights, {workload['image_size']} px: {workload['visual_tokens']} visual and "
             f"{len(workload['ids']) - workload['visual_tokens']} text tokens, greedy, {workload['new_tokens']} tokens",
             "machine": machine.describe(),
-            "limits": self.state["limits"],
+            "limits": self.state.get("limits"),
             "state": {"before": self.state["before"], "after": read_state()},
             **settings,
-            "rounds": self.options.rounds,
-            "results": results,
+            "rounds": options.rounds,
+            "results": self._kept_results(),
         }
+        if options.device == "gpu":
+            document |= {"gpu": self.state["gpu"], "floor": self._floor(len(workload["ids"]))}
+            document["machine"]["versions"] |= self.state["gpu_versions"]
+        for each in self.chosen:
+            part = "llm" if each.variant.endswith("-llm") else each.peer.what
+            record: dict[str, Any] = {"part": part, **figures(self.state["rounds"].get(each.name, []))}
+            record["versions"] = self.state["versions"].get(each.name)
+            for key, found in (("parity", "checks"), ("error", "errors")):
+                if each.name in self.state[found]:
+                    record[key] = self.state[found][each.name]
+            document["results"][each.name] = record
+        return document
+
+    def _look_at_the_gpu(self) -> None:
+        """Which GPU, and its limits. Raises Failed with the reason if there is none."""
+        found = json.loads(call([sys.executable, "-m", "benchmarks.peers.gpu"]).splitlines()[-1])
+        if self.options.out is None:
+            name = re.sub(r"[^a-z0-9]+", "-", found["device"]["name"].lower()).strip("-")
+            self.options.out = RESULTS / f"gpu-{name}.json"
+        if self.state.get("gpu", found["device"]) != found["device"]:
+            self.state |= {"rounds": {}, "versions": {}, "checks": {}}  # of another GPU or driver
+        self.state |= {"gpu": found["device"], "gpu_versions": found["versions"], "limits": found["limits"]}
+
+    def _precisions(self) -> tuple[str, ...]:
+        """The precisions to convert to: on a GPU, those that the chosen contenders need."""
+        if self.options.device == "cpu":
+            return PRECISIONS
+        ours = [each.variant.rpartition("-")[2] for each in self.chosen if each.module == "ours"]
+        return tuple(dict.fromkeys(ours)) or ("fp16",)
+
+    def _prepare_contenders(self) -> dict[str, str]:
+        """Environments, prepared files and checks; the interpreter of every contender that did not fail."""
+        pythons: dict[str, str] = {}
+        for each in self.chosen:
+            try:
+                own = self.options.envs is not None
+                pythons[each.name] = environment(self.options.envs / each.environment, peer_of(each.environment)) if own else sys.executable
+                if each.peer.prepare is not None:
+                    print(f"preparing {each.name}", file=sys.stderr, flush=True)
+                    self._call(pythons[each.name], each, "--prepare")
+                if self.options.device == "gpu" and each.peer.check is not None and each.name not in self.state["checks"]:
+                    print(f"checking {each.name}", file=sys.stderr, flush=True)
+                    self.state["checks"][each.name] = json.loads(self._call(pythons[each.name], each, "--check").splitlines()[-1])
+                    self._keep()
+            except (Failed, OSError, ValueError, IndexError) as error:
+                self._failed(each.name, error)
+        return pythons
+
+    def _call(self, python: str, each: Contender, what: str) -> str:
+        """Run a process of a contender. Raises Failed, or TimeUp once the limit is reached."""
+        left = self.deadline - time.monotonic()
+        if left < 1:
+            raise TimeUp
+        options = self.options
+        try:
+            command = each.command(python, options.work, options.threads, options.runs, options.device, what)
+            return call(command, seconds=min(TIMEOUT, left))
+        except Failed:
+            if time.monotonic() >= self.deadline:
+                raise TimeUp from None
+            raise
+
+    def _floor(self, prompt: int) -> dict[str, Any]:
+        from fastvlm_edge.model_dir.manifest import read_manifest
+        from fastvlm_edge.planning.workload import shape_of
+
+        precisions = self._precisions()
+        manifest = read_manifest(self.options.work / precisions[0])
+        return floor_of(shape_of(manifest), manifest.vision.image_size, prompt, precisions, self.state["limits"])
+
+    def _kept_results(self) -> dict[str, Any]:
+        """On a GPU, with `--only`: the other contenders' results in an earlier record of the same GPU and driver."""
+        out: Path = self.options.out
+        if self.options.device == "cpu" or not self.options.only or not out.is_file():
+            return {}
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+        return dict(earlier["results"]) if earlier.get("gpu") == self.state["gpu"] else {}
 
     def _keep(self) -> None:
         write_json(self._state_path, self.state)
-        write_json(self.options.out, self.document())
+        if self.options.out is not None:
+            write_json(self.options.out, self.document())
 
-    def _failed(self, each: Contender, error: Exception) -> None:
-        self.state["errors"][each.name] = " ".join(str(error).split()) or type(error).__name__
-        print(f"{each.name}: {self.state['errors'][each.name]}", file=sys.stderr, flush=True)
+    def _failed(self, name: str, error: Exception) -> None:
+        self.state["errors"][name] = " ".join(str(error).split()) or type(error).__name__
+        print(f"{name}: {self.state['errors'][name]}", file=sys.stderr, flush=True)
         self._keep()
-
-    def _command(self, python: str, each: Contender, what: str) -> list[str]:
-        options = self.options
-        arguments = ["--work", str(options.work.resolve()), "--threads", str(options.threads), "--runs", str(options.runs)]
-        return [python, "-m", f"benchmarks.peers.{each.module}", *arguments, what, each.variant]
-
-
-def figures(rounds: list[dict[str, list[float]]]) -> dict[str, Any]:
-    """Median, least, most and samples by round of every field."""
-    samples = Samples()
-    for found in rounds:
-        samples.begin_process()
-        for name in FIELDS:
-            for value in found.get(name, ()):
-                samples.add(name, value)
-    return {name: samples.summary(name) for name in FIELDS if name in samples.figures}
 
 
 def print_table(document: dict[str, Any]) -> None:
-    """The medians, for people."""
-    print(f"{'':28}" + "".join(f"{field.removesuffix('_ms').replace('decode_tokens_per_second', 'tokens/s'):>17}" for field in FIELDS))
+    """Print the medians."""
+    fields = [field for field in FIELDS if any(field in record for record in document["results"].values())]
+    titles = [field.replace("decode_tokens_per_second", "tokens/s").removesuffix("_ms").replace("_mib", " MiB") for field in fields]
+    print(f"{'':28}" + "".join(f"{title.replace('_', ' '):>17}" for title in titles))
     for name, record in document["results"].items():
-        cells = "".join(f"{record[field]['median']:17.1f}" if field in record else f"{'-':>17}" for field in FIELDS)
-        print(f"{name:28}{cells}" + (f"  {record['error']}" if "error" in record else ""))
+        cells = "".join(f"{record[field]['median']:17.1f}" if field in record else f"{'-':>17}" for field in fields)
+        parity = record.get("parity")
+        same = f"  {parity['equal']} of {parity['asked']} answers as on the CPU" if parity else ""
+        print(f"{name:28}{cells}{same}" + (f"  {record['error']}" if "error" in record else ""))
+
+
+def parser(name: str, about: str | None, out: Path | None) -> argparse.ArgumentParser:
+    """The options that every comparison has; `out` is where its record goes by default."""
+    made = argparse.ArgumentParser(prog=f"python -m {name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=5, help="processes of each contender; default %(default)s")
+    made.add_argument("--runs", type=int, default=3, help="timed runs per process after a warm-up; default %(default)s")
+    made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--size", default="0.5b", choices=("tiny", "0.5b", "1.5b"), help="tiny is a smoke test")
+    made.add_argument(
+        "--work", type=Path, help="where checkpoint and models are kept; default build/bench, for other sizes build/bench-SIZE"
+    )
+    made.add_argument("--envs", type=Path, default=ROOT / "build" / "peers", help="where the environments are kept")
+    made.add_argument("--out", type=Path, default=out)
+    made.add_argument("--fresh", action="store_true", help="forget the rounds of a run that was cut off")
+    made.set_defaults(device="cpu", only=None, limit=None, prepare=False)
+    return made
+
+
+def settle(options: argparse.Namespace) -> argparse.Namespace:
+    """Fill in the work directory, make it, and let nothing be downloaded from now on."""
+    if options.work is None:
+        name = "bench" if options.device == "cpu" else "bench-gpu"
+        options.work = ROOT / "build" / (name if options.size == "0.5b" else f"{name}-{options.size}")
+    options.work.mkdir(parents=True, exist_ok=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return options
 
 
 def main() -> int:
-    """Run the driver."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.peers.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", help="peers or contenders, such as llama.cpp,fastvlm-edge:int4; default all")
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each contender; default %(default)s")
-    parser.add_argument("--runs", type=int, default=3, help="timed runs a process after a warm-up; default %(default)s")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--size", default="0.5b", choices=("tiny", "0.5b", "1.5b"))
-    parser.add_argument("--work", type=Path, help="default build/bench, for other sizes build/bench-SIZE")
-    parser.add_argument("--envs", type=Path, default=ROOT / "build" / "peers", help="where the environments are kept")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--fresh", action="store_true", help="forget the rounds of a run that was cut off")
-    options = parser.parse_args()
-    if options.work is None:
-        options.work = ROOT / "build" / ("bench" if options.size == "0.5b" else f"bench-{options.size}")
-    options.work.mkdir(parents=True, exist_ok=True)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is to be downloaded while it is measured
-    run = Run(options)
+    """Run the comparison."""
+    made = parser("benchmarks.peers.run", __doc__, None)
+    made.add_argument("--device", choices=DEVICES, default="cpu")
+    made.add_argument("--only", help="peers or contenders, such as llama.cpp,fastvlm-edge:int4; default all")
+    made.add_argument("--limit", type=float, help="stop after this many seconds; the same command then continues")
+    made.add_argument("--prepare", action="store_true", help="only convert, build and check, so that a later run only has to measure")
+    options = made.parse_args()
+    if options.device == "gpu":
+        options.envs = None
+    elif options.out is None:
+        options.out = RESULTS / "peers.json"
+    chosen = contenders(options.only.split(",") if options.only else None, options.device)
     try:
-        return run.run()
+        return Run(settle(options), chosen).run()
     except KeyboardInterrupt:
-        print("peers: stopped; the same command goes on from here", file=sys.stderr)
+        print("peers: stopped; the same command continues from here", file=sys.stderr)
         return 130
 
 

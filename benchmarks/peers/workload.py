@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +24,17 @@ PICTURES = 8
 NEW_TOKENS = 65
 
 
-def prepare(folder: Path, size: str, progress: Progress) -> None:
-    """Everything below `folder`; what is there stays, but for models of an older converter.
+def prepare(folder: Path, size: str, progress: Progress, precisions: Sequence[str] = PRECISIONS) -> None:
+    """Make everything below `folder` that is missing, and convert again what an older converter wrote.
 
-    `size` is one of `examples.checkpoints.random_checkpoint.SIZES`.
+    `size` is a key of `examples.checkpoints.random_checkpoint.SIZES`.
     """
     from fastvlm_edge.convert.pipeline import convert
 
     progress.stage("random checkpoint")
     checkpoint = random_checkpoint(folder, size)
     progress.done()
-    for precision in PRECISIONS:
+    for precision in precisions:
         made_by = folder / f"{precision}.made-by"
         if not made_by.is_file() or made_by.read_text(encoding="ascii") != converter_digest():
             shutil.rmtree(folder / precision, ignore_errors=True)
@@ -41,8 +42,9 @@ def prepare(folder: Path, size: str, progress: Progress) -> None:
             made_by.write_text(converter_digest(), encoding="ascii")
     if not (folder / "qwen2" / "config.json").is_file():
         write_llm(checkpoint, folder / "qwen2")
-    manifest = read_manifest(folder / "fp32")
-    template = ChatTemplate(TextTokenizer(folder / "fp32" / "tokenizer.json"), manifest)
+    directory = folder / precisions[0]
+    manifest = read_manifest(directory)
+    template = ChatTemplate(TextTokenizer(directory / "tokenizer.json"), manifest)
 
     def whole(prompt: str) -> list[int]:
         return template.opening() + template.turn(prompt, (manifest.vision.tokens,))
@@ -66,13 +68,13 @@ def prepare(folder: Path, size: str, progress: Progress) -> None:
 def converter_digest() -> str:
     """Changes with the source of the converter: yesterday's graphs must not be measured as today's."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "convert").glob("*.py")):
+    for path in sorted((ROOT / "convert").rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 def write_llm(checkpoint: Path, folder: Path) -> None:
-    """The LLM of a native FastVLM checkpoint as a checkpoint of `Qwen2ForCausalLM`, for tools that know no FastVLM."""
+    """Write the LLM of a native FastVLM checkpoint as a checkpoint of `Qwen2ForCausalLM`, for tools that do not know FastVLM."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -89,4 +91,4 @@ def write_llm(checkpoint: Path, folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(checkpoint / name, folder / name)
     config |= {"architectures": ["Qwen2ForCausalLM"], "torch_dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")  # last: it says that all is there
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")  # last: it says that the rest exists

@@ -1,44 +1,35 @@
-"""The parts of benchmarks/gpu/ that need no GPU: counts, aggregation, and a record that survives whatever becomes of a step."""
+"""The parts of the peers' run on a GPU that need no GPU: counts, checks, the limit, and a record that survives a failing step."""
 
+from __future__ import annotations
+
+import argparse
 import json
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from benchmarks.gpu import workload
-from benchmarks.gpu.__main__ import parse
-from benchmarks.gpu.eager import speed_of_transformers, time_decoding
-from benchmarks.gpu.figures import STAGES
-from benchmarks.gpu.floor import cache_bytes, floor_of, prefill_flops, vision_flops, weight_bytes
-from benchmarks.gpu.ours import time_replies
-from benchmarks.gpu.record import begin, merge, slug
-from benchmarks.gpu.run import Contender, Run, contenders, run_step, wanted
-from benchmarks.gpu.static_loop import speed_of_compiled
-from benchmarks.gpu.steps import PART, be_step
-from benchmarks.gpu.transformers_model import Loaded
-from benchmarks.gpu.workload import Task, photograph
-from fastvlm_edge import FastVLM
-from fastvlm_edge.bench.record import summary
-from fastvlm_edge.bench.workload import question
-from fastvlm_edge.convert.precision import precision_plan
-from fastvlm_edge.convert.reference.fastvithd import FastViTHDConfig
-from tests.fastvlm_edge.generation.test_vlm import PROMPT
-from tests.support.checkpoints import SIZES
-from tests.support.timm_reference import import_timm
+from benchmarks.peers import demo, gpu, ours, run
+from benchmarks.peers.protocol import DECODE, DEEP, Workload
+from benchmarks.peers.run import Run, contenders
+from benchmarks.peers.transformers_fastvlm import STAGES, deep_ids, preprocessor, time_compiled, time_eager
+from benchmarks.peers.transformers_model import Loaded, generate, load_transformers, reply_by_static_loop, time_decoding
+from benchmarks.peers.workload import prepare
+from benchmarks.rounds import Failed
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.planning.workload import SIZES, TextShape, VisionShape, vision_work
+from fastvlm_edge.progress import SilentProgress
+from tests.support.checkpoints import TINY_VISION
 
-TEXT = SIZES["0.5b"].text(152000, tied=True)
-"""24 layers of 896, 14 heads of 64, 2 of keys and values, 4864 in between."""
-LAYER = 896 * 1152 + 896 * 896 + 896 * 9728 + 4864 * 896
 DEVICE = {"name": "NVIDIA GeForce RTX 4070 Ti", "driver": "580.1"}
+LIMITS = {"copy_gb_per_second": 100.0, "matrix_tflops": {"float16": 50.0}}
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: more of them wait for each other for seconds where a tiny model shares its cores with other work."""
+    """PyTorch on one thread: several would wait for each other for seconds when a tiny model shares its cores with other work."""
     import torch
 
     before = torch.get_num_threads()
@@ -47,36 +38,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_weights_that_a_token_reads() -> None:
-    assert LAYER == 14_909_440
-    small = 24 * (1152 + 2 * 896) + 896  # biases of q, k and v, two norms a layer, the last norm
-    floats = 24 * LAYER + 152000 * 896 + small + 896  # and a row of the embedding
-    assert weight_bytes(TEXT, precision_plan("fp32")) == 4 * floats == 1_976_364_032
-    assert weight_bytes(TEXT, precision_plan("fp16")) == weight_bytes(TEXT, precision_plan("bf16")) == 2 * floats
-    channels = 24 * (1152 + 896 + 9728 + 896) + 152000
-    assert weight_bytes(TEXT, precision_plan("int8")) == 24 * LAYER + 152000 * 896 + 2 * (channels + small) + 896 + 2
-    blocks = 24 * (7 * (1152 + 896 + 9728) + 38 * 896)  # 896 / 128 = 7 blocks, 4864 / 128 = 38
-    expected = 24 * LAYER // 2 + 152000 * 896 + 2 * (blocks + 152000 + small) + 896 + 2
-    assert weight_bytes(TEXT, precision_plan("int4")) == expected == 321_144_322
-
-
-def test_cache_that_a_token_reads() -> None:
-    assert cache_bytes(TEXT, precision_plan("fp16"), 300) == 24 * 2 * 2 * 64 * 300 * 2 == 3_686_400
-    assert cache_bytes(TEXT, precision_plan("fp32"), 2000) == 24 * 2 * 2 * 64 * 2000 * 4
-
-
-def test_operations_of_prefill() -> None:
-    assert prefill_flops(TEXT, 1) == 2 * (24 * LAYER + 2 * 24 * 896 + 896 * 152000)
-    layers = 23 * (2 * LAYER + 2 * 896 * 3)  # the second position looks at both
-    last = LAYER + 896 * 256 + 2 * 896 * 2  # the first gives its keys and values, of two heads of 64
-    assert prefill_flops(TEXT, 2) == 2 * (layers + last + 896 * 152000)
-    whole = 211_441_233_920  # with the last layer like the others
-    assert prefill_flops(TEXT, 290) == whole - 2 * (289 * (LAYER - 896 * 256) + 2 * 896 * 289 * 290 // 2)
-
-
-def test_operations_of_a_picture() -> None:
-    """244.264 billion multiply-accumulates are those of every Conv and MatMul of the 0.5B's vision.onnx at 1024 px."""
-    assert vision_flops(FastViTHDConfig(), 896, 1024) == 2 * 244_264_075_264
+# What a GPU allows --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -85,232 +47,187 @@ def test_operations_of_a_picture_are_those_that_pytorch_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from fastvlm_edge.convert.reference.fastvithd import FastViTHD
-    from tests.support.checkpoints import TINY_VISION
 
     encoder = FastViTHD(TINY_VISION).eval()
-    with (
-        torch.inference_mode(),
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with torch.inference_mode(), math, FlopCounterMode(display=False) as counter:
         encoder(torch.zeros(1, 3, 256, 256))
     projector = 2 * 16 * 128 * (TINY_VISION.out_dim + 128)
-    assert counter.get_total_flops() + projector == vision_flops(TINY_VISION, 128, 256)
+    work = vision_work(VisionShape(TINY_VISION.dims, TINY_VISION.depths, TINY_VISION.out_dim, TINY_VISION.se_dim), 128, 256)
+    assert counter.get_total_flops() + projector == 2 * (work.dense + work.grouped)
 
 
-def test_the_floor_follows_from_the_measured_rates(tmp_path: Path) -> None:
-    from tests.support.checkpoints import write_checkpoint
-
-    source = write_checkpoint(tmp_path / "ck", layout="native")
-    limits = {"copy_gb_per_second": 1.0, "matrix_tflops": {"float16": 0.001}}
-    floor = floor_of(source, ("fp16", "bf16"), limits)
+def test_the_floor_follows_from_the_measured_rates() -> None:
+    shape = SIZES["0.5b"]
+    floor = gpu.floor_of(shape, 1024, 290, ["fp16", "bf16", "int4"], LIMITS)
     row = floor["by_precision"]["fp16"]
-    assert row["vision_ms"] == pytest.approx(floor["vision_gflop"] * 1e3, rel=1e-3)  # a GFLOP/s
-    read = row["decode"]["300"]["mb_per_token"]
-    assert row["decode"]["300"]["tokens_per_second"] == pytest.approx(1000 / read, rel=1e-3)
-    assert row["decode"]["2000"]["mb_per_token"] > read > row["weights_mb"]
-    assert "vision_ms" not in floor["by_precision"]["bf16"] and "decode" in floor_of(source, ["fp16"], {})["by_precision"]["fp16"]
+    assert row["vision_ms"] == pytest.approx(floor["vision_gflop"] / 50, rel=1e-3)  # 50 TFLOP/s are 50 GFLOP per millisecond
+    assert row["prefill_ms"] == pytest.approx(floor["prefill_gflop"] / 50, rel=1e-3)
+    text = shape.text
+    read = 2 * (text.body + text.head) + text.cache_bytes(290)
+    assert row["mb_per_token@290"] == pytest.approx(read / 1e6, rel=1e-3)
+    assert row["decode_tokens_per_second@290"] == pytest.approx(100e9 / read, rel=1e-3)
+    assert row[f"mb_per_token@{DEEP}"] > row["mb_per_token@290"] > floor["by_precision"]["int4"]["mb_per_token@290"]
+    assert "vision_ms" not in floor["by_precision"]["bf16"]  # its rate was not measured
+    assert set(gpu.floor_of(shape, 1024, 290, ["int4"], {})["by_precision"]["int4"]) == {"mb_per_token@290", f"mb_per_token@{DEEP}"}
 
 
-def test_summary_and_names() -> None:
-    assert summary([3.0, 1.0, 123456.0]) == {"median": 3.0, "min": 1.0, "max": 123500.0}
-    assert slug("NVIDIA GeForce RTX 4070 Ti") == "nvidia-geforce-rtx-4070-ti"
-    record = {"parity": {"a": 1}, "x": 1}
-    merge(record, {"parity": {"b": 2}, "x": 2})
-    assert record == {"parity": {"a": 1, "b": 2}, "x": 2}
-
-
-def test_contenders_and_only() -> None:
-    names = [each.name for each in contenders(["int8", "int4"])]
-    assert names == [
-        "tensorrt:int8",
-        "transformers:float16",
-        "tensorrt:int4",
-        "transformers:bfloat16",
-        "ort-cuda:int8",
-        "compiled:float16",
-    ]
-    assert [name for name in names if wanted(name, ["tensorrt", "ort-cuda:int8"])] == [
-        "tensorrt:int8",
-        "tensorrt:int4",
-        "ort-cuda:int8",
-    ]
-    assert all(wanted(name, None) for name in names) and not wanted("tensorrt:int8", ["tensor"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"), [(["--precisions", "fp8"], "'fp8' is unknown; choose from fp32"), (["--runs", "0"], "--runs is 0")]
-)
-def test_options_that_are_refused(arguments, says, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(arguments)
-    assert says in capsys.readouterr().err
-
-
-def test_a_prompt_of_just_so_many_positions() -> None:
-    assert question(lambda prompt: 10 + len(prompt.split()), 15) == "a a a a a"
-    with pytest.raises(ValueError, match="no prompt takes 10"):
-        question(lambda prompt: 10 + len(prompt.split()), 10)
-
-
-# Steps that go wrong ------------------------------------------------------------------------------------------------------------
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
-
-
-def run_code(code: str, seconds: float = 60) -> tuple[bool, dict, list]:
-    record, parts = {}, []
-    good = run_step("a step", python(code), seconds, lambda part: (parts.append(part), merge(record, part)))
-    return good, record, parts
-
-
-def test_a_step_hands_on_its_parts_and_nothing_else() -> None:
-    good, _, parts = run_code("""print('noise'); print('part: {"a": 1}'); print('{"b": 2}'); print('part: {"c": {"d": 3}}')""")
-    assert good and parts == [{"a": 1}, {"c": {"d": 3}}]
-
-
-def test_a_step_that_tells_what_went_wrong_keeps_its_own_words() -> None:
-    good, record, _ = run_code("""print('part: {"a": 1}'); print('part: {"error": "no BF16 here"}'); raise SystemExit(1)""")
-    assert not good and record == {"a": 1, "error": "no BF16 here"}
-
-
-def test_a_step_that_crashes() -> None:
-    good, record, _ = run_code("""import os; print('part: {"a": 1}', flush=True); os.kill(os.getpid(), 11)""")
-    assert not good and record == {"a": 1, "error": "a step: ended by signal 11 (SIGSEGV)"}
-    assert run_code("raise SystemExit(3)")[1]["error"] == "a step: exit status 3, see its output"
-
-
-def lives(pid: str) -> bool:
-    """Whether a process still runs after five seconds at most; a dead one stays a zombie where nobody asks for it."""
-    for _ in range(50):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return False
-        if state in "ZX":
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def test_a_step_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
-    """A step of the shell, which begins at once, where Python may take longer than the step is given on a busy machine."""
-    began = time.monotonic()
-    child = tmp_path / "child"
-    script = f"""sleep 60 & echo $! > '{child}'; echo 'part: {{"a": 1}}'; wait"""
-    record: dict = {}
-    assert not run_step("a step", ["/bin/sh", "-c", script], 0.7, lambda part: merge(record, part))
-    assert record == {"a": 1, "error": "a step: cut off, the time was up"}
-    assert time.monotonic() - began < 30
-    assert not lives(child.read_text().strip()), "a process of the step lives on"
-
-
-def make_run(tmp_path: Path, steps, **options) -> Run:
-    """A run whose steps are made of Python code."""
-    run = Run(Task(tmp_path, tmp_path / "checkpoint", ("fp16",), 1), tmp_path / "out.json", None, options.pop("limit", 60))
-    run.document = begin({"device": DEVICE, "machine": {}}, None)
-    run._step = lambda step, keep: run_step(step, python(steps[step]), 60, keep)
-    return run
-
-
-def test_the_others_go_on_when_one_contender_fails(tmp_path: Path) -> None:
-    run = make_run(tmp_path, {"bad": "raise SystemExit(1)", "never": "", "good": """print('part: {"decode": {"300": {}}}')"""})
-    assert not run.measure(Contender("first", ("bad", "never")))
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert written["results"]["first"] == {"state": "failed", "error": "bad: exit status 1, see its output"}
-    assert run.measure(Contender("second", ("good",)))
-    results = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert results["second"] == {"state": "done", "decode": {"300": {}}} and results["first"]["state"] == "failed"
-
-
-def test_every_part_is_on_the_disk_as_soon_as_it_is_there(tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
-    code = f"""
-import json, time
-print('part: {{"load_ms": 1}}', flush=True)
-for _ in range(200):
-    time.sleep(0.05)
-    try:
-        seen = json.load(open({str(out)!r}))["results"]["x"].get("load_ms")
-    except OSError:
-        seen = None
-    if seen:
-        break
-print('part: ' + json.dumps({{"seen": seen}}))
-"""
-    run = make_run(tmp_path, {"step": code})
-    assert run.measure(Contender("x", ("step",)))
-    assert run.document["results"]["x"]["seen"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
-
-
-def test_a_step_finds_itself_in_a_process_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    run = Run(Task(tmp_path / "work", tmp_path, ("fp16",), 1), tmp_path / "out.json", None, 60)
-    told: dict = {}
-    assert run._step("checkpoint", told.update) and told == {}
-    (tmp_path / "config.json").unlink()
-    assert not run._step("checkpoint", told.update)
-    assert told["error"].startswith(f"checkpoint: FileNotFoundError: {tmp_path} has no config.json")
-
-
-def test_what_has_no_time_left_says_so(tmp_path: Path) -> None:
-    run = Run(Task(tmp_path, tmp_path, ("fp16",), 1), tmp_path / "out.json", None, 0)
-    run.document = begin({"device": DEVICE, "machine": {}}, None)
-    assert not run.measure(Contender("late", ("speed:tensorrt:fp16",)))
-    assert "not begun, no time was left; run again" in run.document["results"]["late"]["error"]
-
-
-def test_only_keeps_the_others_of_the_same_gpu(tmp_path: Path) -> None:
-    path = tmp_path / "gpu.json"
-    path.write_text(json.dumps({"device": DEVICE, "results": {"transformers:float16": {"state": "done"}}}))
-    assert begin({"device": DEVICE, "machine": {}}, path)["results"] == {"transformers:float16": {"state": "done"}}
-    assert begin({"device": {**DEVICE, "driver": "590"}, "machine": {}}, path)["results"] == {}
-    assert begin({"device": DEVICE, "machine": {}}, tmp_path / "none.json")["results"] == {}
-
-
-def test_without_a_gpu_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from fastvlm_edge import FastVLMError
+def test_without_a_gpu_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from fastvlm_edge.nvidia import drivers
 
     def no_gpu() -> None:
-        raise FastVLMError("no NVIDIA driver on this machine")
+        raise FastVLMError("there is no NVIDIA driver on this machine", "install it")
 
     monkeypatch.setattr(drivers, "open_cuda", no_gpu)
-    assert be_step("device", Task(tmp_path, tmp_path, ("fp16",), 1)) == 1
-    line = capsys.readouterr().out
-    assert json.loads(line.removeprefix(PART)) == {"error": "device: no NVIDIA driver on this machine"}
+    assert gpu.main() == 1
+    assert capsys.readouterr().err == "there is no NVIDIA driver on this machine; install it\n"
+
+
+# The run ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """Options of a run on a GPU in which nothing real is prepared, checked or measured."""
+    (tmp_path / "workload.json").write_text(json.dumps({"image_size": 256, "visual_tokens": 16, "ids": [0] * 50, "new_tokens": 5}))
+    monkeypatch.setattr(run, "prepare", lambda *_: None)
+    monkeypatch.setattr(run.Run, "_floor", lambda self, prompt: {"prompt": prompt})
+    return argparse.Namespace(
+        **{"device": "gpu", "only": "fastvlm-edge", "rounds": 2, "runs": 1, "threads": 2, "size": "tiny", "fresh": False},
+        **{"limit": None, "prepare": False, "work": tmp_path, "envs": None, "out": tmp_path / "gpu.json"},
+    )
+
+
+def answer(command: list[str], **_: Any) -> str:
+    """What the processes of a run print."""
+    if command[-1] == "benchmarks.peers.gpu":
+        return json.dumps({"device": DEVICE, "versions": {"tensorrt": "10.3"}, "limits": LIMITS})
+    if "--check" in command:
+        return json.dumps({"asked": 16, "equal": 15})
+    return json.dumps({"samples": {"vision_ms": [5.0], "peak_device_memory_mib": [700]}, "versions": {}})
+
+
+def run_on_a_gpu(options: argparse.Namespace) -> int:
+    return Run(options, contenders(options.only.split(","), "gpu")).run()
+
+
+def test_the_contenders_on_a_gpu() -> None:
+    names = [each.name for each in contenders(device="gpu")]
+    assert names == [
+        *("fastvlm-edge:tensorrt-int4", "fastvlm-edge:tensorrt-int8", "fastvlm-edge:tensorrt-fp16", "fastvlm-edge:ort-cuda-fp16"),
+        *("transformers:float16", "transformers:bfloat16", "transformers:float16-compile"),
+    ]
+
+
+def test_every_contender_is_checked_before_any_is_timed(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def note(command: list[str], **_: Any) -> str:
+        seen.append((command[-2], command[-1]))
+        return answer(command)
+
+    monkeypatch.setattr(run, "call", note)
+    assert run_on_a_gpu(options) == 0
+    variants = ["tensorrt-int4", "tensorrt-int8", "tensorrt-fp16", "ort-cuda-fp16"]
+    assert [variant for action, variant in seen if action == "--check"] == variants
+    assert [variant for action, variant in seen if action == "--measure"] == variants * 2
+    assert max(index for index, each in enumerate(seen) if each[0] == "--check") < seen.index(("--measure", "tensorrt-int4"))
+    record = json.loads(options.out.read_text())
+    assert record["gpu"] == DEVICE and record["limits"] == LIMITS and record["floor"] == {"prompt": 50}
+    assert record["machine"]["versions"]["tensorrt"] == "10.3"
+    result = record["results"]["fastvlm-edge:tensorrt-int4"]
+    assert result["parity"] == {"asked": 16, "equal": 15} and result["peak_device_memory_mib"]["samples"] == [[700], [700]]
+
+
+def test_the_others_go_on_when_a_check_fails(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(command: list[str], **_: Any) -> str:
+        if command[-2:] == ["--check", "tensorrt-int8"]:
+            raise Failed("FastVLMError: no INT8 here")
+        return answer(command)
+
+    monkeypatch.setattr(run, "call", fail)
+    assert run_on_a_gpu(options) == 1
+    results = json.loads(options.out.read_text())["results"]
+    assert results["fastvlm-edge:tensorrt-int8"]["error"] == "FastVLMError: no INT8 here"
+    assert "vision_ms" not in results["fastvlm-edge:tensorrt-int8"] and "vision_ms" in results["fastvlm-edge:ort-cuda-fp16"]
+
+
+def test_only_keeps_the_others_of_the_same_gpu(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "call", answer)
+    for device, kept in ((DEVICE, True), ({**DEVICE, "driver": "590"}, False)):
+        options.out.write_text(json.dumps({"gpu": device, "results": {"transformers:float16": {"part": "all"}}}))
+        assert run_on_a_gpu(options) == 0
+        assert ("transformers:float16" in json.loads(options.out.read_text())["results"]) is kept
+
+
+def test_a_run_ends_at_its_limit_and_goes_on_later(
+    options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+
+    def slow(command: list[str], **_: Any) -> str:
+        clock[0] += 10 * ("--measure" in command)
+        return answer(command)
+
+    monkeypatch.setattr(run, "call", slow)
+    options.limit, options.only = 25, "fastvlm-edge:tensorrt-int4,transformers:float16"
+    assert run_on_a_gpu(options) == 0
+    assert "25 s are over; the same command continues" in capsys.readouterr().err
+    measured = {name: len(record["vision_ms"]["samples"]) for name, record in json.loads(options.out.read_text())["results"].items()}
+    assert measured == {"fastvlm-edge:tensorrt-int4": 2, "transformers:float16": 1}
+    assert run_on_a_gpu(options) == 0
+    results = json.loads(options.out.read_text())["results"]
+    assert [len(record["vision_ms"]["samples"]) for record in results.values()] == [2, 2]
+
+
+def test_a_process_that_the_limit_cuts_off_has_not_failed(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+
+    def cut_off(command: list[str], *, seconds: float = 0, **_: Any) -> str:
+        if "--measure" in command:
+            assert seconds == 25
+            clock[0] += seconds
+            raise Failed("not done after 25 s")
+        return answer(command)
+
+    monkeypatch.setattr(run, "call", cut_off)
+    options.limit = 25
+    assert run_on_a_gpu(options) == 0
+    assert all("error" not in record for record in json.loads(options.out.read_text())["results"].values())
+
+
+def test_it_converts_only_what_is_needed(options: argparse.Namespace) -> None:
+    def precisions(only: str) -> tuple[str, ...]:
+        return Run(options, contenders(only.split(","), "gpu"))._precisions()
+
+    assert precisions("fastvlm-edge:tensorrt-int4,fastvlm-edge:ort-cuda-fp16") == ("int4", "fp16")
+    assert precisions("transformers") == ("fp16",)
 
 
 # Measuring, on the CPU ----------------------------------------------------------------------------------------------------------
 
 
-def test_replies_are_timed_and_none_ends_early(model_dir: Path) -> None:
-    with FastVLM.load(model_dir, "ort", threads=1) as vlm:
-        end = vlm.generate(PROMPT, photograph(), max_new_tokens=1).token_ids[0]
-        vlm.manifest.text.stop_ids.append(end)
-        record: dict = {}
-        for part in time_replies(vlm, {"short": 60, "long": 150}, 3, 9):
-            merge(record, part)
-    assert set(record["first_token"]) == set(STAGES)
-    first = record["first_token"]["ttft_ms"]
-    assert 0 < first["min"] <= first["median"] <= first["max"]
-    assert [record["decode"][name]["prompt_tokens"] for name in ("short", "long")] == [60, 150]
-    assert all(row["tokens_per_second"]["median"] > 0 for row in record["decode"].values())
-    assert len(record["tokens"]) == 9
+def test_decoding_at_depth_is_a_figure_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fastvlm_edge.bench import measure as bench
+
+    lines = [("vision_ms", 5.0), (f"{DECODE}@290", 100.0), (f"{DECODE}@{DEEP + 1}", 80.0), ("ttft_cold_ms", 9.0)]
+    monkeypatch.setattr(bench, "measure", lambda *_: iter([{"figure": name, "value": value} for name, value in lines]))
+    workload = Workload(tmp_path, "tiny", 256, 16, 100, [1], new_tokens=5, threads=1, runs=1, device="gpu")
+    found = ours.measure(workload, "tensorrt-int4")
+    assert found == {"vision_ms": [5.0], DECODE: [100.0], f"{DECODE}@{DEEP}": [80.0], "ttft_ms": [9.0]}
 
 
 class SimulatedModel:
-    """Of transformers, as far as `generate` needs it, on a clock of its own: a prefill of any length, then steps of 10 ms."""
+    """What `generate` needs of transformers, on a clock of its own: a prefill of any length, then steps of 10 ms."""
 
     def __init__(self, prefills: list[float], passes: int | None = None) -> None:
         import torch
 
         self.model, self.clock, self.prefills, self.passes = SimpleNamespace(language_model=torch.nn.Identity()), 0.0, prefills, passes
 
-    def generate(self, *, input_ids, max_new_tokens, **_):
+    def generate(self, *, input_ids: Any, max_new_tokens: int, **_: Any) -> Any:
         import torch
 
         for index in range(self.passes or max_new_tokens):
@@ -321,14 +238,14 @@ class SimulatedModel:
 
 class Simulated(Loaded):
     def wait(self) -> float:
-        return self.model.clock
+        return float(self.model.clock)
 
 
 def test_the_speed_of_decoding_does_not_depend_on_prefill() -> None:
-    """Taken as the difference of two replies it would: 8 steps less 5 seconds of noise are a negative speed."""
+    """As the difference of two replies it would: 8 steps less 5 seconds of noise are a negative speed."""
     import torch
 
-    loaded = Simulated(torch, SimulatedModel([5.0, 0.001, 60.0]), "cpu", 256)
+    loaded = Simulated(torch, SimulatedModel([5.0, 0.001, 60.0]), "cpu")
     for _ in range(3):
         tokens, speed = time_decoding(loaded, torch.zeros((1, 4), dtype=torch.int64), None, 9)
         assert tokens == [7] * 9 and speed == pytest.approx(100)
@@ -338,33 +255,59 @@ def test_the_speed_of_decoding_does_not_depend_on_prefill() -> None:
 def test_a_reply_that_is_not_decoded_token_by_token_has_no_speed() -> None:
     import torch
 
-    loaded = Simulated(torch, SimulatedModel([1.0], passes=4), "cpu", 256)
+    loaded = Simulated(torch, SimulatedModel([1.0], passes=4), "cpu")
     with pytest.raises(RuntimeError, match="passed 4 times through the language model for 9 tokens"):
         time_decoding(loaded, torch.zeros((1, 4), dtype=torch.int64), None, 9)
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_transformers_and_the_loop_that_is_compiled_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed steps on the CPU, uncompiled: what they do is right, how fast it is does not matter here."""
-    from fastvlm_edge.convert.pipeline import convert
-    from tests.support.checkpoints import write_checkpoint
+@pytest.fixture(scope="module")
+def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
+    """The real workload of the peers, for the tiny size."""
+    folder = tmp_path_factory.mktemp("work")
+    prepare(folder, "tiny", SilentProgress(), ["fp32"])
+    document = json.loads((folder / "workload.json").read_text())
+    return Workload(folder, **document | {"new_tokens": 5}, threads=1, runs=2)
 
-    import_timm()
-    task = Task(tmp_path, write_checkpoint(tmp_path / "ck", layout="native", image_size=256), ("fp32",), 2)
-    convert(str(task.checkpoint), tmp_path / "fp32", context=512)
-    monkeypatch.setattr(workload, "PROMPTS", {"300": 60, "2000": 90})
-    monkeypatch.setattr(workload, "NEW_TOKENS", 9)
-    with FastVLM.load(tmp_path / "fp32", "ort", threads=1) as vlm:
-        sides = [time_replies(vlm, workload.PROMPTS, 2, 9), speed_of_transformers(task, "float32", "cpu")]
-        sides.append(speed_of_compiled(task, "float32", "cpu", compiled=False))
-        records: list[dict] = []
-        for parts in sides:
-            records.append({})
-            for part in parts:
-                merge(records[-1], part)
-    assert all(record["tokens"] == records[0]["tokens"] and len(record["tokens"]) == 9 for record in records)
-    for record in records:
-        assert set(record["first_token"]) == set(STAGES)
-        assert {name: row["prompt_tokens"] for name, row in record["decode"].items()} == workload.PROMPTS
-        speeds = [row["tokens_per_second"] for row in record["decode"].values()]
-        assert all(set(speed) == {"median", "min", "max"} and speed["min"] > 0 for speed in speeds)
+
+@pytest.mark.usefixtures("one_thread")
+def test_transformers_is_timed_eagerly_and_by_the_static_loop(workload: Workload) -> None:
+    import torch
+
+    loaded = load_transformers(workload.checkpoint, "float32")
+    picture = preprocessor(workload, loaded)
+    with torch.no_grad():
+        sides = [time_eager(workload, loaded, workload.ids, DECODE, picture)]
+        sides.append(time_compiled(workload, loaded, workload.ids, DECODE, picture, compiled=False))
+    for samples in sides:
+        assert set(samples) == {*STAGES, DECODE} and all(len(values) == 2 and min(values) > 0 for values in samples.values())
+    assert len(deep_ids(workload)) == DEEP and deep_ids(workload)[: len(workload.ids)] == workload.ids
+    assert not loaded.model.model.vision_tower._forward_pre_hooks
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_all_sides_of_the_check_give_the_same_answers(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's answers by `generate`, by the static loop and by our runtime, all on the CPU."""
+    import torch
+
+    from fastvlm_edge import FastVLM
+
+    monkeypatch.setattr(demo, "QUESTIONS", 3)
+    with FastVLM.load(demo.demo_model(workload.folder, "fp32"), "ort", threads=1) as vlm:
+        assert demo.compare_replies(workload.folder, demo.ask(vlm)) == {"asked": 3, "equal": 3}
+    loaded = load_transformers(demo.DEMO, "float32")
+    for reply in (generate, reply_by_static_loop):
+        replies = []
+        with torch.inference_mode():
+            for ids, pixels, stop_ids, vocab in demo.prompts(workload.folder):
+                tokens = reply(loaded, loaded.ids(ids, vocab), torch.from_numpy(pixels), demo.NEW_TOKENS)
+                replies.append(tokens[: next((at for at, token in enumerate(tokens) if token in stop_ids), len(tokens))])
+        assert demo.compare_replies(workload.folder, replies) == {"asked": 3, "equal": 3}
+    replies[1] = [1, 2, 3]
+    assert demo.compare_replies(workload.folder, replies) == {"asked": 3, "equal": 2}
+
+
+def test_the_shape_of_text_is_what_the_floor_counts() -> None:
+    """A layer of 896 with 14 heads of 64, two of keys and values, and 4864 in between."""
+    text = TextShape(24, 896, 14, 2, 64, 4864, 152000)
+    assert text.body == 24 * (896 * 1152 + 896 * 896 + 896 * 9728 + 4864 * 896)
+    assert text.cache_bytes(300) == 24 * 2 * 2 * 64 * 300 * 2

@@ -1,4 +1,4 @@
-"""The driver of the peers and what their scripts share: a record that survives whatever becomes of a peer."""
+"""The run of the peers and what their scripts share: contenders in turns, and a record that survives a peer that fails."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import headline
+from benchmarks import cpu, headline
 from benchmarks.peers import llava_onevision, run
 from benchmarks.peers.protocol import ROOT, Workload, time_llm, time_vision, versions
-from benchmarks.peers.run import PeerFailed, Run, call, contenders, environment, figures
-from benchmarks.peers.workload import write_llm
+from benchmarks.peers.run import Run, contender, contenders, environment
+from benchmarks.peers.workload import converter_digest, write_llm
+from benchmarks.rounds import Failed, call, figures, take_turns
 
 
 def workload_in(folder: Path) -> Workload:
@@ -26,18 +28,23 @@ def workload_in(folder: Path) -> Workload:
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """Of a run of three contenders in which nothing real is prepared or measured."""
+    """Options of a run in which nothing real is prepared or measured."""
     (tmp_path / "workload.json").write_text(json.dumps({"image_size": 256, "visual_tokens": 16, "ids": [0] * 50, "new_tokens": 5}))
     monkeypatch.setattr(run, "prepare", lambda *_: None)
     monkeypatch.setattr(run, "environment", lambda *_: "python")
     monkeypatch.setattr(run.machine, "limits", lambda threads: {"matmul_gflops": 1.0})
     return argparse.Namespace(
-        **{"only": "llama.cpp,openvino:bf16", "rounds": 2, "runs": 1, "threads": 2, "size": "tiny", "fresh": False},
-        **{"work": tmp_path, "envs": tmp_path, "out": tmp_path / "peers.json"},
+        **{"device": "cpu", "only": None, "rounds": 2, "runs": 1, "threads": 2, "size": "tiny", "fresh": False},
+        **{"limit": None, "prepare": False, "work": tmp_path, "envs": tmp_path, "out": tmp_path / "peers.json"},
     )
 
 
-def answer(command: list[str]) -> str:
+def run_of(options: argparse.Namespace) -> Run:
+    """A run of three contenders."""
+    return Run(options, contenders(["llama.cpp", "openvino:bf16"]))
+
+
+def answer(command: list[str], **_: Any) -> str:
     return json.dumps({"samples": {"prefill_ms": [5.0], "peak_memory_mib": [7.0]}, "versions": {"x": "1"}})
 
 
@@ -56,13 +63,13 @@ def test_every_peer_of_the_field_is_there_and_can_be_chosen() -> None:
 def test_contenders_take_turns(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
 
-    def note(command: list[str]) -> str:
+    def note(command: list[str], **_: Any) -> str:
         if "--measure" in command:
             measured.append(command[-1])
         return answer(command)
 
     monkeypatch.setattr(run, "call", note)
-    assert Run(options).run() == 0
+    assert run_of(options).run() == 0
     assert measured == ["q4_0", "q8_0", "bf16"] * 2
     document = json.loads(options.out.read_text())
     assert document["results"]["llama.cpp:q4_0"]["prefill_ms"] == {"median": 5.0, "min": 5.0, "max": 5.0, "samples": [[5.0], [5.0]]}
@@ -73,18 +80,18 @@ def test_contenders_take_turns(options: argparse.Namespace, monkeypatch: pytest.
 def test_a_peer_that_fails_is_recorded_and_the_others_go_on(
     options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(command: list[str]) -> str:
+    def fail(command: list[str], **_: Any) -> str:
         if command[-1] == "q8_0" and "--measure" in command:
-            raise PeerFailed("ValueError: no such tensor")
+            raise Failed("ValueError: no such tensor")
         return answer(command)
 
     monkeypatch.setattr(run, "call", fail)
-    assert Run(options).run() == 1
+    assert run_of(options).run() == 1
     results = json.loads(options.out.read_text())["results"]
     assert results["llama.cpp:q8_0"]["error"] == "ValueError: no such tensor" and "prefill_ms" not in results["llama.cpp:q8_0"]
     assert len(results["openvino:bf16"]["prefill_ms"]["samples"]) == 2
     monkeypatch.setattr(run, "call", answer)
-    assert Run(options).run() == 0  # the same command tries again what failed, and only that
+    assert run_of(options).run() == 0  # the same command tries again what failed, and only that
     results = json.loads(options.out.read_text())["results"]
     assert "error" not in results["llama.cpp:q8_0"] and len(results["llama.cpp:q8_0"]["prefill_ms"]["samples"]) == 2
 
@@ -92,7 +99,7 @@ def test_a_peer_that_fails_is_recorded_and_the_others_go_on(
 def test_a_run_that_was_cut_off_goes_on_where_it_stopped(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
 
-    def stop(command: list[str]) -> str:
+    def stop(command: list[str], **_: Any) -> str:
         if "--measure" in command:
             measured.append(command[-1])
             if len(measured) == 5:
@@ -101,31 +108,104 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(options: argparse.Names
 
     monkeypatch.setattr(run, "call", stop)
     with pytest.raises(KeyboardInterrupt):
-        Run(options).run()
+        run_of(options).run()
     assert len(json.loads(options.out.read_text())["results"]["llama.cpp:q4_0"]["prefill_ms"]["samples"]) == 2
-    assert Run(options).run() == 0
+    assert run_of(options).run() == 0
     assert measured == ["q4_0", "q8_0", "bf16", "q4_0", "q8_0", "q8_0", "bf16"]
     assert not (options.work / "peers-run.json").exists()
     options.threads = 1
-    assert Run(options).state["rounds"] == {}
+    assert run_of(options).state["rounds"] == {}
 
 
 def test_a_run_of_other_settings_is_not_taken_up(options: argparse.Namespace) -> None:
-    state = {"settings": {"size": "tiny", "threads": 2, "runs": 1}, "rounds": {"x": []}, "errors": {}, "versions": {}, "before": {}}
+    settings = {"device": "cpu", "size": "tiny", "threads": 2, "runs": 1}
+    state = {"settings": settings, "rounds": {"x": []}, "errors": {}, "versions": {}, "checks": {}, "before": {}}
     (options.work / "peers-run.json").write_text(json.dumps(state))
-    assert Run(options).state["rounds"] == {"x": []}
+    assert run_of(options).state["rounds"] == {"x": []}
     options.fresh = True
-    assert Run(options).state["rounds"] == {}
+    assert run_of(options).state["rounds"] == {}
     options.fresh, options.threads = False, 4
-    assert Run(options).state["rounds"] == {}
+    assert run_of(options).state["rounds"] == {}
 
 
 def test_what_a_process_said_last_is_the_reason() -> None:
     assert call([sys.executable, "-c", "print(1)"]) == "1\n"
-    with pytest.raises(PeerFailed, match=r"^ValueError: broken$"):
+    with pytest.raises(Failed, match=r"^ValueError: broken$"):
         call([sys.executable, "-c", "raise ValueError('broken')"])
-    with pytest.raises(PeerFailed, match="ended by signal 9: "):
+    with pytest.raises(Failed, match="ended by signal 9: "):
         call([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+
+
+def lives(pid: str) -> bool:
+    """Whether a process still runs after five seconds; one that ended stays a zombie if nobody asks for its status."""
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return False
+        if state in "ZX":
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_a_process_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    """A script of the shell, which starts at once; Python may take longer than the given time on a busy machine."""
+    began, child = time.monotonic(), tmp_path / "child"
+    with pytest.raises(Failed, match=r"^not done after 1 s$"):
+        call(["/bin/sh", "-c", f"sleep 60 & echo $! > '{child}'; wait"], seconds=0.7)
+    assert time.monotonic() - began < 30
+    assert not lives(child.read_text().strip()), "a process that it started lives on"
+
+
+def test_what_a_process_leaves_behind_is_ended_too(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    call(["/bin/sh", "-c", f"sleep 60 > /dev/null 2>&1 & echo $! > '{child}'"])
+    assert not lives(child.read_text().strip())
+
+
+def test_rounds_can_begin_with_another_contender_each_time() -> None:
+    order: list[str] = []
+
+    def measure(name: str) -> dict[str, list[float]]:
+        order.append(name)
+        return {"vision_ms": [float(len(order))]}
+
+    found = take_turns("abc", 3, measure, rotate=True)
+    assert "".join(order) == "abcbcacab"
+    assert found["a"] == [{"vision_ms": [1.0]}, {"vision_ms": [6.0]}, {"vision_ms": [8.0]}]
+
+
+def test_without_a_place_for_failures_they_are_raised() -> None:
+    def measure(name: str) -> dict[str, list[float]]:
+        raise Failed("broken")
+
+    with pytest.raises(Failed, match="broken"):
+        take_turns(["a"], 1, measure)
+
+
+def test_the_other_comparisons_have_contenders_of_the_peers(tmp_path: Path) -> None:
+    assert {each.name for each in contenders(cpu.CONTENDERS)} == set(cpu.CONTENDERS)
+    chosen = [contender(name, module, variant) for name, (module, variant) in headline.CONTENDERS.items()]
+    assert all(each.variant in each.peer.variants for each in chosen)
+    assert [each.environment for each in chosen] == ["ours", "transformers_fastvlm", "transformers_fastvlm"]
+    assert chosen[0].command("python", tmp_path, 2, 3, "cpu", "--measure") == [
+        *("python", "-m", "benchmarks.peers.ours", "--work", str(tmp_path)),
+        *("--threads", "2", "--runs", "3", "--device", "cpu", "--measure", "int4"),
+    ]
+
+
+def test_models_of_an_older_converter_are_known_by_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every module of convert/ counts, those in its sub-directories too."""
+    from benchmarks.peers import workload
+
+    (tmp_path / "convert" / "graphs").mkdir(parents=True)
+    module = tmp_path / "convert" / "graphs" / "vision.py"
+    module.write_text("a = 1")
+    monkeypatch.setattr(workload, "ROOT", tmp_path)
+    before = converter_digest()
+    module.write_text("a = 2")
+    assert converter_digest() != before
 
 
 def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
