@@ -40,7 +40,8 @@ class QuantizedDecoder:
         for part, factor in parts:
             stop = start + self.source.shape(f"{part}.weight")[0]
             if part == module:
-                return self._outputs(matrix, start, stop) / np.float32(factor)
+                outputs: Float32 = self._outputs(matrix, start, stop) / np.float32(factor)
+                return outputs
             start = stop
         raise KeyError(name)
 

@@ -59,6 +59,6 @@ def test_equal_constants_are_shared(tmp_path: Path) -> None:
 
 
 def test_a_value_that_fp16_cannot_hold_is_named() -> None:
-    with pytest.raises(FastVLMError, match=r"llm\.norm holds 70000.*bf16"):
+    with pytest.raises(FastVLMError, match=r"llm\.norm contains 70000.*bf16"):
         cast_weight("llm.norm", np.array([1, 70000], np.float32), np.float16)
     assert cast_weight("w", np.array([70000], np.float32), ml_dtypes.bfloat16).dtype == ml_dtypes.bfloat16
