@@ -1,6 +1,6 @@
-"""FastVLM on the edge: load a model directory and ask about pictures, without PyTorch.
+"""FastVLM on edge devices: load a model directory and ask questions about images, without PyTorch.
 
-Names are imported when they are first used, so that `convert` and `--version` do not load the runtime.
+Public names are imported on first use, so that `convert` and `--version` do not load the runtime.
 """
 
 from __future__ import annotations
@@ -14,11 +14,23 @@ from fastvlm_edge.version import __version__
 if TYPE_CHECKING:
     from fastvlm_edge.generation.reply import Reply, Timings
     from fastvlm_edge.generation.sampling import SamplingParams
-    from fastvlm_edge.generation.vlm import Chat, EncodedImage, FastVLM, ReplyStream
+    from fastvlm_edge.generation.vlm import BackendInfo, Chat, EncodedImage, FastVLM, ReplyStream
 
-__all__ = ["Chat", "EncodedImage", "FastVLM", "FastVLMError", "Reply", "ReplyStream", "SamplingParams", "Timings", "__version__"]
+__all__ = [
+    "BackendInfo",
+    "Chat",
+    "EncodedImage",
+    "FastVLM",
+    "FastVLMError",
+    "Reply",
+    "ReplyStream",
+    "SamplingParams",
+    "Timings",
+    "__version__",
+]
 
 _HOMES = {
+    "BackendInfo": "generation.vlm",
     "Chat": "generation.vlm",
     "EncodedImage": "generation.vlm",
     "FastVLM": "generation.vlm",

@@ -1,4 +1,4 @@
-"""`python -m fastvlm_edge`, the same as the `fastvlm-edge` command."""
+"""`python -m fastvlm_edge` is the same as the command `fastvlm-edge`."""
 
 import sys
 

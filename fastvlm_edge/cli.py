@@ -1,4 +1,4 @@
-"""The `fastvlm-edge` command: finds the subcommand and turns every exception into one line and an exit status."""
+"""The `fastvlm-edge` command: runs a subcommand, and turns every exception into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from types import FrameType
 from typing import NoReturn
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.extras import missing_package
+from fastvlm_edge.extras import absent_from_runtime, missing_package
 from fastvlm_edge.version import __version__
 
 COMMANDS = {
-    "convert": "turn a FastVLM checkpoint into a model directory",
+    "convert": "convert a FastVLM checkpoint to a model directory",
     "build": "build TensorRT engines for a model directory",
-    "run": "ask a question about a picture",
-    "eval": "count right answers to a file of questions",
-    "plan": "predict memory and speed on a board before anything is built",
-    "doctor": "look at this machine and say what is missing",
+    "run": "ask a question about an image",
+    "eval": "measure accuracy on a file of questions",
+    "plan": "predict memory and speed on a board before building anything",
+    "doctor": "check this machine and say what is missing",
     "bench": "measure speed, memory and energy on this machine",
-    "bundle": "write one file with runtime and model for a board without a network",
+    "bundle": "pack runtime and model into one file for a board without network access",
 }
-"""Each is a module of `fastvlm_edge.commands` with its own parser and `main(arguments)`."""
+"""Command -> summary. Each command is a module of `fastvlm_edge.commands` with a `parser()` and a `main(arguments)`."""
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -36,7 +36,7 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, so that it cleans up like Ctrl-C."""
+    """Raised on SIGTERM, so that a command cleans up as after Ctrl-C."""
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -44,18 +44,18 @@ def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated."""
+    """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated.
+
+    With `--json`, a command that fails prints `{"error": {"message": ..., "mend": ...}}` on stdout. If it has a partial result, `error` is
+    added to that object. Wrong usage prints nothing on stdout.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a reply may hold what the terminal's encoding does not
-    wants_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+            stream.reconfigure(errors="replace")  # a reply may contain characters that the terminal cannot encode
     try:
-        options = parser().parse_args(arguments)
-        status: int = import_module(f"fastvlm_edge.commands.{options.command}").main(options.arguments)
-        sys.stdout.flush()
-        return status
+        return _run(arguments)
     except SystemExit as leave:  # argparse: --help, --version, wrong usage
         return leave.code if isinstance(leave.code, int) else EXIT_FAILED
     except _Terminated:
@@ -63,8 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush says nothing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush of the interpreter does not fail
         return EXIT_BROKEN_PIPE
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    wants_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = parser().parse_args(arguments)
+        status: int = import_module(f"fastvlm_edge.commands.{options.command}").main(options.arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if os.environ.get("FASTVLM_EDGE_DEBUG"):
             raise
@@ -77,22 +88,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> FastVLMError:
-    """Any exception as what is wrong and what to do."""
+    """Turn any exception into one that says what is wrong and what to do."""
     if isinstance(error, FastVLMError):
         return error
-    if isinstance(error, ModuleNotFoundError) and (missing := missing_package(error.name or "")):
-        return missing
+    if isinstance(error, ImportError):
+        # A compiled package may only say "import numpy failed", without a name: then a dependency of the runtime is looked for.
+        absent = [error.name] if error.name else absent_from_runtime()
+        missing = missing_package(absent[0]) if absent else None
+        if missing is not None:
+            return missing
     if isinstance(error, MemoryError):
         return FastVLMError("not enough memory", "close other programs, or use a smaller model or precision")
     if isinstance(error, OSError) and error.strerror:
         return FastVLMError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     return FastVLMError(
         f"a bug in fastvlm-edge {__version__}: {type(error).__name__}: {error}",
-        "please report it; FASTVLM_EDGE_DEBUG=1 shows where it happened",
+        "please report it; with FASTVLM_EDGE_DEBUG=1 in the environment, the command prints a traceback",
     )
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of `fastvlm-edge` itself. Each command parses its own arguments."""
     parser = argparse.ArgumentParser(
         prog="fastvlm-edge",
         description="FastVLM on NVIDIA edge hardware and plain CPUs.",
@@ -100,6 +116,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fastvlm-edge {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below; COMMAND --help tells more")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below; COMMAND --help describes it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser

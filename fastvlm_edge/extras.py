@@ -1,9 +1,10 @@
-"""Which packages each part needs, and the command that installs them today. Standard library only, for Python 3.8 too."""
+"""Which packages each part needs, and the command that installs them. It uses the standard library only and runs on Python 3.8."""
 
 from __future__ import annotations
 
 import re
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastvlm_edge.errors import FastVLMError
@@ -23,14 +24,14 @@ NEEDED_BY = {
     "pynvml": "tensorrt",
     "matplotlib": "bench",
 }
-"""Module of another project -> the extra that brings it; "" is the runtime itself."""
+"""Module of a dependency -> the extra of pyproject.toml that installs it; "" stands for the dependencies of the runtime."""
 
 
 def install_command(extra: str = "") -> str:
-    """The pip command for the runtime, or for an extra: of this clone, or package by package if fastvlm-edge was installed from a wheel.
+    """The pip command that installs the dependencies of the runtime or of an extra.
 
-    In a bundle, which is neither, it is the command for a clone somewhere else. fastvlm-edge is not on PyPI yet, so its own name is never
-    part of the command.
+    In a clone it installs the clone. If fastvlm-edge was installed from a wheel, it names the packages one by one, because fastvlm-edge
+    is not on PyPI yet. In a bundle, which is neither, it is the command for a clone somewhere else.
     """
     clone = Path(__file__).resolve().parents[1]
     if (clone / "pyproject.toml").is_file():
@@ -49,10 +50,23 @@ def install_command(extra: str = "") -> str:
     return f"pip install {' '.join(packages)}"
 
 
-def missing_package(module: str, what_for: str | None = None) -> FastVLMError | None:
-    """The error for a module that cannot be imported; None where the module belongs to no extra, which is a bug.
+def absent_from_runtime() -> list[str]:
+    """The dependencies of the runtime that are not installed."""
+    absent = []
+    for module, extra in NEEDED_BY.items():
+        try:
+            found = bool(extra) or find_spec(module) is not None
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            absent.append(module)
+    return absent
 
-    `what_for` begins the sentence: "drawing needs".
+
+def missing_package(module: str, what_for: str | None = None) -> FastVLMError | None:
+    """The error for a module that cannot be imported, or None if it is not a known dependency, which is a bug.
+
+    `what_for` begins the sentence, for example "drawing needs".
     """
     top = module.partition(".")[0]
     if top not in NEEDED_BY:

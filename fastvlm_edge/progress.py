@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, a few plain lines in a log, nothing when not wanted."""
+"""Progress of long work on stderr: a bar on a terminal, a few plain lines in a log file, or nothing."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import Protocol, TextIO
 
 
 class Progress(Protocol):
-    """Work is a sequence of stages; a new stage ends the one before."""
+    """Receives the progress of work, which is a sequence of stages."""
 
     def stage(self, name: str, total: int | None = None) -> None:
-        """Begin a stage of `total` units, or of unknown size."""
+        """Begin a stage of `total` units, or of unknown size. It ends the stage before."""
 
     def advance(self, amount: int = 1) -> None:
-        """Report `amount` more units as done."""
+        """Report that `amount` more units are done."""
 
     def note(self, text: str) -> None:
-        """Say something that should not go unseen, on a line of its own; a stage goes on."""
+        """Print `text` on a line of its own. The current stage continues."""
 
     def done(self) -> None:
         """End the last stage. May be called twice."""
 
 
 class SilentProgress:
-    """Says nothing."""
+    """Prints nothing, for `--json` and for use as a library."""
 
     def stage(self, name: str, total: int | None = None) -> None:
-        """Ignored."""
+        """Ignore the stage."""
 
     def advance(self, amount: int = 1) -> None:
-        """Ignored."""
+        """Ignore the units."""
 
     def note(self, text: str) -> None:
-        """Ignored."""
+        """Ignore the note."""
 
     def done(self) -> None:
-        """Ignored."""
+        """Nothing is left to end."""
 
 
 class TextProgress:
-    """Writes to a stream. A terminal gets one line that redraws itself, anything else one line a stage and one every 30 s."""
+    """Writes to a stream. A terminal gets one line that is redrawn; anything else gets one line per stage and one every 30 s."""
 
     _WIDTH = 24
 
@@ -54,7 +54,7 @@ class TextProgress:
         self._began = self._shown = 0.0
 
     def stage(self, name: str, total: int | None = None) -> None:
-        """Begin a stage, ending the one before."""
+        """Begin a stage. It ends the stage before."""
         self.done()
         self._name, self._total, self._count = name, total, 0
         self._began = self._shown = time.monotonic()
@@ -62,7 +62,7 @@ class TextProgress:
             self._draw(end="")
 
     def advance(self, amount: int = 1) -> None:
-        """Count `amount` more units, and show them now and then."""
+        """Count `amount` more units, and draw at most every 0.1 s (terminal) or 30 s."""
         self._count += amount
         now = time.monotonic()
         if self._name is not None and now - self._shown >= self._every:
@@ -70,13 +70,13 @@ class TextProgress:
             self._draw(end="" if self._terminal else "\n")
 
     def note(self, text: str) -> None:
-        """Write a line; the bar is drawn again below it."""
+        """Print a line; the bar is drawn again below it."""
         self._write(text, end="\n")
         if self._name is not None and self._terminal:
             self._draw(end="")
 
     def done(self) -> None:
-        """End the stage with the seconds that it took."""
+        """End the stage and print how long it took."""
         if self._name is None:
             return
         seconds = time.monotonic() - self._began
@@ -98,10 +98,10 @@ class TextProgress:
         try:
             self._stream.write((f"\r\x1b[K{line}" if self._terminal else line) + end)
             self._stream.flush()
-        except (OSError, ValueError):  # whoever read stderr has gone; that is no reason to stop the work
+        except (OSError, ValueError):  # stderr was closed, which is not a reason to stop the work
             self._name = None
 
 
 def stderr_progress() -> Progress:
-    """The progress of a command line."""
+    """Progress for commands: a bar if stderr is a terminal."""
     return TextProgress(sys.stderr, terminal=sys.stderr.isatty())

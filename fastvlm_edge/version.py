@@ -1,3 +1,3 @@
-"""The version of the toolkit, also written into every manifest."""
+"""The version of the toolkit. Every manifest and record contains it."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`fastvlm-edge run`: one question about a picture, the answer on stdout."""
+"""`fastvlm-edge run`: ask one question about an image; the reply goes to stdout."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from fastvlm_edge.progress import SilentProgress, stderr_progress
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Stream the answer, or with `--json` print one object. Timings go to stderr."""
+    """Stream the reply to stdout and print timings on stderr, or print one object with `--json`."""
     options = parser().parse_args(arguments)
     sampling: dict[str, Any] = {
         field.name: tuple(getattr(options, field.name)) if field.name == "stop" else getattr(options, field.name)
         for field in dataclasses.fields(SamplingParams)
     }
-    SamplingParams(**sampling)  # a wrong value is told before the model loads
+    SamplingParams(**sampling)  # wrong values are reported before the model loads
     vlm = FastVLM.load(
         options.model,
         options.backend,
@@ -76,12 +76,12 @@ def _summary(reply: Reply, backend: str, power: PowerFigures | NoSensor) -> str:
 
 
 def _power(figures: PowerFigures | NoSensor, tokens: int) -> str:
-    """Nothing where there is no sensor: `--json` tells why."""
+    """Power and energy, or nothing if there is no sensor. `--json` gives the reason."""
     if isinstance(figures, NoSensor):
         return ""
     parts = [f"{figures.mean_w:.1f} W on {figures.sensor}"]
     if tokens:
-        parts.append(f"{figures.energy_j / tokens:.2f} J a token")
+        parts.append(f"{figures.energy_j / tokens:.2f} J/token")
     if figures.temperature_c is not None:
         parts.append(f"{figures.temperature_c:.0f} °C")
     if figures.throttled:
@@ -90,24 +90,49 @@ def _power(figures: PowerFigures | NoSensor, tokens: int) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastvlm-edge run", description="Ask a question about a picture. The answer streams to stdout.")
+    """The options of `fastvlm-edge run`."""
+    parser = argparse.ArgumentParser(prog="fastvlm-edge run", description="Ask a question about an image. The reply streams to stdout.")
     parser.add_argument("model", metavar="MODEL", help="model directory, made by fastvlm-edge convert")
-    parser.add_argument("--image", metavar="FILE", action="append", help="the picture; repeat it for several, leave it out for text alone")
+    parser.add_argument(
+        "--image", metavar="FILE", action="append", help="image file; repeat the option for several images, omit it to ask without one"
+    )
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="the question")
     defaults = SamplingParams()
     group = parser.add_argument_group("the reply")
-    group.add_argument("--max-new-tokens", metavar="N", type=int, default=defaults.max_new_tokens, help="default %(default)s")
-    group.add_argument("--temperature", metavar="T", type=float, default=defaults.temperature, help="0, the default, is greedy")
-    group.add_argument("--top-k", metavar="K", type=int, help="sample from the K likeliest tokens, at most and by default 64")
-    group.add_argument("--top-p", metavar="P", type=float, default=defaults.top_p, help="sample from the likeliest tokens that make up P")
-    group.add_argument("--seed", metavar="N", type=int, help="makes sampling repeatable")
-    group.add_argument("--repetition-penalty", metavar="X", type=float, default=defaults.repetition_penalty, help="over 1 repeats less")
-    group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
+    group.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=defaults.max_new_tokens, help="longest reply (default: %(default)s)"
+    )
+    group.add_argument(
+        "--temperature", metavar="T", type=float, default=defaults.temperature, help="0 always takes the most likely token (default: 0)"
+    )
+    group.add_argument("--top-k", metavar="K", type=int, help="sample from the K most likely tokens (default and maximum: 64)")
+    group.add_argument(
+        "--top-p",
+        metavar="P",
+        type=float,
+        default=defaults.top_p,
+        help="sample from the most likely tokens whose probabilities add up to P (default: 1)",
+    )
+    group.add_argument("--seed", metavar="N", type=int, help="random seed, to make sampling reproducible")
+    group.add_argument(
+        "--repetition-penalty",
+        metavar="X",
+        type=float,
+        default=defaults.repetition_penalty,
+        help="values above 1 discourage repetition (default: 1)",
+    )
+    group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end the reply before this text; may be repeated")
     group = parser.add_argument_group("how it runs")
-    group.add_argument("--backend", choices=BACKENDS, default="auto", help="default %(default)s")
-    group.add_argument("--threads", metavar="N", type=int, help="CPU threads; default all that this process may use")
-    group.add_argument("--geometry", choices=GEOMETRIES, help="how the picture becomes a square; default as converted")
-    group.add_argument("--prefill-chunk", metavar="N", type=positive, default=PREFILL_CHUNK, help="positions a call; default %(default)s")
-    group.add_argument("--verify", action="store_true", help="compare the sha256 of every model file first")
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the model (default: %(default)s)")
+    group.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: all that this process may use)")
+    group.add_argument("--geometry", choices=GEOMETRIES, help="how the image becomes a square (default: as converted)")
+    group.add_argument(
+        "--prefill-chunk",
+        metavar="N",
+        type=positive,
+        default=PREFILL_CHUNK,
+        help="tokens per prefill call (default: %(default)s); smaller uses less memory",
+    )
+    group.add_argument("--verify", action="store_true", help="first compare the sha256 of every model file with the manifest")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser

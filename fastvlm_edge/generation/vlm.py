@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -252,7 +252,7 @@ class FastVLM:
         self._check_open()
         began = time.perf_counter()
         params = SamplingParams(**sampling)
-        images: list[ImageInput | EncodedImage] = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
+        images = _as_list(image)
         rows = [each.image_features.rows if isinstance(each, EncodedImage) else self.manifest.vision.tokens for each in images]
         ids = [*history, *self._template.turn(prompt, rows, first_row=sum(features.rows for features in earlier))]
         check_room(ids, self.manifest)  # before the vision encoder runs in vain
@@ -366,6 +366,12 @@ class Chat:
 
     def _remember(self, ids: list[int], image_features: tuple[ImageFeatures, ...]) -> None:
         self._ids, self._image_features = ids, image_features
+
+
+def _as_list(image: Images) -> list[ImageInput | EncodedImage]:
+    if image is None:
+        return []
+    return list(image) if isinstance(image, (list, tuple)) else [cast("ImageInput | EncodedImage", image)]
 
 
 def _check_options(geometry: str | None, prefill_chunk: int) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastvlm_edge.cli import main
 from fastvlm_edge.progress import TextProgress
 
 PROMPT = "What does the meter read?"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -109,28 +111,61 @@ def test_without_a_picture(model_dir: Path, vlm: FastVLM, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message", "mend"),
     [
-        (["--image", "gone.png"], "gone.png does not exist"),
-        (["--top-k", "100"], "top_k is 100; the model hands out 64"),
-        (["--temperature", "-1"], "temperature is -1.0"),
-        (["--threads", "0"], "threads is 0"),
-        (["--backend", "tensorrt"], "has no engines; run: fastvlm-edge build"),
-        (["--prompt", "word " * 3000], "the context of 2048 leaves no room"),
-        (["--image", "http://example.org/a.png"], "download it first"),
+        (["--image", "gone.png"], "gone.png does not exist", "check the path of the image"),
+        (["--top-k", "100"], "top_k is 100, but the model gives only 64 candidates", "give at most 64"),
+        (["--temperature", "-1"], "temperature is -1.0", "give a number that is 0 (greedy) or larger"),
+        (["--threads", "0"], "threads is 0", "give an integer of at least 1"),
+        (["--backend", "tensorrt"], "MODEL has no engines", "run: fastvlm-edge build MODEL"),
+        (
+            ["--prompt", "word " * 3000],
+            "no room for a reply in the context of 2048",
+            "shorten the prompt, start a new conversation, or convert",
+        ),
+        (["--image", "http://example.org/a.png"], "is a URL, and images are not downloaded", "download it first"),
+        (["--stop", ""], "the stop string '' is not a string of at least one character", None),
     ],
 )
-def test_failures_are_one_line_and_status_1(run: list[str], change: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_are_one_line_one_object_and_status_1(
+    run: list[str], model_dir: Path, change: list[str], message: str, mend: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*run, *change, "--json"]) == 1
     out, err = capsys.readouterr()
-    assert out == "" and says in err and err.startswith("fastvlm-edge: error: ") and err.count("\n") == 1
+    error = json.loads(out)["error"]
+    assert out.count("\n") == 1 and set(json.loads(out)) == {"error"} and set(error) == {"message", "mend"}
+    assert message.replace("MODEL", str(model_dir)) in error["message"]
+    assert error["mend"] is None if mend is None else error["mend"].startswith(mend.replace("MODEL", str(model_dir)))
+    whole = error["message"] if mend is None else f"{error['message']}; {error['mend']}"
+    assert err == f"fastvlm-edge: error: {whole}\n"
+    assert main([*run, *change]) == 1
+    out, without_json = capsys.readouterr()
+    assert out == "" and without_json.endswith(err)  # after "loading ..."
+
+
+@pytest.mark.parametrize("command", ["bench", "eval", "plan"])
+def test_every_command_with_json_reports_its_errors_as_an_object(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", str(tmp_path)] if command == "eval" else []
+    assert main([command, str(tmp_path / "gone"), *data, "--json"]) == 1
+    out, err = capsys.readouterr()
+    error = json.loads(out)["error"]
+    assert error["message"] and err.startswith(f"fastvlm-edge: error: {error['message']}")
+
+
+def test_the_doctors_report_of_problems_is_not_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(tmp_path / "gone"), "--json"]) == 1
+    out, _ = capsys.readouterr()
+    assert "error" not in json.loads(out)
 
 
 @pytest.mark.parametrize(
     "arguments", [[], ["bake"], ["run"], ["run", "model"], ["run", "m", "--prompt", "x", "--top-k", "many"], ["convert", "x"]]
 )
-def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_wrong_usage_is_status_2_and_prints_nothing_on_stdout(
+    arguments: list[str], more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, *more]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("usage: fastvlm-edge") and "Traceback" not in err
 
@@ -148,7 +183,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"fastvlm-edge {__version__}\n"
     assert main(["--help"]) == 0
-    assert "run       ask a question about a picture" in capsys.readouterr().out
+    assert "run       ask a question about an image" in capsys.readouterr().out
     for command in ("run", "convert"):
         assert main([command, "--help"]) == 0
         assert capsys.readouterr().out.startswith(f"usage: fastvlm-edge {command}")
@@ -219,19 +254,78 @@ def _size(directory: Path) -> float:
     return sum((directory / name).stat().st_size for name in ("tokenizer.json", "vision.onnx", "decoder.onnx")) / 1e6
 
 
-def test_convert_without_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_module_of_the_project_that_is_missing_is_a_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "fastvlm_edge.convert.pipeline", None)
     assert main(["convert", "x", "-o", "y"]) == 1
     assert "a bug" in capsys.readouterr().err
-    blocker = textwrap.dedent("""
-        import sys
-        sys.modules["torch"] = sys.modules["onnx"] = None
-        from fastvlm_edge.cli import main
-        sys.exit(main(["convert", "x", "-o", "y"]))
-    """)
-    done = subprocess.run([sys.executable, "-c", blocker], capture_output=True, text=True)
+
+
+@pytest.fixture
+def without(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python -m fastvlm_edge ARGUMENTS` in a process, and in those that it starts, where some packages cannot be found."""
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent("""
+            import os, sys
+
+            class Blocker:
+                def find_spec(self, name, path=None, target=None):
+                    if name.partition(".")[0] in os.environ["BLOCKED"].split(","):
+                        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+            sys.meta_path.insert(0, Blocker())
+        """)
+    )
+
+    def run(packages: str, arguments: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "BLOCKED": packages}
+        command = [sys.executable, "-m", "fastvlm_edge", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "arguments"),
+    [
+        ("numpy", "", "run MODEL --prompt x --json"),
+        ("PIL", "", "run MODEL --prompt x --json"),
+        ("tokenizers", "", "run MODEL --prompt x --json"),
+        ("onnxruntime", "", "run MODEL --prompt x --json"),
+        ("numpy", "", "bench MODEL --json"),
+        ("onnxruntime", "", "bench MODEL --processes 1 --runs 1 --json"),
+        ("numpy", "", "eval MODEL --data MODEL --json"),
+        ("numpy", "", "build MODEL"),
+        ("numpy", "", "convert CHECKPOINT -o PREFIX"),
+        ("torch", "[convert]", "convert CHECKPOINT -o PREFIX"),
+        ("onnx", "[convert]", "convert CHECKPOINT -o PREFIX"),
+        ("ml_dtypes", "[convert]", "convert CHECKPOINT -o PREFIX"),
+        ("huggingface_hub", "[convert]", "convert org/name -o PREFIX"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    model_dir: Path,
+    tmp_path: Path,
+    without: Callable[..., subprocess.CompletedProcess[str]],
+    package: str,
+    extra: str,
+    arguments: str,
+) -> None:
+    places = {"MODEL": model_dir, "PREFIX": tmp_path / "output", "CHECKPOINT": ROOT / "examples" / "demo" / "fastvlm-demo"}
+    done = without(package, [places.get(word, word) for word in arguments.split()])
+    message, mend = f"the package {package}, which is not installed", f'run: pip install "{ROOT}{extra}"'
     assert done.returncode == 1
-    assert "this command needs the package torch, which is not installed; run: pip install" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith(f"{message}; {mend}") and "a bug" not in done.stderr
+    if "--json" in arguments:
+        error = json.loads(done.stdout)["error"]
+        if arguments.startswith("bench MODEL --processes"):  # told by the process that measures
+            assert "; ".join(filter(None, error.values())).endswith(f"{message}; {mend}")
+        else:
+            assert error["message"].endswith(message) and error["mend"] == mend
+
+
+def test_the_doctor_needs_no_package(without: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = without("numpy,PIL,tokenizers,onnxruntime,torch,onnx,tensorrt,tensorrt_rtx,cuda,pynvml", ["doctor", "--json"])
+    assert "error" not in json.loads(done.stdout) and "Traceback" not in done.stderr
 
 
 def test_interrupt_keeps_what_was_said_and_is_quiet(run: list[str]) -> None:
@@ -249,7 +343,16 @@ def test_a_closed_pipe_is_quiet(run: list[str]) -> None:
     process.stdout.read(1)
     process.stdout.close()
     assert process.wait(timeout=30) == 141
-    assert all(word not in process.stderr.read() for word in ("Traceback", "BrokenPipe", "Exception"))
+    told = process.stderr.read()
+    assert all(word not in told for word in ("Traceback", "BrokenPipe", "Exception"))
+
+
+def test_an_error_to_a_closed_pipe_is_quiet() -> None:
+    process = start(["run", "gone", "--prompt", "x", "--json"])
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=30) == 141
+    assert process.stderr.read() == ""
 
 
 def test_a_terminal_that_is_not_unicode(run: list[str], vlm: FastVLM, picture: str) -> None:
