@@ -1,6 +1,8 @@
 """Size of a bundle's runtime for every target and Python, the wheels that were resolved, and the time of a start beside PEX.
 
-python -m benchmarks.bundle_sizes   (needs a package index; writes benchmarks/results/bundle_sizes.json)
+    python -m benchmarks.bundle_sizes
+
+Needs a package index. Writes benchmarks/results/bundle_sizes.json.
 """
 
 from __future__ import annotations
@@ -21,24 +23,26 @@ from typing import Any
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.machine import describe
 from fastvlm_edge.bundling.archive import Written, write_bundle
-from fastvlm_edge.bundling.targets import TARGETS, find_target
 from fastvlm_edge.bundling.wheels import collect_wheels
 from fastvlm_edge.convert.pipeline import convert
+from fastvlm_edge.machine.boards.systems import SYSTEMS
+from fastvlm_edge.machine.boards.targets import bundle_target
 
 RESULT = Path(__file__).parent / "results" / "bundle_sizes.json"
 PYTHONS = ((3, 10), (3, 11), (3, 12), (3, 13))
 LIMIT = 120_000_000
+"""Bytes that the runtime in a bundle may take."""
 STARTS = 7
 PADDING = 1_000_000_000
 """Bytes beside the tiny model in the comparison of starts, as large as a 0.5B model in FP16."""
 
 
 def measure_sizes(work: Path, model: Path) -> list[dict[str, Any]]:
-    """A row for each target and Python."""
+    """One row per target and Python version. Raises AssertionError if a runtime is larger than LIMIT."""
     rows = []
-    for name, row in TARGETS.items():
+    for name, row in SYSTEMS.items():
         for python in (None,) if row.cuda is not None else PYTHONS:
-            target = find_target(name, python)
+            target = bundle_target(name, python)
             label = "{}.{}".format(*target.python)
             wheels = collect_wheels(target, work / f"wheels-{name}-{label}")
             written = write_bundle(model, target, wheels, work / f"{name}-{label}")
@@ -68,8 +72,8 @@ class Program:
 
 
 def compare_starts(work: Path, model: Path) -> dict[str, Any]:
-    """This bundle and a PEX with the same wheels and model, started in turn: size, seconds to make and to start, bytes unpacked."""
-    target = find_target("x86_64", None)
+    """A bundle and a PEX with the same wheels and model, started in turns: size, seconds to make and to start, bytes unpacked."""
+    target = bundle_target("x86_64", None)
     wheels = work / "wheels-x86_64-{}.{}".format(*target.python)
     with (model / "LICENSE.padding").open("wb") as file:
         for _ in range(PADDING // 1_000_000):

@@ -1,9 +1,9 @@
-"""Calibrating a checkpoint of real size: seconds of every stage, peak memory, types of the products, and the engines that come of it.
+"""Calibrating a checkpoint of real size: seconds of every stage, peak memory, types of the products, and the engines built from it.
 
     python -m benchmarks.calibration [--work build/bench] [--examples 128] [--precision int8 int4]
 
 Random weights of the 0.5B size at the image size it was trained at, pictures and questions of the demo. The first precision starts with an
-empty cache, the others find what it left. Every step is a process of its own. Engines are built by TensorRT for RTX, which needs no GPU.
+empty cache, the others use what it left there. Every step is a process of its own. Engines are built by TensorRT for RTX, without a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ TARGET = "sm86"
 
 
 def main() -> int:
-    """Calibrate, build, write."""
+    """Calibrate and build every precision, and write the record after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where the random checkpoint is kept")
     parser.add_argument("--examples", type=int, default=128)
@@ -48,7 +49,7 @@ def main() -> int:
     for precision in options.precision:
         model = folder / precision
         calibrate = ["convert", checkpoint, "-o", model, "--precision", precision, "--calib", data, "--calib-limit", options.examples]
-        row = {"calibrate": run(calibrate, environment)}
+        row: dict[str, Any] = {"calibrate": run(calibrate, environment)}
         report = json.loads((model / "quantization.json").read_text(encoding="utf-8"))
         groups, manifest = report["vision"]["groups"], read_manifest(model)
         row |= {
@@ -66,8 +67,8 @@ def main() -> int:
     return 0
 
 
-def run(command: list[Any], environment: dict[str, str]) -> dict[str, Any]:
-    """Run `fastvlm-edge` with these arguments: seconds in all and by stage, peak memory."""
+def run(command: Sequence[object], environment: dict[str, str]) -> dict[str, Any]:
+    """Run `fastvlm-edge` with these arguments: seconds in total and by stage, and peak memory in MiB. Exits if it fails."""
     began = time.monotonic()
     words = [sys.executable, "-m", "fastvlm_edge", *map(str, command)]
     process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -81,12 +82,12 @@ def run(command: list[Any], environment: dict[str, str]) -> dict[str, Any]:
 
 
 def shares(macs: dict[str, int]) -> dict[str, float]:
-    """Of all multiply-accumulates, by the type that computes."""
+    """Type that computes -> its share of all multiply-accumulates."""
     return {name: round(count / sum(macs.values()), 4) for name, count in macs.items()}
 
 
 def megabytes(path: Path) -> float:
-    """Size of a file."""
+    """Size of a file in MB."""
     return round(path.stat().st_size / 1e6, 1)
 
 

@@ -22,11 +22,11 @@ from fastvlm_edge.model_dir.manifest import PRECISIONS, sha256
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "examples" / "demo" / "fastvlm-demo"
 SEED = 2026
-"""Not used by the checks during training."""
+"""A seed that the checks during training do not use."""
 
 
 def main() -> int:
-    """Convert, ask, count, write."""
+    """Measure every precision, write the record and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo_accuracy.json")
@@ -63,7 +63,7 @@ def measure(checkpoint: Path, precision: str, count: int) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Percent by kind and precision."""
+    """Print percent correct by kind of question and precision."""
     kinds = list(next(iter(results.values()))["scores"])
     print(f"{'':22}" + "".join(f"{precision:>8}" for precision in results))
     for kind in kinds:

@@ -1,9 +1,9 @@
-"""What building TensorRT for RTX engines of real size costs: bytes, seconds and memory by layout of the profiles and by builder flag.
+"""What building engines of real size with TensorRT for RTX costs: bytes, seconds and memory by layout of the profiles and by builder flag.
 
     python -m benchmarks.engine_builds [--models build/bench] [--only GROUP]
 
-Every build runs in a process of its own, for its peak memory. Needs no GPU. `--models` holds one directory a precision, made by
-`fastvlm-edge convert`.
+Every build runs in a process of its own, so that its peak memory is its own. Needs no GPU. `--models` holds one model directory per
+precision, made by `fastvlm-edge convert`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Job:
     layout: str = "one profile"
     flags: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ("SM86",)
-    """Empty: what TensorRT takes by itself."""
+    """Empty: TensorRT's default."""
     level: int = 3
     workspace_mib: int = 0
     """0: no limit set."""
@@ -83,7 +83,7 @@ def jobs(precisions: list[str]) -> list[Job]:
 
 
 def build(job: Job, model: Path) -> dict[str, Any]:
-    """Run one build in this process and tell what it cost."""
+    """Run one build in this process and return what it cost; `errors` if the graph cannot be parsed."""
     import tensorrt_rtx as trt
 
     from benchmarks.tensorrt_log import LOG, layers
@@ -168,7 +168,7 @@ def build(job: Job, model: Path) -> dict[str, Any]:
 
 
 def _model_bytes(model: Path, quantize_inputs: str) -> bytes:
-    """The graph without its weights, with Q and DQ before the convolutions that `quantize_inputs` names; no matter which scale."""
+    """The graph without its weights, with Q and DQ before the convolutions that `quantize_inputs` names. The scale does not matter."""
     if not quantize_inputs:
         return model.read_bytes()
     proto = onnx.load(str(model), load_external_data=False)
@@ -203,7 +203,7 @@ def _peak_mib() -> int:
 
 
 def _last(text: str, label: str) -> int | None:
-    """The largest number the log names after `label`: one engine in the plan has most, and several are listed one by one."""
+    """The largest number that follows `label` in the log. A plan for several GPUs lists one engine after another."""
     found = [int(part.split(" ")[0]) for part in text.split(label)[1:]]
     return max(found, default=None)
 
@@ -222,7 +222,7 @@ def _shapes(name: str, shape: tuple[int, ...], sequence: tuple[int, int, int]) -
 
 
 def _matrix_kernels(kernels: list[str]) -> dict[str, int]:
-    """Kernels that hold weights or multiply: how many read integers themselves, how many dequantise into memory first."""
+    """Kernels that hold weights or multiply: how many read integers directly, and how many dequantise into memory first."""
     count: collections.Counter[str] = collections.Counter()
     for kernel in kernels:
         kind = kernel.partition("[")[0].partition(":")[0]
@@ -237,7 +237,7 @@ def _matrix_kernels(kernels: list[str]) -> dict[str, int]:
 
 
 def describe_graph(model: Path) -> dict[str, Any]:
-    """Bytes of a graph's tensors on disk, and the float type of most of its weights or of their scales."""
+    """Bytes of a graph's tensors on disk, and the commonest float type of its weights and their scales."""
     tensors = onnx.load(str(model), load_external_data=False).graph.initializer
     lengths = [{entry.key: entry.value for entry in tensor.external_data}.get("length", "0") for tensor in tensors]
     kinds = collections.Counter(TensorProto.DataType.Name(t.data_type) for t in tensors if t.data_type in (1, 10, 16))
@@ -245,7 +245,7 @@ def describe_graph(model: Path) -> dict[str, Any]:
 
 
 class AnonymousPeak:
-    """The most memory this process holds that no file backs, watched every 20 ms: the resident peak counts the mapped weights file too."""
+    """The most anonymous memory that this process holds, sampled every 20 ms. The resident peak counts the mapped weights file too."""
 
     def __enter__(self) -> AnonymousPeak:
         self.mib = 0
@@ -270,6 +270,7 @@ def _job(fields: dict[str, Any]) -> Job:
 
 
 def main() -> None:
+    """Run all builds, each in a process of its own, and write the record after each; or be one of these processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("build/bench"))
     parser.add_argument("--only", help="one group, its rows put in place of the recorded ones")

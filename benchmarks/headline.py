@@ -103,7 +103,7 @@ def headline(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def encoder_parameters(checkpoint: Path) -> int:
-    """Of the vision tower in a native checkpoint, from the header of its safetensors file; buffers are not counted."""
+    """Parameters of the vision tower in a native checkpoint, from the header of its safetensors file; buffers are not counted."""
     with (checkpoint / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     total = 0
@@ -117,7 +117,7 @@ def encoder_parameters(checkpoint: Path) -> int:
 
 
 def resolutions(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Records of `fastvlm-edge bench` without decoding at depth, the smallest picture first."""
+    """Records of `fastvlm-edge bench` by image size, smallest first, without decoding at depth."""
     from fastvlm_edge.convert.pipeline import convert
 
     records = []
@@ -139,7 +139,7 @@ def resolutions(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def tables(document: dict[str, Any]) -> str:
-    """The headline, then the sweep, ours beside the paper's."""
+    """The headline and the sweep as text, ours beside the paper's."""
     found, paper = document["headline"], document["paper"]
     rows: list[tuple[str, ...]] = [("", "first token ms", "preprocess", "vision", "prefill", "LLaVA-OneVision takes", "")]
     for name, result in found["results"].items():
@@ -163,7 +163,7 @@ def tables(document: dict[str, Any]) -> str:
 
 
 def plot(prefix: Path, document: dict[str, Any]) -> None:
-    """Our first token by resolution in its parts, and how encoders slow down with resolution, ours and the paper's."""
+    """Draw our first token by resolution in its parts, and how the encoder's time grows with resolution, ours and the paper's."""
     from matplotlib.figure import Figure
 
     records = document["resolutions"]

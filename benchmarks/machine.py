@@ -1,4 +1,4 @@
-"""What machine a figure comes from, and what that machine can do at most: matrix products a second and bytes a second."""
+"""Which machine a figure comes from, and the most that this machine can do: operations and bytes per second."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def limits(threads: int) -> dict[str, float]:
     """Measured ceilings with `threads` threads of onnxruntime.
 
     `matmul_gflops`: a 1024 x 4096 x 4096 product in FP32. `read_gb_per_second`: one row times an INT8 matrix of 136 MB, the size of the
-    0.5B head, far more than the caches hold.
+    0.5B's head and far more than the caches hold.
     """
     product = _session(_matmul(1024, 4096, 4096), threads)
     x = np.random.default_rng(0).standard_normal((1024, 4096), dtype=np.float32)

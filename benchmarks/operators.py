@@ -18,7 +18,10 @@ RUNS = {"vision": 3, "prefill": 3, "decode": 30}
 
 
 def by_operator(model: Path, what: str, threads: int) -> dict[str, float]:
-    """Milliseconds of one run by operator, the largest first, smaller ones than 1 % together. The profiler itself adds some."""
+    """Milliseconds of one run by operator, largest first; those under 1 % are added up as `other`. The profiler itself adds some.
+
+    `what` is `vision`, `prefill` or `decode`.
+    """
     manifest = read_manifest(model)
     graph = model / graph_name("vision" if what == "vision" else "decoder", manifest, cuda=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -31,7 +34,7 @@ def by_operator(model: Path, what: str, threads: int) -> dict[str, float]:
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for output in session.get_outputs():
-            if output.name.startswith("present"):  # the graph for the CPU appends to the cache where it lies
+            if output.name.startswith("present"):  # the graph for the CPU appends to the cache in place
                 binding.bind_ortvalue_output(output.name, values[output.name.replace("present", "past_key_values")])
             elif output.name != "logits":
                 binding.bind_output(output.name)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.precisions [--work build/bench] [--out benchmarks/results/bench.json] [--plot docs/images/cpu]
 
-Speeds are of random weights of the 0.5B size, which are as fast as trained ones but have no right answers: accuracy is that of the demo
-model, from quantization.json.
+Speeds are those of random weights of the 0.5B size, which are as fast as trained ones but have no right answers. Accuracy is that of the
+demo model, from quantization.json.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fastvlm_edge.progress import stderr_progress
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PRECISIONS = {"fp32": "fp32", "int8": "int8 calibrated", "int4": "int4 calibrated"}
-"""Precision -> the contender of quantization.json that says how accurate it is."""
+"""Precision -> the row of quantization.json with its accuracy."""
 
 
 def main() -> int:
-    """Measure, write, draw."""
+    """Measure every precision, write the record and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where checkpoint and model directories are kept")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench.json")
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def evaluations() -> list[dict[str, Any]]:
-    """As `fastvlm-edge eval --json` prints them."""
+    """The accuracies of quantization.json in the form that `fastvlm-edge eval --json` prints."""
     results = json.loads((RESULTS / "quantization.json").read_text(encoding="utf-8"))["results"]
     return [{**results[contender], "precision": precision} for precision, contender in PRECISIONS.items()]
 

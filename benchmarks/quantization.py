@@ -1,10 +1,9 @@
 """What quantisation costs the demo model: size, exact match by kind, agreement with FP32, CPU speed; rounded and calibrated side by side.
 
-python -m benchmarks.quantization [--count 2000] [--out benchmarks/results/quantization.json] [--speed]
+    python -m benchmarks.quantization [--count 2000] [--out benchmarks/results/quantization.json] [--speed]
 
-`--speed` measures the speeds of a record again, one variant right after the other, on a machine that does nothing else.
-
-`gpu graphs` are those that TensorRT gets, with INT8 activations where the plan has them, computed by onnxruntime on the CPU.
+`--speed` only measures the speeds of a record again, on a machine that does nothing else. `gpu graphs` are those that TensorRT gets, with
+INT8 activations where the plan has them, computed by onnxruntime on the CPU.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ VARIANTS = (
 
 
 def main() -> int:
-    """Convert, ask, write."""
+    """Measure every variant and write the record after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
@@ -97,7 +96,7 @@ def main() -> int:
 
 
 def measure_speed(document: dict[str, Any], checkpoint: Path, folder: Path, out: Path) -> None:
-    """Put the speeds into a record, all variants in turns."""
+    """Measure the speeds of all variants in turns, and put them into a record."""
     models = {each.name: make_model(each, checkpoint, folder) for each in VARIANTS if not each.gpu_graphs}
     for name, found in speeds(models, scene_questions(folder, "heldout", WARM_UP + TIMED)).items():
         document["results"][name]["speed"] = found

@@ -31,7 +31,7 @@ WAYS = (AS_SHIPPED, HEAP, SPINNING, HUGE)
 
 
 def main() -> int:
-    """Measure every way on both models and write the record."""
+    """Measure every setting on both models and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
     parser.add_argument("--processes", type=int, default=5)

@@ -1,4 +1,4 @@
-"""onnxruntime-genai: the LLM as its model builder makes it in INT4, run by its own generator."""
+"""onnxruntime-genai: the LLM in INT4 as its own model builder makes it, run by its own generator."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from benchmarks.peers.protocol import Peer, Samples, Workload, main_of, time_llm
 
 
 def folder_of(workload: Workload, variant: str) -> Path:
-    """Of the built model."""
+    """The directory of the built model."""
     return workload.folder / f"genai-{variant}"
 
 
 def prepare(workload: Workload, variant: str) -> None:
-    """Build: INT4 by block of 32 (the builder's default), activations in INT8 inside the products (accuracy level 4)."""
+    """Build the model: INT4 by block of 32 (the builder's default), activations in INT8 inside the products (accuracy level 4)."""
     folder = folder_of(workload, variant)
     if not (folder / "genai_config.json").is_file():
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(workload.llm), "-o", str(folder), "-p", "int4"]
@@ -25,7 +25,7 @@ def prepare(workload: Workload, variant: str) -> None:
 
 
 def measure(workload: Workload, variant: str) -> Samples:
-    """Greedy, by `append_tokens` and `generate_next_token`; prefill ends with the first token."""
+    """Time greedy replies by `append_tokens` and `generate_next_token`; prefill ends with the first token."""
     import onnxruntime_genai as og
 
     folder = folder_of(workload, variant)

@@ -1,4 +1,4 @@
-"""llama.cpp: the LLM as GGUF, all matrices Q8_0, or Q4_0 with a Q8_0 head. llama-cpp-python is compiled at its installation: minutes."""
+"""llama.cpp: the LLM as GGUF, all matrices Q8_0, or Q4_0 with a Q8_0 head. Installing llama-cpp-python compiles it, which takes minutes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.peers.protocol import Peer, Samples, Workload, main_of, time_llm
 
 
 def path_of(workload: Workload, variant: str) -> Path:
-    """Of the GGUF file."""
+    """The GGUF file."""
     return workload.folder / f"llama-{variant}.gguf"
 
 
@@ -25,7 +25,7 @@ def prepare(workload: Workload, variant: str) -> None:
 
 
 def measure(workload: Workload, variant: str) -> Samples:
-    """Greedy, through llama-cpp-python's `eval`."""
+    """Time greedy replies through llama-cpp-python's `eval`."""
     import llama_cpp
     import numpy as np
 
@@ -46,7 +46,7 @@ def measure(workload: Workload, variant: str) -> Samples:
 
 
 def write_gguf(checkpoint: Path, path: Path, variant: str) -> None:
-    """The LLM of a native checkpoint: matrices as `variant` says, the tied embedding Q8_0, vectors F32."""
+    """Write the LLM of a native checkpoint: matrices in the type of `variant`, the tied embedding in Q8_0, vectors in F32."""
     import gguf
     import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
     import numpy as np

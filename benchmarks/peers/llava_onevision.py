@@ -22,15 +22,21 @@ IMAGE_TOKEN = 151646
 
 
 def config_of(size: str) -> Any:
-    """The class's defaults are the released encoder and grid; the text model is Qwen2-0.5B. Another size is for smoke tests."""
+    """The released encoder and grid, which are the defaults of the class, with Qwen2-0.5B. Other sizes are for smoke tests."""
     from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
-    text = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+    text: dict[str, Any] = {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    }
     if size == "0.5b":
         vision = LlavaOnevisionConfig().vision_config
     else:
         text |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
         vision = SiglipVisionConfig(image_size=TILE, patch_size=PATCH, vision_use_head=False, **shape)
     text |= {"vocab_size": 152000, "rope_theta": 1e6, "tie_word_embeddings": True, "max_position_embeddings": 32768}
     return LlavaOnevisionConfig(
@@ -39,7 +45,7 @@ def config_of(size: str) -> Any:
 
 
 def measure(workload: Workload, variant: str) -> Samples:
-    """`bfloat16` or `float32`, eager; the first token of new pictures."""
+    """Time the first token of new pictures, eager, in `bfloat16` or `float32`."""
     import torch
     from transformers import LlavaOnevisionForConditionalGeneration
 
@@ -65,7 +71,7 @@ def measure(workload: Workload, variant: str) -> Samples:
 
 
 def time_pictures(workload: Workload, torch: Any, model: Any, ids: Any) -> Samples:
-    """One warm-up, then `runs` pictures."""
+    """Time `runs` pictures after one warm-up."""
     from fastvlm_edge.bench.workload import Pictures
 
     pictures = Pictures()

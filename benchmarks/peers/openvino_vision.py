@@ -1,4 +1,4 @@
-"""OpenVINO: the encoder from our FP32 ONNX, in FP32, in BF16 where the CPU has it, and in INT8 by NNCF."""
+"""OpenVINO: the encoder from our FP32 ONNX, in FP32, in BF16 if the CPU has it, and in INT8 by NNCF."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from benchmarks.peers.protocol import Peer, Samples, Workload, main_of, time_vis
 
 
 def quantised(workload: Workload) -> Path:
-    """Where the INT8 encoder is kept."""
+    """The file of the INT8 encoder."""
     return workload.folder / "openvino-int8" / "vision.xml"
 
 
 def prepare(workload: Workload, variant: str) -> None:
-    """Post-training quantisation with the workload's pictures."""
+    """Quantise the encoder with the workload's pictures, for `int8`."""
     if variant != "int8" or quantised(workload).is_file():
         return
     import nncf
@@ -30,12 +30,12 @@ def prepare(workload: Workload, variant: str) -> None:
 
 
 def source(workload: Workload) -> Path:
-    """Encoder and projector, one picture."""
+    """Our FP32 graph of encoder and projector."""
     return workload.folder / "fp32" / "vision.onnx"
 
 
 def measure(workload: Workload, variant: str) -> Samples:
-    """One inference request at a time."""
+    """Time one inference request at a time. Raises RuntimeError for `bf16` on a CPU without BF16."""
     import openvino as ov
 
     core = ov.Core()

@@ -10,12 +10,12 @@ from benchmarks.peers.protocol import Peer, Samples, Workload, main_of, time_llm
 
 
 def folder_of(workload: Workload, variant: str) -> Path:
-    """Of the exported model."""
+    """The directory of the exported model."""
     return workload.folder / f"optimum-{variant}"
 
 
 def prepare(workload: Workload, variant: str) -> None:
-    """Export, and quantise for `int8`."""
+    """Export the LLM, and quantise it for `int8`."""
     from optimum.onnxruntime import ORTModelForCausalLM, ORTQuantizer
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
@@ -29,7 +29,7 @@ def prepare(workload: Workload, variant: str) -> None:
 
 
 def measure(workload: Workload, variant: str) -> Samples:
-    """A greedy loop over the model's own forward with its cache."""
+    """Time a greedy loop over the model's own forward with its cache."""
     import onnxruntime as ort
     import torch
     from optimum.onnxruntime import ORTModelForCausalLM

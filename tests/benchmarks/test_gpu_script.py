@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,7 +165,7 @@ def test_a_run_ends_at_its_limit_and_goes_on_later(
     options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
     def slow(command: list[str], **_: Any) -> str:
         clock[0] += 10 * ("--measure" in command)
@@ -183,7 +184,7 @@ def test_a_run_ends_at_its_limit_and_goes_on_later(
 
 def test_a_process_that_the_limit_cuts_off_has_not_failed(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
     def cut_off(command: list[str], *, seconds: float = 0, **_: Any) -> str:
         if "--measure" in command:

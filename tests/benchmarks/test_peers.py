@@ -7,13 +7,14 @@ import json
 import subprocess
 import sys
 import time
+import venv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import cpu, headline
+from benchmarks import cpu, headline, machine
 from benchmarks.peers import llava_onevision, run
 from benchmarks.peers.protocol import ROOT, Workload, time_llm, time_vision, versions
 from benchmarks.peers.run import Run, contender, contenders, environment
@@ -32,7 +33,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespa
     (tmp_path / "workload.json").write_text(json.dumps({"image_size": 256, "visual_tokens": 16, "ids": [0] * 50, "new_tokens": 5}))
     monkeypatch.setattr(run, "prepare", lambda *_: None)
     monkeypatch.setattr(run, "environment", lambda *_: "python")
-    monkeypatch.setattr(run.machine, "limits", lambda threads: {"matmul_gflops": 1.0})
+    monkeypatch.setattr(machine, "limits", lambda threads: {"matmul_gflops": 1.0})
     return argparse.Namespace(
         **{"device": "cpu", "only": None, "rounds": 2, "runs": 1, "threads": 2, "size": "tiny", "fresh": False},
         **{"limit": None, "prepare": False, "work": tmp_path, "envs": tmp_path, "out": tmp_path / "peers.json"},
@@ -210,8 +211,13 @@ def test_models_of_an_older_converter_are_known_by_its_sources(tmp_path: Path, m
 
 def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
-    monkeypatch.setattr(run.venv, "create", lambda folder, with_pip: (folder).mkdir(exist_ok=True))
-    monkeypatch.setattr(run, "call", lambda command: commands.append(command) or "")
+    monkeypatch.setattr(venv, "create", lambda folder, with_pip: (folder).mkdir(exist_ok=True))
+
+    def note(command: list[str]) -> str:
+        commands.append(command)
+        return ""
+
+    monkeypatch.setattr(run, "call", note)
     peer = run.peer_of("transformers_fastvlm")
     for _ in range(2):
         assert environment(tmp_path / "env", peer) == str(tmp_path / "env" / "bin" / "python")
@@ -223,7 +229,16 @@ def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_prefill_and_decoding_are_timed_greedily(tmp_path: Path) -> None:
     fed: list[Any] = []
     work = workload_in(tmp_path)
-    samples = time_llm(lambda ids: fed.append(ids) or 7, lambda token: fed.append(token) or token + 1, lambda: fed.append("reset"), work)
+
+    def prefill(ids: list[int]) -> int:
+        fed.append(ids)
+        return 7
+
+    def decode(token: int) -> int:
+        fed.append(token)
+        return token + 1
+
+    samples = time_llm(prefill, decode, lambda: fed.append("reset"), work)
     assert len(samples["prefill_ms"]) == len(samples["decode_tokens_per_second"]) == 3
     assert fed[:6] == ["reset", work.text_ids, 7, 8, 9, 10] and len(fed) == 4 * 6
     assert len(work.text_ids) == len(work.ids)
@@ -256,7 +271,8 @@ def test_the_llm_alone_is_a_checkpoint_that_transformers_reads(tmp_path: Path) -
 
     source = write_checkpoint(tmp_path / "ck", layout="native")
     write_llm(source, tmp_path / "llm")
-    model, notes = AutoModelForCausalLM.from_pretrained(tmp_path / "llm", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "llm", output_loading_info=True)
+    model, notes = loaded
     assert type(model).__name__ == "Qwen2ForCausalLM" and not notes["missing_keys"] and not notes["unexpected_keys"]
     assert model.config.num_hidden_layers == SIZES["tiny"].layers
     with torch.inference_mode():
