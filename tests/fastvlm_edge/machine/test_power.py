@@ -310,7 +310,7 @@ def test_run_reports_power_where_there_is_a_sensor(
     assert power["mean_w"] == pytest.approx(12.038, abs=0.01) and power["energy_j"] > 0
     assert power["joules_per_token"] == pytest.approx(power["energy_j"] / document["timings"]["new_tokens"], abs=1e-4)
     assert main(arguments) == 0
-    assert "; 12.0 W on VDD_IN, " in (err := capsys.readouterr().err) and " J a token, 52 °C]" in err
+    assert "; 12.0 W on VDD_IN, " in (err := capsys.readouterr().err) and " J/token, 52 °C]" in err
     assert asked == [False, False]  # the work runs on the CPU
 
 
