@@ -26,7 +26,7 @@ def peers() -> str:
     fields = ("ttft_ms", "vision_ms", "prefill_ms", "decode_tokens_per_second", "peak_memory_mib", "load_ms")
     lines = [
         f"{machine['cpu']}, {document['threads']} threads, {machine['date']}; limits measured: {limits['matmul_gflops']:.0f} GFLOP/s in "
-        f"FP32 products, {limits['read_gb_per_second']:.0f} GB/s read; {document['rounds']} processes of {document['runs']} runs each:",
+        f"FP32 products, {limits['read_gb_per_second']:.0f} GB/s read; {document['rounds']} processes each, with {document['runs']} runs:",
         "",
         "| | first token ms | vision ms | prefill ms | decode tokens/s | peak MiB | load ms |",
         "| --- " * (len(fields) + 1) + "|",
@@ -63,29 +63,50 @@ def rounded(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
+SUMMARY = {
+    "fastvlm-edge:int4": "fastvlm-edge, INT4",
+    "fastvlm-edge:int8": "fastvlm-edge, INT8",
+    "transformers:bfloat16-compile": "transformers, bfloat16, `torch.compile`",
+    "transformers:bfloat16": "transformers, bfloat16",
+}
+"""Contenders of `peers.json` that the README shows -> how it calls them."""
+
+
+def summary() -> str:
+    """The few rows of `peers.json` that the README shows."""
+    document = load("peers")
+    fields = ("ttft_ms", "decode_tokens_per_second", "peak_memory_mib")
+    lines = ["| | first token, ms | decoding, tokens/s | peak memory, MiB |", "| --- | --- | --- | --- |"]
+    for name, title in SUMMARY.items():
+        record = document["results"][name]
+        lines.append(f"| {title} | {' | '.join(rounded(record[field]['median']) for field in fields)} |")
+    machine = document["machine"]
+    return "\n".join([*lines, "", f"{machine['cpu']}, {document['threads']} threads, {machine['date']}; {document['rounds']} processes each."])
+
+
 def headline() -> str:
     """The first part of `headline.json`: times to first token, ours beside the paper's."""
     document = load("headline")
     found, paper, machine = document["headline"], document["paper"], document["machine"]
     lines = [
         f"{machine['cpu']}, {document['threads']} threads, {machine['date']}, transformers {machine['versions']['transformers']}; "
-        "medians, and the paper's own on an Apple M1 Max:",
+        "medians; the paper's figures are from an Apple M1 Max:",
         "",
-        "| | first token ms | vision ms | prefill ms | LLaVA-OneVision takes |",
+        "| | first token ms | vision ms | prefill ms | speed-up over LLaVA-OneVision |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, result in found["results"].items():
         cells = [rounded(result[field]["median"]) for field in ("ttft_ms", "vision_ms", "prefill_ms")]
         ratio = found["ttft_ratio"].get(name)
-        lines.append(f"| {name} | {' | '.join(cells)} | {f'{ratio:.1f} times as long' if ratio else ''} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {f'{ratio:.1f}x' if ratio else ''} |")
     for name, total in paper["ttft_ms"].items():
         parts = paper["parts_ms"][name]
-        ratio = f"{paper['ttft_ratio']} times as long" if name.startswith("FastVLM") else ""
+        ratio = f"{paper['ttft_ratio']}x" if name.startswith("FastVLM") else ""
         lines.append(f"| paper: {name} | {total} | {rounded(parts['vision'])} | {rounded(parts['prefill'])} | {ratio} |")
     large, small = (found["encoder_parameters"][name] / 1e6 for name in ("SigLIP", "FastViTHD"))
     lines += [
         "",
-        f"Encoders: {large:.0f} M against {small:.0f} M parameters, {found['encoder_ratio']} times (paper: {paper['encoder_ratio']}).",
+        f"Parameters of the encoders: {large:.0f} M and {small:.0f} M, a ratio of {found['encoder_ratio']} (paper: {paper['encoder_ratio']}).",
     ]
     return "\n".join(lines)
 
@@ -122,7 +143,7 @@ def where() -> str:
     lines = [
         f"Limits measured in the same run: {limits['matmul_gflops']} GFLOP/s in FP32 products, {limits['read_gb_per_second']} GB/s read.",
         "",
-        "| | ms | of them |",
+        "| | ms | of which |",
         "| --- | --- | --- |",
     ]
     for what, operators in document["where_the_time_goes"].items():
@@ -163,7 +184,7 @@ def tensorrt_types() -> str:
         if row["weights"] != "plain" and row["activations"] == "fp16" and not (row["scale"] and row["layer"] != "matmul"):
             form += ", 1 row" if row["rows"] in ("1", "dynamic 1") and kind == "int8" else ""
             groups.setdefault((form, computed(row)), []).append(row)
-    lines = ["| weights | layers | bits a weight | computed |", "| --- | --- | --- | --- |"]
+    lines = ["| weights | layers | bits/weight | computed |", "| --- | --- | --- | --- |"]
     for (form, words), rows in groups.items():
         bits = [row["bits_per_weight"] for row in rows if "bits_per_weight" in row]
         extent = f"{min(bits):.1f}" + (f" to {max(bits):.1f}" if max(bits) - min(bits) > 0.1 else "") if bits else "-"
@@ -198,7 +219,7 @@ def quantization() -> str:
     results = load("quantization")["results"]
     kinds = list(next(iter(results.values()))["by_kind"])
     lines = [
-        "| | weights MB | exact match % | worst kind to fp32 | token agreement % | KL, nats a token | vision, least ms | decode tokens/s |",
+        "| | weights MB | exact match % | worst kind against fp32, points | token agreement % | KL, nats/token | vision, fastest ms | decode tokens/s |",
         "| --- " * 8 + "|",
     ]
     base = results["fp32"]["by_kind"]
@@ -222,7 +243,7 @@ def prefill_w8a8() -> str:
 
 def vision_libraries() -> str:
     """`vision_libraries.json` as a table: one row a way to quantise the encoder."""
-    lines = ["| | exact match % | worst kind loses, points | error of the features | ids that agree % |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| | exact match % | worst kind loses, points | error of the features | token agreement % |", "| --- | --- | --- | --- | --- |"]
     for name, row in load("vision_libraries")["results"].items():
         if "failed" in row:
             lines.append(f"| {name} | fails | | | |")
@@ -266,8 +287,8 @@ def calibration() -> str:
 
     for stage in ("encode", "observe vision", "measure vision", "calibrate decoder"):
         line(f"{stage}, s", lambda row, stage=stage: f"{row['calibrate']['stages'][stage]:.0f}")  # type: ignore[misc]
-    line("the whole conversion, s", lambda row: f"{row['calibrate']['seconds']:.0f}")
-    line("its peak memory, MiB", lambda row: f"{row['calibrate']['peak_memory_mib']:,}")
+    line("whole conversion, s", lambda row: f"{row['calibrate']['seconds']:.0f}")
+    line("peak memory of the conversion, MiB", lambda row: f"{row['calibrate']['peak_memory_mib']:,}")
     line("encoder's multiply-accumulates in INT8, %", lambda row: f"{100 * row['share_of_macs']['vision']['INT8']:.1f}")
     line("cosine of the image features, GPU graph", lambda row: f"{row['parity']['image_features_w8a8']['cosine']:.5f}")
     line("cosine of the logits", lambda row: f"{row['parity']['logits']['cosine']:.4f}")
@@ -275,7 +296,7 @@ def calibration() -> str:
         "engines for SM86: encoder, LLM, MB",
         lambda row: f"{row['engines_mb']['vision.engine']:.0f}, {row['engines_mb']['decoder.engine']:.0f}",
     )
-    line("their build, s", lambda row: f"{row['build']['seconds']:.0f}")
+    line("time to build the engines, s", lambda row: f"{row['build']['seconds']:.0f}")
     return "\n".join(lines)
 
 
@@ -285,7 +306,7 @@ def llm_libraries() -> str:
     lines = [
         f"Decoder alone, features in FP32, {part['count']:,} held-out questions:",
         "",
-        "| | KL, 1e-6 nats a token | 99th percentile | agreement % | exact match % |",
+        "| | KL, 1e-6 nats/token | 99th percentile | agreement % | exact match % |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in part["rows"]:
@@ -327,7 +348,7 @@ def verdicts() -> str:
 def plan_error() -> str:
     """`plan_error.json` as two tables."""
     document = load("plan_error")
-    rows = ["| | other models, median % | four of five within % | other boards, median % |", "| --- | --- | --- | --- |"]
+    rows = ["| | other models, median % | other models, 80 % are within % | other boards, median % |", "| --- | --- | --- | --- |"]
     for stage, figures in document["stages"].items():
         cells = [f"{100 * figures[name]:.0f}" for name in ("median_error", "four_of_five_within", "median_error_by_board")]
         rows.append(f"| {stage} | {' | '.join(cells)} |")
@@ -339,6 +360,20 @@ def plan_error() -> str:
             times = f"{row['measured_ms']:.1f} | {row['predicted_ms']:.1f} | {100 * row['error']:+.0f}"
             rows.append(f"| {what} | {row['model']} | {row['board']}, {row['mode']} | {times} |")
     return "\n".join(rows)
+
+
+def bundle_sizes() -> str:
+    """`bundle_sizes.json` as a table: one row per target and Python."""
+    document = load("bundle_sizes")
+    lines = [
+        f"| target | Python | file MB (limit {document['limit_bytes'] / 1e6:.0f}) | unpacked MB | onnxruntime | numpy |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in document["targets"]:
+        sizes = f"{row['runtime_bytes'] / 1e6:.1f} | {row['unpacked_bytes'] / 1e6:.1f}"
+        versions = " | ".join(row["wheels"][name]["version"] for name in ("onnxruntime", "numpy"))
+        lines.append(f"| `{row['target']}` | {row['python']} | {sizes} | {versions} |")
+    return "\n".join(lines)
 
 
 SCRIPTS = (
@@ -377,6 +412,7 @@ def date_of(record: str) -> str:
 
 TABLES = {
     "benchmarks": benchmarks,
+    "summary": summary,
     "peers": peers,
     "headline": headline,
     "resolutions": resolutions,
@@ -393,16 +429,10 @@ TABLES = {
     "quantization_choice": quantization_choice,
     "calibration": calibration,
     "llm_libraries": llm_libraries,
+    "bundle_sizes": bundle_sizes,
 }
-PAGES = (
-    "README.md",
-    "benchmarks/README.md",
-    "docs/performance.md",
-    "docs/tensorrt.md",
-    "docs/tensorrt-types.md",
-    "docs/quantization.md",
-    "docs/plan.md",
-)
+PAGES = ("README.md", "benchmarks/README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")))
+"""Pages that may have tables; each table may stand on any of them."""
 
 
 def filled(text: str) -> str:
