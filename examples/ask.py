@@ -19,7 +19,7 @@ def main() -> None:
     with FastVLM.load(arguments.model) as vlm:
         reply = vlm.generate(arguments.question, image=arguments.picture, max_new_tokens=64)
     print(reply.text)
-    print(f"{reply.timings.ttft_ms:.0f} ms to the first token; stopped by {reply.stop_reason}", file=sys.stderr)
+    print(f"{reply.timings.ttft_ms:.0f} ms to the first token; {reply.timings.new_tokens} tokens", file=sys.stderr)
 
 
 if __name__ == "__main__":

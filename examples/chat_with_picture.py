@@ -32,7 +32,7 @@ def main() -> None:
             except FastVLMError as error:  # for example: the context is full
                 print(f"{error}; starting a new conversation", file=sys.stderr)
                 chat.reset()
-            print(f"\n[{chat.token_count} of {vlm.manifest.context} positions used]\n> ", end="", flush=True)
+            print(f"\n[{chat.token_count} of {vlm.manifest.decoder.context} positions used]\n> ", end="", flush=True)
         print()
 
 

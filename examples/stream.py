@@ -24,9 +24,8 @@ def main() -> None:
         except KeyboardInterrupt:
             stream.close()  # Ctrl-C ends the answer; what has been generated so far is the reply
         print()
-        reply = stream.reply
-    speed = f", then {reply.timings.decode_tokens_per_second:.1f} tokens/s" if reply.timings.decode_tokens_per_second else ""
-    print(f"{reply.timings.ttft_ms:.0f} ms to the first token{speed}; stopped by {reply.stop_reason}", file=sys.stderr)
+        timings = stream.reply.timings
+    print(f"{timings.ttft_ms:.0f} ms to the first token, then {timings.decode_tokens_per_second:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

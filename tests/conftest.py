@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from fastvlm_edge import FastVLM
 from fastvlm_edge.backends.load_engines import load_engines
@@ -16,6 +17,9 @@ from fastvlm_edge.model_dir.manifest import read_manifest
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_engine import build_engines, fake_gpu
 from tests.support.fake_model import build_model
+
+settings.register_profile("fastvlm-edge", deadline=None)  # a loaded machine may pause at any time
+settings.load_profile("fastvlm-edge")
 
 # A shell's job in the background ignores it, and so would the processes that the tests of Ctrl-C start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

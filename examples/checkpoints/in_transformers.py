@@ -106,7 +106,8 @@ def load_reference(directory: Path) -> Any:
     import torch
     from transformers import FastVlmForConditionalGeneration
 
-    model, report = FastVlmForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = FastVlmForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
     problems = {key: value for key, value in report.items() if value}
     assert not problems, problems
     return model.eval()

@@ -231,7 +231,7 @@ class RandomWeights:
                 return gain
         return 1.0
 
-    def _small(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    def _small(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.floating[Any]]:
         """Convolutions, norms and biases."""
         noise = np.concatenate([block.astype(np.float32) for block in self._cut(name, math.prod(shape), 1.0)]).reshape(shape)
         for part, amount in IDENTITY.items():
@@ -281,8 +281,8 @@ def write_safetensors(
         encoded += b" " * (-len(encoded) % 8)
         with path.open("wb") as file:
             file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for name in names if values is not None else ():
-                for block in values(name):
+            for name in names:
+                for block in values(name) if values is not None else ():
                     file.write(block.tobytes() if block.dtype == np.int64 else block.view(np.uint8).data)
             file.truncate(8 + len(encoded) + at)
     if shards > 1:
@@ -429,7 +429,7 @@ def write_tokenizer(directory: Path, tokens: int, *, native: bool, form: str) ->
         vocab[f"Ġ~{number:x}"] = number
     special = [*SPECIAL_TOKENS, *([IMAGE_TOKEN] if native else [])]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = {tokens + offset: {"content": content, **flags} for offset, content in enumerate(special)}
+    added: dict[int, dict[str, Any]] = {tokens + offset: {"content": content, **flags} for offset, content in enumerate(special)}
     write_json(
         directory / "tokenizer_config.json",
         {

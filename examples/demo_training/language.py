@@ -83,7 +83,9 @@ class Prompter:
 
     def __init__(self, tokenizer: Tokenizer, visual_tokens: int) -> None:
         self.tokenizer = tokenizer
-        self.end_id: int = tokenizer.token_to_id(ANSWER_END)
+        end_id = tokenizer.token_to_id(ANSWER_END)
+        assert end_id is not None
+        self.end_id = end_id
         self.beginning = [*self._encode(BEFORE_IMAGE), *(-1 - k for k in range(visual_tokens))]
         self._cache: dict[str, list[int]] = {}
 

@@ -95,15 +95,19 @@ class DemoConfig:
         )
 
 
+def like(conv: nn.Conv2d, *, bias: bool) -> nn.Conv2d:
+    """A new convolution of the same shape. All in FastViTHD have square kernels and are padded by half of them."""
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    return nn.Conv2d(conv.in_channels, conv.out_channels, kernel, stride, kernel // 2, groups=conv.groups, bias=bias)
+
+
 class NormedConv(nn.Module):
     """Replaces one merged convolution in training: convolution without bias and BatchNorm; `skip` adds the input."""
 
     def __init__(self, shape: nn.Conv2d, *, skip: bool) -> None:
         super().__init__()
         self.skip = skip
-        self.conv = nn.Conv2d(
-            shape.in_channels, shape.out_channels, shape.kernel_size, shape.stride, shape.padding, groups=shape.groups, bias=False
-        )
+        self.conv = like(shape, bias=False)
         self.bn = nn.BatchNorm2d(shape.out_channels, eps=BATCH_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ class NormedConv(nn.Module):
         weight, bias = fold_batch_norm(conv.weight, self.bn)
         if self.skip:
             weight = weight + identity_kernel(conv.out_channels, conv.groups, conv.kernel_size[0]).to(weight)
-        merged = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups)
+        merged = like(conv, bias=True)
         merged.weight.copy_(weight)
         merged.bias.copy_(bias)  # type: ignore[union-attr]
         return merged

@@ -102,12 +102,13 @@ def between(rng: np.random.Generator, low: float, high: float) -> float:
 def shade(rng: np.random.Generator, colour: Colour, spread: int) -> Colour:
     """`colour` with every component moved by up to `spread`."""
     moved = rng.integers(-spread, spread + 1, 3).tolist()
-    return tuple(min(255, max(0, part + by)) for part, by in zip(colour, moved, strict=True))  # type: ignore[return-value]
+    red, green, blue = (min(255, max(0, part + by)) for part, by in zip(colour, moved, strict=True))
+    return red, green, blue
 
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
     """`share` of the way from `first` to `second`."""
-    return tuple(round(a + (b - a) * share) for a, b in zip(first, second, strict=True))  # type: ignore[return-value]
+    return tuple(round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
 
 
 @functools.cache

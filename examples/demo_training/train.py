@@ -96,11 +96,11 @@ def build_trainer(config: DemoConfig, tokenizer: Tokenizer, recipe: Recipe) -> T
     """A trainer at the beginning, with seeded random weights."""
     torch.manual_seed(recipe.seed)
     model = DemoModel(config)
-    model.vision.to(memory_format=torch.channels_last)
+    model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     averaged = DemoModel(config)
     averaged.load_state_dict(model.state_dict())
     averaged.eval().requires_grad_(False)
-    averaged.vision.to(memory_format=torch.channels_last)
+    averaged.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.update(PROCESS_SETTINGS)
         with tempfile.TemporaryDirectory() as folder:
             meeting = f"file://{folder}/meeting"
-            mp.spawn(run_rank, (args.processes, recipe, args.work, meeting), nprocs=args.processes)
+            mp.start_processes(run_rank, (args.processes, recipe, args.work, meeting), nprocs=args.processes, start_method="spawn")
     if args.export:
         trainer = open_trainer(args.work, recipe)
         export_checkpoint(trainer.averaged, trainer.tokenizer, args.export)

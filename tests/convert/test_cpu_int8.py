@@ -70,7 +70,7 @@ def test_features_that_are_no_numbers_are_a_loss() -> None:
 def test_an_outlier_makes_its_block_the_noisiest() -> None:
     encoder = random_encoder()
     with torch.no_grad():
-        encoder.stages[2].blocks[1].mlp.conv.bn.bias[3] = 500.0
+        encoder.get_parameter("stages.2.blocks.1.mlp.conv.bn.bias")[3] = 500.0
     with watch_blocks(encoder) as found, torch.inference_mode():
         encoder(torch.rand(1, 3, 128, 128))
     assert len(found) == sum((1, 2, 2)) + 2 * sum((1, 1))

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,11 @@ from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends.verification import compare
 from fastvlm_edge.cli import main
 from fastvlm_edge.convert import pipeline as module
-from fastvlm_edge.convert import request as request_module
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 from fastvlm_edge.convert.checkpoint.structure import TextConfig
 from fastvlm_edge.convert.graphs import decoder
 from fastvlm_edge.convert.graphs.builder import GraphBuilder
-from fastvlm_edge.convert.parity import BOUNDS
+from fastvlm_edge.convert.parity import BOUNDS, probe_activations
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import PLANS, VISION_STAGES, PrecisionPlan, precision_plan
 from fastvlm_edge.convert.reference.decoder import Magnitudes
@@ -255,7 +255,7 @@ def test_a_failed_replacement_keeps_the_old_model(checkpoint: Path, tmp_path: Pa
 
 def test_too_little_disk_space_is_refused_before_any_work(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(request_module.shutil, "disk_usage", lambda _path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     with pytest.raises(FastVLMError, match=r"needs about 8 MB, but only 0 MB are free in .*; free some space"):
         convert(str(checkpoint), tmp_path / "model")
 
@@ -286,7 +286,7 @@ def test_a_signal_stops_the_command_and_leaves_nothing(checkpoint: Path, tmp_pat
 
 def test_a_graph_that_disagrees_is_not_published(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real fault: the rotary base is read wrongly. The check must find it."""
-    real = module.build_decoder
+    real = decoder.build_decoder
 
     def wrong(graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, *, cpu_context: int | None) -> None:
         real(graph, type(text)(**{**text.__dict__, "rope_theta": 100.0}), plan, cpu_context=cpu_context)
@@ -302,7 +302,7 @@ def test_a_model_that_does_not_fit_fp16_gets_wider_types(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     """As if the checkpoint had large activations: the graphs with wider types are complete and agree with PyTorch."""
-    real = module.probe_activations
+    real = probe_activations
 
     def probe(*args: Any) -> Any:
         largest, features = real(*args)

@@ -21,7 +21,6 @@ import pytest
 from fastvlm_edge import FastVLMError
 from fastvlm_edge.cli import main
 from fastvlm_edge.convert.pipeline import convert
-from fastvlm_edge.engines import build as module
 from fastvlm_edge.engines.build import Options, build, read_layers
 from fastvlm_edge.engines.engine_cache import EngineCache
 from fastvlm_edge.engines.layers import count_kinds
@@ -116,7 +115,7 @@ def test_engines_that_are_up_to_date_are_not_built_again(model: Path, monkeypatc
     first = build(model, "sm86")
     notes = Notes()
     with monkeypatch.context() as patched:
-        patched.setattr(module.Library, "build", None)
+        patched.setattr(Library, "build", None)
         assert build(model, "sm86", progress=notes) == first
     assert any("is up to date" in note for note in notes.notes)
     (model / "engines" / "sm86" / "vision.engine").write_bytes(b"short")
@@ -131,13 +130,13 @@ def test_another_model_directory_of_the_same_graphs_gets_its_engines_from_the_ca
     shutil.rmtree(model)
     other = shutil.copytree(tiny, tmp_path / "other")
     with monkeypatch.context() as patched:
-        patched.setattr(module.Library, "build", None)
+        patched.setattr(Library, "build", None)
         again = build(other, "sm86")
     assert again.files == first.files
     assert again.build["decoder"]["cached"]
-    for changed in ({"target": "sm89"}, {"options": Options(workspace=1 << 28)}, {"options": Options(separate_profiles=True)}):
-        record = build(other, changed.get("target", "sm86"), changed.get("options"))
-        assert not record.build["decoder"]["cached"], changed
+    for target, options in (("sm89", None), ("sm86", Options(workspace=1 << 28)), ("sm86", Options(separate_profiles=True))):
+        record = build(other, target, options)
+        assert not record.build["decoder"]["cached"], (target, options)
 
 
 def test_the_cache_forgets_what_was_unused_for_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +192,7 @@ def test_too_little_memory_is_predicted(model: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_too_little_disk_is_said_before_any_work(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 1000}))
     with pytest.raises(FastVLMError, match=r"the engines need about \d MB, but the disk of .* has only 0 MB free; free some space"):
         build(model, "sm86")
 
@@ -209,14 +208,14 @@ def test_a_graph_that_tensorrt_refuses_is_explained(model: Path) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), RuntimeError("something")])
 def test_nothing_is_left_behind_and_what_was_there_stays(model: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     before = build(model, "sm86")
-    real = module.Library.build
+    real = Library.build
 
     def fail(self: Library, graph: Path, settings: Any, **options: Any) -> Any:
         if graph.name == "decoder.onnx":
             raise error
         return real(self, graph, settings, **options)
 
-    monkeypatch.setattr(module.Library, "build", fail)
+    monkeypatch.setattr(Library, "build", fail)
     with pytest.raises(FastVLMError if isinstance(error, OSError) else type(error)) as caught:
         build(model, "sm86", Options(force=True))
     if isinstance(error, OSError):

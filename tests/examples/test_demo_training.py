@@ -186,6 +186,7 @@ def test_depthwise_kernels_agree_with_torch(channels: int, multiplier: int, kern
         out = conv(x)
     out.backward(gradient)
     for ours, theirs in ((out, expected), (x.grad, wide.grad), (conv.weight.grad, weight_gradient)):
+        assert ours is not None and theirs is not None
         assert float((ours.detach().float() - theirs.detach()).norm() / theirs.detach().norm()) < 5e-3
 
 

@@ -180,10 +180,11 @@ def test_auto_takes_the_engines(fp16: Built) -> None:
 def test_decoding_replays_a_cuda_graph_and_gives_the_tokens_of_decoding_without(
     vlm: FastVLM, scenes: list[Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cuda = vlm.backend._cuda
+    cuda: Any = vars(vlm._backend)["_cuda"]
     if not cuda.supports_graphs:
         pytest.skip(f"{cuda.binding} has no CUDA graphs")
-    captures, launches = [], []
+    captures: list[Any] = []
+    launches: list[Any] = []
     capture, launch = cuda.capture, cuda.launch
     monkeypatch.setattr(cuda, "capture", lambda *given: captures.append(given) or capture(*given))
     monkeypatch.setattr(cuda, "launch", lambda *given: launches.append(given) or launch(*given))
@@ -225,6 +226,7 @@ def test_the_cache_grows_over_its_buckets_and_keeps_what_it_held(models: Models,
             rows = []
             for start, stop in chunks:
                 output = backend.step(ids[start:stop], image_features, want_logits=True)
+                assert output.logits is not None
                 rows.append(output.logits[-1].copy())
                 assert backend.length == stop
             return rows
@@ -238,7 +240,7 @@ def test_the_cache_grows_over_its_buckets_and_keeps_what_it_held(models: Models,
 
 
 def test_truncated_positions_are_forgotten(vlm: FastVLM) -> None:
-    backend = vlm.backend
+    backend: Any = vlm._backend
     ids = [5 + index % 300 for index in range(200)]
     backend.reset()
     backend.step(ids[:150])
@@ -278,7 +280,9 @@ def test_two_pictures_in_one_question(models: Models, precision: str, scenes: li
     def last_logits(backend: Backend, *order: int) -> NDArray[np.float32]:
         image_features = tuple(backend.encode(pixel_values[index]) for index in order)
         backend.reset()
-        return backend.step(ids, image_features, want_logits=True).logits[-1].copy()
+        logits = backend.step(ids, image_features, want_logits=True).logits
+        assert logits is not None
+        return logits[-1].copy()
 
     reference, backend = select("ort", directory, manifest), select("tensorrt", directory, manifest)
     try:

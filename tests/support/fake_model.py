@@ -7,6 +7,7 @@ Keys and values depend on id and position. Logits depend on the sum over all val
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -64,7 +65,7 @@ class _Graph:
     def weight(self, *shape: int) -> str:
         return self.constant(self.random.standard_normal(shape).astype(np.float32))
 
-    def add(self, op: str, *inputs: str, output: str | None = None, **attributes: object) -> str:
+    def add(self, op: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
         name = output or f"{op}{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, list(inputs), [name], **attributes))
         return name
@@ -96,7 +97,7 @@ def build_decoder(path: Path, dtype: str) -> None:
     features = g.add("Cast", "image_features", to=TensorProto.FLOAT)
     table = g.add("Concat", g.weight(VOCAB, HIDDEN), features, axis=0)
     x = g.add("Gather", table, "input_ids", axis=0)  # [batch, seq, hidden]
-    angle = g.add("Mul", g.add("Cast", "position_ids", to=TensorProto.FLOAT), g.constant(np.float32([0.37])))
+    angle = g.add("Mul", g.add("Cast", "position_ids", to=TensorProto.FLOAT), g.constant(np.array([0.37], np.float32)))
     turn = g.add("Unsqueeze", g.add("Sin", angle), g.ints(2))  # [batch, seq, 1]
     x = g.add("Add", x, turn)
     start = g.add("Slice", "position_ids", g.ints(0), g.ints(1), g.ints(1))  # [batch, 1]
@@ -131,15 +132,15 @@ def build_decoder(path: Path, dtype: str) -> None:
     g.add("Identity", g.ints(CANDIDATES), output="k")
     g.nodes.append(helper.make_node("TopK", [logits, "k"], ["top_values", "top_ids"], sorted=1))
     int64, info = TensorProto.INT64, helper.make_tensor_value_info
-    cache = ["batch", KV_HEADS, "capacity", HEAD_DIM]
-    past = [info(f"past_key_values.{layer}.{part}", _TYPES[dtype], cache) for layer in range(LAYERS) for part in ("key", "value")]
+    cache: list[str | int] = ["batch", KV_HEADS, "capacity", HEAD_DIM]
+    cached = [info(f"past_key_values.{layer}.{part}", _TYPES[dtype], cache) for layer in range(LAYERS) for part in ("key", "value")]
     g.save(
         path,
         [
             info("input_ids", int64, ["batch", "seq"]),
             info("position_ids", int64, ["batch", "seq"]),
             info("image_features", _TYPES[dtype], ["rows", HIDDEN]),
-            *past,
+            *cached,
             info("logit_positions", int64, ["batch", "m"]),
         ],
         [
@@ -159,7 +160,7 @@ def build_model(directory: Path, *, context: int = 2048, dtype: str = "float32")
     build_vision(directory / "vision.onnx", dtype)
     build_decoder(directory / "decoder.onnx", dtype)
     names = ("tokenizer.json", "vision.onnx", "decoder.onnx")
-    stop_ids = [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    stop_ids = [token_id for name in ("<|im_end|>", "<|endoftext|>") if (token_id := tokenizer.token_to_id(name)) is not None]
     Manifest(
         name="fake",
         toolkit_version="0",

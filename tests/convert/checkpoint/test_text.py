@@ -53,7 +53,7 @@ def test_ids_equal_those_of_the_transformers_tokenizer(folders: dict[str, Path],
     from transformers import AddedToken, Qwen2Tokenizer
 
     vocabulary = json.loads((folders["vocab"] / "vocab.json").read_text(encoding="utf-8"))
-    merges = [tuple(line.split(" ")) for line in (folders["vocab"] / "merges.txt").read_text(encoding="utf-8").split("\n")[1:] if line]
+    merges: Any = [tuple(line.split(" ")) for line in (folders["vocab"] / "merges.txt").read_text(encoding="utf-8").split("\n")[1:] if line]
     reference = Qwen2Tokenizer(vocab=vocabulary, merges=merges)
     reference.add_tokens([AddedToken(token, special=True) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
     ours = read(folders[form]).tokenizer

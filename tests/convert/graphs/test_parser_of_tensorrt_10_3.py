@@ -150,7 +150,7 @@ def integers(kind: int, shape: Sequence[int]) -> TensorProto:
 
 
 def dequantize(kind: int, shape: Sequence[int], scales: NDArray[Any], zero: Sequence[int] | None = None, **attributes: Any) -> list[str]:
-    constants = {"w": integers(kind, shape), "s": np.asarray(scales, np.float16)}
+    constants: dict[str, TensorProto | NDArray[Any]] = {"w": integers(kind, shape), "s": np.asarray(scales, np.float16)}
     if zero is not None:
         constants["z"] = helper.make_tensor("z", kind, [len(zero)] if len(zero) > 1 else [], zero)
     return one("DequantizeLinear", {}, constants, **attributes)
@@ -226,7 +226,7 @@ def test_topk_has_a_limit_and_sorts() -> None:
 
 
 def test_gather_nd_batches_all_axes_but_two_at_most() -> None:
-    index = {"i": (I64, ["b", "m", 1])}
+    index: Specs = {"i": (I64, ["b", "m", 1])}
     assert one("GatherND", {"x": (F16, ["b", "s", 8]), **index}, batch_dims=1) == []
     assert "batch_dims 1 with a value of rank 2" in one("GatherND", {"x": (F16, ["b", "s"]), **index}, batch_dims=1)[0]
     assert one("GatherND", {"x": (F16, ["b", "s", 8]), "i": (I64, ["b", "m", "k"])}) == ["indices whose last length is not known"]

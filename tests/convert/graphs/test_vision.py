@@ -23,6 +23,7 @@ def random_encoder(*, train_form: bool = False, config: FastViTHDConfig = TINY) 
     encoder = FastViTHD(config, train_form=train_form)
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.normal_(0, 0.2)
             module.running_var.uniform_(0.5, 2)
             module.weight.data.uniform_(0.5, 1.5)
@@ -78,7 +79,7 @@ def test_channels_far_from_zero_survive_the_norm_in_fp16(tmp_path: Path) -> None
     """A channel at 400 squares to more than FP16 holds: a norm computed in FP16 would silently return its bias."""
     encoder = random_encoder()
     with torch.no_grad():
-        encoder.stages[3].pos_emb.reparam_conv.bias[0] = 2000.0
+        encoder.get_parameter("stages.3.pos_emb.reparam_conv.bias")[0] = 2000.0
     projector = nn.Sequential(nn.Linear(256, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN)).requires_grad_(False)
     weights = WeightsFile(tmp_path / "vision.weights")
     write_vision_weights(encoder, projector, precision_plan("fp16"), weights, lambda: None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -99,9 +101,9 @@ def test_positions_never_written_are_zero() -> None:
 def test_bfloat16_rounds_like_ml_dtypes() -> None:
     random = np.random.default_rng(0)
     signs = random.choice([-1, 1], 4000)
-    parts = [signs * 10.0 ** random.uniform(-40, 38, 4000), [0, -0.0, np.inf, -np.inf, np.nan, 3.4e38, 1e-45]]
+    parts: list[Any] = [signs * 10.0 ** random.uniform(-40, 38, 4000), [0, -0.0, np.inf, -np.inf, np.nan, 3.4e38, 1e-45]]
     any_bits = random.integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32)
-    values = np.concatenate([np.float32(part) for part in parts] + [any_bits])
+    values = np.concatenate([*(np.asarray(part, np.float32) for part in parts), any_bits])
     bits = from_float32(values, "bfloat16")
     assert bits.dtype == np.uint16
     with np.errstate(invalid="ignore", over="ignore"):

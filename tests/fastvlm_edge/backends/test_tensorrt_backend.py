@@ -30,7 +30,7 @@ from fastvlm_edge.backends.select import select
 from fastvlm_edge.backends.tensorrt import TensorRTBackend
 from fastvlm_edge.backends.verification import compare
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
-from fastvlm_edge.model_dir.engine_record import RECORD_NAME, find_records, read_record
+from fastvlm_edge.model_dir.engine_record import RECORD_NAME, EngineRecord, find_records, read_record
 from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.nvidia.cuda import CudaError
 from fastvlm_edge.progress import stderr_progress
@@ -356,7 +356,7 @@ def test_engines_that_do_not_belong_here_are_refused_in_one_sentence(directory: 
     model = str(directory)
     with pytest.raises(FastVLMError, match=f"{model} has no engines; run: fastvlm-edge build {model}$"):
         load(directory, FakeCuda())
-    changes = {
+    changes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         r"built with tensorrt 10\.3\.0, but this machine has 10\.16\.2": ({}, {"version": "10.16.2"}),
         "built with tensorrt, but this machine has tensorrt_rtx": ({}, {"library": "tensorrt_rtx"}),
         r"built for compute capability 8\.6, 8\.9, but Fake GPU has 8\.7": ({"compute_capabilities": [[8, 6], [8, 9]]}, {}),
@@ -493,7 +493,7 @@ def test_an_engine_that_computes_something_else_is_refused_and_the_evidence_kept
 
 def test_a_read_only_model_directory_is_compared_each_time(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_engines(directory, verified=False)
-    monkeypatch.setattr(module.EngineRecord, "write", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    monkeypatch.setattr(EngineRecord, "write", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     for _ in range(2):
         load(directory, FakeCuda()).close()
 

@@ -140,7 +140,7 @@ def test_on_every_backend_warm_computes_no_visual_token_again(vlm: FastVLM, mode
 
 
 def test_a_cold_question_encodes_and_computes_everything(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, int]] = []
+    asked: list[tuple[str | bytes, int]] = []
     generate = FastVLM.generate
 
     def spy(self: FastVLM, prompt: str, image: Any = None, **sampling: Any) -> Any:

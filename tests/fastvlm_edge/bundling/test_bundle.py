@@ -227,7 +227,7 @@ def test_the_same_inputs_give_the_same_bytes_whatever_the_name_place_and_time(tm
         os.utime(path, (1, 1))
         path.chmod(0o600)
     wheel = one.parent / "wheels" / "little-1.0-py3-none-any.whl"
-    wheels = [Wheel(shutil.copy(wheel, tmp_path), "little", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "MIT")]
+    wheels = [Wheel(Path(shutil.copy(wheel, tmp_path)), "little", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "MIT")]
     wheels = [dataclasses.replace(wheels[0], path=tmp_path / wheel.name)]
     other = write_bundle(copied, HERE, wheels, tmp_path / "b" / "another-name").path
     assert one.read_bytes() == other.read_bytes()
@@ -325,7 +325,7 @@ def test_an_interrupted_or_failed_unpacking_leaves_nothing_and_the_next_one_work
 
 
 def test_too_little_disk_is_told_before_anything_is_written(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start.shutil, "disk_usage", lambda _path: SimpleNamespace(free=10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=10))
     with pytest.raises(BundleError, match=r"is full .* MB free.*FASTVLM_EDGE_STATE=FOLDER"):
         ensure(_open(tiny), "model", hashes=False)
 

@@ -20,9 +20,10 @@ from fastvlm_edge.doctor.check_board import OLDEST_TENSORRT
 from fastvlm_edge.doctor.check_software import OLDEST_RTX
 from fastvlm_edge.doctor.facts import read_facts
 from fastvlm_edge.doctor.findings import STATUSES
-from fastvlm_edge.engines.engine_cache import default_cache
-from fastvlm_edge.engines.targets import TARGETS
-from fastvlm_edge.machine.jetpack import CHIPS, JETPACKS, SUPPORTED, find_jetpack
+from fastvlm_edge.extras import install_command
+from fastvlm_edge.machine.boards.chips import CHIPS, SUPPORTED
+from fastvlm_edge.machine.boards.jetpacks import JETPACKS, find_jetpack
+from fastvlm_edge.machine.boards.targets import TARGETS
 from fastvlm_edge.machine.libraries import PACKAGES
 from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.nvidia import tensorrt_library
@@ -82,7 +83,7 @@ def test_an_orin_nano_out_of_the_box(examine: Callable[..., Report]) -> None:
     assert texts["jetpack"] == "Jetson Linux 36.4.3, JetPack 6.2 with TensorRT 10.3 and CUDA 12.6"
     assert texts["tensorrt"] == "tensorrt 10.3.0, libnvinfer 10.3.0"
     assert texts["gpu clock"].startswith("306 MHz, 306 to 625") and report.findings["gpu clock"]["mend"].startswith("sudo jetson_clocks")
-    assert texts["heat"] == "tj-thermal at 52 °C, nothing throttled"
+    assert texts["heat"] == "tj-thermal at 52 °C, not throttling"
     assert report.machine["memory"]["cma_total"] == 256 << 20 and report.machine["power_mode"]["current"] == 0
     assert report.machine["memory"]["swap_zram"] == report.machine["memory"]["swap_total"]
 
@@ -92,8 +93,8 @@ def test_an_agx_orin_that_is_ready(examine: Callable[..., Report]) -> None:
     assert report.bad == {} and report.status == "ok"
     texts = {topic: finding["text"] for topic, finding in report.findings.items()}
     assert texts["jetpack"] == "Jetson Linux 39.2.0, JetPack 7.2 with TensorRT 10.16 and CUDA 13.2"
-    assert texts["emc clock"] == "3199 MHz, 204 to 3199, floating"
-    assert texts["power mode"].startswith("MAXN, the fastest") and texts["gpu clock"] == "1300 MHz, 1300 to 1300, held there"
+    assert texts["emc clock"] == "3199 MHz, 204 to 3199, variable"
+    assert texts["power mode"].startswith("MAXN, the fastest") and texts["gpu clock"] == "1300 MHz, 1300 to 1300, fixed"
     assert "oc2 15, oc3 37" in texts["supply"]
 
 
@@ -147,7 +148,7 @@ BROKEN = {
     ),
     "a jetpack of the future": (
         thor().but(files=_release("R41 (release), REVISION: 1.0")),
-        *("jetpack", "ok", "newer than this toolkit", ""),
+        *("jetpack", "ok", "newer than this version of fastvlm-edge", ""),
     ),
     "a xavier": (
         orin_nano().but(files={"proc/device-tree/compatible": "nvidia,p2972-0000\0nvidia,tegra194\0"}),
@@ -159,11 +160,11 @@ BROKEN = {
     ),
     "a Python that JetPack's bindings are not for": (
         _without_tensorrt(orin_nano(), python=(3, 12, 4), environment="/home/user/.venv"),
-        *("tensorrt", "problem", "built for Python 3.10, this is 3.12", "/usr/bin/python3.10 -m venv --system-site-packages .venv"),
+        *("tensorrt", "problem", "built for Python 3.10, and this is 3.12", "/usr/bin/python3.10 -m venv --system-site-packages .venv"),
     ),
     "no bindings": (
         _without_tensorrt(orin_nano(), without=["usr/lib/python3"]),
-        *("tensorrt", "problem", "libnvinfer 10.3.0 is there", "sudo apt install python3-libnvinfer"),
+        *("tensorrt", "problem", "libnvinfer 10.3.0 is installed, but", "sudo apt install python3-libnvinfer"),
     ),
     "a bare Jetson Linux": (
         _without_tensorrt(orin_nano(), without=["usr/lib/python3", f"{_NVIDIA}libnvinfer"]),
@@ -175,15 +176,15 @@ BROKEN = {
     ),
     "a binding of the next CUDA": (
         orin_nano().but(packages=orin_nano().packages | {"cuda-bindings": "13.2.0"}),
-        *("cuda", "problem", "needs CUDA 13, the driver has 12.6", "pip install 'cuda-bindings<13'"),
+        *("cuda", "problem", "needs CUDA 13, and the driver supports 12.6", "pip install 'cuda-bindings<13'"),
     ),
     "no binding": (
         orin_nano().but(packages=RUNTIME | {"tensorrt": "10.3.0"}),
-        *("cuda", "problem", "not installed", 'pip install ".[tensorrt]"'),
+        *("cuda", "problem", "cuda-bindings, which Python needs for CUDA, is not installed", install_command("tensorrt")),
     ),
     "a container without the runtime": (
         orin_nano().but(without=["dev/", "etc/nv_tegra", f"{_NVIDIA}nvidia/"], files={".dockerenv": ""}),
-        *("container", "problem", "no way to the GPU", "docker run --runtime nvidia"),
+        *("container", "problem", "no access to the GPU", "docker run --runtime nvidia"),
     ),
     "a container where TensorRT misses the DLA": (
         thor().but(without=[f"{_NVIDIA}nvidia/libnvdla"], files={".dockerenv": ""}),
@@ -191,7 +192,7 @@ BROKEN = {
     ),
     "a user without rights": (
         orin_nano().but(denied=("dev/nvmap", "dev/nvhost-ctrl-gpu")),
-        *("rights", "problem", "may not use /dev/nvmap, /dev/nvhost-ctrl-gpu", "sudo usermod -aG video,render $USER"),
+        *("rights", "problem", "no access to /dev/nvmap, /dev/nvhost-ctrl-gpu", "sudo usermod -aG video,render $USER"),
     ),
     "a cma argument that is too small": (
         orin_nano().but(files={"proc/cmdline": "root=PARTUUID=0 cma=256M rw\n"}),
@@ -208,7 +209,7 @@ BROKEN = {
     "no swap": (orin_nano().but(files={"proc/meminfo": "MemTotal: 7802000 kB\n"}), "swap", "warning", "none", "fallocate"),
     "throttling": (
         orin_nano().but(files={"sys/class/thermal/cooling_device2/cur_state": "1\n", _ZONE: "99000\n"}),
-        *("heat", "warning", "throttled now (gpu-throttle-alert); tj-thermal at 99", "sudo jetson_clocks --fan"),
+        *("heat", "warning", "throttling now (gpu-throttle-alert); tj-thermal at 99", "sudo jetson_clocks --fan"),
     ),
     "heat": (orin_nano().but(files={_ZONE: "91000\n"}), "heat", "warning", "91 °C, near throttling", "sudo jetson_clocks --fan"),
     "a weak supply": (
@@ -223,7 +224,7 @@ BROKEN = {
     "a full disk": (cpu_box().but(free_bytes=100 << 20), "disk (cache)", "problem", "100 MiB free", "sudo apt clean"),
     "a card without a driver": (
         rtx_desktop().but(without=["proc/driver", "dev/"], smi=None),
-        *("gpu", "problem", "(10de:2786) without its driver", "sudo ubuntu-drivers install && sudo reboot"),
+        *("gpu", "problem", "(10de:2786) without a driver", "sudo ubuntu-drivers install && sudo reboot"),
     ),
     "an updated driver": (
         rtx_desktop().but(
@@ -234,7 +235,7 @@ BROKEN = {
     "a driver without nvidia-smi": (rtx_desktop().but(smi=None), "gpu", "problem", "nvidia-smi does not answer", "ubuntu-drivers"),
     "a container without the card": (
         rtx_desktop().but(files={".dockerenv": ""}, smi=None),
-        *("gpu", "problem", "not handed to this container", "docker run --gpus all"),
+        *("gpu", "problem", "no access to the NVIDIA GPU of the host", "docker run --gpus all"),
     ),
     "an old card": (
         rtx_desktop().but(smi=("", "NVIDIA GeForce GTX 1080, 570.1, 6.1, 8192, 8000, 40\n")),
@@ -246,11 +247,11 @@ BROKEN = {
     ),
     "a card and no TensorRT": (
         _without_tensorrt(rtx_desktop()),
-        *("tensorrt", "warning", "the GPU rests", 'pip install ".[rtx]"'),
+        *("tensorrt", "warning", "the GPU is unused", install_command("rtx")),
     ),
     "a card that TensorRT for RTX does not list": (
         rtx_desktop().but(smi=("", "NVIDIA H100 80GB HBM3, 580.1, 9.0, 81559, 81000, 30\n")),
-        *("tensorrt", "warning", "does not list compute capability 9.0", 'pip install ".[tensorrt]" tensorrt'),
+        *("tensorrt", "warning", "does not list compute capability 9.0", f"{install_command('tensorrt')} && pip install tensorrt"),
     ),
     "an old TensorRT for RTX": (
         rtx_desktop().but(packages=rtx_desktop().packages | {"tensorrt_rtx": "1.0.0.21"}),
@@ -270,7 +271,7 @@ BROKEN = {
         "packages",
         "problem",
         "numpy, pillow, tokenizers, onnxruntime missing",
-        "pip install .",
+        install_command(),
     ),
     "an old package": (
         cpu_box().but(packages=RUNTIME | {"onnxruntime": "1.18.1"}),
@@ -315,8 +316,8 @@ def model(model_dir: Path, tmp_path: Path) -> Path:
 
 def test_a_whole_model_on_a_cpu(examine: Callable[..., Report], model: Path) -> None:
     report = examine(cpu_box(), str(model))
-    assert report.bad == {} and report.findings["model"]["text"].endswith("whole")
-    assert report.findings["engines"]["text"] == "none, and none are needed on a CPU" and "disk (model)" in report.findings
+    assert report.bad == {} and report.findings["model"]["text"].endswith("complete")
+    assert report.findings["engines"]["text"] == "none, and a CPU needs none" and "disk (model)" in report.findings
 
 
 @pytest.mark.parametrize(("file", "says"), [("decoder.onnx", "is missing"), ("fastvlm.json", "is not a model directory")])
@@ -420,12 +421,13 @@ def test_files_of_any_content_end_in_a_report(make: Callable[[], Board], content
 
 def test_a_machine_that_tells_nothing_ends_in_a_report(examine: Callable[..., Report]) -> None:
     report = examine(Board({}, "riscv64", "6.1", (3, 11, 0), 1))
-    assert report.findings["heat"]["text"] == "no thermal zone to read" and report.exit_status == 1
+    assert report.findings["heat"]["text"] == "no thermal zone can be read" and report.exit_status == 1
 
 
 def bare_checkout(tmp_path: Path) -> Path:
-    """The runtime's folder alone, as in a clone that nobody installed."""
+    """The runtime alone, as in a clone that nobody installed."""
     shutil.copytree(HERE / "fastvlm_edge", tmp_path / "clone/fastvlm_edge", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(HERE / "pyproject.toml", tmp_path / "clone")
     return tmp_path / "clone"
 
 
@@ -435,7 +437,7 @@ def test_it_runs_from_a_bare_checkout_with_nothing_installed(tmp_path: Path) -> 
     document = json.loads(done.stdout)
     assert done.returncode == 1 and done.stderr == "" and document["status"] == "problem"
     missing = next(finding for finding in document["findings"] if finding["topic"] == "packages")
-    assert missing["text"].startswith("numpy, pillow, tokenizers, onnxruntime missing") and missing["mend"].startswith("pip install .")
+    assert missing["text"].startswith("numpy, pillow, tokenizers, onnxruntime missing") and missing["mend"] == f'pip install "{tmp_path / "clone"}"'
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.10", "3.12", "3.13"])
@@ -469,7 +471,7 @@ print("foreign:", sorted(new - sys.stdlib_module_names - {"fastvlm_edge"}))
         [sys.executable, "-S", "-E", "-c", script, str(model)], cwd=bare_checkout(tmp_path), capture_output=True, text=True, check=False
     )
     assert done.stdout.splitlines()[-1] == "foreign: []", done.stderr
-    assert re.search(r"^ok +model +.*whole", done.stdout, re.MULTILINE)
+    assert re.search(r"^ok +model +.*complete", done.stdout, re.MULTILINE)
 
 
 def test_this_very_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -496,15 +498,6 @@ def test_versions_are_those_of_pyproject_and_of_the_runtime() -> None:
     assert needed
     assert dict(PACKAGES.values()) == dict(re.findall(r'"([\w-]+)>=([\d.]+)"', needed.group(1)))
     assert (tensorrt_library.OLDEST["tensorrt"], tensorrt_library.OLDEST["tensorrt_rtx"]) == (OLDEST_TENSORRT, OLDEST_RTX)
-
-
-def test_the_cache_is_where_build_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variables in ({}, {"XDG_CACHE_HOME": "/xdg"}, {"XDG_CACHE_HOME": "/xdg", "FASTVLM_EDGE_CACHE": "/ours"}):
-        for name in ("XDG_CACHE_HOME", "FASTVLM_EDGE_CACHE"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        assert Probe().cache() == default_cache()
 
 
 def test_the_table_of_jetpacks_is_in_order_and_agrees_with_the_targets() -> None:

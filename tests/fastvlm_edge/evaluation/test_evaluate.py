@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -132,7 +132,9 @@ def test_agreement_and_divergence_run_along_the_answer_of_the_reference(
         monkeypatch.setattr(model, "logits_along", lean)
         evaluation = Evaluation(model, open_data(str(questions)), reference=reference, max_new_tokens=12)
         evaluation.run()
-        replies = [reference.vlm.generate(QUESTION, e.image, max_new_tokens=12).token_ids for e, _ in open_data(str(questions)).read()]
+        replies = [
+            reference.vlm.generate(QUESTION, cast(Any, e.image), max_new_tokens=12).token_ids for e, _ in open_data(str(questions)).read()
+        ]
     assert [answer for answer in seen if len(answer) == 12] == replies
     report = evaluation.report()
     assert report["token_agreement"] == pytest.approx(8 / 12)

@@ -160,7 +160,9 @@ def cuda(driver: StubDriver) -> Cuda:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_stub_has_the_arguments_of_the_installed_package(name: str) -> None:
     real = pytest.importorskip("cuda.bindings.driver")
-    arguments = re.match(rf"{name}\((.*)\)", getattr(real, name).__doc__).group(1)
+    signature = re.match(rf"{name}\((.*)\)", getattr(real, name).__doc__)
+    assert signature
+    arguments = signature[1]
     assert len(arguments.split(",")) * bool(arguments) == FUNCTIONS[name][0]
 
 
@@ -272,8 +274,12 @@ def test_capture_records_and_instantiates_and_drops_the_template(cuda: Cuda, dri
 @pytest.mark.parametrize("ending", [CUresult.CUDA_SUCCESS, CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED])
 def test_capture_ends_when_the_work_raises(cuda: Cuda, driver: StubDriver, ending: CUresult) -> None:
     driver.errors["cuStreamEndCapture"] = ending
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        cuda.capture(0x51, lambda: 1 / 0)
+        cuda.capture(0x51, fail)
     assert driver.names() == ["cuStreamBeginCapture", "cuStreamEndCapture", *([] if ending else ["cuGraphDestroy"])]
 
 
@@ -482,6 +488,10 @@ class StubPyCuda(ModuleType):
 
         class Memcpy2D:
             __slots__ = ("dst_pitch", "height", "places", "src_pitch", "width_in_bytes")
+            dst_pitch: int
+            src_pitch: int
+            width_in_bytes: int
+            height: int
 
             def set_dst_device(self, address: int) -> None:
                 self.places = [address]

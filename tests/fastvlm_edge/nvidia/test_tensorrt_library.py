@@ -51,7 +51,7 @@ def enum(name: str, *members: str, first: int = 0) -> Any:
 def stub_of(generation: str) -> Any:
     """`tensorrt` or `tensorrt_rtx`: does nothing, writes down `calls`, and fails in the calls named in `fails` as the real one does."""
     rtx, weak = generation == "rtx", generation in ("10.3", "10.16")
-    trt = ModuleType("tensorrt_rtx" if rtx else "tensorrt")
+    trt: Any = ModuleType("tensorrt_rtx" if rtx else "tensorrt")
     trt.__version__ = VERSIONS[generation]
     trt.calls, trt.fails, trt.words = [], set(), []  # `words` are what a call that fails logs
     trt.layers, trt.parser_errors, trt.listing = [], [], ""
@@ -65,7 +65,7 @@ def stub_of(generation: str) -> Any:
     trt.ProfilingVerbosity = enum("ProfilingVerbosity", "LAYER_NAMES_ONLY", "DETAILED", "NONE")
     trt.LayerInformationFormat = enum("LayerInformationFormat", "ONELINE", "JSON")
     trt.ExecutionContextAllocationStrategy = enum("ExecutionContextAllocationStrategy", "STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED")
-    trt.NetworkDefinitionCreationFlag = IntEnum("NetworkDefinitionCreationFlag", FLAGS)
+    trt.NetworkDefinitionCreationFlag = enum("NetworkDefinitionCreationFlag", *FLAGS, first=FLAGS["STRONGLY_TYPED"])
     trt.BuilderFlag = enum(
         "BuilderFlag", "TF32", *(["FP16", "OBEY_PRECISION_CONSTRAINTS"] if weak else []), *(["REQUIRE_USER_ALLOCATION"] if rtx else [])
     )
@@ -125,6 +125,7 @@ def stub_of(generation: str) -> Any:
 
     class IBuilderConfig(Strict):
         settable = ("progress_monitor", "profiling_verbosity", *(["num_compute_capabilities"] if rtx else []))
+        num_compute_capabilities: int
 
         def __init__(self) -> None:
             self._capabilities: dict[int, Any] = {}

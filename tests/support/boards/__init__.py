@@ -1,6 +1,6 @@
-"""Machines as small trees of /proc, /sys, /etc and /dev, written from public documentation, whose source stands at each.
+"""Machines as small trees of /proc, /sys, /etc and /dev, written from public documentation; each names its sources.
 
-A board is its files and what lies outside of files; `lay_out` writes it, `probe_of` gives the doctor's view of it.
+A `Board` is its files and what cannot be told by files; `lay_out` writes the files, `probe_of` gives the view that `doctor` has of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from fastvlm_edge.machine.probe import Probe
 
 RUNTIME = {"numpy": "2.2.6", "pillow": "11.3.0", "tokenizers": "0.22.1", "onnxruntime": "1.23.2"}
-"""Distribution -> version of a complete installation of the runtime."""
+"""Distribution -> version, for a complete installation of the runtime."""
 _MODULES = {
     "numpy": "numpy",
     "pillow": "PIL",
@@ -31,29 +31,29 @@ class Board:
     """One machine."""
 
     files: dict[str, str]
-    """Path below the root -> text. Zeros of device trees are written as they are."""
+    """Path below the root -> text, including the zero bytes of device trees."""
     architecture: str
     kernel: str
     python: tuple[int, int, int]
     cores: int
     packages: dict[str, str] = field(default_factory=dict)
-    """What Python sees: distribution -> version."""
+    """Installed packages: distribution -> version."""
     smi: tuple[str, str] | None = None
-    """What nvidia-smi prints: its heading, and a line of the query that the doctor makes; None where there is none."""
+    """What nvidia-smi prints: its heading, and its answer to the query of `doctor`; None if there is no nvidia-smi."""
     denied: tuple[str, ...] = ()
-    """Device files that the user may not open."""
+    """Device files that the user has no access to."""
     environment: str | None = None
     environ: dict[str, str] = field(default_factory=dict)
     free_bytes: int = 40 << 30
 
     def but(self, *, without: Sequence[str] = (), files: dict[str, str] | None = None, **changes: Any) -> Board:
-        """The same machine with other files; `without` are beginnings of paths that go."""
+        """The same machine with other files. Paths that begin with one of `without` are removed."""
         kept = {path: text for path, text in self.files.items() if not path.startswith(tuple(without) or ("\n",))}
         return dataclasses.replace(self, files=kept | (files or {}), **changes)
 
 
 def lay_out(board: Board, root: Path) -> Path:
-    """Write the tree; returns its root."""
+    """Write the files below `root`, and return it."""
     for path, text in board.files.items():
         target = root / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def lay_out(board: Board, root: Path) -> Path:
 
 
 def probe_of(board: Board, root: Path) -> Probe:
-    """What the doctor sees of the board laid out at `root`."""
+    """Write the board below `root`, and return the view that `doctor` has of it."""
     modules = {_MODULES[name] for name in board.packages if name in _MODULES}
 
     def run(command: Sequence[str]) -> str | None:
