@@ -1,4 +1,4 @@
-"""Writes docs/reference/commands.md from the parsers of the commands: `python docs/generate_reference.py`.
+"""Writes docs/reference/commands.md from the parsers of the commands: `python -m docs.generate_reference`.
 
 The text is made from the arguments themselves, not from `--help`, whose layout depends on the terminal and on the version of Python.
 """
@@ -6,6 +6,7 @@ The text is made from the arguments themselves, not from `--help`, whose layout 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,8 +18,8 @@ HEAD = """# Commands
 
 <!-- Written by docs/generate_reference.py. Do not edit: a test compares this page with the parsers. -->
 
-Results go to stdout, progress and errors to stderr. With `--json`, a command prints one JSON object and nothing else. If it fails, the object
-is `{"error": {"message": ..., "mend": ...}}`.
+Results go to stdout, progress and errors to stderr. With `--json`, a command prints one JSON object and nothing else. If it fails, the
+object is `{"error": {"message": ..., "mend": ...}}`, possibly with what was measured before.
 
 | exit status | meaning |
 | --- | --- |
@@ -51,15 +52,21 @@ def section(parser: argparse.ArgumentParser) -> str:
     lines = [f"## {parser.prog}", ""]
     if parser.description:
         lines += [escape(" ".join(parser.description.split())), ""]
-    lines += [f"    {usage(parser)}", ""]
+    lines += ["```text", usage(parser), "```", ""]
     for group in parser._action_groups:
         shown = [action for action in group._group_actions if action.help is not argparse.SUPPRESS and action.dest != "help"]
         if shown:
             title = {"positional arguments": "arguments", "optional arguments": "options"}.get(group.title or "", group.title or "")
             lines += [f"| {title} | |", "| --- | --- |", *(row(parser, action) for action in shown), ""]
     if parser.epilog:
-        lines += ["```text", parser.epilog.strip("\n"), "```", ""]
+        lines += ["```text", same_everywhere(parser.epilog.strip("\n")), "```", ""]
     return "\n".join(lines)
+
+
+def same_everywhere(text: str) -> str:
+    """Targets whose Python is, by default, the one that runs this: their lines must not depend on it."""
+    here = "Python {}.{}".format(*sys.version_info)
+    return re.sub(rf"(?m)^(\s*(?:aarch64|x86_64)\b.*){re.escape(here)}$", r"\1the Python that runs this", text)
 
 
 def usage(parser: argparse.ArgumentParser) -> str:

@@ -1,6 +1,7 @@
-"""Records the terminal that README shows: `python docs/record_terminal.py` runs the commands and writes docs/images/terminal.svg.
+"""Records the terminal that README shows: `python -m docs.record_terminal` runs the commands and writes docs/images/terminal.svg.
 
-The commands run in a pseudo-terminal, so that the picture is what a user sees. The picture that they ask about goes to docs/images/meter.png.
+The commands run in a pseudo-terminal, so that the picture is what a user sees. The picture that they ask about goes to
+docs/images/meter.png.
 """
 
 from __future__ import annotations

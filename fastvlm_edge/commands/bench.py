@@ -114,14 +114,7 @@ def _be_process(model: Path, settings: Settings) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="fastvlm-edge bench compare", description="Say which figures changed between two records by more than the noise of both."
-    )
-    parser.add_argument("before", metavar="A.json", type=Path, help="a record, written with -o or --json")
-    parser.add_argument("after", metavar="B.json", type=Path, help="another one")
-    parser.add_argument("--across-machines", action="store_true", help="compare although the machines differ")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    options = parser.parse_args(arguments)
+    options = compare_parser().parse_args(arguments)
     before, after = (_single(path) for path in (options.before, options.after))
     differs = check_comparable(before, after, across_machines=options.across_machines)
     changes = compare(before, after)
@@ -139,6 +132,18 @@ def _single(path: Path) -> dict[str, Any]:
     if len(records) != 1:
         raise FastVLMError(f"{path} has the records of {len(records)} models; give a record of one model")
     return records[0]
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    """The arguments of `bench compare`."""
+    parser = argparse.ArgumentParser(
+        prog="fastvlm-edge bench compare", description="Say which figures changed between two records by more than the noise of both."
+    )
+    parser.add_argument("before", metavar="A.json", type=Path, help="a record, written with -o or --json")
+    parser.add_argument("after", metavar="B.json", type=Path, help="another one")
+    parser.add_argument("--across-machines", action="store_true", help="compare although the machines differ")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    return parser
 
 
 def parser() -> argparse.ArgumentParser:
