@@ -145,8 +145,8 @@ def test_failures_are_one_line_one_object_and_status_1(
 
 @pytest.mark.parametrize("command", ["bench", "eval", "plan"])
 def test_every_command_with_json_reports_its_errors_as_an_object(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = ["--data", str(tmp_path)] if command == "eval" else []
-    assert main([command, str(tmp_path / "gone"), *data, "--json"]) == 1
+    more = {"eval": ["--data", str(tmp_path)], "plan": ["--target", "orin-nano"]}.get(command, [])
+    assert main([command, str(tmp_path / "gone"), *more, "--json"]) == 1
     out, err = capsys.readouterr()
     error = json.loads(out)["error"]
     assert error["message"] and err.startswith(f"fastvlm-edge: error: {error['message']}")
@@ -293,13 +293,13 @@ def without(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         ("onnxruntime", "", "run MODEL --prompt x --json"),
         ("numpy", "", "bench MODEL --json"),
         ("onnxruntime", "", "bench MODEL --processes 1 --runs 1 --json"),
+        ("matplotlib", "[bench]", "bench MODEL --plot PREFIX --json"),
+        ("matplotlib", "[bench]", "plan 0.5b --target orin-nano --plot PREFIX --json"),
         ("numpy", "", "eval MODEL --data MODEL --json"),
         ("numpy", "", "build MODEL"),
         ("numpy", "", "convert CHECKPOINT -o PREFIX"),
         ("torch", "[convert]", "convert CHECKPOINT -o PREFIX"),
         ("onnx", "[convert]", "convert CHECKPOINT -o PREFIX"),
-        ("ml_dtypes", "[convert]", "convert CHECKPOINT -o PREFIX"),
-        ("huggingface_hub", "[convert]", "convert org/name -o PREFIX"),
     ],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
@@ -312,7 +312,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 ) -> None:
     places = {"MODEL": model_dir, "PREFIX": tmp_path / "output", "CHECKPOINT": ROOT / "examples" / "demo" / "fastvlm-demo"}
     done = without(package, [places.get(word, word) for word in arguments.split()])
-    message, mend = f"the package {package}, which is not installed", f'run: pip install "{ROOT}{extra}"'
+    message, mend = f"{package}, which is not installed", f'run: pip install "{ROOT}{extra}"'
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith(f"{message}; {mend}") and "a bug" not in done.stderr
     if "--json" in arguments:

@@ -1,0 +1,86 @@
+"""The command that installs a missing package is one that works: in a clone, after installation from a wheel, and in a bundle."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvlm_edge.extras import NEEDED_BY, install_command, missing_package
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return found
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """The modules that build the command, copied out of the clone."""
+    (tmp_path / "fastvlm_edge").mkdir()
+    for name in ("__init__", "errors", "extras", "version"):
+        shutil.copy(ROOT / "fastvlm_edge" / f"{name}.py", tmp_path / "fastvlm_edge")
+    return tmp_path
+
+
+def command_in(directory: Path, extra: str) -> list[str]:
+    program = "import sys; from fastvlm_edge.extras import install_command; print(install_command(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-S", "-c", program, extra], cwd=directory, capture_output=True, text=True, check=True)
+    return shlex.split(done.stdout)
+
+
+def test_in_a_clone_the_clone_is_installed() -> None:
+    assert shlex.split(install_command()) == ["pip", "install", str(ROOT)]
+    assert shlex.split(install_command("convert")) == ["pip", "install", f"{ROOT}[convert]"]
+
+
+def test_after_installation_from_a_wheel_the_packages_are_named(elsewhere: Path, project: dict[str, Any]) -> None:
+    extras: dict[str, list[str]] = {"": project["dependencies"], **project["optional-dependencies"]}
+    needs = [
+        f'Requires-Dist: {need}; extra == "{extra}"' if extra else f"Requires-Dist: {need}" for extra in extras for need in extras[extra]
+    ]
+    info = elsewhere / "fastvlm_edge-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("\n".join(["Metadata-Version: 2.4", "Name: fastvlm-edge", "Version: 0.1.0", *needs, ""]))
+    for extra, wanted in extras.items():
+        assert command_in(elsewhere, extra) == ["pip", "install", *wanted]
+
+
+def test_in_a_bundle_a_clone_is_named(elsewhere: Path) -> None:
+    assert command_in(elsewhere, "convert") == ["pip", "install", ".[convert]", "(in", "a", "clone", "of", "fastvlm-edge)"]
+
+
+@pytest.fixture(scope="module")
+def installed() -> Mapping[str, list[str]]:
+    """Module -> the distributions that brought it."""
+    return metadata.packages_distributions()
+
+
+@pytest.mark.parametrize("module", NEEDED_BY)
+def test_the_extra_installs_the_module(module: str, project: dict[str, Any], installed: Mapping[str, list[str]]) -> None:
+    distributions = installed.get(module)
+    if distributions is None:
+        pytest.skip(f"{module} is not installed")
+    extra = NEEDED_BY[module]
+    wanted = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    names = {requirement.partition(">")[0].replace("_", "-").lower() for requirement in wanted}
+    found = [distribution.replace("_", "-").lower() for distribution in distributions]  # tensorrt-rtx depends on tensorrt-rtx-cu13
+    assert any(distribution.startswith(name) for distribution in found for name in names)
+
+
+def test_a_package_of_nobody_is_not_explained() -> None:
+    assert missing_package("fastvlm_edge.missing") is None
+    error = missing_package("torch.nn", "training needs")
+    assert error is not None and error.what == "training needs the package torch, which is not installed"
+    assert error.mend == f"run: {install_command('convert')}"
