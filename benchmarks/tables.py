@@ -81,7 +81,8 @@ def summary() -> str:
         record = document["results"][name]
         lines.append(f"| {title} | {' | '.join(rounded(record[field]['median']) for field in fields)} |")
     machine = document["machine"]
-    return "\n".join([*lines, "", f"{machine['cpu']}, {document['threads']} threads, {machine['date']}; {document['rounds']} processes each."])
+    measured = f"{machine['cpu']}, {document['threads']} threads, {machine['date']}; {document['rounds']} processes each."
+    return "\n".join([*lines, "", measured])
 
 
 def headline() -> str:
@@ -106,7 +107,8 @@ def headline() -> str:
     large, small = (found["encoder_parameters"][name] / 1e6 for name in ("SigLIP", "FastViTHD"))
     lines += [
         "",
-        f"Parameters of the encoders: {large:.0f} M and {small:.0f} M, a ratio of {found['encoder_ratio']} (paper: {paper['encoder_ratio']}).",
+        f"Parameters of the encoders: {large:.0f} M and {small:.0f} M, "
+        f"a ratio of {found['encoder_ratio']} (paper: {paper['encoder_ratio']}).",
     ]
     return "\n".join(lines)
 
@@ -219,7 +221,8 @@ def quantization() -> str:
     results = load("quantization")["results"]
     kinds = list(next(iter(results.values()))["by_kind"])
     lines = [
-        "| | weights MB | exact match % | worst kind against fp32, points | token agreement % | KL, nats/token | vision, fastest ms | decode tokens/s |",
+        "| | weights MB | exact match % | worst kind against fp32, points | token agreement % | KL, nats/token "
+        "| vision, fastest ms | decode tokens/s |",
         "| --- " * 8 + "|",
     ]
     base = results["fp32"]["by_kind"]
@@ -243,7 +246,8 @@ def prefill_w8a8() -> str:
 
 def vision_libraries() -> str:
     """`vision_libraries.json` as a table: one row a way to quantise the encoder."""
-    lines = ["| | exact match % | worst kind loses, points | error of the features | token agreement % |", "| --- | --- | --- | --- | --- |"]
+    columns = ("exact match %", "worst kind loses, points", "error of the features", "token agreement %")
+    lines = [f"| | {' | '.join(columns)} |", "| --- | --- | --- | --- | --- |"]
     for name, row in load("vision_libraries")["results"].items():
         if "failed" in row:
             lines.append(f"| {name} | fails | | | |")
