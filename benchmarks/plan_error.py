@@ -14,12 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from fastvlm_edge.planning.fit import HeldOut, fit, hold_out, ideal_ms, median_error, rows_of, runtime_bytes, spread
-from fastvlm_edge.planning.published import CONTRADICTING, Stage
+from benchmarks.plan.fit import HeldOut, fit, hold_out, ideal_ms, median_error, rows_of, runtime_bytes, spread
+from benchmarks.plan.published import CONTRADICTING, Stage
 
 
 def record() -> dict[str, Any]:
-    """Fits, and every row held out."""
+    """The fits to all published rows, and each row predicted from the rows of other models and of other boards."""
     stages: dict[str, Any] = {}
     for stage in get_args(Stage):
         by_model, by_board = hold_out(stage), hold_out(stage, "board")

@@ -15,12 +15,13 @@ from typing import Any
 
 from fastvlm_edge.backends.load_engines import verify_engines
 from fastvlm_edge.backends.tensorrt import Platform
-from fastvlm_edge.engines.engine_cache import EngineCache, cache_key, default_cache
+from fastvlm_edge.engines.engine_cache import EngineCache, cache_key
 from fastvlm_edge.engines.layers import Layer, Tensor, parse_inspector, parse_listing
 from fastvlm_edge.engines.memory import check_memory
 from fastvlm_edge.engines.profiles import decoder_profiles, vision_profiles
-from fastvlm_edge.engines.targets import Target, check_precision, find_target, target_of_device
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.machine.boards.targets import Target, build_target, check_precision, target_of_device
+from fastvlm_edge.machine.cache_dir import cache_dir
 from fastvlm_edge.model_dir.atomic import written_beside
 from fastvlm_edge.model_dir.engine_record import ENGINES, PARTS, RECORD_NAME, EngineRecord, onnx_hashes, read_record
 from fastvlm_edge.model_dir.manifest import FileRecord, Manifest, read_manifest, sha256, verify_files
@@ -52,7 +53,7 @@ class Options:
     """Refuse a build for which memory is short."""
     force: bool = False
     """Rebuild engines even if they are up to date."""
-    cache: Path | None = dataclasses.field(default_factory=default_cache)
+    cache: Path | None = dataclasses.field(default_factory=cache_dir)
     """Directory with engines and timings of earlier builds. None means no cache."""
 
 
@@ -116,7 +117,7 @@ def _plan(manifest: Manifest, name: str, options: Options) -> _Plan:
                 )
             target = target_of_device(device.compute_capability, _installed())
         else:
-            target = find_target(name)
+            target = build_target(name)
         library = find_library(target.libraries)
         kinds = {part.strip().partition("/")[0] for stage in manifest.plan.values() for part in stage.split("->")} - {"plain"}
         check_precision(target, sorted(kinds), manifest.precision)

@@ -10,18 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.model_dir.atomic import whole_file
 from fastvlm_edge.model_dir.manifest import sha256
 
 LIMIT = 16 << 30
 """Total size in bytes of the engines that are kept; beyond it, the least recently used are deleted. Hard links to the engines of a model
 directory take no additional space."""
-
-
-def default_cache() -> Path:
-    """`$FASTVLM_EDGE_CACHE`, or `fastvlm-edge` in the user's cache directory (XDG base directory specification)."""
-    return Probe().cache()
 
 
 def cache_key(ingredients: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.machine.host import read_memory
+from fastvlm_edge.machine.memory import read_memory
 from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.model_dir.engine_record import PARTS
 

@@ -1,4 +1,4 @@
-"""Records as pictures, PNG and SVG. matplotlib is imported here and nowhere else in the runtime."""
+"""Draw records, as PNG and SVG. Needs matplotlib (extra `bench`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from fastvlm_edge.bench.record import DECODE
 from fastvlm_edge.bench.table import number
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.extras import install_command
 from fastvlm_edge.model_dir.atomic import whole_file
 
 FORMATS = ("png", "svg")
@@ -24,17 +25,17 @@ _SIZE = (7.0, 4.2)
 
 
 def check_matplotlib() -> None:
-    """Raise FastVLMError where it is not installed, before minutes are spent on measuring."""
+    """Raise FastVLMError if matplotlib is not installed, before minutes are spent on measurements."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise FastVLMError('--plot needs matplotlib; install it with: pip install "fastvlm-edge[bench]"') from None
+        raise FastVLMError("--plot needs matplotlib, which is not installed", f"run: {install_command('bench')}") from None
 
 
 def draw(prefix: Path, records: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]] = ()) -> list[Path]:
-    """Write PREFIX-ttft, PREFIX-decode and, where there are results of `fastvlm-edge eval`, PREFIX-accuracy.
+    """Write PREFIX-ttft, PREFIX-decode and, with results of `fastvlm-edge eval`, PREFIX-accuracy. Returns the paths.
 
-    Raises FastVLMError where matplotlib is missing, the disk is full, or no evaluation is of a measured model.
+    Raises FastVLMError if matplotlib is missing, the disk is full, or an evaluation belongs to none of the measured models.
     """
     check_matplotlib()
     written: list[Path] = []
@@ -49,7 +50,7 @@ def draw(prefix: Path, records: Sequence[dict[str, Any]], evaluations: Sequence[
 
 
 def draw_ttft(figure: Any, records: Sequence[dict[str, Any]]) -> None:
-    """Time to the first token by resolution, its parts stacked; beside each a bar for a picture that is in the cache."""
+    """Draw time to first token by resolution, as stacked parts, and beside it a bar for a picture that is in the cache."""
     axes = figure.add_subplot()
     ordered = sorted(records, key=lambda record: (record["model"]["image_size"], record["model"]["precision"]))
     several = len({record["model"]["precision"] for record in ordered}) > 1
@@ -73,7 +74,7 @@ def draw_ttft(figure: Any, records: Sequence[dict[str, Any]]) -> None:
             axes.annotate(f"{number(record['ttft_warm_ms']['median'])}\nwarm", (at + 0.19, bottom), ha="center", va="bottom", fontsize=8)
     names = [f"{record['model']['image_size']}" + (f"\n{record['model']['precision']}" if several else "") for record in ordered]
     axes.set_xticks(range(len(ordered)), names)
-    axes.set_xlabel("pixels a side")
+    axes.set_xlabel("image size, pixels")
     axes.set_ylabel("time to first token, ms")
     axes.margins(y=0.12)
     axes.legend(frameon=False, fontsize=8)
@@ -81,7 +82,7 @@ def draw_ttft(figure: Any, records: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_decode(figure: Any, records: Sequence[dict[str, Any]]) -> None:
-    """Tokens a second by depth of context, the bars from least to most."""
+    """Draw decoded tokens/s by depth of context; bars go from minimum to maximum."""
     axes = figure.add_subplot()
     for record in records:
         entries = record["decode_by_depth"]
@@ -99,9 +100,9 @@ def draw_decode(figure: Any, records: Sequence[dict[str, Any]]) -> None:
 
 
 def accuracy_points(records: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One for each evaluation: its share of right answers beside the speeds of the record of the same directory, or else precision.
+    """For each evaluation its accuracy, and the speeds of the record with the same model directory, or else the same precision.
 
-    Raises FastVLMError for an evaluation that has neither.
+    Raises FastVLMError for an evaluation without such a record.
     """
     points = []
     for evaluation in evaluations:
@@ -109,8 +110,8 @@ def accuracy_points(records: Sequence[dict[str, Any]], evaluations: Sequence[dic
         same = same or [each for each in records if each["model"]["precision"] == evaluation.get("precision")]
         if evaluation.get("exact_match") is None or not same or DECODE not in same[0] or "ttft_cold_ms" not in same[0]:
             raise FastVLMError(
-                f"the evaluation of {evaluation.get('model')} ({evaluation.get('precision')}) belongs to none of the measured models; "
-                "give --eval what fastvlm-edge eval --json printed for one of them"
+                f"the evaluation of {evaluation.get('model')} ({evaluation.get('precision')}) belongs to none of the measured models",
+                "give --eval the output of fastvlm-edge eval --json for one of them",
             )
         points.append(
             {
@@ -125,19 +126,19 @@ def accuracy_points(records: Sequence[dict[str, Any]], evaluations: Sequence[dic
 
 
 def draw_accuracy(figure: Any, points: Sequence[dict[str, Any]]) -> None:
-    """Right answers against both speeds, a dot for each precision."""
+    """Draw accuracy against both speeds, with one dot for each precision."""
     figure.set_size_inches(9.0, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, key, label in zip(panels, ("ttft_ms", "tokens_per_second"), ("time to first token, ms", "decoded tokens/s"), strict=True):
         for place, point in enumerate(sorted(points, key=itemgetter(key))):
             axes.plot(point[key], point["accuracy"], "o", color="#2f6f9f")
-            side = (6, 4) if place % 2 else (6, -12)  # neighbours may lie on one spot
+            side = (6, 4) if place % 2 else (6, -12)  # neighbouring dots may overlap
             axes.annotate(point["precision"], (point[key], point["accuracy"]), textcoords="offset points", xytext=side, fontsize=9)
         axes.set_xlabel(label)
         axes.margins(0.2)
         axes.grid(alpha=0.3)
     values = [point["accuracy"] for point in points]
-    margin = max(1.0, 0.2 * (max(values) - min(values)))  # single answers are not to look like a fall
+    margin = max(1.0, 0.2 * (max(values) - min(values)))  # a difference of a few answers must not look like a cliff
     panels[0].set_ylim(min(values) - margin, min(max(values) + margin, 100.1))
     panels[0].set_ylabel("exact match, %")
     counts = {point["questions"] for point in points}
@@ -168,6 +169,6 @@ def _save(prefix: Path, name: str, paint: Callable[[Any], None]) -> list[Path]:
                 with whole_file(path) as partial:
                     figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})
             except OSError as error:
-                raise FastVLMError(f"{path} cannot be written ({error.strerror}); choose another place for --plot") from None
+                raise FastVLMError(f"{path} cannot be written ({error.strerror})", "give --plot another prefix") from None
             written.append(path)
     return written

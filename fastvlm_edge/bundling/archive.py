@@ -1,6 +1,7 @@
-"""A bundle is written: a shell header that finds the right Python, the text of `start`, and a zip archive in which nothing is compressed.
+"""Write a bundle: a shell header that finds the right Python, the text of `start`, and a zip archive in which nothing is compressed.
 
-Wheels lie in it as they were published, so their hashes can be looked up and the bytes depend on no compressor; models hardly compress.
+The archive holds wheels as they were published, so their hashes can be looked up and the bytes do not depend on a compressor. Models hardly
+compress.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from typing import Any, BinaryIO
 import fastvlm_edge
 from fastvlm_edge.bundling import start
 from fastvlm_edge.bundling.licences import OWN_LICENCE, list_licences, model_licences, own_licence
-from fastvlm_edge.bundling.targets import BundleTarget
 from fastvlm_edge.bundling.wheels import Wheel
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.machine.boards.systems import BundleTarget
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, read_manifest, sha256, verify_files
 from fastvlm_edge.progress import Progress, SilentProgress
 from fastvlm_edge.version import __version__
 
 HEADER_BYTES = 4096
-_BEGINNING = (1980, 1, 1, 0, 0, 0)  # the oldest that a zip entry can have
+_BEGINNING = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip entry can have
 _NEEDS_TORCH = ("convert", "calib")
-"""Packages that stay behind: a board converts nothing."""
+"""Packages that are left out, because a board does not convert models."""
 _BLOCK = 1 << 22
 
 _HEADER = """#!/bin/sh
 # A fastvlm-edge bundle for {title}, Python {python}: ./FILE --help
-# Behind this header come the text that starts it and a zip archive, which `unzip -l FILE` lists.
+# After this header come the Python text that starts it and a zip archive, which `unzip -l FILE` lists.
 if [ "$(uname -m)" != {machine} ]; then
-  echo "$0: error: this bundle is for {machine} ({title}), this machine is $(uname -m); bundle with another --target" >&2
+  echo "$0: error: this bundle is for {machine} ({title}), and this machine is $(uname -m); bundle with another --target" >&2
   exit 1
 fi
 for python in /usr/bin/python{python} python{python} /usr/local/bin/python{python} python3; do
@@ -52,12 +53,16 @@ if hashlib.sha256(text).hexdigest() != "{start_sha256}":
 module = types.ModuleType("fastvlm_edge.bundling.start")
 sys.modules[module.__name__] = module
 exec(compile(text, "start.py", "exec"), module.__dict__)
-sys.exit(module.start(sys.argv[1], "{index_sha256}", sys.argv[2:]))
+def run():
+    bundle = module.start(sys.argv[1], "{index_sha256}")
+    from fastvlm_edge.bundle_entry import main
+    return main(bundle, sys.argv[2:])
+sys.exit(module.exit_status(sys.argv[1], run))
 ' "$0" "$@"
   fi
 done
-echo "$0: error: this bundle is for Python {python} ({title}); here is $(python3 --version 2>&1 || echo none)." >&2
-echo "Install python{python}, or bundle for the Python that is here: fastvlm-edge bundle ... --python 3.X" >&2
+echo "$0: error: this bundle is for Python {python} ({title}), and this machine has $(python3 --version 2>&1 || echo none)." >&2
+echo "Install python{python}, or bundle for the Python of this machine: fastvlm-edge bundle ... --python 3.X" >&2
 exit 1
 """
 
@@ -70,28 +75,28 @@ class Written:
     bytes: int
     model_bytes: int
     unpacked_bytes: int
-    """Of the runtime on the board's disk, the model's not counted."""
+    """Size of the unpacked runtime on the disk of the board, without the model."""
     wheels: list[Wheel]
 
     @property
     def runtime_bytes(self) -> int:
-        """The file without the model."""
+        """Size of the file without the model."""
         return self.bytes - self.model_bytes
 
 
 def write_bundle(
     model: Path, target: BundleTarget, wheels: list[Wheel], output: Path, *, force: bool = False, progress: Progress | None = None
 ) -> Written:
-    """Write the bundle of a model directory; the same model, wheels and toolkit give the same bytes, whatever `output` is called.
+    """Write the bundle of a model directory. The same model, wheels and toolkit give the same bytes, whatever `output` is called.
 
-    Raises FastVLMError where the model is not whole, a name is taken, or the disk is full; then nothing is left at `output`.
+    Raises FastVLMError if the model is damaged, `output` exists, or the disk is full; then nothing is left at `output`.
     """
     progress = progress or SilentProgress()
     manifest = read_manifest(model)
     progress.stage("checking the model's hashes")
     verify_files(model, manifest, hashes=True)
     models = {name: model / name for name in sorted({MANIFEST_NAME, *manifest.files, *model_licences(model)})}
-    sources = dict(sorted(_sources()))
+    sources = dict(sorted([*source_files(Path(fastvlm_edge.__file__).parent), (OWN_LICENCE, own_licence())]))
     index = {
         "schema": 1,
         "toolkit_version": __version__,
@@ -158,11 +163,11 @@ def _write(file: BinaryIO, target: BundleTarget, index: bytes, entries: dict[str
 
 @contextmanager
 def _new_file(output: Path, *, force: bool) -> Iterator[BinaryIO]:
-    """An executable file that has its name when it is whole, and not before."""
+    """An executable file that gets its name only after it is complete."""
     if output.exists() and not force:
-        raise FastVLMError(f"{output} exists; --force replaces it")
+        raise FastVLMError(f"{output} exists", "use --force to replace it, or give -o another name")
     if output.is_dir():
-        raise FastVLMError(f"{output} is a folder; give -o the name of a file")
+        raise FastVLMError(f"{output} is a directory", "give -o the name of a file")
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -174,8 +179,10 @@ def _new_file(output: Path, *, force: bool) -> Iterator[BinaryIO]:
         partial.replace(output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FastVLMError(f"the disk of {output.parent} is full; nothing was left there. Make room, or give -o another disk") from None
-        raise FastVLMError(f"{output} could not be written ({error.strerror or error}); nothing was left there") from None
+            raise FastVLMError(
+                f"the disk of {output.parent} is full; no partial file was left there", "free some space, or give -o a name on another disk"
+            ) from None
+        raise FastVLMError(f"{output} could not be written ({error.strerror or error})", "give -o another name") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -183,15 +190,13 @@ def _new_file(output: Path, *, force: bool) -> Iterator[BinaryIO]:
 # What goes in -------------------------------------------------------------------------------------------------------------------
 
 
-def _sources() -> Iterator[tuple[str, Path]]:
-    """Name below the runtime folder and file of everything of ours but conversion and calibration, which need PyTorch."""
-    home = Path(fastvlm_edge.__file__).parent
-    for folder, folders, files in os.walk(home, followlinks=True):  # a clone has engines/ behind a link
+def source_files(home: Path) -> Iterator[tuple[str, Path]]:
+    """Name in the runtime and file of all modules and data below `home`, the package fastvlm_edge, but those that need PyTorch."""
+    for folder, folders, files in os.walk(home, followlinks=True):  # in a clone, engines/ is a link
         folders[:] = sorted({*folders} - {"__pycache__", *_NEEDS_TORCH})
         for path in (Path(folder, name) for name in files):
             if path.suffix in (".py", ".jpg", ".typed"):
                 yield f"fastvlm_edge/{path.relative_to(home).as_posix()}", path
-    yield OWN_LICENCE, own_licence()
 
 
 def _records(prefix: str, files: dict[str, Path]) -> dict[str, dict[str, Any]]:
@@ -201,7 +206,7 @@ def _records(prefix: str, files: dict[str, Path]) -> dict[str, dict[str, Any]]:
 
 
 def _wheel_records(wheels: list[Wheel]) -> dict[str, dict[str, Any]]:
-    """Every file that installing the wheels makes (binary distribution format, "installing a wheel"); scripts and data stay out."""
+    """Every file that installing the wheels would create (binary distribution format, "installing a wheel"), but scripts and data."""
     records = {}
     for wheel in wheels:
         with zipfile.ZipFile(wheel.path) as archive:
@@ -211,7 +216,7 @@ def _wheel_records(wheels: list[Wheel]) -> dict[str, dict[str, Any]]:
                     continue
                 name = found.group(2) if found else info.filename
                 if name.startswith("/") or ".." in name.split("/"):
-                    raise FastVLMError(f"{wheel.path} wants to write outside its folder ({name}); fetch it again")
+                    raise FastVLMError(f"{wheel.path} has a file outside its directory ({name})", "download the wheel again")
                 digest = hashlib.sha256(archive.read(info)).hexdigest()
                 entry = f"wheels/{wheel.path.name}"
                 records[name] = {"entry": entry, "member": info.filename, "sha256": digest, "bytes": info.file_size}
@@ -219,6 +224,6 @@ def _wheel_records(wheels: list[Wheel]) -> dict[str, dict[str, Any]]:
 
 
 def _part(files: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """With a key that is the hash of names and contents."""
+    """A part of the index: its files, and a key that is the hash of their names and contents."""
     contents = json.dumps({name: record["sha256"] for name, record in files.items()}, sort_keys=True)
     return {"key": hashlib.sha256(contents.encode()).hexdigest(), "files": files}

@@ -1,6 +1,7 @@
-"""The first code of a bundle on a board: checks the machine, unpacks what is not unpacked yet, checks hashes, and hands over to `board`.
+"""The first code of a bundle that runs on a board: it checks the machine, unpacks what is not unpacked yet, and checks hashes.
 
-The bundle's shell header runs this text with the board's own Python, before any package is there: the standard library only.
+The shell header of the bundle runs this text with the Python of the board, before any package is available, so it uses the standard library
+only. The header then hands over to `fastvlm_edge/bundle_entry.py`.
 """
 
 from __future__ import annotations
@@ -22,43 +23,48 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 SYSTEM = Path("/var/lib/fastvlm-edge")
-"""Where root, and so the systemd unit, unpacks; everybody else reads there what they find."""
+"""Where root, and so the systemd unit, unpacks. Other users use what they find there."""
 INDEX = "bundle.json"
 _BLOCK = 1 << 22
 
 
 class BundleError(Exception):
-    """What is wrong and what to do, on one line."""
+    """What is wrong and what to do about it, like FastVLMError, which cannot be imported yet."""
+
+    def __init__(self, what: str, mend: str | None = None) -> None:
+        super().__init__(what if mend is None else f"{what}; {mend}")
+        self.what = what
+        self.mend = mend
 
 
 class Bundle:
-    """The file itself: an index of everything in it, and the bytes."""
+    """A bundle file: the index of everything in it, and the bytes."""
 
     def __init__(self, path: Path, index_sha256: str) -> None:
-        """Raises BundleError where the file is cut off or its index is not the one that it was made with."""
+        """Raises BundleError if the file is cut off, or if its index is not the one that it was made with."""
         self.path = path
         self.index_sha256 = index_sha256
         try:
             self._zip = zipfile.ZipFile(path)
             text = self._zip.read(INDEX)
         except (zipfile.BadZipFile, KeyError):
-            raise BundleError(f"{path} is damaged or cut off; copy it again") from None
+            raise BundleError(f"{path} is damaged or cut off", "copy it again") from None
         if hashlib.sha256(text).hexdigest() != index_sha256:
-            raise BundleError(f"{path} is damaged: its index has another sha256; copy it again")
+            raise BundleError(f"{path} is damaged: its index has another sha256", "copy it again")
         self.index: dict[str, Any] = json.loads(text)
         self._wheels: dict[str, zipfile.ZipFile] = {}
 
     def files(self, part: str) -> dict[str, dict[str, Any]]:
-        """Path below the part's folder -> where it is in the bundle, `sha256` and `bytes`."""
+        """Path below the directory of the part -> where the file is in the bundle, its `sha256` and `bytes`."""
         files: dict[str, dict[str, Any]] = self.index["parts"][part]["files"]
         return files
 
     def folder(self, part: str) -> str:
-        """Named by the hash of its contents: another bundle of the same model finds the model, and its engines, unpacked."""
+        """Name of the directory of a part, by the hash of its contents: bundles of the same model share the unpacked model and engines."""
         return f"{part}-{self.index['parts'][part]['key'][:16]}"
 
     def open(self, record: dict[str, Any]) -> IO[bytes]:
-        """A file of the bundle, for reading; one of a wheel is read through the wheel, in place."""
+        """Open a file of the bundle for reading. A file in a wheel is read from the wheel, which is not unpacked first."""
         entry = record["entry"]
         if "member" not in record:
             return self._slice(entry)
@@ -67,7 +73,7 @@ class Bundle:
         return self._wheels[entry].open(record["member"])
 
     def _slice(self, entry: str) -> IO[bytes]:
-        """An entry in place: entries are stored as they are, and what the zip module returns does not seek well before Python 3.12."""
+        """Open a zip entry in place, since entries are not compressed. Before Python 3.12, seeking in a file of the zip module is slow."""
         info = self._zip.getinfo(entry)
         file = self.path.open("rb")
         file.seek(info.header_offset)
@@ -76,7 +82,7 @@ class Bundle:
 
 
 class _Slice(io.RawIOBase):
-    """`size` bytes of a file from `begin` on, as a file."""
+    """The `size` bytes of a file from `begin` on, as a file."""
 
     def __init__(self, file: BinaryIO, begin: int, size: int) -> None:
         self._file, self._begin, self._size, self._at = file, begin, size, 0
@@ -104,7 +110,7 @@ class _Slice(io.RawIOBase):
 
 
 def state_folder() -> Path:
-    """`$FASTVLM_EDGE_STATE`, /var/lib/fastvlm-edge for root, the user's cache folder for others."""
+    """Where to unpack: `$FASTVLM_EDGE_STATE`, or else /var/lib/fastvlm-edge for root and the cache directory for other users."""
     named = os.environ.get("FASTVLM_EDGE_STATE")
     if named:
         return Path(os.path.abspath(named))
@@ -114,7 +120,7 @@ def state_folder() -> Path:
 
 
 def unpacked(bundle: Bundle, part: str) -> Path | None:
-    """The folder of a part that is unpacked already: one's own, or what root unpacked for all."""
+    """Directory of a part that is already unpacked, by this user or by root; None if there is none."""
     for state in (state_folder(), SYSTEM):
         folder = state / bundle.folder(part)
         if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK):
@@ -123,10 +129,11 @@ def unpacked(bundle: Bundle, part: str) -> Path | None:
 
 
 def ensure(bundle: Bundle, part: str, *, hashes: bool, advance: Callable[[int], None] = lambda _bytes: None) -> Path:
-    """The folder of a part, unpacked once and checked at every start; `advance` hears of bytes as they are unpacked.
+    """Directory of a part, which is unpacked once and checked at every start. `advance` is called with the number of newly unpacked bytes.
 
-    With `hashes` every byte is compared; otherwise size and time of change with what they were when it last was, and the bytes where these
-    differ. A file that is damaged or gone is unpacked again. Raises BundleError where the disk is full or cannot be written to.
+    With `hashes`, every byte is compared. Otherwise size, time of change and inode are compared with those of the last time that the bytes
+    were, and the bytes only if these differ. A file that is damaged or missing is unpacked again. Raises BundleError if the disk is full or
+    not writable.
     """
     found = unpacked(bundle, part)
     if found is None:
@@ -149,9 +156,9 @@ def _unpack_all(bundle: Bundle, part: str, folder: Path, advance: Callable[[int]
     needed = sum(record["bytes"] for record in bundle.files(part).values())
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
-        raise BundleError(_full(folder.parent, f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB free"))
+        raise _full(folder.parent, f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB free")
     partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed: the lock says that nobody else is at it
+    shutil.rmtree(partial, ignore_errors=True)  # from a start that was killed: the lock excludes that another process is writing it
     try:
         for name, record in bundle.files(part).items():
             _write(bundle, record, partial / name, advance)
@@ -162,7 +169,7 @@ def _unpack_all(bundle: Bundle, part: str, folder: Path, advance: Callable[[int]
 
 
 def _write(bundle: Bundle, record: dict[str, Any], path: Path, advance: Callable[[int], None]) -> None:
-    """One file, hashed on the way, under its own name only when it is whole and right."""
+    """Unpack one file and hash it on the way. It gets its own name only after it is complete and the hash is right."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial"
     digest = hashlib.sha256()
@@ -176,27 +183,27 @@ def _write(bundle: Bundle, record: dict[str, Any], path: Path, advance: Callable
             if record["bytes"] > _BLOCK:
                 os.fsync(target.fileno())
         if digest.hexdigest() != record["sha256"]:
-            raise BundleError(f"{bundle.path} is damaged: {path.name} in it has another sha256; copy the file again")
+            raise BundleError(f"{bundle.path} is damaged: {path.name} in it has another sha256", "copy the bundle again")
         partial.replace(path)
     except (zipfile.BadZipFile, EOFError):
-        raise BundleError(f"{bundle.path} is damaged at {path.name}; copy the file again") from None
+        raise BundleError(f"{bundle.path} is damaged at {path.name}", "copy the bundle again") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BundleError(_full(path.parent, "nothing half-written was left")) from None
+            raise _full(path.parent, "no partial files were left there") from None
         raise
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _full(folder: Path, why: str) -> str:
-    return f"the disk of {folder} is full ({why}); make room, or name another folder: FASTVLM_EDGE_STATE=FOLDER"
+def _full(folder: Path, why: str) -> BundleError:
+    return BundleError(f"the disk of {folder} is full ({why})", "free some space, or set FASTVLM_EDGE_STATE=DIRECTORY to use another disk")
 
 
 # Checks -------------------------------------------------------------------------------------------------------------------------
 
 
 def _damaged(bundle: Bundle, part: str, folder: Path, hashes: bool) -> list[str]:
-    """Names of the files that are not as in the bundle."""
+    """Names of the files that differ from those in the bundle."""
     try:
         stamps = json.loads(_stamps_path(folder).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -227,7 +234,7 @@ def _stamps_path(folder: Path) -> Path:
 
 
 def _note_stamps(folder: Path, stamps: dict[str, list[int] | None]) -> None:
-    """Remember how the files look that were compared just now. Beside a folder of somebody else's they are compared again each time."""
+    """Remember the stamps of files that were just compared. If the directory is another user's, they are compared again at every start."""
     path = _stamps_path(folder)
     partial = path.with_suffix(f".{os.getpid()}")
     with suppress(OSError):
@@ -245,18 +252,20 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Of several first starts at once one unpacks and the others wait; the lock ends with its process, however that ends."""
+    """Of several first starts at the same time one unpacks and the others wait. The lock ends with its process, however that ends."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = (folder.parent / f"{folder.name}.lock").open("w")
     except OSError as error:
-        where = f"{folder.parent} cannot be written to ({error.strerror})"
-        raise BundleError(f"{where}; name another folder: FASTVLM_EDGE_STATE=FOLDER, or run as root") from None
+        raise BundleError(
+            f"{folder.parent} is not writable ({error.strerror})",
+            "set FASTVLM_EDGE_STATE=DIRECTORY to use another one, or run as root",
+        ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            print(f"waiting for another start that unpacks {folder.name}", file=sys.stderr)
+            print(f"waiting for another process that unpacks {folder.name}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -265,25 +274,30 @@ def _check_glibc(index: dict[str, Any]) -> None:
     name, version = platform.libc_ver()
     if name == "glibc" and [int(part) for part in version.split(".")[:2]] < index["glibc"]:
         needed = ".".join(map(str, index["glibc"]))
-        raise BundleError(f"this bundle needs glibc {needed} ({index['title']}), this machine has {version}; bundle for an older one")
+        raise BundleError(
+            f"this bundle needs glibc {needed} ({index['title']}), and this machine has {version}",
+            "bundle for a target with an older glibc",
+        )
 
 
 # Start --------------------------------------------------------------------------------------------------------------------------
 
 
-def start(path: str, index_sha256: str, arguments: list[str]) -> int:
-    """Run one command of the bundle at `path`; its exit status."""
+def start(path: str, index_sha256: str) -> Bundle:
+    """Check the machine, unpack the runtime of the bundle at `path` if needed, and put it on `sys.path`."""
+    bundle = Bundle(Path(os.path.abspath(path)), index_sha256)
+    _check_glibc(bundle.index)
+    if unpacked(bundle, "runtime") is None:
+        print(f"{os.path.basename(path)}: unpacking the runtime into {state_folder()}, once", file=sys.stderr)
+    _set_path(str(ensure(bundle, "runtime", hashes=True)))
+    return bundle
+
+
+def exit_status(path: str, call: Callable[[], int]) -> int:
+    """What `call` returns; if it fails, the error is printed in one line and becomes an exit status. `path` is that of the bundle."""
     name = os.path.basename(path)
     try:
-        bundle = Bundle(Path(os.path.abspath(path)), index_sha256)
-        _check_glibc(bundle.index)
-        if unpacked(bundle, "runtime") is None:
-            print(f"{name}: unpacking the runtime into {state_folder()}, once", file=sys.stderr)
-        runtime = ensure(bundle, "runtime", hashes=True)
-        _set_path(str(runtime))
-        from fastvlm_edge.bundling.board import main
-
-        return main(bundle, arguments)
+        return call()
     except BundleError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
@@ -298,7 +312,7 @@ def start(path: str, index_sha256: str, arguments: list[str]) -> int:
 
 
 def _set_path(runtime: str) -> None:
-    """The bundle's packages first; last the system's own, where JetPack puts TensorRT. Child processes find the same."""
+    """Put the packages of the bundle first, and those of the system, where JetPack installs TensorRT, last. Child processes inherit it."""
     sys.path.insert(0, runtime)
     for folder in (f"/usr/lib/python{sys.version_info[0]}.{sys.version_info[1]}/dist-packages", "/usr/lib/python3/dist-packages"):
         if folder not in sys.path and os.path.isdir(folder):

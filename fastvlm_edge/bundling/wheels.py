@@ -1,4 +1,4 @@
-"""The wheels of the lean runtime for another machine and Python, by pip's own resolver for foreign platforms."""
+"""Collect the wheels that the runtime needs on another machine, with pip's resolver for other platforms."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from fastvlm_edge.bundling.targets import BundleTarget
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.machine.boards.systems import BundleTarget
 from fastvlm_edge.model_dir.manifest import sha256
 
 RUNTIME = ("numpy>=1.26", "pillow>=10.3", "tokenizers>=0.20", "onnxruntime>=1.22")
-"""As pyproject.toml has them. What else these name as needs (sympy and protobuf, huggingface_hub and its HTTP client) serves their tools
-and downloads, and is not imported by inference: it stays out."""
+"""Requirements of the runtime, as in pyproject.toml. Their own requirements (sympy and protobuf, huggingface_hub and its HTTP client) are
+for tools and downloads. Inference does not import them, so they are left out."""
 _OLDEST_GLIBC = 17
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel file, and what it says of itself."""
+    """A wheel file and its metadata."""
 
     path: Path
     name: str
     version: str
     sha256: str
     licence: str
-    """Its licence expression, or the first words of what it has instead."""
+    """Its licence expression, or else the beginning of its licence field or classifier."""
 
 
 def requirements(target: BundleTarget) -> tuple[str, ...]:
-    """What pip is asked for."""
+    """Requirements that pip resolves for `target`."""
     if target.cuda is None:
         return RUNTIME
     oldest = "12.6" if target.cuda == 12 else f"{target.cuda}.0"
@@ -46,9 +46,9 @@ def requirements(target: BundleTarget) -> tuple[str, ...]:
 
 
 def collect_wheels(target: BundleTarget, folder: Path) -> list[Wheel]:
-    """The wheels for `target`: those in `folder` where it has any, without a network; otherwise fetched into it. Sorted by file name.
+    """The wheels for `target`, sorted by file name: those in `folder` without a network, or downloaded into it if it has none.
 
-    Raises FastVLMError with pip's own words where one cannot be had.
+    Raises FastVLMError, with the message of pip, if one is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.glob("*.whl")):
@@ -61,12 +61,12 @@ def collect_wheels(target: BundleTarget, folder: Path) -> list[Wheel]:
     for requirement in requirements(target):
         name = re.split(r"[<>=]", requirement)[0]
         if name not in have:
-            raise FastVLMError(f"{folder} has no wheel of {name}; empty the folder, and the wheels are fetched again")
+            raise FastVLMError(f"{folder} has no wheel of {name}", "empty the directory, so that the wheels are downloaded again")
     return wheels
 
 
 def _choose(target: BundleTarget, folder: Path) -> list[Path]:
-    """Those of a folder's wheels that pip would install on the target."""
+    """The wheels in `folder` that pip would install on the target."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
         where = ["--no-index", "--find-links", str(folder.resolve()), "--target", f"{scratch}/none", "--dry-run", "--ignore-installed"]
@@ -77,7 +77,7 @@ def _choose(target: BundleTarget, folder: Path) -> list[Path]:
 
 def _pip(target: BundleTarget, arguments: Sequence[str], command: str = "download") -> None:
     if importlib.util.find_spec("pip") is None:
-        raise FastVLMError(f"bundling needs pip, which this Python lacks; run: {sys.executable} -m ensurepip")
+        raise FastVLMError("bundle needs pip, which this Python does not have", f"run: {sys.executable} -m ensurepip")
     python = "{}.{}".format(*target.python)
     glibc = [f"manylinux_2_{minor}_{target.machine}" for minor in range(target.glibc[1], _OLDEST_GLIBC - 1, -1)]
     platforms = [word for name in (*glibc, f"manylinux2014_{target.machine}") for word in ("--platform", name)]
@@ -86,10 +86,12 @@ def _pip(target: BundleTarget, arguments: Sequence[str], command: str = "downloa
         [sys.executable, "-m", "pip", command, *fixed, *platforms, *arguments, *requirements(target)], capture_output=True, text=True
     )
     if run.returncode != 0:
-        errors = [line.removeprefix("ERROR: ") for line in run.stderr.splitlines() if line.startswith("ERROR")] or [
-            run.stderr.strip()[-300:]
-        ]
-        raise FastVLMError(f"the wheels for {target.name}, Python {python} cannot be had: {errors[0]}; name a folder of them with --wheels")
+        errors = [line.removeprefix("ERROR: ") for line in run.stderr.splitlines() if line.startswith("ERROR")]
+        said = errors[0] if errors else run.stderr.strip()[-300:]
+        raise FastVLMError(
+            f"could not get the wheels for {target.name} with Python {python}: {said}",
+            "check the network, or name a directory that has them with --wheels",
+        )
 
 
 def _read(path: Path) -> Wheel:
@@ -98,7 +100,7 @@ def _read(path: Path) -> Wheel:
             name = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
             metadata = email.message_from_string(archive.read(name).decode("utf-8"))
     except (zipfile.BadZipFile, StopIteration, OSError) as error:
-        raise FastVLMError(f"{path} is not a wheel ({error or 'it has no METADATA'}); remove it, or fetch it again") from None
+        raise FastVLMError(f"{path} is not a wheel ({error or 'it has no METADATA'})", "remove it, or download it again") from None
     named = [value.rpartition(":: ")[2] for value in metadata.get_all("Classifier", []) if value.startswith("License ::")]
-    licence = metadata["License-Expression"] or next(iter([*(metadata["License"] or "").splitlines(), *named]), "not said")
+    licence = metadata["License-Expression"] or next(iter([*(metadata["License"] or "").splitlines(), *named]), "not stated")
     return Wheel(path, re.sub(r"[-_.]+", "-", metadata["Name"]).lower(), metadata["Version"], sha256(path), licence[:60])

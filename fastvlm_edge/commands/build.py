@@ -9,9 +9,9 @@ from pathlib import Path
 from fastvlm_edge.backends.ort_session import share_arena
 from fastvlm_edge.commands.arguments import positive
 from fastvlm_edge.engines.build import LAYERS_NAME, Options, build, read_layers
-from fastvlm_edge.engines.engine_cache import default_cache
 from fastvlm_edge.engines.layers import count_kinds
-from fastvlm_edge.engines.targets import TARGETS
+from fastvlm_edge.machine.boards.targets import BUILD_NAMES, TARGETS
+from fastvlm_edge.machine.cache_dir import cache_dir
 from fastvlm_edge.model_dir.engine_record import ENGINES, capability
 from fastvlm_edge.progress import stderr_progress
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         verify=not options.no_verify,
         check_memory=not options.no_memory_check,
         force=options.force,
-        cache=None if options.no_cache else default_cache(),
+        cache=None if options.no_cache else cache_dir(),
     )
     share_arena()  # for the comparison with onnxruntime
     record = build(options.model, options.target, settings, progress=stderr_progress())
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _table() -> str:
     rows = [("target", "compute capability", "precisions", "memory", "TensorRT", "for")]
-    for target in TARGETS.values():
+    for target in map(TARGETS.__getitem__, BUILD_NAMES):
         gpus = ", ".join(capability(numbers) for numbers in target.compute_capabilities)
         memory = "the card's" if target.memory is None else f"{target.memory >> 30} GiB"
         rows.append((target.name, gpus, " ".join(target.precisions), memory, target.versions, target.title))
@@ -63,7 +63,12 @@ def _table() -> str:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastvlm-edge build", description="Build TensorRT engines for a model directory.")
     parser.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="model directory that fastvlm-edge convert wrote")
-    parser.add_argument("--target", metavar="NAME", default="auto", help="auto is the GPU of this machine; see --list-targets")
+    parser.add_argument(
+        "--target",
+        metavar="NAME",
+        default="auto",
+        help="see --list-targets; auto, the default, is the GPU of this machine",
+    )
     parser.add_argument("--list-targets", action="store_true", help="print the table of targets and exit")
     parser.add_argument("--force", action="store_true", help="rebuild even if up to date")
     parser.add_argument("--report", action="store_true", help=f"write all layers of the engines to {LAYERS_NAME} and print a summary")

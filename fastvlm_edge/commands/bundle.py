@@ -1,4 +1,4 @@
-"""`fastvlm-edge bundle`: one executable file with the runtime, its packages and a model, for a board without a network (docs/bundle.md)."""
+"""`fastvlm-edge bundle`: write one executable file with the runtime, its packages and a model (docs/bundle.md)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastvlm_edge.bundling.archive import write_bundle
-from fastvlm_edge.bundling.targets import TARGETS, find_target
 from fastvlm_edge.bundling.wheels import collect_wheels
+from fastvlm_edge.machine.boards.systems import SYSTEMS
+from fastvlm_edge.machine.boards.targets import BUNDLE_NAMES, bundle_target
 from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.progress import stderr_progress
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Bundle, and print what was made."""
+    """Write the bundle, and print its size."""
     options = parser().parse_args(arguments)
-    target = find_target(options.target, options.python)
-    read_manifest(options.model)  # what is wrong with it is told before anything is fetched
+    target = bundle_target(options.target, options.python)
+    read_manifest(options.model)  # a wrong directory is reported before anything is downloaded
     progress = stderr_progress()
     with tempfile.TemporaryDirectory() as scratch:
         progress.stage("collecting wheels")
@@ -42,17 +43,22 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvlm-edge bundle",
         description="Write one executable file with the runtime, its packages and a model, for a board without a network.",
-        epilog="targets:\n" + "".join(f"  {row.name:10}{row.title}, Python {row.python[0]}.{row.python[1]}\n" for row in TARGETS.values()),
+        epilog="targets:\n"
+        + "".join(f"  {row.name:10}{row.title}, Python {row.python[0]}.{row.python[1]}\n" for row in SYSTEMS.values())
+        + f"also the names of one board, for the bundle of its system: {', '.join(name for name in BUNDLE_NAMES if name not in SYSTEMS)}\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="model directory, made by fastvlm-edge convert")
+    parser.add_argument("model", metavar="MODEL", type=Path, help="model directory that fastvlm-edge convert wrote")
     parser.add_argument("-o", "--output", metavar="NAME", type=Path, required=True, help="file to write")
-    parser.add_argument("--target", metavar="NAME", required=True, help="the board; see below")
-    parser.add_argument("--python", metavar="3.X", type=_python, help="of the board, for aarch64 and x86_64; default this one's")
+    parser.add_argument("--target", metavar="NAME", required=True, help="the board or computer, see below")
+    parser.add_argument("--python", metavar="3.X", type=_python, help="Python of the board, for aarch64 and x86_64 (default: this one's)")
     parser.add_argument(
-        "--wheels", metavar="DIR", type=Path, help="take the packages from this folder, without a network; an empty one is filled"
+        "--wheels",
+        metavar="DIR",
+        type=Path,
+        help="take the packages from this directory, without a network; an empty one is filled by downloading them",
     )
-    parser.add_argument("--force", action="store_true", help="replace NAME where it exists")
+    parser.add_argument("--force", action="store_true", help="replace NAME if it exists")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 

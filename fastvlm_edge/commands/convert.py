@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastvlm_edge.commands.arguments import multiple_of_64, positive
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.machine.cache_dir import cache_dir
 from fastvlm_edge.model_dir.manifest import PRECISIONS, Manifest
 from fastvlm_edge.progress import stderr_progress
 
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     calibrate = None
     if options.calib is not None:
         quantizer = import_module("fastvlm_edge.calib.quantizer")
-        cache = import_module("fastvlm_edge.engines.engine_cache").default_cache() / "calibration"
+        cache = cache_dir() / "calibration"
         settings = quantizer.Options(options.calib, options.images, options.calib_limit, options.accuracy_drop, cache)
         calibrate = quantizer.Quantizer(settings).calibrate
     elif options.accuracy_drop is not None:

@@ -1,4 +1,4 @@
-"""`fastvlm-edge doctor`: what this machine is, what is missing, and the command that mends it. Needs nothing but Python."""
+"""`fastvlm-edge doctor`: what this machine is, what is missing, and the commands that put it right. Needs only Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastvlm_edge.progress import SilentProgress, stderr_progress
 
 
 def main(arguments: Sequence[str], probe: Probe | None = None) -> int:
-    """Print the report. Returns 1 where there is a problem, otherwise 0; `probe` is the machine at hand unless a test brings one."""
+    """Print the report. Returns 1 if there is a problem, otherwise 0. `probe` is this machine, unless a test gives another."""
     options = parser().parse_args(arguments)
     model = Path(options.model) if options.model else None
     facts = read_facts(probe or Probe(), model)
@@ -37,8 +37,10 @@ def main(arguments: Sequence[str], probe: Probe | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvlm-edge doctor",
-        description="Look at this machine, and say what keeps FastVLM from running well on it. Exit status 1 where there is a problem.",
+        description="Examine this machine, and say what keeps FastVLM from running well. The exit status is 1 if there is a problem.",
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a model directory: is it whole, and do its engines fit this machine")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="model directory: also check that it is complete and that its engines run on this machine"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser

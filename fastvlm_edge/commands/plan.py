@@ -1,4 +1,4 @@
-"""`fastvlm-edge plan`: whether a model fits a board and how fast it will be, before anything is built. Predictions, no measurements."""
+"""`fastvlm-edge plan`: predict whether a model fits a board and how fast it will be, before anything is built."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from fastvlm_edge.bench.plot import check_matplotlib
 from fastvlm_edge.commands.arguments import multiple_of_64, positive
 from fastvlm_edge.engines.memory import predicted_peak
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.machine.boards.rates import BOARDS, Board, Mode
+from fastvlm_edge.machine.boards.targets import plan_board
 from fastvlm_edge.model_dir.manifest import read_manifest
-from fastvlm_edge.planning.boards import BOARDS, Board, Mode, find_board
 from fastvlm_edge.planning.predict import MEDIAN_ERROR, SPREAD, Prediction, predict
 from fastvlm_edge.planning.recommend import recommend
 from fastvlm_edge.planning.workload import PRECISIONS, SIZES, Shape, shape_of, weight_bytes
 
 DEFAULT_SIZE, DEFAULT_CONTEXT = 1024, 4096
 CONTEXTS = (2048, 1024)
-"""Tried where nothing fits with the model's own."""
+"""Contexts that are tried if nothing fits with the model's own."""
 RESOLUTIONS = range(256, 1536 + 1, 128)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the predictions; 1 where nothing fits."""
+    """Print the predictions. Returns 1 if nothing fits."""
     command = parser()
     options = command.parse_args(arguments)
     shape, image_size, context = _subject(options.model)
     image_size, context = options.image_size or image_size, options.context or context
-    board = find_board(options.target)
+    board = plan_board(options.target)
     mode = board.mode(options.power)
     precisions = [options.precision] if options.precision else [name for name in PRECISIONS if name != "bf16"]  # as fast as fp16
     smaller = [] if options.context else [positions for positions in CONTEXTS if positions < context]
@@ -44,42 +45,44 @@ def main(arguments: Sequence[str]) -> int:
         others = [predict_one(shape, board, mode, name, image_size, context) for name in PRECISIONS if name != options.precision]
         instead = recommend(others)[0]
         if instead:
-            why = f"{options.precision} does not fit; --precision {instead.precision} does, in {instead.run_bytes / 1e9:.1f} GB"
+            why = f"{options.precision} does not fit; --precision {instead.precision} fits in {instead.run_bytes / 1e9:.1f} GB"
     if options.plot:
         draw(shape, chosen.precision if chosen else precisions[-1], options.plot)
     if options.json:
         print(json.dumps(_document(shape, board, mode, predictions, chosen, why)))
     else:
         print(_table(shape, board, mode, predictions))
-        print(f"take {chosen.precision}, {image_size} px, a context of {chosen.context}: {why}" if chosen else why)
+        print(f"Recommended: {chosen.precision} at {image_size} px, context {chosen.context} ({why})" if chosen else why)
     return 0 if chosen else 1
 
 
 def predict_one(shape: Shape, board: Board, mode: Mode, precision: str, image_size: int, context: int) -> Prediction:
-    """One row; the build is of the larger of both graphs, by TensorRT proper, as on a Jetson."""
+    """One row of the table. The build is that of the larger graph with TensorRT, as on a Jetson."""
     build = predicted_peak(int(max(weight_bytes(shape, PRECISIONS[precision], image_size).values())), "tensorrt")
     return predict(shape, board, mode, precision, image_size, context, build)
 
 
 def _subject(model: str) -> tuple[Shape, int, int]:
-    """The shape, image size and context of a model directory, or of a released size."""
+    """Shape, image size and context of a model directory, or of a released size."""
     if model.lower() in SIZES:
         return SIZES[model.lower()], DEFAULT_SIZE, DEFAULT_CONTEXT
     if not Path(model).is_dir():
-        raise FastVLMError(f"{model} is neither a model directory nor one of the released sizes: {', '.join(SIZES)}")
+        raise FastVLMError(
+            f"{model} is neither a model directory nor a released size", f"give a model directory, or one of: {', '.join(SIZES)}"
+        )
     manifest = read_manifest(Path(model))
     return shape_of(manifest), manifest.vision.image_size, manifest.decoder.context
 
 
 def _table(shape: Shape, board: Board, mode: Mode, predictions: list[Prediction]) -> str:
-    head = ("precision", "runs in GB", "builds in GB", "vision ms", "prefill ms", "first token ms", "tokens/s", "J a token")
+    head = ("precision", "run GB", "build GB", "vision ms", "prefill ms", "first token ms", "tokens/s", "J/token")
     rows = [head]
     for each in predictions:
         rows.append(
             (
                 each.precision,
-                f"{each.run_bytes / 1e9:.1f}{'' if each.runs else ' (too much)'}",
-                f"{each.build_bytes / 1e9:.1f}{'' if each.builds else ' (swap)'}",
+                f"{each.run_bytes / 1e9:.1f}{'' if each.runs else ' (too large)'}",
+                f"{each.build_bytes / 1e9:.1f}{'' if each.builds else ' (needs swap)'}",
                 f"{each.vision_ms:.0f}",
                 f"{each.prefill_ms:.0f}",
                 "{:.0f} ({:.0f} to {:.0f})".format(each.ttft_ms, *each.ttft_range_ms),
@@ -90,10 +93,10 @@ def _table(shape: Shape, board: Board, mode: Mode, predictions: list[Prediction]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     first = predictions[0]
     lines = [
-        f"{shape.name} on {board.title}, {mode.name}: {first.image_size} px, a context of {first.context}, "
+        f"{shape.name} on {board.title}, power mode {mode.name}: {first.image_size} px, context {first.context}, "
         f"{first.available_bytes / 1e9:.1f} GB of memory. A prediction, not yet run on hardware.",
         *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
-        "In brackets where four of five models that were not fitted would lie (docs/plan.md).",
+        "Ranges in parentheses cover 80 % of the models that were not in the fit (docs/plan.md).",
     ]
     return "\n".join(lines)
 
@@ -125,7 +128,7 @@ def _document(shape: Shape, board: Board, mode: Mode, predictions: list[Predicti
 
 
 def draw(shape: Shape, precision: str, path: Path) -> None:
-    """Time to first token against resolution, a line a board in its fastest mode, to a PNG or SVG file."""
+    """Draw time to first token against resolution, one line for each board in its fastest mode, into a PNG or SVG file."""
     check_matplotlib()
     import matplotlib
 
@@ -144,7 +147,7 @@ def draw(shape: Shape, precision: str, path: Path) -> None:
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise FastVLMError(f"{path} could not be written ({error}); give a name that ends in .png or .svg") from None
+        raise FastVLMError(f"{path} could not be written ({error})", "give --plot a name that ends in .png or .svg") from None
     finally:
         plt.close(figure)
 
@@ -158,11 +161,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help=f"model directory, or a released size: {', '.join(SIZES)}")
-    parser.add_argument("--target", metavar="NAME", required=True, help="the board; see below")
-    parser.add_argument("--power", metavar="MODE", help="power mode; default the fastest")
-    parser.add_argument("--precision", choices=PRECISIONS, help="only this one; default all, with a recommendation")
-    parser.add_argument("--image-size", metavar="PX", type=multiple_of_64, help="a multiple of 64; default the model's")
-    parser.add_argument("--context", metavar="N", type=positive, help="positions of a conversation; default the model's")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw time to first token against resolution for the boards (PNG or SVG)")
+    parser.add_argument("--target", metavar="NAME", required=True, help="the board, see below")
+    parser.add_argument("--power", metavar="MODE", help="power mode (default: the fastest)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="predict only this one (default: all, with a recommendation)")
+    parser.add_argument("--image-size", metavar="PX", type=multiple_of_64, help="a multiple of 64 (default: that of the model)")
+    parser.add_argument("--context", metavar="N", type=positive, help="positions of the KV cache (default: those of the model)")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw time to first token against resolution for all boards (PNG or SVG)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser

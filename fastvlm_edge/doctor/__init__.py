@@ -1,6 +1,6 @@
-"""What this machine is, whether it runs FastVLM, and what to do where it does not.
+"""`fastvlm-edge doctor`: what this machine is, whether FastVLM runs on it, and what to do if not.
 
-Standard library only, and Python 3.8 will do: it runs from a bare checkout on a board whose JetPack is too old for everything else.
+Standard library only, for Python 3.8 too: it runs from a bare checkout on a board whose JetPack is too old for everything else.
 
-`probe` asks the machine, `machine` and `libraries` put the answers into dataclasses, `check_*` turn those into findings, `report` prints.
+`facts` reads the machine with the modules of `fastvlm_edge/machine`, `check_*` turn the facts into findings, and `report` prints them.
 """

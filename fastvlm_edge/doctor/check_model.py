@@ -1,4 +1,4 @@
-"""Findings on a model directory: is it whole, does it fit this machine's memory, do its engines run here."""
+"""Findings on a model directory: is it complete, does it fit into memory, and do its engines run on this machine."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.engine_record import EngineRecord, engine_folders, mismatch, read_record
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
 
+_COPY_AGAIN = "copy the model directory again, or convert the checkpoint again"
+
 
 def check_model(directory: Path, facts: Facts) -> list[Finding]:
-    """Every file is read once, for its sha256: as long as a copy of the directory would take."""
+    """Findings on the model directory. Every file is read once for its sha256, which takes as long as copying the directory."""
     try:
         manifest = read_manifest(directory)
         verify_files(directory, manifest, hashes=True)
     except FastVLMError as error:
-        text, _, mend = str(error).rpartition("; " if "; " in str(error) else ". ")
-        return [problem("model", text, mend)]
+        return [problem("model", error.what, error.mend or _COPY_AGAIN)]
     except OSError as error:
         return [problem("model", f"{error.filename} cannot be read: {error.strerror}", f"sudo chown -R $USER {directory}")]
     nbytes = sum(record.bytes for record in manifest.files.values())
-    findings = [ok("model", f"{manifest.name}, {manifest.precision}, {gib(nbytes)}, whole")]
+    findings = [ok("model", f"{manifest.name}, {manifest.precision}, {gib(nbytes)}, complete")]
     if nbytes > facts.memory.available:
-        text = f"its weights alone are {gib(nbytes)}, {gib(facts.memory.available)} are free"
+        text = f"its weights alone need {gib(nbytes)}, and {gib(facts.memory.available)} are free"
         findings.append(problem("model memory", text, "fastvlm-edge convert CHECKPOINT -o MODEL --precision int4"))
     return [*findings, *_engines(directory, manifest, facts)]
 
@@ -35,26 +36,25 @@ def _engines(directory: Path, manifest: Manifest, facts: Facts) -> list[Finding]
     folders = engine_folders(directory)
     if not folders:
         if facts.has_gpu:
-            return [warning("engines", "none yet: the GPU rests until they are built", build)]
-        return [ok("engines", "none, and none are needed on a CPU")]
+            return [warning("engines", "no engines yet; the GPU is unused until you build them", build)]
+        return [ok("engines", "none, and a CPU needs none")]
     findings = []
     for folder in folders:
         try:
             record = read_record(folder)
         except FastVLMError as error:
-            text, _, mend = str(error).rpartition("; ")
-            findings.append(problem(f"engines ({folder.name})", text, mend))
+            findings.append(problem(f"engines ({folder.name})", error.what, error.mend or f"{build} --force"))
             continue
         reason = _damage(folder, record) or _unfit(record, manifest, facts)
         if reason is None:
-            compared = "compared with onnxruntime" if record.verified else "compared with onnxruntime at their first run"
+            compared = "compared with onnxruntime" if record.verified else "will be compared with onnxruntime at their first run"
             findings.append(ok(f"engines ({folder.name})", f"fit this machine; {compared}"))
         elif facts.has_gpu:
-            findings.append(warning(f"engines ({folder.name})", f"do not run here: {reason}", f"{build} --force"))
+            findings.append(warning(f"engines ({folder.name})", f"do not run on this machine: {reason}", f"{build} --force"))
         else:
-            findings.append(ok(f"engines ({folder.name})", f"for another machine: {reason}; onnxruntime answers here"))
+            findings.append(ok(f"engines ({folder.name})", f"for another machine: {reason}; onnxruntime answers on this one"))
     if facts.has_gpu and all(finding.status != "ok" for finding in findings):
-        findings.append(problem("engines", "none of them runs here", f"{build} --force"))
+        findings.append(problem("engines", "none of them runs on this machine", f"{build} --force"))
     return findings
 
 
@@ -69,7 +69,10 @@ def _damage(folder: Path, record: EngineRecord) -> str | None:
 
 
 def _unfit(record: EngineRecord, manifest: Manifest, facts: Facts) -> str | None:
-    """In the words of the loader. A version that only libnvinfer's file name tells has fewer numbers, which are compared."""
+    """Why the loader would refuse the engines; None if it would load them.
+
+    A version that is known only from the file name of libnvinfer has fewer numbers; only these are compared.
+    """
     found = facts.tensorrt
     version = found.rtx if record.library == "tensorrt_rtx" else found.module if found.module not in (None, "unknown") else found.library
     if version is None:
@@ -78,6 +81,6 @@ def _unfit(record: EngineRecord, manifest: Manifest, facts: Facts) -> str | None
         version = record.version
     capability = facts.compute_capability
     if capability is None:
-        return "there is no GPU"
+        return "this machine has no GPU"
     device = facts.driver.cards[0].name if facts.jetson is None and facts.driver.cards else "this board"
     return mismatch(record, manifest, record.library, version, device, capability)

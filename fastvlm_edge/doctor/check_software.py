@@ -1,51 +1,52 @@
-"""Findings on what is installed: the card's driver, rights, TensorRT, CUDA, Python and its packages."""
+"""Findings on what is installed: the driver of a graphics card, access rights, TensorRT, CUDA, Python and its packages."""
 
 from __future__ import annotations
 
 from fastvlm_edge.doctor.check_board import FLASH, HOT, OLDEST_TENSORRT
 from fastvlm_edge.doctor.facts import Facts
 from fastvlm_edge.doctor.findings import Finding, ok, problem, warning
+from fastvlm_edge.extras import install_command
 from fastvlm_edge.machine.libraries import PACKAGES, Card
 
 OLDEST_PYTHON = (3, 10)
 OLDEST_RTX = (1, 2)
 OLDEST_GPU = (7, 5)
-"""Turing: TensorRT 10's support matrix begins there."""
+"""Turing, the oldest in the support matrix of TensorRT 10."""
 RTX_GPUS = ((7, 5), (8, 6), (8, 9), (12, 0), (12, 1))
-"""What TensorRT for RTX lists in its support matrix."""
+"""Compute capabilities in the support matrix of TensorRT for RTX."""
 
 
 def check_software(facts: Facts) -> list[Finding]:
-    """All of them."""
+    """Findings on all software. TensorRT, containers and CUDA matter only with a GPU."""
     findings = [*_gpu(facts), *_rights(facts)]
     if facts.has_gpu:
         findings += [_tensorrt(facts), *_container(facts), *_cuda(facts)]
     else:
-        findings.append(ok("tensorrt", _versions(facts) + "; there is no GPU to run it"))
+        findings.append(ok("tensorrt", _versions(facts) + "; there is no GPU for it"))
     return [*findings, *_python(facts)]
 
 
 def _gpu(facts: Facts) -> list[Finding]:
     driver = facts.driver
     if facts.jetson is not None:
-        return []  # the board's own, said there
+        return []  # the GPU of a Jetson is part of the finding on the board
     if driver.cards:
         return [_card(card) for card in driver.cards]
     if facts.system.wsl:
         mend = "wsl --update in Windows, and NVIDIA's driver for Windows (none inside WSL); then: wsl --shutdown"
         if facts.cuda.library:
-            return [problem("gpu", "WSL has the library of NVIDIA's driver for Windows, and nvidia-smi does not answer", mend)]
+            return [problem("gpu", "WSL has the library of NVIDIA's driver for Windows, but nvidia-smi does not answer", mend)]
         return [ok("gpu", "WSL without the library of NVIDIA's driver for Windows: models run on the CPU", mend)]
     if facts.system.container and (driver.pci or driver.kernel_module):
-        return [problem("gpu", "the host's NVIDIA GPU is not handed to this container", "docker run --gpus all ...")]
+        return [problem("gpu", "this container has no access to the NVIDIA GPU of the host", "docker run --gpus all ...")]
     if driver.kernel_module:
         library = driver.user_library
         if library and library != driver.kernel_module:
-            text = f"the driver's kernel module is {driver.kernel_module}, its library {library}: an update waits for a restart"
+            text = f"the kernel module of the driver is {driver.kernel_module}, its library {library}: an update needs a restart"
             return [problem("gpu", text, "sudo reboot")]
-        return [problem("gpu", f"driver {driver.kernel_module} is loaded, and nvidia-smi does not answer", "sudo ubuntu-drivers install")]
+        return [problem("gpu", f"driver {driver.kernel_module} is loaded, but nvidia-smi does not answer", "sudo ubuntu-drivers install")]
     if driver.pci:
-        return [problem("gpu", f"an NVIDIA GPU ({', '.join(driver.pci)}) without its driver", "sudo ubuntu-drivers install && sudo reboot")]
+        return [problem("gpu", f"an NVIDIA GPU ({', '.join(driver.pci)}) without a driver", "sudo ubuntu-drivers install && sudo reboot")]
     return [ok("gpu", "no NVIDIA GPU: models run on the CPU, through onnxruntime")]
 
 
@@ -57,16 +58,16 @@ def _card(card: Card) -> Finding:
     if capability is not None and capability < OLDEST_GPU:
         return problem("gpu", f"{said}; TensorRT needs {_dotted(OLDEST_GPU)} or newer", "fastvlm-edge run MODEL --backend ort ...")
     if card.temperature is not None and card.temperature >= HOT:
-        return warning("gpu", f"{said}, near throttling", "nvidia-smi -q -d PERFORMANCE (what lowers its clocks)")
+        return warning("gpu", f"{said}, near throttling", "nvidia-smi -q -d PERFORMANCE (shows what lowers its clocks)")
     return ok("gpu", said)
 
 
 def _rights(facts: Facts) -> list[Finding]:
     denied = [path for path, allowed in facts.devices.items() if not allowed]
     if denied:
-        mend = "sudo usermod -aG video,render $USER (then log out and in)"
-        return [problem("rights", f"this user may not use {', '.join(denied)}", mend)]
-    return [ok("rights", f"{', '.join(facts.devices)} may be used")] if facts.devices else []
+        mend = "sudo usermod -aG video,render $USER (then log out and in again)"
+        return [problem("rights", f"this user has no access to {', '.join(denied)}", mend)]
+    return [ok("rights", f"this user has access to {', '.join(facts.devices)}")] if facts.devices else []
 
 
 def _versions(facts: Facts) -> str:
@@ -77,24 +78,28 @@ def _versions(facts: Facts) -> str:
 
 
 def _tensorrt(facts: Facts) -> Finding:
-    found = facts.tensorrt
     if facts.jetson is not None:
         return _jetson_tensorrt(facts)
-    for version, oldest, mend in (
-        (found.module, OLDEST_TENSORRT, "pip install --upgrade tensorrt"),
-        (found.rtx, OLDEST_RTX, "pip install --upgrade tensorrt-rtx"),
-    ):
-        if version and version != "unknown" and _numbers(version) < oldest:
-            return problem("tensorrt", f"{_versions(facts)}; {_dotted(oldest)} or newer is needed", mend)
-    capability = facts.compute_capability
+    found, capability = facts.tensorrt, facts.compute_capability
+    if _too_old(found.module, OLDEST_TENSORRT):
+        text = f"{_versions(facts)}; {_dotted(OLDEST_TENSORRT)} or newer is needed"
+        return problem("tensorrt", text, "pip install --upgrade tensorrt")
+    if _too_old(found.rtx, OLDEST_RTX):
+        text = f"{_versions(facts)}; {_dotted(OLDEST_RTX)} or newer is needed"
+        return problem("tensorrt", text, "pip install --upgrade tensorrt-rtx")
     listed = capability is None or capability in RTX_GPUS
     if found.module or (found.rtx and listed):
         return ok("tensorrt", _versions(facts))
-    mend = (
-        'pip install ".[rtx]" (in a clone of fastvlm-edge)' if listed else 'pip install ".[tensorrt]" tensorrt (in a clone of fastvlm-edge)'
-    )
-    unlisted = f", and TensorRT for RTX does not list compute capability {_dotted(capability)}" if capability and not listed else ""
-    return warning("tensorrt", f"{_versions(facts)}{unlisted}: models run on the CPU, and the GPU rests", mend)
+    unused = "models run on the CPU, and the GPU is unused"
+    if listed:
+        return warning("tensorrt", f"{_versions(facts)}: {unused}", install_command("rtx"))
+    unlisted = f"TensorRT for RTX does not list compute capability {_dotted(capability or ())}"
+    return warning("tensorrt", f"{_versions(facts)}, and {unlisted}: {unused}", f"{install_command('tensorrt')} && pip install tensorrt")
+
+
+def _too_old(version: str | None, oldest: tuple[int, ...]) -> bool:
+    """Whether a version is known and older than `oldest`."""
+    return version not in (None, "unknown") and _numbers(version or "") < oldest
 
 
 def _jetson_tensorrt(facts: Facts) -> Finding:
@@ -106,17 +111,17 @@ def _jetson_tensorrt(facts: Facts) -> Finding:
             return problem("tensorrt", f"tensorrt {version}; {_dotted(OLDEST_TENSORRT)} or newer is needed", FLASH)
         return ok("tensorrt", f"tensorrt {version}{f', libnvinfer {found.library}' if found.library else ''}")
     if ours in found.system_pythons and python.environment:
-        text = "this virtual environment does not see JetPack's tensorrt, which is among the system's packages"
+        text = "this virtual environment does not see JetPack's tensorrt, which is a package of the system"
         return problem("tensorrt", text, f"python{ours} -m venv --system-site-packages {python.environment}")
     if found.system_pythons and ours not in found.system_pythons:
         other = found.system_pythons[-1]
-        text = f"JetPack's tensorrt is built for Python {other}, this is {ours}"
+        text = f"JetPack's tensorrt is built for Python {other}, and this is {ours}"
         return problem("tensorrt", text, f"/usr/bin/python{other} -m venv --system-site-packages .venv")
     if found.library:
-        text = f"libnvinfer {found.library} is there, its Python package is not"
+        text = f"libnvinfer {found.library} is installed, but its Python package is not"
         return problem("tensorrt", text, "sudo apt install python3-libnvinfer")
     if facts.system.container:
-        return problem("tensorrt", "not in this container", "docker run --runtime nvidia ... with an image that has TensorRT")
+        return problem("tensorrt", "not in this container", "docker run --runtime nvidia ... with an image that contains TensorRT")
     return problem("tensorrt", "JetPack's libraries are not installed", "sudo apt update && sudo apt install nvidia-jetpack")
 
 
@@ -124,35 +129,38 @@ def _container(facts: Facts) -> list[Finding]:
     if not facts.system.container:
         return []
     if facts.jetson is not None and not (facts.devices and facts.cuda.library):
-        text = "this container has no way to the GPU (no device files or no libcuda.so.1)"
+        text = "this container has no access to the GPU (no device files or no libcuda.so.1)"
         return [problem("container", text, "docker run --runtime nvidia ...")]
     release = facts.jetson.l4t if facts.jetson else None
     if release and release >= (38,) and facts.tensorrt.module and not facts.tensorrt.dla_compiler:  # blakeblackshear/frigate#23582
         library = "/usr/lib/aarch64-linux-gnu/nvidia/libnvdla_compiler.so"
-        text = "libnvdla_compiler.so is missing, without which some images' TensorRT does not load"
+        text = "libnvdla_compiler.so is missing; TensorRT of some images does not load without it"
         return [warning("container", text, f"docker run -v {library}:{library}:ro ...")]
-    return [ok("container", "the GPU is handed in")]
+    return [ok("container", "this container has access to the GPU")]
 
 
 def _cuda(facts: Facts) -> list[Finding]:
-    cuda = facts.cuda
-    extra = "tensorrt" if facts.jetson is not None else "rtx"
-    row = facts.jetson.jetpack if facts.jetson is not None else None
-    driver = row.cuda if row else _numbers(cuda.driver) if cuda.driver else None
-    toolkit = f"toolkit {cuda.toolkit}" if cuda.toolkit else "no toolkit (none is needed)"
+    cuda, board = facts.cuda, facts.jetson
+    toolkit = f"toolkit {cuda.toolkit}" if cuda.toolkit else "no toolkit (not needed)"
     if not cuda.bindings and not cuda.pycuda:
-        mend = f'pip install ".[{extra}]" (in a clone of fastvlm-edge)'
-        return [problem("cuda", f"Python reaches CUDA through cuda-bindings, which is not installed; {toolkit}", mend)]
+        text = f"cuda-bindings, which Python needs for CUDA, is not installed; {toolkit}"
+        return [problem("cuda", text, install_command("rtx" if board is None else "tensorrt"))]
+    driver: tuple[int, ...] | None = None
+    if board is not None and board.jetpack is not None:
+        driver = board.jetpack.cuda
+    elif cuda.driver:
+        driver = _numbers(cuda.driver)
     binding = f"cuda-bindings {cuda.bindings}" if cuda.bindings else f"PyCUDA {cuda.pycuda}"
     if cuda.bindings and driver and cuda.bindings != "unknown" and _numbers(cuda.bindings)[0] > driver[0]:
-        mend = f"pip install 'cuda-bindings<{driver[0] + 1}'"
-        return [problem("cuda", f"{binding} needs CUDA {_numbers(cuda.bindings)[0]}, the driver has {_dotted(driver)}", mend)]
-    return [ok("cuda", f"{binding}, {f'driver for CUDA {_dotted(driver)}' if driver else 'driver not told'}, {toolkit}")]
+        text = f"{binding} needs CUDA {_numbers(cuda.bindings)[0]}, and the driver supports {_dotted(driver)}"
+        return [problem("cuda", text, f"pip install 'cuda-bindings<{driver[0] + 1}'")]
+    supports = f"driver for CUDA {_dotted(driver)}" if driver else "driver version unknown"
+    return [ok("cuda", f"{binding}, {supports}, {toolkit}")]
 
 
 def _python(facts: Facts) -> list[Finding]:
     python = facts.python
-    where = "in a virtual environment" if python.environment else "the system's"
+    where = "in a virtual environment" if python.environment else "of the system"
     findings = [ok("python", f"{python.version}, {where}")]
     if _numbers(python.version) < OLDEST_PYTHON:
         text = f"{python.version}; {_dotted(OLDEST_PYTHON)} or newer is needed"
@@ -160,22 +168,18 @@ def _python(facts: Facts) -> list[Finding]:
         findings = [problem("python", text, mend)]
     missing = [name for name, version in python.packages.items() if version is None]
     if missing:
-        text = f"{', '.join(missing)} missing: convert, build and run need them, this report does not"
-        return [*findings, problem("packages", text, "pip install . (in a clone of fastvlm-edge)")]
+        text = f"{', '.join(missing)} missing: convert, build and run need them"
+        return [*findings, problem("packages", text, install_command())]
     oldest = dict(PACKAGES.values())
-    old = [f"{name} {version}" for name, version in python.packages.items() if _older(version, oldest[name])]
+    old = [f"{name} {version}" for name, version in python.packages.items() if _too_old(version, _numbers(oldest[name]))]
     if old:
         upgrade = " ".join(f"'{name.split()[0]}>={oldest[name.split()[0]]}'" for name in old)
         return [*findings, problem("packages", f"too old: {', '.join(old)}", f"pip install --upgrade {upgrade}")]
     return [*findings, ok("packages", ", ".join(f"{name} {version}" for name, version in python.packages.items()))]
 
 
-def _older(version: str | None, oldest: str) -> bool:
-    return version not in (None, "unknown") and _numbers(version or "") < _numbers(oldest)
-
-
 def _numbers(version: str) -> tuple[int, ...]:
-    """Of `10.13.3.9` and `2.1.0rc1`, as far as there are numbers."""
+    """The leading numbers of a version: `2.1.0rc1` gives (2, 1); (0,) if there are none."""
     numbers: list[int] = []
     for part in version.split("."):
         if not part.isdigit():

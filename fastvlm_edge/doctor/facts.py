@@ -1,4 +1,4 @@
-"""Everything that was read of a machine, in one place: what the checks judge, and the `machine` object of `doctor --json`."""
+"""Everything that is read from a machine: the input of the checks, and the `machine` object of `doctor --json`."""
 
 from __future__ import annotations
 
@@ -7,32 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.machine.host import (
-    Clock,
-    Heat,
-    Jetson,
-    Memory,
-    PowerMode,
-    Processor,
-    System,
-    read_clocks,
-    read_heat,
-    read_jetson,
-    read_memory,
-    read_power_mode,
-    read_processor,
-    read_system,
-)
+from fastvlm_edge.machine.heat import Heat, read_heat
+from fastvlm_edge.machine.host import Clock, Jetson, PowerMode, System, read_clocks, read_jetson, read_power_mode, read_system
 from fastvlm_edge.machine.libraries import Cuda, Driver, Python, TensorRT, read_cuda, read_driver, read_python, read_tensorrt
+from fastvlm_edge.machine.memory import Memory, read_memory
 from fastvlm_edge.machine.probe import Probe
+from fastvlm_edge.machine.processor import Processor, read_processor
 
 _DEVICES = ("dev/nvmap", "dev/nvgpu/igpu0/*", "dev/nvhost-ctrl-gpu", "dev/nvidia[0-9]*", "dev/nvidiactl", "dev/nvidia-uvm", "dev/dxg")
-"""Device files that CUDA opens: Orin's, Thor's and a card's, WSL's."""
+"""Device files that CUDA opens, on Orin, on Thor, with a graphics card and under WSL."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one machine at one moment."""
+    """The state of one machine at one moment."""
 
     system: System
     jetson: Jetson | None
@@ -48,9 +36,9 @@ class Facts:
     devices: dict[str, bool]
     """Device file of the GPU -> whether this user may use it."""
     free_bytes: dict[str, int | None]
-    """`cache` (where built engines are kept) and, where one was named, `model` -> free bytes of the disk that it is on."""
+    """`cache` (where built engines are kept) and, if a model was named, `model` -> free bytes of its disk; None if unknown."""
     boot: str | None
-    """Where the kernel's command line is set: `extlinux` or `grub`."""
+    """Boot loader that sets the command line of the kernel: `extlinux` or `grub`."""
 
     @property
     def has_gpu(self) -> bool:
@@ -61,18 +49,18 @@ class Facts:
 
     @property
     def compute_capability(self) -> tuple[int, int] | None:
-        """Of the GPU that runs would use."""
+        """Compute capability of the GPU that a model would run on."""
         if self.jetson is not None:
             return self.jetson.compute_capability
         return self.driver.cards[0].compute_capability if self.driver.cards else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types; None where there is nothing to tell."""
+        """All fields as plain types."""
         return dataclasses.asdict(self)
 
 
 def read_facts(probe: Probe, model: Path | None = None) -> Facts:
-    """Read all of it. Takes well under a second; nothing is imported, written or run but nvidia-smi."""
+    """Read everything, in less than a second. Nothing is imported or written, and no program but nvidia-smi is run."""
     places = {"cache": probe.cache(), **({"model": model} if model is not None else {})}
     return Facts(
         system=read_system(probe),

@@ -1,4 +1,4 @@
-"""A finding: one thing about the machine, whether it is well, and the command that mends it."""
+"""A finding: one fact about the machine, its status, and the command that puts it right."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 STATUSES = ("ok", "warning", "problem")
-"""From good to bad. A warning costs speed or may fail later; with a problem something that this machine is for does not work."""
+"""From good to bad. A warning costs speed or may cause a failure later; with a problem, something does not work."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the report."""
+    """One line of the report."""
 
     topic: str
     status: str
     """One of STATUSES."""
     text: str
     mend: str | None = None
-    """A command, with a few words around it where it runs elsewhere. Every warning and every problem has one."""
+    """A command, with a few words around it if it must run elsewhere. Every warning and every problem has one."""
 
 
 def ok(topic: str, text: str, mend: str | None = None) -> Finding:
-    """All is well; `mend` is then what one may do about it."""
+    """Nothing is wrong; `mend`, if given, is what the user may still want to do."""
     return Finding(topic, "ok", text, mend)
 
 
 def warning(topic: str, text: str, mend: str) -> Finding:
-    """It works, though not as well as it could."""
+    """It works, but not as well as it could."""
     return Finding(topic, "warning", text, mend)
 
 
@@ -37,5 +37,5 @@ def problem(topic: str, text: str, mend: str) -> Finding:
 
 
 def worst(findings: Iterable[Finding]) -> str:
-    """The worst status; `ok` where there is nothing."""
+    """The worst status; `ok` without findings."""
     return max((finding.status for finding in findings), key=STATUSES.index, default="ok")

@@ -1,4 +1,4 @@
-"""The report of the doctor, as text for people and as one JSON object."""
+"""The report of `doctor`, as text and as one JSON object."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH = 110
 
 
 def to_text(findings: Sequence[Finding]) -> str:
-    """A line a finding, its command below it, and the count at the end."""
+    """One line for each finding, its command below it, and the counts at the end."""
     topics = max((len(finding.topic) for finding in findings), default=0)
     indent = " " * (len("problem") + topics + 4)
     lines = []
@@ -29,7 +29,7 @@ def to_text(findings: Sequence[Finding]) -> str:
 
 
 def to_json(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:
-    """`status` is the worst of the findings; `machine` is what they were drawn from."""
+    """`status` is the worst status of all findings; `machine` is what was read."""
     return {
         "version": __version__,
         "status": worst(findings),

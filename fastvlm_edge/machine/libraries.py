@@ -14,7 +14,7 @@ PACKAGES = {
     "tokenizers": ("tokenizers", "0.20"),
     "onnxruntime": ("onnxruntime", "1.22"),
 }
-"""Module -> distribution and oldest version that the runtime needs, as in pyproject.toml."""
+"""Module -> distribution, and the oldest version that the runtime supports (as in pyproject.toml)."""
 _LIBRARIES = (
     "usr/lib/{arch}-linux-gnu",
     "usr/lib/{arch}-linux-gnu/nvidia",
@@ -28,43 +28,43 @@ _QUERY = ("name", "driver_version", "compute_cap", "memory.total", "memory.free"
 
 @dataclass(frozen=True)
 class Python:
-    """The interpreter that runs this."""
+    """The Python that runs this."""
 
     version: str
     environment: str | None
-    """Folder of the virtual environment."""
+    """Directory of the virtual environment; None outside one."""
     packages: dict[str, str | None]
-    """Distributions of PACKAGES -> version; None where missing."""
+    """Distribution -> version, for those in PACKAGES; None if it is not installed."""
 
 
 @dataclass(frozen=True)
 class TensorRT:
-    """Both libraries. A version is None where there is none."""
+    """TensorRT and TensorRT for RTX. A version is None if the library is not installed."""
 
     library: str | None
-    """Of libnvinfer.so, out of its file name."""
+    """Version of libnvinfer.so, from its file name."""
     module: str | None
-    """Of what `import tensorrt` finds; `unknown` where it does not tell."""
+    """Version of the Python package `tensorrt`; `unknown` if its metadata is missing."""
     rtx: str | None
-    """Of what `import tensorrt_rtx` finds."""
+    """Version of the Python package `tensorrt_rtx`; `unknown` if its metadata is missing."""
     system_pythons: list[str]
-    """Pythons such as 3.10 whose system packages, where JetPack puts its own, have `tensorrt`."""
+    """Python versions, such as 3.10, that have `tensorrt` among the system packages. JetPack installs it there."""
     dla_compiler: bool
-    """Whether libnvdla_compiler.so is there, which the TensorRT of a JetPack 7 container needs."""
+    """Whether libnvdla_compiler.so exists. TensorRT in a JetPack 7 container needs it."""
 
 
 @dataclass(frozen=True)
 class Cuda:
-    """The toolkit is not needed, the binding is."""
+    """The Python bindings, which are needed, the driver, and the toolkit, which is not needed."""
 
     toolkit: str | None
     bindings: str | None
     """Version of cuda-bindings."""
     pycuda: str | None
     driver: str | None
-    """The CUDA version that the driver supports, as nvidia-smi has it."""
+    """CUDA version that the driver supports, from nvidia-smi."""
     library: bool
-    """Whether libcuda.so.1 is there."""
+    """Whether libcuda.so.1 exists."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,19 @@ class Card:
 
 @dataclass(frozen=True)
 class Driver:
-    """The NVIDIA driver of a machine that is no Jetson."""
+    """The NVIDIA driver of a machine that is not a Jetson."""
 
     kernel_module: str | None
-    """Version of the loaded one."""
+    """Version of the module that is loaded."""
     user_library: str | None
     """Version of libcuda.so."""
     pci: list[str] = field(default_factory=list)
-    """`10de:2786` of every NVIDIA display device."""
+    """Vendor and device id of every NVIDIA display device, such as `10de:2786`."""
     cards: list[Card] = field(default_factory=list)
 
 
 def read_python(probe: Probe) -> Python:
-    """Version, virtual environment and the runtime's packages."""
+    """Version, virtual environment, and versions of the packages that the runtime needs."""
     packages = {}
     for module, (name, _) in PACKAGES.items():
         version = probe.package_version(name) or (probe.package_version("onnxruntime-gpu") if name == "onnxruntime" else None)
@@ -102,7 +102,7 @@ def read_python(probe: Probe) -> Python:
 
 
 def read_tensorrt(probe: Probe) -> TensorRT:
-    """From the dynamic loader's folders and Python's; nothing is imported."""
+    """From the file names in the directories of the dynamic loader and of Python; nothing is imported."""
     pythons = {path.split("/")[2][len("python") :] for path in probe.find("usr/lib/python3*/dist-packages/tensorrt/__init__.py")}
     return TensorRT(
         library=_library_version(probe, "libnvinfer"),
@@ -114,7 +114,7 @@ def read_tensorrt(probe: Probe) -> TensorRT:
 
 
 def read_cuda(probe: Probe) -> Cuda:
-    """From the toolkit's version file, Python's packages and nvidia-smi's heading."""
+    """From the version file of the toolkit, the Python packages, and the heading of nvidia-smi."""
     try:
         toolkit = json.loads(probe.text("usr/local/cuda/version.json") or "{}")["cuda"]["version"]
     except (ValueError, KeyError, TypeError):
@@ -151,7 +151,7 @@ def _card(line: str) -> Card | None:
         name=name,
         driver=driver,
         compute_capability=(int(numbers.group(1)), int(numbers.group(2))) if numbers else None,
-        memory_total=int(total) if total.isdigit() else None,  # [N/A] where the memory is the board's
+        memory_total=int(total) if total.isdigit() else None,  # [N/A] if the GPU shares the memory of the board
         memory_free=int(free) if free.isdigit() else None,
         temperature=float(temperature) if temperature.isdigit() else None,
     )
@@ -176,7 +176,7 @@ def _folders(probe: Probe) -> list[str]:
 
 
 def _library_version(probe: Probe, name: str) -> str | None:
-    """Of the first `name.so.X.Y...` in the loader's folders."""
+    """Version in the name of the first file `NAME.so.X.Y...` in the directories of the dynamic loader."""
     for folder in _folders(probe):
         for path in probe.find(f"{folder}/{name}.so.*.*"):
             version = path.rpartition(".so.")[2]

@@ -1,4 +1,4 @@
-"""The most memory that a process, and a model on the GPU, took so far."""
+"""Peak memory of this process, and of a model on the GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def peak_host_mib(status: Path = Path("/proc/self/status")) -> float:
-    """Largest resident set of this process so far: VmHWM of proc(5), which, unlike `ru_maxrss`, does not count what started it."""
+    """Largest resident set of this process so far, in MiB: VmHWM of proc(5). Unlike `ru_maxrss` it does not include the parent process."""
     try:
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
@@ -22,16 +22,19 @@ def peak_host_mib(status: Path = Path("/proc/self/status")) -> float:
 
 
 class DeviceMemory:
-    """The most device memory seen at any `look`, beyond what a bare CUDA context takes. Caching allocators do not give back, so a look
-    behind every run sees their peak. Only true while nothing else uses the GPU; on a Jetson, host memory counts too."""
+    """Peak device memory over all calls of `look`, beyond what a bare CUDA context takes.
+
+    Caching allocators keep their memory, so one look after every run sees their peak. The figure is only right while nothing else uses the
+    GPU. On a Jetson it includes host memory.
+    """
 
     def __init__(self, free: Callable[[], int]) -> None:
-        """`free` gives the bytes that are free now."""
+        """`free` returns the bytes that are free now."""
         self._free = free
         self._before = free()
         self._least = self._before
 
     def look(self) -> int:
-        """MiB at the most so far."""
+        """Peak so far, in MiB."""
         self._least = min(self._least, self._free())
         return (self._before - self._least) >> 20

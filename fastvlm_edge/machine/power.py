@@ -1,6 +1,6 @@
-"""Power, energy and heat of an interval of work, from what tegrastats reads on a Jetson, or from NVML on a card of its own.
+"""Power, energy and heat of an interval of work: from the sensors that tegrastats reads on a Jetson, or from NVML on a graphics card.
 
-Standard library only; NVML comes through nvidia-ml-py where that is installed. `run` and `bench` share it.
+Standard library only; NVML needs nvidia-ml-py. `run` and `bench` use it.
 """
 
 from __future__ import annotations
@@ -15,75 +15,78 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from fastvlm_edge.machine.heat import HeatSensors
+from fastvlm_edge.machine.probe import Probe
+
 SAMPLE_SECONDS = 0.05
-"""Of the recorder. An INA3221 takes about half a millisecond a register over its I2C bus, so this costs a board little."""
+"""Interval between samples. Reading a register of an INA3221 over I2C takes about half a millisecond, so this costs a board little."""
 TEMPERATURE_EVERY = 10
-"""Samples between two looks at temperature and throttling, which change slowly and cost a call to the board's firmware each."""
+"""Samples between two readings of temperature and throttling. They change slowly, and each reading is a call to the board's firmware."""
 COUNTER_SECONDS = 1.0
-"""Shortest interval whose energy is taken from a card's counter: how long the steps are in which it moves, NVIDIA does not document."""
+"""Shortest interval whose energy is taken from a card's counter. NVIDIA does not document how often the counter is updated."""
 LOST_AFTER = 5
-"""Failed readings in a row after which the sensor counts as gone."""
+"""Failed readings in a row after which the sensor is given up."""
 
 TOTALS = ("VDD_IN", "VIN")
-"""Rails that carry everything: the module (Orin Nano and Orin NX), the board with its carrier (Thor, INA238)."""
+"""Rails that carry all power: of the module (Orin Nano and Orin NX), or of module and carrier board (Thor, INA238)."""
 SUMS = (("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"), ("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0"))
-"""Rails that make up the module where none carries everything: AGX Orin, and Thor on a carrier without an INA238.
+"""Rails that together carry the power of the module, if no rail carries all of it: AGX Orin, and Thor on a carrier without an INA238.
 
 AGX Orin's VDDQ_VDD2_1V8AO is fed from VIN_SYS_5V0 and must not be added. Source: Jetson Linux Developer Guide r36.4.3 and r38.4,
 "Platform Power and Performance", tables of the power monitors.
 """
 
 NVML_THROTTLED = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
-"""Clock event reasons that lower clocks against the user's will: power cap, hardware slowdown, thermal (software, hardware), power brake.
+"""Clock event reasons that count as throttling: power cap, hardware slowdown, thermal (software, hardware), power brake.
 
 Source: nvml.h, nvmlClocksEventReason*.
 """
 _NVML_POWER_INSTANT = 186
-"""NVML_FI_DEV_POWER_INSTANT: watts now; nvmlDeviceGetPowerUsage is a mean of the last second on Ampere and newer (nvml.h)."""
+"""NVML_FI_DEV_POWER_INSTANT: watts now. On Ampere and newer nvmlDeviceGetPowerUsage is the mean of the last second (nvml.h)."""
 _NVML_GPU_TEMPERATURE = 0
 
 
 class Sensor(Protocol):
-    """A source of power figures. Every `read_*` but the first gives None for what the sensor does not tell."""
+    """A source of power figures. Every `read_*` but the first returns None for what the sensor does not report."""
 
     name: str
-    """Rails, or the name of the card."""
+    """Names of the rails, or name of the card."""
 
     def read_watts(self) -> float:
-        """Watts now. Raises OSError where the sensor is gone."""
+        """Watts now. Raises OSError if the sensor does not answer."""
 
     def read_joules(self) -> float | None:
-        """A counter of joules that only rises. Raises OSError where the sensor is gone."""
+        """A counter of joules that only rises. Raises OSError if the sensor does not answer."""
 
     def read_temperature(self) -> float | None:
-        """The hottest spot in degrees Celsius."""
+        """Degrees Celsius of the hottest spot."""
 
     def read_throttled(self) -> bool | None:
-        """Whether clocks are lowered for heat or current now, or were at any time since the previous call."""
+        """Whether heat or current lowers the clocks now, or did at any time since the previous call."""
 
 
 @dataclass(frozen=True)
 class NoSensor:
-    """There is nothing to read, and why."""
+    """There is no sensor, or it failed; `reason` says why."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class PowerFigures:
-    """Of one interval."""
+    """Figures of one interval."""
 
     sensor: str
-    """Which rails or card."""
+    """Names of the rails, or name of the card."""
     mean_w: float
     peak_w: float
     energy_j: float
-    """The integral of power over the interval, all that the rails feed included, idle power too."""
+    """Integral of power over the interval. It includes idle power and everything else that the rails feed."""
     seconds: float
     temperature_c: float | None
-    """The hottest that was seen."""
+    """Highest temperature that was read; None if the sensor does not report any."""
     throttled: bool | None
-    """Whether heat or current lowered clocks at any time; None where the sensor does not tell."""
+    """Whether heat or current lowered clocks at any time; None if the sensor does not report it."""
 
 
 @dataclass(frozen=True)
@@ -100,55 +103,47 @@ class _Rail:
 
 
 class JetsonSensor:
-    """The INA3221 and INA238 power monitors, thermal zones, cooling devices and over-current counters, as Linux shows them."""
+    """Power monitors INA3221 and INA238, thermal zones, throttle alerts and over-current counters of a Jetson."""
 
     def __init__(self, rails: list[_Rail], root: Path) -> None:
-        """`rails` are added up."""
+        """The power is the sum of `rails`; heat is read below `root`."""
         self._rails = rails
         self.name = " + ".join(rail.label for rail in rails)
-        self._zones = sorted((root / "sys/class/thermal").glob("thermal_zone*/temp"))
-        coolers = sorted((root / "sys/class/thermal").glob("cooling_device*/type"))
-        # Not the fan, and not devfreq and cpufreq: those stand above 0 whenever a clock is below its maximum.
-        self._alerts = [path.with_name("cur_state") for path in coolers if _text(path).endswith("-alert")]
-        self._counters = sorted((root / "sys/class/hwmon").glob("*/oc*_event_cnt"))
-        self._events = self._count_events()
+        self._heat = HeatSensors(Probe(root))
+        self._events = self._heat.over_current()
 
     def read_watts(self) -> float:
-        """Sum of the rails. Raises OSError where one is gone."""
+        """Sum of the rails. Raises OSError if one cannot be read."""
         return sum(rail.read_watts() for rail in self._rails)
 
     def read_joules(self) -> None:
-        """These monitors have no counter."""
+        """None: these monitors have no energy counter."""
 
     def read_temperature(self) -> float | None:
-        """The hottest zone. A zone of a part that is switched off fails to read, or reads 0 or -256."""
-        millidegrees = [value for path in self._zones if (value := _number_or_none(path)) is not None and value > 0]
-        return max(millidegrees) / 1000 if millidegrees else None
+        """Degrees Celsius of the hottest zone; None if no zone can be read."""
+        return max(self._heat.zones().values(), default=None)
 
     def read_throttled(self) -> bool | None:
-        """Whether a zone's throttle alert is on, or the SoC counted an over-current event since the previous call."""
-        states = [value for path in self._alerts if (value := _number_or_none(path)) is not None]
-        before, self._events = self._events, self._count_events()
-        if not states and not self._events:
+        """Whether a throttle alert is on, or the SoC counted an over-current event since the previous call."""
+        alerts = self._heat.alerts()
+        before, self._events = self._events, self._heat.over_current()
+        if not alerts and not self._events:
             return None
-        return any(state > 0 for state in states) or any(count > before.get(path, count) for path, count in self._events.items())
-
-    def _count_events(self) -> dict[Path, float]:
-        return {path: value for path in self._counters if (value := _number_or_none(path)) is not None}
+        return any(on for _, on in alerts) or any(count > before.get(path, count) for path, count in self._events.items())
 
 
 class NvmlSensor:
-    """A card, through nvidia-ml-py."""
+    """A graphics card, through nvidia-ml-py."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
-        """`nvml` is the module `pynvml`, initialised; `handle` is of the device."""
+        """`nvml` is the module `pynvml`, initialised; `handle` is its handle of the card."""
         self._nvml = nvml
         self._handle = handle
         name = nvml.nvmlDeviceGetName(handle)
         self.name: str = name.decode() if isinstance(name, bytes) else name
 
     def read_watts(self) -> float:
-        """Of the card. Raises OSError where NVML does not tell."""
+        """Watts of the card. Raises OSError if NVML does not report them."""
         try:
             value = self._nvml.nvmlDeviceGetFieldValues(self._handle, [_NVML_POWER_INSTANT])[0]
             if value.nvmlReturn == 0:
@@ -158,21 +153,21 @@ class NvmlSensor:
         return float(self._ask("nvmlDeviceGetPowerUsage")) / 1000
 
     def read_joules(self) -> float | None:
-        """The card's own counter, Volta and newer."""
+        """Energy counter of the card; None before Volta."""
         try:
             return float(self._ask("nvmlDeviceGetTotalEnergyConsumption")) / 1000
         except OSError:
             return None
 
     def read_temperature(self) -> float | None:
-        """Of the GPU."""
+        """Degrees Celsius of the GPU."""
         try:
             return float(self._ask("nvmlDeviceGetTemperature", _NVML_GPU_TEMPERATURE))
         except OSError:
             return None
 
     def read_throttled(self) -> bool | None:
-        """As the driver says at this moment."""
+        """Whether the driver throttles the card at this moment."""
         for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):  # before CUDA 12.2
             try:
                 return bool(self._ask(name) & NVML_THROTTLED)
@@ -192,7 +187,7 @@ def find_sensor(
 ) -> Sensor | NoSensor:
     """The best sensor of this machine: a Jetson's power monitors under `root`, then NVML.
 
-    `card`: whether the work runs on a card of its own. Where it runs on the CPU, the card's figures would be of something else.
+    `card`: whether the work runs on a graphics card. If it runs on the CPU, figures of the card would not be about it.
     """
     rails = _find_rails(root)
     for label in TOTALS:
@@ -210,7 +205,7 @@ class PowerRecorder:
     """Samples a sensor in a daemon thread while its `with` block runs; may be entered again for another interval."""
 
     def __init__(self, sensor: Sensor | NoSensor | None = None, *, interval: float = SAMPLE_SECONDS) -> None:
-        """`sensor`: None looks for one at the first interval. `interval` is in seconds."""
+        """Without a `sensor` it looks for one at the first interval. `interval` is the time between samples, in seconds."""
         self._sensor = sensor
         self._interval = interval
         self._figures: PowerFigures | NoSensor = NoSensor("nothing was measured")
@@ -231,7 +226,7 @@ class PowerRecorder:
             self._recording = None
 
     def figures(self) -> PowerFigures | NoSensor:
-        """Of the interval that ended last."""
+        """Figures of the interval that ended last."""
         return self._figures
 
 
@@ -248,7 +243,7 @@ class _Recording:
         self._failures = 0
         self._error = ""
         self._stop = threading.Event()
-        sensor.read_throttled()  # events before this interval are not its own
+        sensor.read_throttled()  # events before this interval do not count
         self._joules = self._read_joules()
         self._sample(heat=True)
         self._thread = threading.Thread(target=self._run, name="power", daemon=True)
@@ -260,7 +255,7 @@ class _Recording:
         if self._failures < LOST_AFTER:
             self._sample(heat=True)
         joules = self._read_joules()
-        if self._failures or len(self._times) < 2:  # the last reading failed: the end of the interval was not seen
+        if self._failures or len(self._times) < 2:  # the last reading failed, so the end of the interval is missing
             return NoSensor(f"{self._sensor.name} stopped answering: {self._error}")
         seconds = self._times[-1] - self._times[0]
         energy = _integrate(self._times, self._watts)
@@ -311,7 +306,7 @@ class _Recording:
 
 
 def power_json(figures: PowerFigures | NoSensor, tokens: int) -> dict[str, Any]:
-    """The `power` object of `run --json`; `joules_per_token` is the energy of the whole answer by its tokens."""
+    """The `power` object of `run --json`; `joules_per_token` is the energy of the whole answer, divided by its tokens."""
     if isinstance(figures, NoSensor):
         return {"sensor": None, "reason": figures.reason}
     return {
@@ -326,7 +321,7 @@ def power_json(figures: PowerFigures | NoSensor, tokens: int) -> dict[str, Any]:
 
 
 def _find_rails(root: Path) -> dict[str, _Rail]:
-    """Label -> rail of every INA3221 and INA238. The labels are the board's device tree's."""
+    """Label -> rail of every INA3221 and INA238. The labels come from the board's device tree."""
     rails = {}
     folders = [*(root / "sys/class/hwmon").glob("hwmon*"), *(root / "sys/bus/i2c/drivers").glob("ina*/*/hwmon/hwmon*")]
     for folder in folders:
@@ -358,7 +353,7 @@ def _find_card(load_nvml: Callable[[], Any]) -> Sensor | NoSensor:
 
 
 def _first_visible(nvml: Any) -> Any:
-    """The card that CUDA calls 0, as far as CUDA_VISIBLE_DEVICES tells; otherwise the first by PCI bus."""
+    """The card that CUDA calls 0, if CUDA_VISIBLE_DEVICES says which; otherwise the first by PCI bus."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
     if first.startswith(("GPU-", "MIG-")):
         return nvml.nvmlDeviceGetHandleByUUID(first)
@@ -366,7 +361,7 @@ def _first_visible(nvml: Any) -> Any:
 
 
 def _integrate(times: list[float], values: list[float]) -> float:
-    """By the trapezoidal rule."""
+    """Integral of `values` over `times`, by the trapezoidal rule."""
     pairs = zip(times, times[1:], values, values[1:], strict=False)
     return sum((end - start) * (before + after) / 2 for start, end, before, after in pairs)
 
@@ -380,10 +375,3 @@ def _text(path: Path) -> str:
 
 def _number(path: Path) -> float:
     return float(path.read_text(encoding="ascii"))
-
-
-def _number_or_none(path: Path) -> float | None:
-    try:
-        return _number(path)
-    except (OSError, ValueError):
-        return None

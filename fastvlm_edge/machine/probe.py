@@ -1,4 +1,4 @@
-"""How the doctor asks a machine. Everything that is not a file under `root` is a field, so that tests bring machines of their own."""
+"""How the files, programs and packages of a machine are read. Tests describe other machines by giving the fields other values."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from fastvlm_edge.machine.cache_dir import cache_dir
+
 
 def _run(command: Sequence[str]) -> str | None:
-    """Output of a program; None where it is absent, fails or takes too long."""
+    """Output of a program; None if it is missing, fails or takes longer than 20 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=False)
     except (OSError, subprocess.SubprocessError):
@@ -25,7 +27,7 @@ def _run(command: Sequence[str]) -> str | None:
 
 
 def _has_module(name: str) -> bool:
-    """Whether Python would import it. A mere folder of that name, such as a clone of its sources, is none."""
+    """Whether Python could import it. A directory of that name without `__init__.py` does not count."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError, AttributeError):
@@ -41,7 +43,7 @@ def _package_version(name: str) -> str | None:
 
 
 def _free_bytes(path: Path) -> int | None:
-    for folder in (path, *path.absolute().parents):  # the cache folder may not be there yet
+    for folder in (path, *path.absolute().parents):  # the cache directory may not exist yet
         try:
             return shutil.disk_usage(folder).free
         except OSError:
@@ -49,13 +51,14 @@ def _free_bytes(path: Path) -> int | None:
     return None
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may use, which a container or `taskset` can limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The machine at hand, unless fields say otherwise."""
+    """A machine: this one, unless fields are given."""
 
     root: Path = Path("/")
     run: Callable[[Sequence[str]], str | None] = _run
@@ -66,21 +69,22 @@ class Probe:
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     architecture: str = field(default_factory=platform.machine)
     kernel: str = field(default_factory=platform.release)
-    cores: int = field(default_factory=_cores)
+    cores: int = field(default_factory=usable_cores)
+    """Cores that this process may use."""
     python: tuple[int, int, int] = field(default_factory=lambda: sys.version_info[:3])
     environment: str | None = field(default_factory=lambda: sys.prefix if sys.prefix != sys.base_prefix else None)
-    """Folder of the virtual environment; None outside of any."""
+    """Directory of the virtual environment; None outside one."""
     home: Path = field(default_factory=lambda: Path(os.path.expanduser("~")))
 
     def text(self, path: str) -> str | None:
-        """A file's text, without the zeros of a device tree; None where it cannot be read."""
+        """Text of a file, without the zero bytes of a device tree; None if it cannot be read."""
         try:
             return (self.root / path).read_text(encoding="utf-8", errors="replace").strip("\0 \n")
         except OSError:
             return None
 
     def number(self, path: str) -> float | None:
-        """A file with one number, finite."""
+        """The number in a file; None if it cannot be read or is not a finite number."""
         text = self.text(path)
         try:
             value = None if text is None else float(text)
@@ -89,19 +93,17 @@ class Probe:
         return value if value is not None and math.isfinite(value) else None
 
     def exists(self, path: str) -> bool:
-        """Whether it is there, as a file, folder or device."""
+        """Whether there is a file, directory or device of this name."""
         try:
             return (self.root / path).exists()
         except OSError:
             return False
 
     def find(self, pattern: str) -> Iterator[str]:
-        """Paths below the root that match, in order."""
+        """Paths below the root that match, relative to it and sorted."""
         for path in sorted(self.root.glob(pattern)):
             yield str(path.relative_to(self.root))
 
     def cache(self) -> Path:
-        """Where built engines are kept: `$FASTVLM_EDGE_CACHE`, or `fastvlm-edge` in the user's cache folder, as `build` has it."""
-        named = self.environ.get("FASTVLM_EDGE_CACHE")
-        base = self.environ.get("XDG_CACHE_HOME") or str(self.home / ".cache")
-        return Path(named) if named else Path(base) / "fastvlm-edge"
+        """Where built engines are kept."""
+        return cache_dir(self.environ, self.home)

@@ -1,13 +1,11 @@
-"""What a board will do with a model: memory, times and energy, from the work, the board's limits and the fitted efficiencies."""
+"""Predict memory, times and energy of a model on a board, from the work, the limits of the board and the fitted efficiencies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastvlm_edge.machine.boards.rates import Board, Mode
 from fastvlm_edge.model_dir.manifest import STRIDE
-from fastvlm_edge.planning.boards import Board, Mode
-from fastvlm_edge.planning.fit import THOR, Efficiency
-from fastvlm_edge.planning.published import MEASURED_SHARE_OF_POWER
 from fastvlm_edge.planning.workload import (
     FP16,
     PRECISIONS,
@@ -19,29 +17,49 @@ from fastvlm_edge.planning.workload import (
     weight_bytes,
 )
 
+THOR = "thor"
+"""Board whose prefill is fitted separately: it reaches far less of its rate."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """How near one stage comes to the limit of the board: slope 1 and constant 0 would be the limit itself."""
+
+    slope: float
+    constant_ms: float
+
+    def milliseconds(self, ideal_ms: float) -> float:
+        """Predicted time of work that takes `ideal_ms` at the limit of the board."""
+        return self.slope * ideal_ms + self.constant_ms
+
+
 DECODE = Efficiency(slope=1.3138, constant_ms=0.4853)
 PREFILL = Efficiency(slope=1.765, constant_ms=18.4312)
 PREFILL_ON_THOR = Efficiency(slope=10.04, constant_ms=7.3633)
 VISION = Efficiency(slope=1.724, constant_ms=7.1628)
 RUNTIME_BYTES = 1.0929e9
-"""System, CUDA and TensorRT. All of these are what `fit` makes of the published rows (`benchmarks/plan_error.py`); a test sees to it."""
+"""Memory of system, CUDA and TensorRT. `benchmarks/plan_error.py` fits it and the efficiencies to published rows; a test compares them."""
 MEDIAN_ERROR = {"decode": 0.14, "prefill": 0.106, "vision": 0.293}
 SPREAD = {"decode": 0.231, "prefill": 0.153, "vision": 0.42}
-"""Of rows of a model or encoder that the fit had not seen (`benchmarks/results/plan_error.json`): the median error, and what four of five
-rows stay within, which is the range of each prediction. Only two encoders are published, so vision's is wide."""
+"""Median error, and the error that 80 % of the rows stay within, for models and encoders that were not in the fit
+(`benchmarks/results/plan_error.json`). The second is the range of each prediction. Only two encoders are published, so the range of vision
+is wide."""
+MEASURED_SHARE_OF_POWER = 21.1 / 25
+"""Mean watts while the GPU was busy over the budget of the 25 W mode: the only published figure, by tegrastats
+(github.com/hokwangchoi/jetson-orin-nano-benchmarks)."""
 
 USABLE = 0.925
-"""Of a board's memory: an Orin Nano of 8 GiB shows 7.4."""
+"""Share of a board's memory that programs can use: Linux on an Orin Nano of 8 GiB has 7.4."""
 TEXT_TOKENS = 34
-"""Of the question and the conversation around it."""
+"""Text tokens of the prompt: the question and the chat template."""
 REPLY = 64
-"""Tokens into the reply at which decoding is predicted."""
+"""Decoding is predicted after this many tokens of the reply."""
 PREFILL_CHUNK = 512
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one precision, image size and context on one board. Bytes, milliseconds, joules."""
+    """One precision, image size and context on one board. Sizes in bytes, times in milliseconds, energy in joules."""
 
     precision: str
     image_size: int
@@ -49,7 +67,7 @@ class Prediction:
     build_bytes: float
     run_bytes: float
     cache_bytes: float
-    """Of them, for `context` positions."""
+    """The part of `run_bytes` for `context` positions of the KV cache."""
     available_bytes: float
     vision_ms: float
     prefill_ms: float
@@ -58,39 +76,39 @@ class Prediction:
 
     @property
     def ttft_ms(self) -> float:
-        """To the first token, without reading and resizing the picture."""
+        """Time to the first token, without reading and resizing the picture."""
         return self.vision_ms + self.prefill_ms
 
     @property
     def ttft_range_ms(self) -> tuple[float, float]:
-        """Where four of five models that were not fitted would lie."""
+        """Range that covers 80 % of the models that were not in the fit."""
         off = SPREAD["vision"] * self.vision_ms + SPREAD["prefill"] * self.prefill_ms
         return self.ttft_ms - off, self.ttft_ms + off
 
     @property
     def tokens_per_second_range(self) -> tuple[float, float]:
-        """Likewise."""
+        """Range that covers 80 % of the models that were not in the fit."""
         return self.tokens_per_second / (1 + SPREAD["decode"]), self.tokens_per_second / (1 - SPREAD["decode"])
 
     @property
     def runs(self) -> bool:
-        """Whether it fits while it answers."""
+        """Whether the model fits into the memory of the board while it answers."""
         return self.run_bytes <= self.available_bytes
 
     @property
     def builds(self) -> bool:
-        """Whether its engines can be built in memory alone."""
+        """Whether its engines can be built without swap."""
         return self.build_bytes <= self.available_bytes
 
 
 def predict(shape: Shape, board: Board, mode: Mode, precision: str, image_size: int, context: int, build_peak: float) -> Prediction:
-    """`build_peak`: bytes of the process while it builds the larger engine, as engines/memory.py predicts them."""
+    """`build_peak`: bytes of the process while it builds the larger engine, as predicted by engines/memory.py."""
     weights, text = PRECISIONS[precision], shape.text
     vision = vision_work(shape.vision, text.hidden, image_size)
     rate = board.fp16_rate(mode)
     tokens = (-(-image_size // STRIDE)) ** 2
     positions = tokens + TEXT_TOKENS
-    # What is one channel a group moves bytes; dense products compute.
+    # Convolutions with one channel per group are bound by memory, dense products by the compute rate.
     moving = DECODE.slope * FP16 * vision.moved / mode.bandwidth * 1e3
     vision_ms = VISION.milliseconds(2 * (vision.dense + vision.grouped) / rate * 1e3) + moving
     prefill = PREFILL_ON_THOR if board.name == THOR else PREFILL
@@ -114,7 +132,7 @@ def predict(shape: Shape, board: Board, mode: Mode, precision: str, image_size: 
 
 
 def activation_bytes(shape: Shape, image_size: int) -> float:
-    """FP16, of the larger of both graphs: the widest block of the encoder, or a chunk of a prompt with the logits of one position."""
+    """Bytes in FP16 of the larger graph: the widest block of the encoder, or one chunk of a prompt with the logits of one position."""
     vision: VisionShape = shape.vision
     widest = max(dim * (image_size // (4 << index)) ** 2 for index, dim in enumerate(vision.dims))
     text = shape.text

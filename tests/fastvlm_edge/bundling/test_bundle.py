@@ -1,5 +1,5 @@
-"""Bundles. One is made of the packages that are installed here and is started for real by a Python that has none of them; the format's
-corner cases are tried on tiny made-up wheels.
+"""Bundles. One is made of the packages that are installed here, and started by a Python that has none of them. The corner cases of the
+format are tested with tiny wheels.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from typing import Any
 
 import pytest
 
-from fastvlm_edge import FastVLM, FastVLMError, cli
-from fastvlm_edge.bundling import board, start, unit
-from fastvlm_edge.bundling.archive import HEADER_BYTES, write_bundle
+from fastvlm_edge import FastVLM, FastVLMError, bundle_entry, cli
+from fastvlm_edge.bundling import start, unit
+from fastvlm_edge.bundling.archive import HEADER_BYTES, source_files, write_bundle
 from fastvlm_edge.bundling.start import Bundle, BundleError, ensure
-from fastvlm_edge.bundling.targets import TARGETS, BundleTarget, find_target
 from fastvlm_edge.bundling.wheels import RUNTIME, Wheel, collect_wheels, requirements
+from fastvlm_edge.machine.boards.systems import SYSTEMS, BundleTarget
+from fastvlm_edge.machine.boards.targets import bundle_target
 from tests.support.fake_model import build_model
 
 ROOT = Path(__file__).resolve().parents[3]
-HERE = dataclasses.replace(find_target("x86_64", None), machine=platform.machine(), glibc=(2, 17))
+HERE = dataclasses.replace(bundle_target("x86_64"), machine=platform.machine(), glibc=(2, 17))
 QUESTION = ("--prompt", "What is it?", "--max-new-tokens", "6")
 
 
@@ -111,7 +112,7 @@ def test_only_the_first_start_unpacks(run: Run, bare: dict[str, str]) -> None:
 def test_every_command_of_a_board_imports_from_a_bundle_alone(run: Run, bare: dict[str, str]) -> None:
     run("prepare")
     runtime = next(Path(bare["FASTVLM_EDGE_STATE"]).glob("runtime-*/fastvlm_edge")).parent
-    commands = sorted(set(cli.COMMANDS) - set(board.NOT_HERE))
+    commands = sorted(set(cli.COMMANDS) - set(bundle_entry.NOT_HERE))
     python = next(Path(bare["PATH"]).glob("python3*"))
     code = f"""
 import sys
@@ -134,7 +135,7 @@ def test_the_engine_builder_imports_without_onnx_and_torch(run: Run) -> None:
     assert "GPU" in done.stderr and "bug" not in done.stderr and "No module" not in done.stderr
 
 
-@pytest.mark.parametrize("command", sorted(board.NOT_HERE))
+@pytest.mark.parametrize("command", sorted(bundle_entry.NOT_HERE))
 def test_what_is_no_part_of_a_bundle_says_so_in_one_line(run: Run, command: str) -> None:
     done = run(command, "x", "-o", "y")
     assert done.returncode == 1
@@ -274,11 +275,11 @@ def test_the_wrong_python_or_machine_is_told_in_one_sentence(tmp_path: Path, mod
     python = _tiny(tmp_path / "a", model_dir, dataclasses.replace(HERE, python=(3, 99)))
     done = subprocess.run([str(python), "doctor"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "is for Python 3.99" in done.stderr and "here is Python 3." in done.stderr
+    assert "is for Python 3.99" in done.stderr and "this machine has Python 3." in done.stderr
     machine = _tiny(tmp_path / "b", model_dir, dataclasses.replace(HERE, machine="riscv64"))
     done = subprocess.run([str(machine), "doctor"], env=bare, capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"is for riscv64 (x86-64, glibc 2.28 or newer, CPU), this machine is {platform.machine()}" in done.stderr
+    assert f"is for riscv64 (x86-64, glibc 2.28 or newer, CPU), and this machine is {platform.machine()}" in done.stderr
     glibc = _tiny(tmp_path / "c", model_dir, dataclasses.replace(HERE, glibc=(2, 99)))
     done = subprocess.run([str(glibc), "doctor"], env=bare, capture_output=True, text=True)
     assert done.returncode == 1
@@ -309,7 +310,7 @@ def test_two_first_starts_at_once_unpack_once(tiny: Path, capfd: pytest.CaptureF
     first.join()
     assert written == sum(path.stat().st_size for path in folder.iterdir())
     assert second == 0
-    assert "waiting for another start" in capfd.readouterr().err
+    assert "waiting for another process" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("what", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
@@ -326,7 +327,7 @@ def test_an_interrupted_or_failed_unpacking_leaves_nothing_and_the_next_one_work
 
 def test_too_little_disk_is_told_before_anything_is_written(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=10))
-    with pytest.raises(BundleError, match=r"is full .* MB free.*FASTVLM_EDGE_STATE=FOLDER"):
+    with pytest.raises(BundleError, match=r"is full .* MB free.*FASTVLM_EDGE_STATE=DIRECTORY"):
         ensure(_open(tiny), "model", hashes=False)
 
 
@@ -342,14 +343,14 @@ def test_a_full_disk_while_bundling_leaves_no_file(tmp_path: Path, model_dir: Pa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FastVLMError, match="is full; nothing was left there"):
+    with pytest.raises(FastVLMError, match="is full; no partial file was left there"):
         _tiny(tmp_path, model_dir)
     assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
 
 
 def test_a_name_that_is_taken_is_kept(tiny: Path, tmp_path: Path, model_dir: Path) -> None:
     before = tiny.read_bytes()
-    with pytest.raises(FastVLMError, match="exists; --force replaces it"):
+    with pytest.raises(FastVLMError, match="exists; use --force to replace it"):
         _tiny(tmp_path, model_dir)
     assert tiny.read_bytes() == before
 
@@ -371,7 +372,7 @@ def test_the_licence_of_a_model_travels_with_it(
     (model / "LICENSE").write_text("For research only.\n")
     bundle = _open(_tiny(tmp_path, model))
     ensure(bundle, "runtime", hashes=False)
-    assert board.main(bundle, ["licenses", "model"]) == 0
+    assert bundle_entry.main(bundle, ["licenses", "model"]) == 0
     assert capsys.readouterr().out == "For research only.\n\n"
 
 
@@ -388,20 +389,10 @@ def test_a_model_of_more_than_four_gigabytes_is_bundled_and_unpacked(tmp_path: P
 # Targets and wheels -------------------------------------------------------------------------------------------------------------
 
 
-def test_jetsons_have_the_python_and_cuda_of_their_jetpack() -> None:
-    assert [(TARGETS[name].python, TARGETS[name].cuda) for name in ("orin-jp6", "orin-jp7", "thor")] == [
-        ((3, 10), 12),
-        ((3, 12), 13),
-        ((3, 12), 13),
-    ]
-    assert "cuda-bindings>=12.6,<13" in requirements(TARGETS["orin-jp6"])
-    assert "cuda-bindings>=13.0,<14" in requirements(TARGETS["thor"])
-    assert requirements(TARGETS["x86_64"]) == RUNTIME
-    with pytest.raises(FastVLMError, match=r"orin-jp6 has Python 3\.10"):
-        find_target("orin-jp6", (3, 12))
-    with pytest.raises(FastVLMError, match="use one of: orin-jp6"):
-        find_target("orin", None)
-    assert find_target("aarch64", (3, 12)).python == (3, 12)
+def test_wheels_fit_the_python_and_cuda_of_each_system() -> None:
+    assert "cuda-bindings>=12.6,<13" in requirements(SYSTEMS["orin-jp6"])
+    assert "cuda-bindings>=13.0,<14" in requirements(SYSTEMS["thor"])
+    assert requirements(SYSTEMS["x86_64"]) == RUNTIME
 
 
 def test_a_bundle_has_the_packages_that_the_project_needs() -> None:
@@ -416,31 +407,31 @@ def test_a_folder_of_wheels_is_enough_and_of_several_the_fitting_newest_is_taken
         _tiny_wheel(tmp_path, name, version)
     _tiny_wheel(tmp_path, "numpy", "2.1")
     _tiny_wheel(tmp_path, "numpy", "2.2", tag="cp36-cp36m-win32")
-    wheels = collect_wheels(find_target("aarch64", (3, 12)), tmp_path)
+    wheels = collect_wheels(bundle_target("aarch64", (3, 12)), tmp_path)
     assert {wheel.name: wheel.version for wheel in wheels} == {**versions, "numpy": "2.1"}
 
 
 def test_a_wheel_that_is_missing_from_the_folder_is_named(tmp_path: Path) -> None:
     _tiny_wheel(tmp_path, "numpy", "2.0")
-    with pytest.raises(FastVLMError, match=r"wheels for aarch64, Python 3\.12 cannot be had: .*pillow"):
-        collect_wheels(find_target("aarch64", (3, 12)), tmp_path)
+    with pytest.raises(FastVLMError, match=r"could not get the wheels for aarch64 with Python 3\.12: .*pillow"):
+        collect_wheels(bundle_target("aarch64", (3, 12)), tmp_path)
 
 
 # On the board -------------------------------------------------------------------------------------------------------------------
 
 
 class _FakeBuild:
-    """TensorRT and a GPU that board.build_missing_engines sees, and a `build` that is counted."""
+    """TensorRT and a GPU for bundle_entry.build_missing_engines, and a `build` that counts its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: str = "") -> None:
         self.calls = 0
         self.records: list[Any] = []
         self.error = error
         device = SimpleNamespace(name="Orin", compute_capability=(8, 7))
-        monkeypatch.setattr(board, "find_library", lambda: SimpleNamespace(name="tensorrt", version="10.3.0"))
-        monkeypatch.setattr(board, "open_cuda", lambda: SimpleNamespace(device=device, close=lambda: None))
-        monkeypatch.setattr(board, "find_records", lambda _model: self.records)
-        monkeypatch.setattr(board, "mismatch", lambda *_: None)
+        monkeypatch.setattr(bundle_entry, "find_library", lambda: SimpleNamespace(name="tensorrt", version="10.3.0"))
+        monkeypatch.setattr(bundle_entry, "open_cuda", lambda: SimpleNamespace(device=device, close=lambda: None))
+        monkeypatch.setattr(bundle_entry, "find_records", lambda _model: self.records)
+        monkeypatch.setattr(bundle_entry, "mismatch", lambda *_: None)
         monkeypatch.setattr("fastvlm_edge.engines.build.build", self)
 
     def __call__(self, model: Path, **_: Any) -> None:
@@ -464,7 +455,7 @@ def test_engines_are_built_at_the_first_use_and_kept(tiny: Path, monkeypatch: py
     fake, ran = _FakeBuild(monkeypatch), []
     monkeypatch.setattr(cli, "main", lambda words: ran.append(words) or 0)
     for _ in range(2):
-        assert board.main(_open(tiny), ["run", *QUESTION]) == 0
+        assert bundle_entry.main(_open(tiny), ["run", *QUESTION]) == 0
     assert fake.calls == 1
     model = str(ensure(_open(tiny), "model", hashes=False))
     assert ran == [["run", model, *QUESTION]] * 2
@@ -474,7 +465,7 @@ def test_engines_are_built_at_the_first_use_and_kept(tiny: Path, monkeypatch: py
 def test_no_engines_are_built_where_none_are_asked(tiny: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     fake = _FakeBuild(monkeypatch)
     monkeypatch.setattr(cli, "main", lambda _words: 0)
-    assert board.main(_open(tiny), words) == 0
+    assert bundle_entry.main(_open(tiny), words) == 0
     assert fake.calls == 0
 
 
@@ -484,7 +475,7 @@ def test_engines_that_cannot_be_built_are_told_and_not_tried_at_every_question(
     fake = _FakeBuild(monkeypatch, error="not enough memory")
     monkeypatch.setattr(cli, "main", lambda _words: 0)
     for _ in range(2):
-        assert board.main(_open(tiny), ["run", *QUESTION]) == 0
+        assert bundle_entry.main(_open(tiny), ["run", *QUESTION]) == 0
         assert "not enough memory" in capfd.readouterr().err
     assert fake.calls == 1
 
@@ -513,5 +504,36 @@ def test_the_systemd_unit_prepares_and_systemd_accepts_it(tmp_path: Path, tiny: 
 def test_wrong_usage_of_the_own_commands_is_status_2(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = _open(tiny)
     for words in (["prepare", "x"], ["install", "--rot", "x"], ["install", "--root"], ["licenses", "a", "b"]):
-        assert board.main(bundle, words) == 2
+        assert bundle_entry.main(bundle, words) == 2
         assert "does not take" in capsys.readouterr().err
+
+
+# What goes in -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_from_a_clone_and_one_from_a_wheel_hold_the_same_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    source = tmp_path / "clone"
+    kept = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+    for name in ("fastvlm_edge", "convert", "engines", "calib"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=kept)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+
+    clone, installed = (dict(source_files(root / "fastvlm_edge")) for root in (source, tmp_path / "installed"))
+    assert set(clone) == set(installed)
+    assert all(path.read_bytes() == installed[name].read_bytes() for name, path in clone.items())
+
+
+def test_a_bundle_holds_what_a_board_needs_and_nothing_else() -> None:
+    names = {name for name, _ in source_files(ROOT / "fastvlm_edge")}
+    assert {"fastvlm_edge/bundle_entry.py", "fastvlm_edge/engines/build.py", "fastvlm_edge/pictures/coffee.jpg"} <= names
+    folders = {name.split("/")[1] for name in names if name.count("/") > 1}
+    assert not folders & {"convert", "calib", "tests", "benchmarks", "examples"}
+    modules = {name: (ROOT / name).read_text(encoding="utf-8") for name in names if name.endswith(".py")}
+    foreign = re.compile(r"^\s*(?:from|import) (?:torch|onnx|pytest|tests|benchmarks|examples)\b", re.MULTILINE)
+    assert [name for name, text in modules.items() if foreign.search(text)] == []

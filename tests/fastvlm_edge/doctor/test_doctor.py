@@ -230,7 +230,7 @@ BROKEN = {
         rtx_desktop().but(
             without=["usr/lib/x86_64-linux-gnu/libcuda.so.580"], files={"usr/lib/x86_64-linux-gnu/libcuda.so.590.44.01": ""}, smi=None
         ),
-        *("gpu", "problem", "kernel module is 580.95.05, its library 590.44.01", "sudo reboot"),
+        *("gpu", "problem", "kernel module of the driver is 580.95.05, its library 590.44.01", "sudo reboot"),
     ),
     "a driver without nvidia-smi": (rtx_desktop().but(smi=None), "gpu", "problem", "nvidia-smi does not answer", "ubuntu-drivers"),
     "a container without the card": (
@@ -437,7 +437,8 @@ def test_it_runs_from_a_bare_checkout_with_nothing_installed(tmp_path: Path) -> 
     document = json.loads(done.stdout)
     assert done.returncode == 1 and done.stderr == "" and document["status"] == "problem"
     missing = next(finding for finding in document["findings"] if finding["topic"] == "packages")
-    assert missing["text"].startswith("numpy, pillow, tokenizers, onnxruntime missing") and missing["mend"] == f'pip install "{tmp_path / "clone"}"'
+    assert missing["text"].startswith("numpy, pillow, tokenizers, onnxruntime missing")
+    assert missing["mend"] == f'pip install "{tmp_path / "clone"}"'
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.10", "3.12", "3.13"])

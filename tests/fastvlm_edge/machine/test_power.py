@@ -165,7 +165,7 @@ def test_figures_before_any_interval() -> None:
 def test_the_rail_of_an_orin_nano_is_the_whole_module(tmp_path: Path) -> None:
     sensor = find_sensor(lay_out(orin_nano(), tmp_path), load_nvml=no_nvml)
     assert isinstance(sensor, JetsonSensor) and sensor.name == "VDD_IN"
-    assert sensor.read_watts() == pytest.approx(5.016 * 2.4) and sensor.read_joules() is None  # type: ignore[func-returns-value]
+    assert sensor.read_watts() == pytest.approx(5.016 * 2.4) and sensor.read_joules() is None
     assert sensor.read_temperature() == 52.3  # tj; cv0 is off and reads nothing
     assert sensor.read_throttled() is False
 

@@ -1,6 +1,6 @@
-"""Published measurements of other models on these boards, which the predictions are fitted to and checked against.
+"""Published measurements of other models on Jetson boards. The predictions of `plan` are fitted to them and checked against them.
 
-Shapes are the models' public config.json. What a source leaves open is said beside the row as an assumption.
+Shapes are from the config.json of each model. What a source leaves open is noted beside the row as an assumption.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ SUPER_BLOG = "NVIDIA's blog on the Orin Nano Super (developer.nvidia.com, Decemb
 COSMOS = "github.com/hokwangchoi/jetson-orin-nano-benchmarks: TensorRT-Edge-LLM W4A16, JetPack 6.2.2, Super, medians of five"
 
 MLC_INT4 = 0.5 + FP16 / 32
-"""Bytes of a weight of MLC's q4f16_1, head included: 4 bits and an FP16 scale for 32 of them. Assumed: the blog says INT4 alone."""
+"""Bytes per weight of MLC's q4f16_1, head included: 4 bits, and an FP16 scale for 32 weights. An assumption: the blog only says INT4."""
 NVFP4 = 0.5 + 1 / 16
-"""4 bits and an FP8 scale for 16 of them."""
+"""Bytes per weight: 4 bits, and an FP8 scale for 16 weights."""
 
 MODELS = {
     "Llama 3.1 8B": TextShape(32, 4096, 32, 8, 128, 14336, 128256),
@@ -41,7 +41,7 @@ Stage = Literal["decode", "prefill", "vision"]
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement. `work` is bytes for decoding and multiply-accumulates for the others."""
+    """One measurement. `work` is in bytes for decoding, and in multiply-accumulates for prefill and vision."""
 
     stage: Stage
     model: str
@@ -64,20 +64,20 @@ def _prefill(model: str, board: str, mode: str, milliseconds: float, positions: 
 
 
 def _vit(layers: int, hidden: int, intermediate: int, patches: int) -> int:
-    """Multiply-accumulates of a plain vision transformer; patch embedding and merger, some percent, are left out."""
+    """Multiply-accumulates of a plain vision transformer, without patch embedding and merger, which are a few percent."""
     return layers * (patches * (4 * hidden**2 + 2 * hidden * intermediate) + 2 * patches**2 * hidden)
 
 
 _PATCHES = 265 * 4
-"""Some 265 visual tokens, each of four patches."""
+"""About 265 visual tokens of four patches each."""
 _VITS = {
     "Qwen3-VL 2B": _vit(24, 1024, 4096, _PATCHES),
     "Qwen3-VL 4B": _vit(24, 1024, 4096, _PATCHES),
     "Qwen3-VL 8B": _vit(27, 1152, 4304, _PATCHES),
 }
 
-# Of the Orin Nano no mode is given. At the Super modes' 102 GB/s it would reach half of the memory's share that an Orin NX reaches with the
-# same bandwidth, at 68 GB/s about the same share: so 15 W it is.
+# The source does not name the Orin Nano's power mode. With the 102 GB/s of the Super modes it would reach half the share of the bandwidth
+# that an Orin NX reaches at the same bandwidth; with 68 GB/s it reaches about the same share. So the mode must be 15W.
 _NANO = ("orin-nano", "15W")
 _NX = ("orin-nx", "MAXN")
 _AGX = ("orin", "MAXN")
@@ -157,17 +157,13 @@ CONTRADICTING: tuple[Row, ...] = (
     _prefill("Qwen3-VL 2B", "orin-nano", "MAXN_SUPER", 211, 294, COSMOS),
     Row("vision", "Qwen3-VL 2B", "thor", "MAXN", _VITS["Qwen3-VL 2B"], 19.0, EDGE_LLM_4),
 )
-"""Not fitted, but recorded with their errors: slower in a faster mode, or in an older release, than rows above. The visual tokens of COSMOS
-are not known and taken as those of the others."""
-
-MEASURED_SHARE_OF_POWER = 21.1 / 25
-"""Mean watts while the GPU was busy (21.1, tegrastats of COSMOS) over the budget of the 25 W mode: the one published figure."""
-
+"""Not fitted, but recorded with their errors: they are slower in a faster mode, or in an older release, than rows above. The number of
+visual tokens of COSMOS is not published; it is assumed to be that of the others."""
 MEMORY = (
     ("Qwen3-VL 2B", "orin-nano", 4380e6, 0.405e9),
     ("Qwen3-VL 2B", "orin-nx", 4344e6, 0.405e9),
     ("Qwen3-VL 4B", "orin-nx", 5903e6, 0.415e9),
 )
-"""Model, board, bytes in use while it answers (EDGE_LLM; on AGX Orin it reports twice as much), weights of the encoder."""
+"""Model, board, bytes in use while it answers (EDGE_LLM, which reports twice as much on AGX Orin), number of weights of the encoder."""
 MEMORY_POSITIONS = 4096
-"""Capacity of the cache in those rows: the example's --maxKVCacheCapacity."""
+"""Capacity of the KV cache in these rows: --maxKVCacheCapacity in the example of the source."""

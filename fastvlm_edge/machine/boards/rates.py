@@ -1,4 +1,4 @@
-"""The boards: rates, bandwidth and memory by power mode, each figure with its source."""
+"""Clocks, bandwidth and memory of Jetson modules by power mode, each figure with its source. `plan` predicts from them."""
 
 from __future__ import annotations
 
@@ -11,43 +11,45 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Mode:
-    """A power mode as nvpmodel has it."""
+    """A power mode of nvpmodel."""
 
     name: str
     watts: float
-    """The module's budget."""
+    """Power budget of the module."""
     gpu_mhz: float
-    """The GPU's largest clock in it."""
+    """Highest clock of the GPU in this mode."""
     bandwidth: float
-    """Bytes a second of the memory, its clock times its width."""
+    """Bytes/s of the memory: its clock times its width."""
 
 
 @dataclass(frozen=True)
 class Board:
-    """A row; `name` is the target's in `fastvlm-edge build --list-targets`."""
+    """A Jetson module; `name` is its target."""
 
     name: str
     title: str
     memory: int
+    """Bytes."""
     multiprocessors: int
     fp16_per_clock: int
-    """Dense FP16 operations of tensor cores a clock and multiprocessor."""
+    """Dense FP16 operations of the tensor cores, per clock and multiprocessor."""
     modes: tuple[Mode, ...]
-    """The fastest last."""
+    """The fastest mode is the last."""
     source: str
 
     def fp16_rate(self, mode: Mode) -> float:
-        """Dense FP16 operations a second; INT8 has twice as many."""
+        """Dense FP16 operations/s; in INT8 there are twice as many."""
         return self.multiprocessors * self.fp16_per_clock * mode.gpu_mhz * 1e6
 
     def mode(self, name: str | None) -> Mode:
-        """The mode called `name`, the fastest by default. Raises FastVLMError with the names there are."""
+        """The mode called `name`, or the fastest for None. Raises FastVLMError, with the names that exist, if there is no such mode."""
         if name is None:
             return self.modes[-1]
         for mode in self.modes:
             if mode.name.lower() == name.lower():
                 return mode
-        raise FastVLMError(f"{self.title} has no power mode {name!r} here; use one of: {', '.join(mode.name for mode in self.modes)}")
+        names = ", ".join(mode.name for mode in self.modes)
+        raise FastVLMError(f"plan has no figures for power mode {name!r} of {self.title}", f"use one of: {names}")
 
 
 _ORIN = 2048
@@ -95,10 +97,3 @@ BOARDS = {
         ),
     )
 }
-
-
-def find_board(name: str) -> Board:
-    """The board of a target. Raises FastVLMError with the names there are."""
-    if name not in BOARDS:
-        raise FastVLMError(f"no figures of target {name!r}; plan knows: {', '.join(BOARDS)}")
-    return BOARDS[name]

@@ -1,4 +1,4 @@
-"""Efficiencies from published rows: milliseconds = slope * ideal milliseconds + constant, by least squares of the relative error."""
+"""Efficiencies from published rows: milliseconds = slope * ideal milliseconds + constant, by least squares on the relative error."""
 
 from __future__ import annotations
 
@@ -9,34 +9,21 @@ from typing import Literal
 
 import numpy as np
 
-from fastvlm_edge.planning.boards import BOARDS
-from fastvlm_edge.planning.published import MEMORY, MEMORY_POSITIONS, MODELS, ROWS, Row, Stage
+from benchmarks.plan.published import MEMORY, MEMORY_POSITIONS, MODELS, ROWS, Row, Stage
+from fastvlm_edge.machine.boards.rates import BOARDS
+from fastvlm_edge.planning.predict import THOR, Efficiency
 from fastvlm_edge.planning.workload import FP16, INT4
-
-THOR = "thor"
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """Of one stage. `slope` of 1 is the board's own limit."""
-
-    slope: float
-    constant_ms: float
-
-    def milliseconds(self, ideal_ms: float) -> float:
-        """The prediction for work that takes `ideal_ms` at the limit."""
-        return self.slope * ideal_ms + self.constant_ms
 
 
 def ideal_ms(row: Row) -> float:
-    """At the board's bandwidth, or its dense FP16 rate."""
+    """Time of the work at the bandwidth of the board (decoding), or at its dense FP16 rate (prefill, vision)."""
     board = BOARDS[row.board]
     mode = board.mode(row.mode)
     return row.work / mode.bandwidth * 1e3 if row.stage == "decode" else 2 * row.work / board.fp16_rate(mode) * 1e3
 
 
 def rows_of(stage: Stage, board: str | None = None) -> list[Row]:
-    """The published rows that predict a stage on `board`. Prefill on Thor, which reaches far less of the rate, is fitted by itself."""
+    """The published rows that predict a stage on `board`. Prefill on Thor reaches far less of the rate, so it is fitted separately."""
     rows = [row for row in ROWS if row.stage == stage]
     if stage != "prefill" or board is None:
         return rows
@@ -44,7 +31,7 @@ def rows_of(stage: Stage, board: str | None = None) -> list[Row]:
 
 
 def fit(rows: Sequence[Row]) -> Efficiency:
-    """Both numbers, neither below zero, so that slope * ideal / measured + constant / measured is nearest to 1."""
+    """Slope and constant, neither below zero, for which slope * ideal / measured + constant / measured is nearest to 1."""
     ideal = np.array([ideal_ms(row) for row in rows])
     measured = np.array([row.milliseconds for row in rows])
     matrix = np.stack([ideal / measured, 1 / measured], axis=1)
@@ -57,19 +44,19 @@ def fit(rows: Sequence[Row]) -> Efficiency:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A row, and what the fit to all rows of other models says of it."""
+    """A row, and its prediction by a fit to the rows of all other models, or of all other boards."""
 
     row: Row
     predicted_ms: float
 
     @property
     def error(self) -> float:
-        """Predicted over measured, minus 1."""
+        """Relative error: predicted over measured, minus 1."""
         return self.predicted_ms / self.row.milliseconds - 1
 
 
 def hold_out(stage: Stage, by: Literal["model", "board"] = "model") -> list[HeldOut]:
-    """Every row of a stage predicted without any row of its model (of its encoder, where two models share one), or of its board."""
+    """Predict every row of a stage without the rows of its model (of its encoder, if two models share one), or of its board."""
     held = []
     for row in rows_of(stage):
         rows = rows_of(stage, row.board)
@@ -91,12 +78,12 @@ def median_error(held: Iterable[HeldOut]) -> float:
 
 
 def spread(held: Iterable[HeldOut]) -> float:
-    """The absolute relative error that four of five rows stay within."""
+    """The absolute relative error that 80 % of the rows stay within."""
     return float(np.percentile([abs(each.error) for each in held], 80))
 
 
 def runtime_bytes() -> float:
-    """What a process takes beside weights and cache: the median of the published rows' remainders."""
+    """Memory of a process beside weights and cache: what the published rows leave over, as the median."""
     rest = []
     for model, _, used, encoder in MEMORY:
         text = MODELS[model]

@@ -1,4 +1,7 @@
-"""The commands of a bundle on its board: those of the toolkit over the bundled model, and its own few."""
+"""The command line of a bundle on its board: the commands of fastvlm-edge, which use the bundled model, and a few of its own.
+
+The shell header of the bundle calls `main` after `fastvlm_edge/bundling/start.py` has unpacked the runtime.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +23,23 @@ from fastvlm_edge.nvidia.tensorrt_library import find_library
 from fastvlm_edge.progress import stderr_progress
 
 MODEL = "model"
-"""Stands for the bundled model on the command line, where there is no folder of that name."""
+"""Word on the command line for the bundled model, if there is no directory of that name."""
 NOT_HERE = {"convert": "conversion needs PyTorch", "bundle": "bundling needs pip and a network"}
 _ENGINES = ("run", "bench", "eval")
-"""Commands that answer, so that engines are built before them."""
+"""Commands that answer questions: missing engines are built before them."""
 _OPTIONAL = ("doctor",)
-"""Commands that look at the machine where no model is named."""
+"""Commands that do without a model if none is named."""
 
 
 def main(bundle: Bundle, arguments: list[str]) -> int:
-    """Run one command; its exit status. Raises BundleError for everything a user can mend."""
+    """Run one command and return its exit status. Raises BundleError for everything that a user can put right."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
         if command in ("-h", "--help"):
             print(_help(bundle))
             return 0
         if command in NOT_HERE:
-            raise BundleError(f"{command} is not part of a bundle: {NOT_HERE[command]}; do it where fastvlm-edge is installed")
+            raise BundleError(f"{command} is not part of a bundle: {NOT_HERE[command]}", "run it on a computer with fastvlm-edge installed")
         own = _own(bundle)
         if command in own:
             return _run_own(bundle, command, rest)
@@ -44,14 +47,14 @@ def main(bundle: Bundle, arguments: list[str]) -> int:
             return cli.main([command, *rest])
         return cli.main([command, *_with_model(bundle, command, rest)])
     except FastVLMError as error:
-        raise BundleError(str(error)) from None
+        raise BundleError(error.what, error.mend) from None
 
 
 # The model ----------------------------------------------------------------------------------------------------------------------
 
 
 def _with_model(bundle: Bundle, command: str, arguments: list[str]) -> list[str]:
-    """The arguments with the bundled model where MODEL is left out, or is the word `model`; it stands right behind the command."""
+    """The arguments, with the bundled model if MODEL is missing or is the word `model`. MODEL comes directly after the command."""
     if {"-h", "--help"} & set(arguments):
         return arguments
     named = arguments[0] if arguments and not arguments[0].startswith("-") else None
@@ -71,7 +74,7 @@ def _names_onnxruntime(arguments: list[str]) -> bool:
 
 
 def unpack_model(bundle: Bundle, *, hashes: bool) -> Path:
-    """The model's folder, unpacked and checked."""
+    """Directory of the bundled model, unpacked and checked."""
     progress = stderr_progress()
     done = 0
 
@@ -89,9 +92,9 @@ def unpack_model(bundle: Bundle, *, hashes: bool) -> Path:
 
 
 def build_missing_engines(bundle: Bundle, model: Path) -> bool:
-    """Build engines for the GPU at hand where TensorRT is here and none fit yet; whether there are engines now.
+    """Build engines for the GPU of this machine if TensorRT is installed and none fit yet. Returns whether there are engines now.
 
-    What fails is told once and not tried again until `build` is asked for: onnxruntime answers meanwhile.
+    A build that failed is not repeated until the user runs `build`; until then onnxruntime answers.
     """
     try:
         library = find_library()
@@ -112,10 +115,10 @@ def build_missing_engines(bundle: Bundle, model: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         last = json.loads(failed.read_text(encoding="utf-8"))
         if last["machine"] == machine:
-            progress.note(f"no engines: {last['error']}; `{bundle.path} build` tries again")
+            progress.note(f"no engines: {last['error']}; to try again, run: {bundle.path} build")
             return False
     if not os.access(model, os.W_OK):
-        progress.note(f"no engines yet, and {model} cannot be written to; run: sudo {bundle.path} prepare")
+        progress.note(f"no engines yet, and {model} is not writable; run: sudo {bundle.path} prepare")
         return False
     from fastvlm_edge.engines.build import build
 
@@ -133,11 +136,14 @@ def build_missing_engines(bundle: Bundle, model: Path) -> bool:
 
 def _own(bundle: Bundle) -> dict[str, tuple[Callable[[list[str]], None], str]]:
     return {
-        "prepare": (lambda _: _prepare(bundle), "unpack, compare every hash, build missing engines"),
-        "install": (lambda words: _print(unit.install(bundle.path, _root(words))), "prepare at every boot, by systemd (root)"),
-        "uninstall": (lambda words: _print(unit.uninstall(bundle.path, _root(words))), "take that away again (root)"),
-        "licenses": (lambda words: _print(_licences(bundle, words)), "list the licences of what is inside; PACKAGE prints its text"),
-        "about": (lambda _: _print(_about(bundle)), "print as JSON what is inside and where it is unpacked"),
+        "prepare": (lambda _: _prepare(bundle), "unpack, check every hash, build missing engines"),
+        "install": (lambda words: _print(unit.install(bundle.path, _root(words))), "run prepare at every boot, with systemd (as root)"),
+        "uninstall": (lambda words: _print(unit.uninstall(bundle.path, _root(words))), "undo install (as root)"),
+        "licenses": (
+            lambda words: _print(_licences(bundle, words)),
+            "list all licences; with PACKAGE, print its licence text",
+        ),
+        "about": (lambda _: _print(_about(bundle)), "print the contents and where they are unpacked, as JSON"),
     }
 
 
@@ -174,7 +180,7 @@ def _licences(bundle: Bundle, words: list[str]) -> str:
     own_files = bundle.index["model_licences"]
     if not words:
         lines = [f"{row['name']:18}{row['version']:14}{row['licence']}" for row in rows]
-        said = f"see `licenses model` ({', '.join(own_files)})" if own_files else "not in its folder; ask whoever converted it"
+        said = f"see `licenses model` ({', '.join(own_files)})" if own_files else "not in its directory; ask whoever converted it"
         return "\n".join([*lines, f"{MODEL:18}{model['precision']:14}{said}; converted from {model['source']}"])
     runtime = unpacked(bundle, "runtime")
     assert runtime is not None  # this code runs from it
@@ -182,7 +188,7 @@ def _licences(bundle: Bundle, words: list[str]) -> str:
     if own_files:
         texts[MODEL] = [bundle.open(bundle.files(MODEL)[name]).read() for name in own_files]
     if not texts.get(words[0]):
-        raise BundleError(f"there is no licence text of {words[0]!r}; there is one of: {', '.join(name for name in texts if texts[name])}")
+        raise BundleError(f"there is no licence text of {words[0]!r}", f"use one of: {', '.join(name for name in texts if texts[name])}")
     return "\n\n".join(text.decode("utf-8", "replace") for text in texts[words[0]])
 
 
@@ -200,7 +206,7 @@ def _help(bundle: Bundle) -> str:
     return "\n".join(
         [
             f"{head} for {index['title']}",
-            f"usage: {bundle.path.name} COMMAND [MODEL] ...; without MODEL, which stands right behind COMMAND, it is the bundled model",
+            f"usage: {bundle.path.name} COMMAND [MODEL] ...; MODEL comes directly after COMMAND, and the default is the bundled model",
             *(f"  {name:11}{summary}" for name, summary in rows.items()),
         ]
     )

@@ -1,0 +1,18 @@
+"""Where built engines and calibration statistics are kept. Standard library only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def cache_dir(environ: Mapping[str, str] | None = None, home: Path | None = None) -> Path:
+    """`$FASTVLM_EDGE_CACHE`, or `fastvlm-edge` in the user's cache directory (XDG base directory specification).
+
+    `environ` and `home` are those of this process and user unless given. The directory may not exist yet.
+    """
+    variables = os.environ if environ is None else environ
+    named = variables.get("FASTVLM_EDGE_CACHE")
+    base = variables.get("XDG_CACHE_HOME") or str((Path.home() if home is None else home) / ".cache")
+    return Path(named) if named else Path(base) / "fastvlm-edge"
