@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.calib import quantizer as module
@@ -21,8 +23,9 @@ from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 from fastvlm_edge.convert.graphs.placement import check_placement
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import precision_plan
+from fastvlm_edge.convert.reference.fastvithd import image_tokens
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
-from fastvlm_edge.model_dir.manifest import read_manifest, verify_files
+from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
 from tests.support.checkpoints import write_checkpoint
 from tests.support.parser_of_tensorrt_10_3 import check_graph
 
@@ -36,13 +39,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def data(demo_scenes: Callable[[str, int], Path]):
+def data(demo_scenes: Callable[[str, int], Path]) -> str:
     """Questions about EXAMPLES scenes of the split `calibration`."""
     return str(demo_scenes("calibration", EXAMPLES))
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
-def model(request: pytest.FixtureRequest, data, tmp_path_factory: pytest.TempPathFactory):
+def model(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("calibrated") / request.param
     convert(str(DEMO), output, precision=request.param, calibrate=Quantizer(Options(data, limit=EXAMPLES)).calibrate)
     return output
@@ -51,7 +54,7 @@ def model(request: pytest.FixtureRequest, data, tmp_path_factory: pytest.TempPat
 # Conversion ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_calibrated_model_directory_is_whole_and_answers(model, demo_scenes: Callable[[str, int], Path]) -> None:
+def test_a_calibrated_model_directory_is_whole_and_answers(model: Path, demo_scenes: Callable[[str, int], Path]) -> None:
     manifest = read_manifest(model)
     verify_files(model, manifest, hashes=True)
     assert {path.name for path in model.iterdir()} == {*manifest.files, "fastvlm.json"}
@@ -61,11 +64,12 @@ def test_a_calibrated_model_directory_is_whole_and_answers(model, demo_scenes: C
     right = []
     with FastVLM.load(model, "ort") as vlm:
         for example, image in open_data(demo_scenes("heldout", 24)).read():
+            assert example.prompt is not None
             right.append(vlm.generate(example.prompt, image, max_new_tokens=16).text == example.answers[0])
     assert sum(right) >= 23
 
 
-def test_the_encoder_for_a_gpu_computes_most_products_in_int8(model) -> None:
+def test_the_encoder_for_a_gpu_computes_most_products_in_int8(model: Path) -> None:
     placement = check_placement(model / "vision.onnx")
     assert placement.share("INT8") > 0.5
     assert check_graph(model / "vision.onnx") == check_graph(model / "decoder.onnx") == []
@@ -76,12 +80,12 @@ def test_the_encoder_for_a_gpu_computes_most_products_in_int8(model) -> None:
     assert check_placement(model / "vision.cpu.onnx").share("INT8") == 0
 
 
-def test_the_figures_of_int8_activations_are_in_the_manifest(model) -> None:
+def test_the_figures_of_int8_activations_are_in_the_manifest(model: Path) -> None:
     parity = read_manifest(model).parity
     assert 0.95 <= parity["image_features_w8a8"]["cosine"] < parity["image_features"]["cosine"] <= 1
 
 
-def test_the_report_says_what_was_decided(model, data) -> None:
+def test_the_report_says_what_was_decided(model: Path, data: str) -> None:
     report = json.loads((model / "quantization.json").read_text())
     assert report["calibration"]["source"] == data and report["calibration"]["used"] == EXAMPLES
     groups = {group["name"]: group for group in report["vision"]["groups"]}
@@ -95,7 +99,7 @@ def test_the_report_says_what_was_decided(model, data) -> None:
     assert "<html" in (model / "quantization.html").read_text()[:200].lower()
 
 
-def test_engines_are_built_from_the_calibrated_graphs(model) -> None:
+def test_engines_are_built_from_the_calibrated_graphs(model: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     from fastvlm_edge.engines import build as engines
 
@@ -158,7 +162,7 @@ def test_a_folder_of_pictures_is_enough_and_bad_ones_are_named(tmp_path: Path, c
     ],
 )
 def test_what_cannot_work_is_said_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_scenes: Callable[[str, int], Path], data, arguments, says
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_scenes: Callable[[str, int], Path], data: str, arguments: list[str], says: str
 ) -> None:
     arguments = [part.format(data=data, few=demo_scenes("calibration", 4)) for part in arguments]
     assert main(["convert", str(DEMO), "-o", str(tmp_path / "model"), *arguments]) == 1
@@ -166,15 +170,20 @@ def test_what_cannot_work_is_said_at_once(
     assert not (tmp_path / "model").exists()
 
 
-def test_the_command_passes_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data) -> None:
-    seen = {}
-    monkeypatch.setattr("fastvlm_edge.convert.pipeline.convert", lambda *_, **options: seen.update(options) or read_manifest(tmp_path))
-    convert_options = f"--precision int8 --calib {data} --calib-limit 9 --accuracy-drop 1.5 --images"
-    assert main(["convert", str(DEMO), "-o", str(tmp_path), *convert_options.split(), str(tmp_path)]) == 1  # tmp_path is no model directory
-    options = seen["calibrate"].__self__.options
-    assert (options.source, options.images, options.limit) == (data, tmp_path, 9)
-    assert options.accuracy_drop == 1.5
-    assert options.cache == tmp_path / "cache" / "calibration"
+def test_the_command_passes_everything_on(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    seen: dict[str, Any] = {}
+
+    def convert(*_: Any, **options: Any) -> Manifest:
+        seen.update(options)
+        return read_manifest(model_dir)
+
+    monkeypatch.setattr("fastvlm_edge.convert.pipeline.convert", convert)
+    images = Path(data).parent
+    options = f"--precision int8 --calib {data} --calib-limit 9 --accuracy-drop 1.5 --images {images}"
+    assert main(["convert", str(DEMO), "-o", str(tmp_path / "model"), *options.split()]) == 0
+    quantizer = seen["calibrate"].__self__
+    assert isinstance(quantizer, Quantizer)
+    assert quantizer.options == Options(data, images, limit=9, accuracy_drop=1.5, cache=tmp_path / "cache" / "calibration")
 
 
 def test_the_cache_knows_pictures_by_their_pixels_not_by_where_they_lie(tmp_path: Path) -> None:
@@ -189,19 +198,18 @@ def test_the_cache_knows_pictures_by_their_pixels_not_by_where_they_lie(tmp_path
     assert digests[0][0] != digests[1][0] and digests[0][1] == digests[1][1]
 
 
-def test_a_run_that_was_broken_off_goes_on_with_what_it_had_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data) -> None:
-    encoded = []
+def test_a_run_that_was_broken_off_goes_on_with_what_it_had_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    encoded: list[Tensor] = []
 
-    def encode(x):
+    def encode(x: Tensor) -> Tensor:
         if len(encoded) == 30:
             raise KeyboardInterrupt
         encoded.append(x)
         return image_tokens(x)
 
-    def cached():
+    def cached() -> Any:
         return Quantizer(Options(data, limit=EXAMPLES, cache=tmp_path / "cache")).calibrate
 
-    image_tokens = module.image_tokens
     monkeypatch.setattr(module, "image_tokens", encode)
     with pytest.raises(KeyboardInterrupt):
         convert(str(DEMO), tmp_path / "model", precision="int4", calibrate=cached())
@@ -219,7 +227,7 @@ def test_a_run_that_was_broken_off_goes_on_with_what_it_had_encoded(tmp_path: Pa
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
-def test_a_cache_that_cannot_be_written_does_not_stop_the_calibration(tmp_path: Path, data) -> None:
+def test_a_cache_that_cannot_be_written_does_not_stop_the_calibration(tmp_path: Path, data: str) -> None:
     (tmp_path / "file").write_text("where a folder should be")
     calibrate = Quantizer(Options(data, limit=EXAMPLES, cache=tmp_path / "file")).calibrate
     convert(str(DEMO), tmp_path / "model", precision="int8", calibrate=calibrate)
@@ -240,7 +248,7 @@ def test_points_are_of_exact_match_where_answers_are_known() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_accuracy_is_measured_with_the_weights_that_the_graph_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied) -> None:
+def test_accuracy_is_measured_with_the_weights_that_the_graph_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
     """Against onnxruntime on the written graph, in FP32: by default onnxruntime rounds the inputs of INT4 products to INT8."""
     import onnxruntime
 
