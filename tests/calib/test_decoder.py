@@ -3,46 +3,56 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from fastvlm_edge.calib.decoder import RATIOS, Solver, calibrate_decoder
+from fastvlm_edge.calib.decoder import RATIOS, Conversation, DecoderQuantization, Solver, calibrate_decoder
 from fastvlm_edge.calib.gptq import factorize
-from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
+from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.decoder import build_decoder
-from fastvlm_edge.convert.precision import FLOAT_TYPES, INT4_BLOCK, INT8_CHANNEL, PLAIN, PLANS, WeightType, on_cpu
+from fastvlm_edge.convert.precision import FLOAT_TYPES, INT4_BLOCK, INT8_CHANNEL, PLAIN, PLANS, PrecisionPlan, WeightType, on_cpu
 from fastvlm_edge.convert.reference.decoder import reference_logits
 from fastvlm_edge.convert.weights.decoder import write_decoder_weights
 from fastvlm_edge.convert.weights.round_to_nearest import Quantized, dequantize, quantize_matrix, stored_type
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.progress import SilentProgress
 from tests.support.checkpoints import SIZES, write_checkpoint
 
 KINDS = [INT8_CHANNEL, WeightType(4, 32), WeightType(4, 64), WeightType(4, 128)]
 
 
-def inputs(rows, width, seed: int = 0):
+def inputs(rows: int, width: int, seed: int = 0) -> NDArray[np.float32]:
     """Inputs of a layer: few directions carry most of them, and some channels are large. Other seeds give other rows of the same layer."""
     rng = np.random.default_rng(7)
     mixing = rng.standard_normal((width, width)) * np.logspace(0, -2, width)[:, None] * rng.uniform(0.2, 3, width)
     return (np.random.default_rng(seed).standard_normal((rows, width)) @ mixing).astype(np.float32)
 
 
-def weights(width, outputs, seed: int = 1):
+def weights(width: int, outputs: int, seed: int = 1) -> NDArray[np.float32]:
     return (np.random.default_rng(seed).standard_normal((width, outputs)) / np.sqrt(width)).astype(np.float32)
 
 
-def output_error(x, weight, quantized):
-    return np.linalg.norm(x @ (dequantize(quantized) - weight)) / np.linalg.norm(x @ weight)
+def output_error(x: NDArray[np.float32], weight: NDArray[np.float32], quantized: Quantized) -> float:
+    return float(np.linalg.norm(x @ (dequantize(quantized) - weight)) / np.linalg.norm(x @ weight))
 
 
-def quantize_gptq(weight, moments, kind: str, scale_type=np.float32, ratios=RATIOS):
+def quantize_gptq(
+    weight: NDArray[np.float32],
+    moments: NDArray[np.float32],
+    kind: WeightType,
+    scale_type: npt.DTypeLike = np.float32,
+    ratios: tuple[float, ...] = RATIOS,
+) -> Quantized:
     """A whole matrix [inputs, outputs] at once, as `Quantized`."""
     solver = Solver(stored_type(kind, len(weight)), np.dtype(scale_type), factorize(torch.from_numpy(moments).clone()), ratios)
     found = solver.quantize(torch.from_numpy(weight))
@@ -52,7 +62,7 @@ def quantize_gptq(weight, moments, kind: str, scale_type=np.float32, ratios=RATI
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("scale_type", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest(kind: str, scale_type) -> None:
+def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest(kind: WeightType, scale_type: npt.DTypeLike) -> None:
     weight = weights(256, 40)
     nearest = quantize_matrix(weight, kind, scale_type)
     found = quantize_gptq(weight, np.eye(256, dtype=np.float32), kind, scale_type, ratios=(1.0,))
@@ -61,7 +71,7 @@ def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest(kind: st
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_searched_scales_are_no_worse_than_those_that_clip_nothing(kind: str) -> None:
+def test_searched_scales_are_no_worse_than_those_that_clip_nothing(kind: WeightType) -> None:
     weight = weights(256, 40)
     errors = [
         np.linalg.norm(dequantize(quantized) - weight, axis=0)
@@ -71,7 +81,7 @@ def test_searched_scales_are_no_worse_than_those_that_clip_nothing(kind: str) ->
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_outputs_change_a_third_as_much_as_by_rounding_to_nearest(kind: str) -> None:
+def test_outputs_change_a_third_as_much_as_by_rounding_to_nearest(kind: WeightType) -> None:
     x, unseen = inputs(1024, 256), inputs(256, 256, seed=1)
     weight = weights(256, 64)
     quantized = quantize_gptq(weight, x.T @ x / len(x), kind)
@@ -81,7 +91,7 @@ def test_outputs_change_a_third_as_much_as_by_rounding_to_nearest(kind: str) -> 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("scale_type", [np.float16, ml_dtypes.bfloat16])
-def test_types_are_those_that_tensorrt_takes(kind: str, scale_type) -> None:
+def test_types_are_those_that_tensorrt_takes(kind: WeightType, scale_type: npt.DTypeLike) -> None:
     x, weight = inputs(300, 256), weights(256, 48)
     quantized = quantize_gptq(weight, x.T @ x, kind, scale_type)
     nearest = quantize_matrix(weight, kind, scale_type)
@@ -117,11 +127,11 @@ def test_inputs_that_are_always_zero_and_weights_that_are_zero_do_no_harm() -> N
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory):
+def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"), layout="apple")))
 
 
-def conversations(source, count, seed: int = 0):
+def conversations(source: Checkpoint, count: int, seed: int = 0) -> Iterator[Conversation]:
     """Pictures of 4 rows, each before 40 ids: all about the same few things, as real ones are."""
     rng, text = np.random.default_rng(seed), source.text
     things = np.random.default_rng(7).standard_normal((6, text.hidden)) / 2
@@ -130,7 +140,9 @@ def conversations(source, count, seed: int = 0):
         yield [int(token) for token in ids], (rng.standard_normal((4, 6)) @ things).astype(np.float32)
 
 
-def decoder_logits(source, plan, quantized, folder, asked):
+def decoder_logits(
+    source: Checkpoint, plan: PrecisionPlan, quantized: DecoderQuantization | None, folder: Path, asked: list[Conversation]
+) -> NDArray[np.float32]:
     """Logits of every position of the conversations, by onnxruntime."""
     text = source.text
     weights = WeightsFile(folder / "decoder.weights")
@@ -151,7 +163,7 @@ def decoder_logits(source, plan, quantized, folder, asked):
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_the_graph_is_nearer_to_pytorch_than_by_rounding_to_nearest(source, tmp_path: Path, precision: str) -> None:
+def test_the_graph_is_nearer_to_pytorch_than_by_rounding_to_nearest(source: Checkpoint, tmp_path: Path, precision: str) -> None:
     plan = replace(PLANS[precision], embedding=PLAIN)  # which is rounded the same way in both
     asked = list(conversations(source, 4, seed=1))
     expected = np.concatenate([reference_logits(source, ids, features, range(len(ids)), lambda: None)[0] for ids, features in asked])
@@ -166,7 +178,7 @@ def test_the_graph_is_nearer_to_pytorch_than_by_rounding_to_nearest(source, tmp_
     assert errors[0] < 0.8 * errors[1]
 
 
-def test_every_matrix_has_the_shape_and_type_that_rounding_to_nearest_gives_it(source, tmp_path: Path) -> None:
+def test_every_matrix_has_the_shape_and_type_that_rounding_to_nearest_gives_it(source: Checkpoint, tmp_path: Path) -> None:
     plan = replace(PLANS["int4"], decoder="bf16")
     with calibrate_decoder(source, conversations(source, 4), plan) as calibrated:
         files = [WeightsFile(tmp_path / name) for name in ("calibrated", "nearest")]
@@ -179,7 +191,7 @@ def test_every_matrix_has_the_shape_and_type_that_rounding_to_nearest_gives_it(s
     assert scales == {np.dtype(FLOAT_TYPES["bf16"])}
 
 
-def test_calibrating_twice_gives_the_same_integers(source) -> None:
+def test_calibrating_twice_gives_the_same_integers(source: Checkpoint) -> None:
     with (
         calibrate_decoder(source, conversations(source, 6), PLANS["int4"]) as first,
         calibrate_decoder(source, conversations(source, 6), PLANS["int4"]) as second,
@@ -191,7 +203,7 @@ def test_calibrating_twice_gives_the_same_integers(source) -> None:
         assert first.errors == second.errors
 
 
-def test_scales_of_another_type_are_refused(source, tmp_path: Path) -> None:
+def test_scales_of_another_type_are_refused(source: Checkpoint, tmp_path: Path) -> None:
     with calibrate_decoder(source, conversations(source, 2), PLANS["int8"]) as calibrated:
         weights = WeightsFile(tmp_path / "decoder.weights")
         with pytest.raises(ValueError, match="calibrate with the same plan"):
@@ -199,13 +211,13 @@ def test_scales_of_another_type_are_refused(source, tmp_path: Path) -> None:
         weights.close()
 
 
-def test_no_conversation_is_refused_and_nothing_is_left(source, tmp_path: Path) -> None:
+def test_no_conversation_is_refused_and_nothing_is_left(source: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(FastVLMError, match="no conversations"):
         calibrate_decoder(source, [], PLANS["int8"], directory=tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-def test_activations_that_are_not_finite_are_refused(source, tmp_path: Path) -> None:
+def test_activations_that_are_not_finite_are_refused(source: Checkpoint, tmp_path: Path) -> None:
     ids, features = next(conversations(source, 1))
     features[2, 7] = np.inf
     with pytest.raises(FastVLMError, match=r"inputs of llm\.layers\.0\.qkv are not finite"):
@@ -213,15 +225,15 @@ def test_activations_that_are_not_finite_are_refused(source, tmp_path: Path) -> 
     assert not any(tmp_path.iterdir())
 
 
-def test_progress_counts_every_matrix_and_the_folder_goes_when_closed(source, tmp_path: Path) -> None:
-    class Watch:
+def test_progress_counts_every_matrix_and_the_folder_goes_when_closed(source: Checkpoint, tmp_path: Path) -> None:
+    class Watch(SilentProgress):
         stages: list[tuple[str, int | None]] = []  # noqa: RUF012
         count = 0
 
-        def stage(self, name: str, total=None) -> None:
+        def stage(self, name: str, total: int | None = None) -> None:
             self.stages.append((name, total))
 
-        def advance(self, amount=1) -> None:
+        def advance(self, amount: int = 1) -> None:
             self.count += amount
 
     progress = Watch()
@@ -237,7 +249,7 @@ import json, resource, sys
 import numpy as np, torch
 torch.set_num_threads(1)
 from fastvlm_edge.calib.decoder import calibrate_decoder
-from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
+from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fastvlm_edge.convert.precision import PLANS
 checkpoint = open_checkpoint(sys.argv[1])
 talk = [(list(range(16)), np.zeros((0, checkpoint.text.hidden), np.float32))] * 2

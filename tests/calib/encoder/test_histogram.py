@@ -2,18 +2,19 @@
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike, NDArray
 
 from fastvlm_edge.calib.encoder.histogram import BINS, Histogram, clip_value
 
 
-def histogram(*parts):
+def histogram(*parts: ArrayLike) -> Histogram:
     out = Histogram()
     for part in parts:
         out.add(np.asarray(part, np.float32))
     return out
 
 
-def mean_squared_error(values, clip):
+def mean_squared_error(values: NDArray[np.float32], clip: float) -> float:
     scale = clip / 127
     return float(np.mean((np.clip(np.rint(values / scale), -127, 127) * scale - values) ** 2))
 
@@ -40,7 +41,7 @@ def test_nothing_and_zeros_alone_have_no_range() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_refused(bad) -> None:
+def test_what_is_not_finite_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="NaN or an infinity"):
         histogram([1.0, bad])
 

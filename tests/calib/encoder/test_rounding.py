@@ -2,15 +2,16 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastvlm_edge.calib.encoder.rounding import fake_quantize, round_to_data
 
 
-def round_to_nearest(weight, scales):
+def round_to_nearest(weight: Tensor, scales: Tensor) -> Tensor:
     return (weight / scales[:, None]).round().clamp(-127, 127)
 
 
-def correlated(inputs=48, outputs=32, rows=4000):
+def correlated(inputs: int = 48, outputs: int = 32, rows: int = 4000) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     return torch.randn(rows, 6) @ torch.randn(6, inputs) + 0.2 * torch.randn(rows, inputs), torch.randn(outputs, inputs)
 
@@ -33,7 +34,7 @@ def test_inputs_that_tell_nothing_of_each_other_are_rounded_to_nearest() -> None
 
 
 @pytest.mark.parametrize("moment", [torch.zeros(48, 48), torch.ones(48, 48)])
-def test_inputs_that_are_dead_or_all_the_same_can_be_rounded(moment) -> None:
+def test_inputs_that_are_dead_or_all_the_same_can_be_rounded(moment: Tensor) -> None:
     _, weight = correlated()
     rounded = round_to_data(weight, weight.abs().amax(1) / 127, moment)
     assert torch.isfinite(rounded).all()

@@ -1,6 +1,7 @@
 """W8A8 of the encoder: every technique does what it is for, the graph is the simulation, and the plan keeps its bound."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,16 +9,18 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from fastvlm_edge.calib.encoder import search as vision
 from fastvlm_edge.calib.encoder.cache import ObservationCache, run_watched
+from fastvlm_edge.calib.encoder.chain import Decision, Layer
 from fastvlm_edge.calib.encoder.histogram import Histogram
-from fastvlm_edge.calib.encoder.search import VisionSearch, cosine_loss
+from fastvlm_edge.calib.encoder.search import VisionQuantization, VisionSearch, cosine_loss
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.vision import build_vision
-from fastvlm_edge.convert.precision import precision_plan
-from fastvlm_edge.convert.reference.fastvithd import image_tokens
+from fastvlm_edge.convert.precision import PrecisionPlan, precision_plan
+from fastvlm_edge.convert.reference.fastvithd import FastViTHD, image_tokens
 from fastvlm_edge.convert.weights.vision import QuantizedLayer, write_vision_weights
 from tests.convert.graphs.test_vision import HIDDEN, TINY, random_encoder
 from tests.support.heavy_tails import add_heavy_tails
@@ -25,10 +28,13 @@ from tests.support.parser_of_tensorrt_10_3 import check_graph
 
 SIZE = 128
 FP32 = precision_plan("fp32")
+Model = tuple[FastViTHD, nn.Sequential]
+"""An encoder and its projector."""
+Images = list[NDArray[np.float32]]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
+def one_thread() -> Iterator[None]:
     """Layers as small as these only lose time to several threads, a lot of it on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -36,7 +42,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def pictures(count, seed: int = 0):
+def pictures(count: int, seed: int = 0) -> list[Tensor]:
     """Smooth random pictures: neighbouring pixels are alike, as in photographs."""
     torch.manual_seed(seed)
     coarse = torch.rand(count, 3, SIZE // 8, SIZE // 8)
@@ -45,12 +51,12 @@ def pictures(count, seed: int = 0):
 
 
 @pytest.fixture(scope="module")
-def images():
+def images() -> Images:
     return [picture.numpy() for picture in pictures(8)]
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> Model:
     encoder = random_encoder()
     torch.manual_seed(1)
     projector = nn.Sequential(nn.Linear(256, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN)).requires_grad_(False)
@@ -58,13 +64,13 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def heavy(model):
+def heavy(model: Model) -> Model:
     encoder = random_encoder()
     add_heavy_tails(encoder)
     return encoder, model[1]
 
 
-def loss(search, decision, images):
+def loss(search: VisionSearch, decision: Decision, images: Images) -> float:
     """Mean 1 - cosine on `images` with every group in a state, or as near to W8A8 as it may be."""
     with torch.inference_mode():
         for unit in search.units:
@@ -76,31 +82,32 @@ def loss(search, decision, images):
     return float(np.mean([cosine_loss(a, b) for a, b in zip(found, expected, strict=True)]))
 
 
-def observed(model, images, plan=FP32):
+def observed(model: Model, images: Images, plan: PrecisionPlan = FP32) -> VisionSearch:
     search = VisionSearch(*model, plan)
     search.observe(images)
     return search
 
 
-def quantized(model, images, bound, plan=FP32):
+def quantized(model: Model, images: Images, bound: float, plan: PrecisionPlan = FP32) -> VisionQuantization:
     """The plan of the product's three steps."""
     search = observed(model, images, plan)
     search.measure(images[:2])
     return search.choose(images, bound=bound)
 
 
-def round_to_nearest(weight, scales):
+def round_to_nearest(weight: Tensor, scales: Tensor) -> Tensor:
     return (weight / scales[:, None]).round().clamp(-127, 127)
 
 
-def plainly(model, images):
+def plainly(model: Model, images: Images) -> VisionSearch:
     """A search whose layers are quantised without any technique: scales by the largest value, weights rounded to nearest, biases kept."""
     search = VisionSearch(*model, FP32)
     layers = [layer for unit in search.units for layer in unit.layers]
     for layer in layers:
         layer.histogram = Histogram()
 
-    def look(layer, rows) -> None:
+    def look(layer: Layer, rows: Tensor) -> None:
+        assert layer.histogram is not None
         layer.positions = len(rows)
         layer.histogram.add(rows.numpy())
 
@@ -110,20 +117,21 @@ def plainly(model, images):
             for unit in search.units:
                 x = run_watched(unit, x, look)
     for layer in layers:
+        assert layer.histogram is not None
         layer.clip = layer.histogram.largest
         scales = layer.matrix.abs().amax(1) / 127
         values = round_to_nearest(layer.matrix, scales).to(torch.int8)
         stored = (values.reshape(layer.full_weight.shape) if layer.is_conv else values.T).contiguous().numpy()
         bias = None if layer.full_bias is None else layer.full_bias.numpy()
-        for decision, scale in (("weights", None), ("w8a8", layer.clip / 127)):
-            layer.options[decision] = QuantizedLayer(stored, scales.numpy(), bias, scale)
+        layer.options["weights"] = QuantizedLayer(stored, scales.numpy(), bias, None)
+        layer.options["w8a8"] = QuantizedLayer(stored, scales.numpy(), bias, layer.clip / 127)
     return search
 
 
 # Techniques -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_folding_and_equalising_change_nothing_in_floats(heavy, images) -> None:
+def test_folding_and_equalising_change_nothing_in_floats(heavy: Model, images: Images) -> None:
     encoder, projector = heavy
     search = observed(heavy, images)
     assert any(layer.strength for unit in search.units for layer in unit.layers)
@@ -136,12 +144,12 @@ def test_folding_and_equalising_change_nothing_in_floats(heavy, images) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_bias_correction_takes_the_mean_error_away(heavy, images) -> None:
+def test_bias_correction_takes_the_mean_error_away(heavy: Model, images: Images) -> None:
     """Of one layer on the pictures it was made with; the samples are all positions at this size."""
     search = observed(heavy, images)
     layer = next(unit for unit in search.units if unit.name == "vision.stages.1.blocks.0.mlp").layers[1]
     option = layer.options["w8a8"]
-    assert layer.factor is not None and layer.full_bias is not None
+    assert layer.factor is not None and layer.full_bias is not None and layer.offset is not None
     uncorrected = layer.full_bias - (layer.matrix / layer.factor) @ layer.offset
     rows = []
     handle = layer.module.register_forward_hook(lambda _m, inputs, _o: rows.append(inputs[0]))
@@ -159,7 +167,7 @@ def test_bias_correction_takes_the_mean_error_away(heavy, images) -> None:
 
 
 @pytest.mark.parametrize("name", ["model", "heavy"])
-def test_the_techniques_together_lose_far_less_than_plain_rounding(name: str, images, request: pytest.FixtureRequest) -> None:
+def test_the_techniques_together_lose_far_less_than_plain_rounding(name: str, images: Images, request: pytest.FixtureRequest) -> None:
     model, heldout = request.getfixturevalue(name), [picture.numpy() for picture in pictures(4, seed=5)]
     plain = loss(plainly(model, images), "w8a8", heldout)
     whole = loss(observed(model, images), "w8a8", heldout)
@@ -169,7 +177,7 @@ def test_the_techniques_together_lose_far_less_than_plain_rounding(name: str, im
 # Plans ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_meets_its_bound_and_widens_what_hurts_most(heavy, images) -> None:
+def test_the_plan_meets_its_bound_and_widens_what_hurts_most(heavy: Model, images: Images) -> None:
     search = plainly(heavy, images)
     search.measure(images[:2])
     found = {bound: search.choose(images, bound=bound, disproportion=float("inf")) for bound in (1.0, 1e-5, 3e-6, 1e-6, 0.0)}
@@ -184,7 +192,7 @@ def test_the_plan_meets_its_bound_and_widens_what_hurts_most(heavy, images) -> N
     assert all(record.reason for record in found[3e-6].records)
 
 
-def test_what_harms_most_for_little_work_is_spared_whatever_the_bound(heavy, images) -> None:
+def test_what_harms_most_for_little_work_is_spared_whatever_the_bound(heavy: Model, images: Images) -> None:
     search = plainly(heavy, images[:2])
     search.measure(images[:1])
     candidates = [unit for unit in search.units if unit.layers and unit.best == "w8a8"]
@@ -205,7 +213,7 @@ def test_what_harms_most_for_little_work_is_spared_whatever_the_bound(heavy, ima
     assert (first.decision, second.decision, third.decision) == ("wide", "weights", "w8a8")
 
 
-def test_damage_of_weights_alone_is_measured_where_it_is_much(heavy, images) -> None:
+def test_damage_of_weights_alone_is_measured_where_it_is_much(heavy: Model, images: Images) -> None:
     search = plainly(heavy, images[:2])
     search.measure(images[:1])
     x = torch.from_numpy(images[0])
@@ -224,13 +232,13 @@ def test_damage_of_weights_alone_is_measured_where_it_is_much(heavy, images) -> 
     assert measured and estimated
 
 
-def test_the_projector_never_gets_int8_inputs(heavy, images) -> None:
+def test_the_projector_never_gets_int8_inputs(heavy: Model, images: Images) -> None:
     result = quantized(heavy, images, bound=1.0)
     assert result.share("weights") > 0
     assert all(name not in result.activation_scales for name in ("projector.linear_1", "projector.linear_2"))
 
 
-def test_depthwise_and_squeeze_excite_stay_wide(model, images) -> None:
+def test_depthwise_and_squeeze_excite_stay_wide(model: Model, images: Images) -> None:
     result = quantized(model, images, bound=1.0)
     by_kind = {
         kind: {record.decision for record in result.records if record.kind == kind} for kind in ("grouped", "squeeze-excite", "first")
@@ -241,8 +249,8 @@ def test_depthwise_and_squeeze_excite_stay_wide(model, images) -> None:
     assert len({record.name for record in result.records}) == len(result.records)
 
 
-def test_a_known_observation_is_not_made_again(heavy, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(key):
+def test_a_known_observation_is_not_made_again(heavy: Model, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(key: str) -> VisionQuantization:
         search = VisionSearch(*heavy, FP32)
         search.observe(images[:2], cache=ObservationCache(tmp_path / "cache" / "vision.npz", f"{key} {search.key()}"))
         search.measure(images[:2])
@@ -268,7 +276,9 @@ def test_a_known_observation_is_not_made_again(heavy, images, tmp_path: Path, mo
 # Graphs -----------------------------------------------------------------------------------------------------------------------------
 
 
-def write_graph(folder, model, result, plan, *, activations=True, size=SIZE):
+def write_graph(
+    folder: Path, model: Model, result: VisionQuantization, plan: PrecisionPlan, *, activations: bool = True, size: int = SIZE
+) -> tuple[Path, GraphBuilder]:
     weights = WeightsFile(folder / "vision.weights")
     write_vision_weights(*model, plan, weights, lambda: None, result)
     weights.close()
@@ -279,7 +289,9 @@ def write_graph(folder, model, result, plan, *, activations=True, size=SIZE):
 
 
 @pytest.mark.parametrize(("make", "bound"), [(plainly, 1.0), (observed, 1.0), (observed, 1e-4)])
-def test_the_graph_computes_what_the_simulation_does(tmp_path: Path, heavy, images, make, bound) -> None:
+def test_the_graph_computes_what_the_simulation_does(
+    tmp_path: Path, heavy: Model, images: Images, make: Callable[[Model, Images], VisionSearch], bound: float
+) -> None:
     search = make(heavy, images)
     search.measure(images[:1])
     result = search.choose(images[:2], bound=bound)
@@ -297,7 +309,7 @@ def test_the_graph_computes_what_the_simulation_does(tmp_path: Path, heavy, imag
             assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
 
 
-def test_a_graph_without_activations_is_the_same_model(tmp_path: Path, heavy, images) -> None:
+def test_a_graph_without_activations_is_the_same_model(tmp_path: Path, heavy: Model, images: Images) -> None:
     result = quantized(heavy, images, bound=1.0)
     path, graph = write_graph(tmp_path, heavy, result, FP32, activations=False)
     operators = [node.op_type for node in graph.nodes]
@@ -308,7 +320,7 @@ def test_a_graph_without_activations_is_the_same_model(tmp_path: Path, heavy, im
     assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
 
 
-def test_tensorrt_takes_the_graph(tmp_path: Path, model, images) -> None:
+def test_tensorrt_takes_the_graph(tmp_path: Path, model: Model, images: Images) -> None:
     """The parser of 10.3 by its table; TensorRT for RTX by building an engine for an RTX 30 without having one."""
     trt = pytest.importorskip("tensorrt_rtx")
     plan = precision_plan("int8")

@@ -218,8 +218,8 @@ def test_every_group_layer_matrix_and_reason_is_on_the_page(tmp_path: Path) -> N
     assert report.vision is not None and report.decoder is not None
     layers = [layer for group in report.vision.groups for layer in group.layers]
     assert len(layers) > 180 and len(report.decoder.matrices) == 97
-    expected = {part.name for part in (*report.vision.groups, *layers, *report.decoder.matrices)}
-    expected |= {part.reason for part in (*report.vision.groups, *layers)}
+    expected = {part.name for parts in (report.vision.groups, layers, report.decoder.matrices) for part in parts}
+    expected |= {part.reason for parts in (report.vision.groups, layers) for part in parts}
     expected |= {str(fallback[key]) for fallback in report.fallbacks for key in ("node", "reason")}
     expected |= {*report.bytes, *report.calibration.skipped}
     assert not [each for each in expected if each not in text]
@@ -259,7 +259,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 
 def hostile_copy(value: Any, hostile: str) -> Any:
     """Every text of a document, but for those with a fixed vocabulary, and every key replaced."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
         return type(value)(**{key: part if key == "decision" else hostile_copy(part, hostile) for key, part in parts.items()})
     if isinstance(value, dict):
