@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons lint bench bench-peers bench-gpu clean
+.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons lint types docs dist bench bench-peers bench-gpu clean
 
 setup: $(READY)
 
@@ -14,7 +14,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-	$(PIP) --editable ".[convert,rtx,test,bench]"
+	$(PIP) --editable ".[convert,rtx,test,bench,docs]"
 	$(PIP) --no-deps timm
 	touch $(READY)
 
@@ -22,7 +22,7 @@ demo: $(READY)
 	$(BIN)/python -m examples.demo.demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=20 --durations-min=1
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -41,7 +41,20 @@ test-pythons:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p fastvlm_edge
+	$(MAKE) --no-print-directory types
+
+types: $(READY)
+	$(BIN)/mypy -p fastvlm_edge -p tests -p benchmarks -p examples
+
+# The site, in build/site.
+docs: $(READY)
+	$(BIN)/zensical build --strict
+
+# What a release uploads; CONTRIBUTING.md has the steps.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.cpu
@@ -50,7 +63,7 @@ bench-peers: $(READY)
 	$(BIN)/python -m benchmarks.peers.run
 
 bench-gpu: $(READY)
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.peers.run --device gpu
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,24 +1,22 @@
 #!/bin/sh
-# The runtime's tests on every Python from 3.10 on that is here, on PATH or in pyenv: a venv each, the lean runtime, pytest, onnx (for
-# the tiny models of the tests) and what draws pictures, no PyTorch.
+# Runs the tests of the runtime with every Python from 3.10 on that this machine has, on PATH or in pyenv. Each gets a virtual environment
+# with the runtime, pytest, hypothesis, onnx (for the tiny models of the tests) and the packages that draw pictures, but without PyTorch.
+# PYTHONS="3.10 3.12" names the versions to try; arguments go to pytest.
 set -eu
 cd "$(dirname "$0")/.."
 found=0 failed=
-for minor in 10 11 12 13 14; do
-  for python in "python3.$minor" "$HOME"/.pyenv/versions/3."$minor".*/bin/python; do
-    "$python" -c "import sys, venv; sys.exit(sys.version_info[:2] != (3, $minor))" 2>/dev/null || continue
-    venv=build/pythons/3.$minor
+for version in ${PYTHONS:-3.10 3.11 3.12 3.13 3.14}; do
+  for python in "python$version" "$HOME"/.pyenv/versions/"$version".*/bin/python; do
+    "$python" -c "import sys, venv; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" 2>/dev/null || continue
+    venv=build/pythons/$version
     echo "== $("$python" --version)"
-    [ -x "$venv/bin/pytest" ] || {
-      "$python" -m venv --clear "$venv"
-      "$venv/bin/pip" install --quiet --disable-pip-version-check pytest onnx ml_dtypes matplotlib scikit-image
-    }
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --editable .
-    "$venv/bin/python" -m pytest -p no:cacheprovider tests/fastvlm_edge "$@" || failed="$failed 3.$minor"
+    [ -x "$venv/bin/pytest" ] || "$python" -m venv --clear "$venv"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --editable . pytest hypothesis onnx ml_dtypes matplotlib scikit-image
+    "$venv/bin/python" -m pytest -p no:cacheprovider tests/fastvlm_edge "$@" || failed="$failed $version"
     found=$((found + 1))
     break
   done
 done
-[ "$found" -gt 0 ] || { echo "$0: no Python from 3.10 on is here" >&2; exit 1; }
+[ "$found" -gt 0 ] || { echo "$0: found no Python among ${PYTHONS:-3.10 to 3.14}" >&2; exit 1; }
 [ -z "$failed" ] || { echo "$0: failed on$failed" >&2; exit 1; }
 echo "== passed on $found versions of Python"
