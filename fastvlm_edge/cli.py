@@ -71,6 +71,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     wants_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
         options = parser().parse_args(arguments)
+        if sys.version_info < (3, 10) and options.command != "doctor":  # JetPack 5 has Python 3.8
+            version = ".".join(map(str, sys.version_info[:2]))
+            raise FastVLMError(
+                f"{options.command} needs Python 3.10 or newer, and this is Python {version}", "run: python3 -m fastvlm_edge doctor"
+            )
         status: int = import_module(f"fastvlm_edge.commands.{options.command}").main(options.arguments)
         sys.stdout.flush()
         return status

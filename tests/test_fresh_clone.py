@@ -125,6 +125,21 @@ def test_a_bare_python_runs_the_doctor(bare: Run) -> None:
     assert bare("--version").returncode == bare("--help").returncode == 0
 
 
+def test_on_an_old_python_only_the_doctor_runs(clone: Path) -> None:
+    """JetPack 5 has Python 3.8."""
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [shutil.which("python3.8"), *map(str, versions.glob("3.8.*/bin/python"))]
+    pythons = [path for path in found if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0]
+    if not pythons:
+        pytest.skip("no Python 3.8 here")
+    for command in COMMANDS:
+        done = subprocess.run([pythons[0], "-m", "fastvlm_edge", command, "--json"], cwd=clone, capture_output=True, text=True)
+        if command == "doctor":
+            assert "error" not in json.loads(done.stdout)
+        else:
+            assert done.returncode == 1 and f"{command} needs Python 3.10 or newer, and this is Python 3.8" in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -100,10 +100,14 @@ def parser() -> argparse.ArgumentParser:
     defaults = SamplingParams()
     group = parser.add_argument_group("the reply")
     group.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=defaults.max_new_tokens, help="longest reply (default: %(default)s)"
+        "--max-new-tokens", metavar="N", type=int, default=defaults.max_new_tokens, help="longest reply, in tokens (default: %(default)s)"
     )
     group.add_argument(
-        "--temperature", metavar="T", type=float, default=defaults.temperature, help="0 always takes the most likely token (default: 0)"
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=defaults.temperature,
+        help="randomness of sampling; 0, the default, always takes the most likely token",
     )
     group.add_argument("--top-k", metavar="K", type=int, help="sample from the K most likely tokens (default and maximum: 64)")
     group.add_argument(
