@@ -65,8 +65,9 @@ def picture(screens: list[tuple[str, str]]) -> str:
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor", legacy_windows=False)
         for command, output in screens:
-            console.print(Text("$ ", "bold green") + Text(command, "bold"))
+            console.print(Text.assemble(("$ ", "bold green"), (command, "bold white")))
             console.print(Text.from_ansi(output))
+            console.print()
     svg = console.export_svg(title="fastvlm-edge", theme=MONOKAI, unique_id="terminal")
     svg = re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)
     svg = svg.replace("Fira Code", "DejaVu Sans Mono, Menlo, Consolas")
