@@ -337,7 +337,7 @@ class Chat:
     """A conversation, made by `FastVLM.chat`. Each turn computes only what is new.
 
     If the model was used for something else in between, the next turn computes the whole conversation again. A turn that fails before its
-    first token leaves the conversation as it was. A reply that was cut short stays in it, up to where it got.
+    first token leaves the conversation as it was. A reply that was cut short stays in it, up to where it was cut.
     """
 
     def __init__(self, vlm: FastVLM, template: ChatTemplate) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import json
-import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -553,34 +551,6 @@ def test_directories_that_cannot_be_loaded(model_dir: Path, tmp_path: Path) -> N
     (directory / MANIFEST_NAME).write_text("{")
     with pytest.raises(FastVLMError, match="is damaged"):
         FastVLM.load(directory)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda manifest: manifest.update(decoder=None), "decoder is not an object"),
-        (lambda manifest: manifest.update(colour="red"), "unknown 'colour'"),
-        (lambda manifest: manifest["vision"].pop("tokens"), "vision lacks 'tokens'"),
-        (lambda manifest: manifest["decoder"].update(layers="24"), "layers is '24', not of type int"),
-        (lambda manifest: manifest["text"].update(stop_ids=[None]), "stop_ids is 'None', not of type int"),
-        (lambda manifest: manifest["files"]["decoder.onnx"].pop("sha256"), "decoder.onnx lacks 'sha256'"),
-    ],
-)
-def test_a_damaged_manifest_says_where(model_dir: Path, tmp_path: Path, change: Callable[[Any], Any], says: str) -> None:
-    document = json.loads((model_dir / MANIFEST_NAME).read_text())
-    change(document)
-    (tmp_path / MANIFEST_NAME).write_text(json.dumps(document))
-    with pytest.raises(FastVLMError, match=rf"is damaged \(.*{re.escape(says)}\); convert the checkpoint again"):
-        FastVLM.load(tmp_path)
-
-
-def test_a_manifest_without_what_came_later(model_dir: Path, tmp_path: Path) -> None:
-    directory = copy_of(model_dir, tmp_path)
-    document = json.loads((directory / MANIFEST_NAME).read_text())
-    for part, key in (("vision", "depths"), ("decoder", "heads")):
-        del document[part][key]
-    (directory / MANIFEST_NAME).write_text(json.dumps(document))
-    assert read_manifest(directory).vision.depths == [] and read_manifest(directory).decoder.heads == 0
 
 
 @pytest.mark.parametrize(

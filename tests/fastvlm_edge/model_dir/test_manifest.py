@@ -1,0 +1,105 @@
+"""The manifest is read back as it was written, a damaged one says where, and files that do not match it are named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvlm_edge import FastVLMError
+from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, read_manifest, verify_files
+
+
+@pytest.fixture
+def directory(model_dir: Path, tmp_path: Path) -> Path:
+    """A model directory to damage."""
+    return Path(shutil.copytree(model_dir, tmp_path / "model"))
+
+
+def change(directory: Path, edit: Callable[[Any], Any]) -> None:
+    path = directory / MANIFEST_NAME
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+
+
+def test_a_manifest_is_read_back_as_it_was_written(directory: Path) -> None:
+    manifest = dataclasses.replace(read_manifest(directory), notes=["config.json and the tensors disagree"])
+    manifest.write(directory)
+    assert read_manifest(directory) == manifest
+
+
+def test_a_manifest_of_an_older_version_lacks_what_came_later(directory: Path) -> None:
+    later = [(("vision", "dims", []), ("vision", "depths", [])), (("decoder", "heads", 0), ("decoder", "intermediate", 0))]
+    fields = [field for part in later for field in part]
+
+    def remove(document: Any) -> None:
+        for part, key, _ in fields:
+            del document[part][key]
+        del document["notes"]
+
+    change(directory, remove)
+    manifest = read_manifest(directory)
+    assert [getattr(getattr(manifest, part), key) for part, key, _ in fields] == [default for _, _, default in fields]
+    assert manifest.notes == []
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda manifest: manifest.update(decoder=None), "decoder is not an object"),
+        (lambda manifest: manifest.update(colour="red"), "unknown 'colour'"),
+        (lambda manifest: manifest["vision"].pop("tokens"), "vision lacks 'tokens'"),
+        (lambda manifest: manifest["decoder"].update(layers="24"), "layers is '24', not of type int"),
+        (lambda manifest: manifest["text"].update(stop_ids=[None]), "stop_ids is 'None', not of type int"),
+        (lambda manifest: manifest["files"]["decoder.onnx"].pop("sha256"), "decoder.onnx lacks 'sha256'"),
+        (lambda manifest: manifest.pop("schema"), "'schema'"),
+    ],
+)
+def test_a_damaged_manifest_says_where(directory: Path, edit: Callable[[Any], Any], says: str) -> None:
+    change(directory, edit)
+    with pytest.raises(FastVLMError, match=rf"is damaged \(.*{re.escape(says)}\); convert the checkpoint again"):
+        read_manifest(directory)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", "7", "null"])
+def test_a_file_that_is_not_a_manifest(directory: Path, text: str) -> None:
+    (directory / MANIFEST_NAME).write_text(text)
+    with pytest.raises(FastVLMError, match=r"fastvlm\.json is damaged \(.*\); convert the checkpoint again"):
+        read_manifest(directory)
+
+
+def test_another_schema(directory: Path) -> None:
+    change(directory, lambda manifest: manifest.update(schema=99))
+    with pytest.raises(FastVLMError, match="has schema 99, but this toolkit reads schema 2; convert the checkpoint again"):
+        read_manifest(directory)
+
+
+def test_a_directory_without_a_manifest(tmp_path: Path) -> None:
+    with pytest.raises(FastVLMError) as caught:
+        read_manifest(tmp_path)
+    assert caught.value.what == f"{tmp_path} is not a model directory: it has no {MANIFEST_NAME}"
+    assert caught.value.mend == f"run: fastvlm-edge convert CHECKPOINT -o {tmp_path}"
+
+
+def test_files_are_compared_with_the_manifest(directory: Path) -> None:
+    manifest, path = read_manifest(directory), directory / "decoder.onnx"
+    verify_files(directory, manifest, hashes=True)
+    content = bytearray(path.read_bytes())
+    content[100] ^= 255
+    path.write_bytes(content)
+    verify_files(directory, manifest)  # the size is right, and hashes take time
+    with pytest.raises(FastVLMError, match=r"decoder\.onnx is not the file that was converted \(sha256 differs\); copy it again"):
+        verify_files(directory, manifest, hashes=True)
+    path.write_bytes(content[:-10])
+    with pytest.raises(FastVLMError, match=rf"has {len(content) - 10} bytes, but the manifest says {len(content)}; copy it again"):
+        verify_files(directory, manifest)
+    path.unlink()
+    with pytest.raises(FastVLMError, match=r"decoder\.onnx is missing; copy the whole model directory again"):
+        verify_files(directory, manifest)
