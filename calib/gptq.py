@@ -35,18 +35,18 @@ def factorize(moments: Tensor) -> Factor:
     diagonal = moments.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         raise ValueError("the second moments are not finite")
-    mean = diagonal.mean() if bool(diagonal.any()) else torch.ones(())
+    damping = DAMPING * float(diagonal.mean()) or 1.0
     order = torch.argsort(diagonal, descending=True, stable=True)
     backwards = order.flip(0)
     # The factor of a matrix in reversed order is upper triangular. One name for both: the argument may be gigabytes, and is freed here.
     moments = moments[backwards[:, None], backwards]
     del diagonal
     for _ in range(ATTEMPTS):
-        moments.diagonal().add_(mean, alpha=DAMPING)
+        moments.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(moments)
         if not failed:
             break
-        mean = mean * 10
+        damping *= 10
     del moments
     unit = factor.T.flip(0, 1)
     root = unit.diagonal().clone()
