@@ -103,8 +103,9 @@ def row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
 
 
 def escape(text: str) -> str:
-    """Plain text for a cell or a paragraph of Markdown."""
-    return text.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
+    """Plain text for a cell or a paragraph of Markdown; pages of the documentation become links."""
+    text = text.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
+    return re.sub(r"\(docs/([\w.-]+)\)", r"([details](../\1))", text)
 
 
 def main() -> int:
