@@ -21,8 +21,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python -m examples.demo.demo
 
+# Ends with the slowest twenty; a test that hangs is cut off after ten minutes.
 test: lint
-	$(BIN)/python -m pytest --durations=20 --durations-min=1
+	$(BIN)/python -m pytest --durations=20 --durations-min=1 --timeout=600
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -13,7 +13,6 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from email.message import Message
 from email.parser import Parser
@@ -189,14 +188,20 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert newest and newest[1] == __version__
 
 
-def check(schema: str, files: Sequence[Path]) -> None:
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ("citation-file-format", "CITATION.cff"),
+        ("github-issue-config", ".github/ISSUE_TEMPLATE/config.yml"),
+        ("github-issue-forms", ".github/ISSUE_TEMPLATE/[!c]*.yml"),
+        ("github-workflows", ".github/workflows/*.yml"),
+    ],
+)
+def test_files_that_github_reads_fit_their_schema(schema: str, pattern: str) -> None:
     pytest.importorskip("check_jsonschema")
+    files = sorted(ROOT.glob(pattern))
     assert files
-    run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *files)
-
-
-def test_the_workflow_is_valid() -> None:
-    check("vendor.github-workflows", sorted((ROOT / ".github" / "workflows").glob("*.yml")))
+    run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *files)
 
 
 def test_pre_commit_runs_the_pinned_ruff() -> None:
