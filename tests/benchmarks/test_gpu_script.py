@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.planning.workload import SIZES, TextShape, VisionShape, vision_work
 from fastvlm_edge.progress import SilentProgress
 from tests.support.checkpoints import TINY_VISION
+from tests.support.fake_cuda import FakeCuda
 
 DEVICE = {"name": "NVIDIA GeForce RTX 4070 Ti", "driver": "580.1"}
 LIMITS = {"copy_gb_per_second": 100.0, "matrix_tflops": {"float16": 50.0}}
@@ -71,6 +73,16 @@ def test_the_floor_follows_from_the_measured_rates() -> None:
     assert row[f"mb_per_token@{DEEP}"] > row["mb_per_token@290"] > floor["by_precision"]["int4"]["mb_per_token@290"]
     assert "vision_ms" not in floor["by_precision"]["bf16"]  # its rate was not measured
     assert set(gpu.floor_of(shape, 1024, 290, ["int4"], {})["by_precision"]["int4"]) == {"mb_per_token@290", f"mb_per_token@{DEEP}"}
+
+
+def test_copies_count_as_read_and_written_and_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastvlm_edge.nvidia import drivers
+
+    cuda, clock = FakeCuda(), itertools.count(0, 0.01)
+    monkeypatch.setattr(drivers, "open_cuda", lambda: cuda)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))  # 10 ms for every series
+    assert gpu.copy_rate(1 << 10, copies=4) == pytest.approx(2 * 4 * 1024 / 10e-3)
+    assert cuda.log.count("copy") == 1 + 3 * 4 and not any(cuda.live().values())
 
 
 def test_without_a_gpu_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
