@@ -31,8 +31,8 @@ ON_DEMAND = {
     "fastvlm_edge.commands.plan": {"engines"},
     "fastvlm_edge.bundle_entry": {"engines"},
 }
-"""Modules of the runtime that load another part when the user asks for it. The command line imports a command only to run it, and only a bundle
-starts at `bundle_entry`."""
+"""Modules of the runtime that load another part when the user asks for it. The command line imports a command only to run it, and
+only a bundle starts at `bundle_entry`."""
 
 PACKAGES = {
     "runtime": {"numpy", "PIL", "tokenizers", "onnxruntime"},

@@ -1,8 +1,8 @@
-"""The conversation as token ids: FastVLM's template `qwen_2`, in which an image is a run of ids `vocab + k`.
+r"""The conversation as token ids: FastVLM's template `qwen_2`, in which an image is a run of ids `vocab + k`.
 
-    <|im_start|>system\\n{system}<|im_end|>\\n
-    <|im_start|>user\\n{image}\\n{prompt}<|im_end|>\\n
-    <|im_start|>assistant\\n{reply}<|im_end|>\\n ...
+    <|im_start|>system\n{system}<|im_end|>\n
+    <|im_start|>user\n{image}\n{prompt}<|im_end|>\n
+    <|im_start|>assistant\n{reply}<|im_end|>\n ...
 
 Text between two control tokens or images is tokenised as one string. transformers does the same, so the ids are equal.
 """

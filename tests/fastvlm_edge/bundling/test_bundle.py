@@ -1,6 +1,4 @@
-"""Bundles. One is made of the packages that are installed here, and started by a Python that has none of them. The corner cases of the
-format are tested with tiny wheels.
-"""
+"""Bundles: one with the packages that are installed here, started by a Python that has none of them, and corner cases with tiny wheels."""
 
 from __future__ import annotations
 
