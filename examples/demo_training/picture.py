@@ -108,7 +108,8 @@ def shade(rng: np.random.Generator, colour: Colour, spread: int) -> Colour:
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
     """`share` of the way from `first` to `second`."""
-    return tuple(round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
+    return red, green, blue
 
 
 @functools.cache

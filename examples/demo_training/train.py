@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from examples.demo_training.checkpoint import config_dict, export_checkpoint, save_state
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.update(PROCESS_SETTINGS)
         with tempfile.TemporaryDirectory() as folder:
             meeting = f"file://{folder}/meeting"
-            mp.start_processes(run_rank, (args.processes, recipe, args.work, meeting), nprocs=args.processes, start_method="spawn")
+            spawn(run_rank, (args.processes, recipe, args.work, meeting), nprocs=args.processes)
     if args.export:
         trainer = open_trainer(args.work, recipe)
         export_checkpoint(trainer.averaged, trainer.tokenizer, args.export)
