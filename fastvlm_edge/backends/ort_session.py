@@ -12,6 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.machine.probe import usable_cores
 from fastvlm_edge.model_dir.manifest import Manifest
 
 _ONNX_BFLOAT16 = 16
@@ -25,7 +26,7 @@ Versions before 1.26, such as the last one for Python 3.10, ignore this setting.
 
 def available_threads() -> int:
     """Number of CPU cores that this process may use, by its affinity and the quota of its container (cgroup v2 cpu.max)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         cores = min(cores, max(1, round(int(quota) / int(period))))

@@ -1,4 +1,4 @@
-"""`fastvlm-edge bench`: measure a model directory on this machine, record it, compare records, draw them.
+"""`fastvlm-edge bench`: measure a model directory on this machine, and record, compare and draw the figures.
 
-`measure` runs in a process of its own for every load, `processes` starts those and gathers what they say into a `record`.
+`measure` runs in a new process for every load of the model. `processes` starts these processes and collects their figures in a `record`.
 """

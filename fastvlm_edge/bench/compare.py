@@ -1,9 +1,12 @@
-"""Two records side by side: which figures changed by more than the noise of both.
+"""Compare two records: which figures changed by more than the noise of both.
 
-The rule, for every figure: each process counts once, by the median of its runs, because runs of one process are not independent. A
-two-sided rank-sum test (Mann-Whitney, exact) over these medians gives p < 0.01, and the medians of all samples differ by more than 2 %,
-which nobody would act upon, and by more than twice the spread between processes (1.4826 times the median absolute deviation, the robust
-estimate of a standard deviation) of either record, because of the many figures of a record some would pass the test by chance.
+A figure has changed if all of this is true:
+
+- A two-sided rank-sum test (Mann-Whitney, exact) gives p < 0.01. Each process counts once, with the median of its runs, because runs of one
+  process are not independent.
+- The medians of all samples differ by more than 2 %. Nobody would act on less.
+- They differ by more than twice the spread between processes of either record (1.4826 times the median absolute deviation, a robust
+  estimate of the standard deviation). A record has many figures, so some would pass the test alone by chance.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ ALPHA = 0.01
 LEAST = 0.02
 SPREADS = 2.0
 _EXACT = 64
-"""Samples in all up to which the test is exact; beyond, the normal approximation."""
+"""Up to this many samples in total the test is exact; above, it uses the normal approximation."""
 RULE = (
     f"changed: rank-sum test over the processes p < {ALPHA}, and medians apart by more than {LEAST:.0%} and {SPREADS:g} times the spread "
     "between processes (1.4826 MAD); at least 5 processes on both sides"
@@ -32,7 +35,7 @@ DEPENDS_ON = {
     "model": ("name", "precision", "image_size", "visual_tokens", "files"),
     "settings": ("threads", "runs", "processes", "new_tokens", "text_tokens", "image"),
 }
-"""What besides machine and versions a figure depends on."""
+"""What a figure depends on besides machine and versions."""
 BETTER, WORSE, SAME, UNKNOWN = "better", "worse", "within the noise", "too few samples"
 
 
@@ -47,7 +50,7 @@ class Change:
     change: float
     """(after - before) / before."""
     noise: float
-    """Relative; what the change had to exceed."""
+    """Relative change that had to be exceeded."""
     p: float
     verdict: str
 
@@ -59,7 +62,7 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Change]:
 
 
 def judge(figure: str, before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Change:
-    """Apply the rule to samples by process."""
+    """Apply the rule to the samples of one figure, which are grouped by process."""
     pooled = [[value for group in groups for value in group] for groups in (before, after)]
     medians = [statistics.median(values) for values in pooled]
     processes = [[statistics.median(group) for group in groups if group] for groups in (before, after)]
@@ -76,7 +79,7 @@ def judge(figure: str, before: Sequence[Sequence[float]], after: Sequence[Sequen
 
 
 def spread(medians: Sequence[float]) -> float:
-    """Between processes, relative to their median: 1.4826 times the median absolute deviation. 0 for one process."""
+    """Spread between processes, relative to their median: 1.4826 times the median absolute deviation. 0 for one process."""
     middle = statistics.median(medians)
     if not middle:
         return 0.0
@@ -84,13 +87,15 @@ def spread(medians: Sequence[float]) -> float:
 
 
 def smallest_p(first: int, second: int) -> float:
-    """What the test gives where every sample of the one is below every sample of the other."""
+    """The smallest possible p: every sample of one record is below every sample of the other."""
     return 2 / math.comb(first + second, first)
 
 
 def rank_sum_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p of the Wilcoxon-Mann-Whitney test. Equal values share their rank, and the distribution is that of these very ranks:
-    exact, by counting which subsets of them have which sum, up to 64 samples."""
+    """Two-sided p of the Wilcoxon-Mann-Whitney test. Equal values share their rank.
+
+    Up to 64 samples it is exact: it counts how many subsets of the ranks have each sum.
+    """
     values = sorted([*first, *second])
     ranks: dict[float, int] = {}  # doubled, so that shared ones are whole numbers
     at = 0
@@ -117,9 +122,9 @@ def rank_sum_p(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def check_comparable(first: dict[str, Any], second: dict[str, Any], *, across_machines: bool) -> list[str]:
-    """What differs between two records besides their figures, a line each.
+    """What differs between two records besides their figures, one line for each difference.
 
-    Raises FastVLMError where the machines differ and `across_machines` does not say that this is meant.
+    Raises FastVLMError if the machines differ, unless `across_machines` allows it.
     """
     machines = [
         {key: _shown(each["machine"].get(key)) for key in IDENTITY if each["machine"].get(key) is not None} for each in (first, second)
@@ -127,8 +132,8 @@ def check_comparable(first: dict[str, Any], second: dict[str, Any], *, across_ma
     other = [f"{key} {a or 'none'} -> {b or 'none'}" for key in IDENTITY if (a := machines[0].get(key)) != (b := machines[1].get(key))]
     if other and not across_machines:
         raise FastVLMError(
-            f"these records are of different machines ({'; '.join(other)}), and what differs is not only the software; "
-            "say that it is meant with --across-machines"
+            f"these records are from different machines ({'; '.join(other)}), so not only the software differs",
+            "pass --across-machines to compare them anyway",
         )
     lines = [f"machine: {each}" for each in other]
     for part, keys in DEPENDS_ON.items():
@@ -147,7 +152,7 @@ def check_comparable(first: dict[str, Any], second: dict[str, Any], *, across_ma
 
 
 def format_changes(changes: Sequence[Change], differs: Sequence[str]) -> str:
-    """A table, then what else differs, then the rule."""
+    """Text of a table of changes, of what else differs, and of the rule."""
     rows = [("", "before", "after", "", "change", "noise", "")]
     for change in changes:
         verdict = {BETTER: "BETTER", WORSE: "WORSE"}.get(change.verdict, change.verdict)

@@ -1,4 +1,4 @@
-"""Energy of intervals of work, where the machine has a sensor; one recorder for all intervals of a process."""
+"""Energy of intervals of work, if the machine has a sensor."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from fastvlm_edge.machine.power import NoSensor, PowerFigures, PowerRecorder, fi
 
 @dataclass
 class Energy:
-    """Of one interval; `joules` is set when it ends, and stays None where there is no sensor."""
+    """Energy of one interval. `joules` is set when the interval ends, and stays None without a sensor."""
 
     joules: float | None = None
 
 
 class Meter:
-    """Measures intervals one after another and remembers the extremes."""
+    """Measures intervals one after another, and keeps their figures."""
 
     def __init__(self, *, card: bool) -> None:
-        """`card`: whether the work runs on a GPU, so that a card's own sensor is of it."""
+        """`card`: whether the work runs on a GPU, so that the sensor of a graphics card measures it."""
         self._recorder = PowerRecorder(find_sensor(card=card))
         self._seen: list[PowerFigures] = []
         self._reason = "nothing was measured"
 
     @contextmanager
     def interval(self) -> Iterator[Energy]:
-        """Work whose energy is wanted."""
+        """Measure the energy of the work inside the `with` block."""
         energy = Energy()
         with self._recorder:
             yield energy
@@ -41,7 +41,7 @@ class Meter:
         energy.joules = figures.energy_j
 
     def facts(self) -> dict[str, Any]:
-        """Which sensor, mean and peak watts over all intervals, the hottest temperature, whether clocks were lowered."""
+        """Sensor, mean and peak watts over all intervals, highest temperature, and whether clocks were lowered."""
         seen = self._seen
         if not seen:
             return {"sensor": None, "reason": self._reason}

@@ -1,9 +1,9 @@
-"""One process of a measurement: load, the first question, then timed runs. docs/bench.md says what each figure means."""
+"""One process of a measurement: load, first question, then timed runs. docs/bench.md explains each figure."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from fastvlm_edge.model_dir.manifest import Manifest
 
 DEPTHS = (512, 1024, 2048)
 NEW_TOKENS = 65
-"""The first comes from prefill, the others are 64 decode steps."""
+"""The first comes from prefill, the others from 64 decode steps."""
 
 Line = dict[str, Any]
 """`{"figure": name, "value": number}`, or `{"facts": {...}}`."""
@@ -32,58 +32,60 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What every process of a measurement does."""
+    """Options of a measurement, the same for every process."""
 
     backend: str = "auto"
     threads: int | None = None
     runs: int = 3
-    """Timed runs a process, after one that warms up."""
+    """Timed runs per process, after one warm-up run."""
     text_tokens: int = TEXT_TOKENS
     new_tokens: int = NEW_TOKENS
     depths: tuple[int, ...] | None = None
-    """Positions before a reply at which decoding is timed, besides those of the question itself; None is those of DEPTHS that fit."""
+    """Positions before a reply at which decoding is timed, besides those of the question itself. None means those of DEPTHS that fit."""
     image: str | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings that were checked against a model."""
+    """What the settings mean for one model."""
 
     prompt_tokens: int
     """Positions of picture, question and template."""
     depths: tuple[int, ...]
-    """The first is `prompt_tokens`."""
+    """In ascending order; the first is `prompt_tokens`."""
 
 
 def plan_for(manifest: Manifest, tokenizer: TextTokenizer, settings: Settings) -> Plan:
-    """How long the question gets, and at which depths there is room to decode. Raises FastVLMError where there is none."""
+    """Length of the question, and the depths at which decoding is timed. Raises FastVLMError if the context is too small for them."""
     length = length_of(manifest, tokenizer)
     prompt = length(question_near(length, manifest.vision.tokens + settings.text_tokens))
     room = manifest.decoder.context - settings.new_tokens
     if prompt > room:
         raise FastVLMError(
-            f"picture and question take {prompt} positions and the reply {settings.new_tokens}, more than the context of "
-            f"{manifest.decoder.context}; use fewer --new-tokens, or convert with a larger --context"
+            f"picture and question need {prompt} positions and the reply {settings.new_tokens}, more than the context of "
+            f"{manifest.decoder.context}",
+            "use fewer --new-tokens, or convert with a larger --context",
         )
     if settings.depths is None:
         return Plan(prompt, (prompt, *(depth for depth in DEPTHS if prompt < depth <= room)))
     for depth in settings.depths:
         if not prompt <= depth <= room:
             raise FastVLMError(
-                f"decoding cannot be timed at {depth} positions: the question takes {prompt} and the context of "
-                f"{manifest.decoder.context} has room for {room} before a reply of {settings.new_tokens}; give --depths in between"
+                f"decoding cannot be timed at {depth} positions: the question needs {prompt}, and the context of "
+                f"{manifest.decoder.context} has room for {room} before a reply of {settings.new_tokens}",
+                f"give --depths from {prompt} to {room}",
             )
     return Plan(prompt, tuple(sorted({prompt, *settings.depths})))
 
 
-def length_of(manifest: Manifest, tokenizer: TextTokenizer) -> Any:
-    """The function from a question to the positions that it takes with one picture."""
+def length_of(manifest: Manifest, tokenizer: TextTokenizer) -> Callable[[str], int]:
+    """A function that returns the number of positions of a question with one picture."""
     template = ChatTemplate(tokenizer, manifest)
     return lambda prompt: len(template.opening()) + len(template.turn(prompt, (manifest.vision.tokens,)))
 
 
 def measure(directory: Path, settings: Settings) -> Iterator[Line]:
-    """Load a model directory and measure it. A generator, so that what was measured is known when it is stopped."""
+    """Load a model directory and measure it. Yields every figure at once, so that none is lost if the measurement is stopped."""
     memory = _device_memory(settings.backend)
     began = time.perf_counter()
     manifest, tokenizer, backend = load_parts(directory, settings.backend, threads=settings.threads, tune_process=True)
@@ -96,14 +98,14 @@ def measure(directory: Path, settings: Settings) -> Iterator[Line]:
 def measure_backend(
     backend: Backend, manifest: Manifest, tokenizer: TextTokenizer, settings: Settings, memory: DeviceMemory | None = None
 ) -> Iterator[Line]:
-    """Everything after the load. `memory` is looked at where the backend computes on a GPU."""
+    """Everything after the load. `memory` is only used if the backend computes on a GPU."""
     if backend.name == "ort":
         memory = None
     plan = plan_for(manifest, tokenizer, settings)
     subject = Subject(backend, manifest, tokenizer, settings, plan)
     yield from subject.first_question()
     for _ in subject.run(0):
-        pass  # the warm-up: buffers, clocks, a GPU's captured graph
+        pass  # warm-up: buffers, clocks, the captured graph of a GPU
     for number in range(1, settings.runs + 1):
         yield from subject.run(number)
         if memory is not None:
@@ -119,10 +121,10 @@ def measure_backend(
 
 
 class Subject:
-    """A loaded model under measurement. No id ends its replies: every reply has the length that was asked for."""
+    """A loaded model that is measured. No token ends its replies, so every reply has the requested length."""
 
     def __init__(self, backend: Backend, manifest: Manifest, tokenizer: TextTokenizer, settings: Settings, plan: Plan) -> None:
-        """The backend stays the caller's."""
+        """The caller still has to close the backend."""
         self._timed = TimedBackend(backend)
         endless = replace(manifest, text=replace(manifest.text, stop_ids=[]))
         self._vlm = FastVLM(endless, tokenizer, self._timed)
@@ -134,12 +136,12 @@ class Subject:
         self.meter = Meter(card=backend.name != "ort")
 
     def first_question(self) -> Iterator[Line]:
-        """The very first question after the load."""
+        """Measure the first question after the load."""
         reply = self._vlm.generate(self._question(0), self._pictures.new(), max_new_tokens=1)
         yield _figure("ttft_first_question_ms", reply.timings.ttft_ms)
 
     def run(self, number: int) -> Iterator[Line]:
-        """A new picture; a picture whose features are kept; the same again, with keys and values in the cache; decoding."""
+        """Measure a new picture, a picture whose features are kept, one whose keys and values are in the cache, and decoding."""
         if self._kept is None:
             self._kept = self._vlm.encode_image(self._pictures.new())
         picture = self._pictures.new()
@@ -158,9 +160,9 @@ class Subject:
 
         chat = self._vlm.chat()
         self._timed.step_seconds = 0.0
-        warm = chat.ask(self._question(number + 1), self._kept, max_new_tokens=1)  # of other words, so only the beginning is shared
+        warm = chat.ask(self._question(number + 1), self._kept, max_new_tokens=1)  # other words, so that only the beginning is shared
         if warm.timings.prefilled_tokens > warm.timings.prompt_tokens - self._kept.image_features.rows:
-            raise FastVLMError("the picture was not found in the cache; report this as a bug of fastvlm-edge bench")
+            raise FastVLMError("the picture was not found in the KV cache, which is a bug in fastvlm-edge bench", "please report it")
         yield _figure("ttft_warm_ms", warm.timings.ttft_ms)
         yield from self._prefill(warm, "warm_prefill_ms", "warm_first_sample_ms")
         yield {"facts": {"warm_prefilled_tokens": warm.timings.prefilled_tokens}}
@@ -168,7 +170,7 @@ class Subject:
         yield from self.decode_at(self._plan.prompt_tokens, 1)
 
     def decode_at(self, depth: int, runs: int) -> Iterator[Line]:
-        """Replies behind `depth` positions that are in the cache already; the first is not timed."""
+        """Measure replies after `depth` positions that are already in the cache. The first reply is not timed."""
         prompt = question_near(self._length, depth)
         chat = self._vlm.chat()
         for number in range(runs + 1):
@@ -184,7 +186,7 @@ class Subject:
         return question_near(self._length, self._plan.prompt_tokens, WORDS[number % len(WORDS)])
 
     def _prefill(self, reply: Reply, decoder: str, sample: str) -> Iterator[Line]:
-        """The decoder's part of what `timings.prefill_ms` holds, and the sampler's."""
+        """Split `timings.prefill_ms` into the time of the decoder and the time of the sampler."""
         steps = self._timed.step_seconds * 1e3
         yield _figure(decoder, steps)
         yield _figure(sample, max(0.0, reply.timings.prefill_ms - steps))
@@ -200,7 +202,7 @@ def _joules(name: str, joules: float | None, pieces: int) -> Iterator[Line]:
 
 
 def _device_memory(backend: str) -> DeviceMemory | None:
-    """What is free on the GPU before anything is loaded; None where there is no GPU, or none is wanted."""
+    """Starts from what is free on the GPU before anything is loaded. None without a GPU, or if it is not used."""
     if backend == "ort":
         return None
     from fastvlm_edge.nvidia.drivers import open_cuda

@@ -1,9 +1,10 @@
-"""Starts the processes of a measurement one after another and gathers what they say, so that stopping halfway loses nothing."""
+"""Run the processes of a measurement one after another and collect their figures, so that nothing is lost if it is stopped halfway."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,16 +22,15 @@ from fastvlm_edge.model_dir.engine_record import find_records
 from fastvlm_edge.model_dir.manifest import read_manifest, verify_files
 from fastvlm_edge.progress import Progress
 
-_ERROR = "fastvlm-edge: error: "
 CHILD = "--process"
-"""The option that makes `fastvlm-edge bench` one process of a measurement; its value is the settings as JSON."""
+"""Option that makes `fastvlm-edge bench` one process of a measurement. Its value is the settings as JSON."""
 
 
 class Measurement:
-    """The measurement of one model directory. `document` is true at any moment."""
+    """The measurement of one model directory. `document` can be called at any time."""
 
     def __init__(self, directory: Path, settings: Settings, processes: int) -> None:
-        """Checks what can be checked before a model is loaded. Raises FastVLMError."""
+        """Raises FastVLMError if the model directory is damaged, or if the settings do not fit it. The model is not loaded."""
         self.directory, self.settings, self.processes = directory, settings, processes
         self.manifest = read_manifest(directory)
         verify_files(directory, self.manifest)
@@ -43,14 +43,14 @@ class Measurement:
         self._states = [read_state()]
 
     def run(self, progress: Progress) -> Iterator[int]:
-        """All processes, the number of each as it ends. Raises FastVLMError where one of them fails; what came before is kept."""
+        """Run all processes, and yield the number of each when it ends. Raises FastVLMError if one fails; earlier figures are kept."""
         manifest = self.manifest
         progress.stage(f"measuring {manifest.name} ({manifest.precision})", self.processes * self._steps())
         for number in range(1, self.processes + 1):
             self.samples.begin_process()
             self._run_one(number, progress)
             self._done = number
-            if self._facts.get("backend") != "ort" and "gpu" not in self._machine:  # not before: it takes memory and time on the GPU
+            if self._facts.get("backend") != "ort" and "gpu" not in self._machine:  # not earlier: it takes memory and time on the GPU
                 self._machine["gpu"] = describe_gpu()
                 self._machine["versions"] |= gpu_versions()
             self._states.append(read_state())
@@ -85,18 +85,23 @@ class Measurement:
         return document_of(self.samples, facts, partial=self._done < self.processes)
 
     def _steps(self) -> int:
-        """Figures that a process is sure to give: shown as progress, nothing else."""
+        """Number of figures that every process gives, for the progress bar."""
         return 3 + self.settings.runs * (8 + len(self.plan.depths))
 
     def _run_one(self, number: int, progress: Progress) -> None:
         settings = json.dumps(dataclasses.asdict(self.settings))
-        command = [sys.executable, "-m", "fastvlm_edge", "bench", str(self.directory), CHILD, settings]
+        command = [sys.executable, "-m", "fastvlm_edge", "bench", str(self.directory), CHILD, settings, "--json"]
+        failure: FastVLMError | None = None
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8")
             assert process.stdout is not None
             try:
                 for text in process.stdout:
-                    self._take(json.loads(text), number, progress)
+                    line = json.loads(text)
+                    if "error" in line:  # printed by the command line because of --json
+                        failure = FastVLMError(line["error"]["message"], line["error"]["mend"])
+                    else:
+                        self._take(line, number, progress)
                 status = process.wait()
             finally:
                 if process.poll() is None:
@@ -104,7 +109,7 @@ class Measurement:
                     process.wait()
                 process.stdout.close()
             if status:
-                raise FastVLMError(_reason(status, errors, number))
+                raise failure or _crash(status, errors, number)
 
     def _take(self, line: Line, number: int, progress: Progress) -> None:
         if "figure" in line:
@@ -117,20 +122,23 @@ class Measurement:
         for name, value in facts.items():
             if name == "backend" and self._facts.get(name, value) != value:
                 raise FastVLMError(
-                    f"process {number} ran on {value}, those before on {self._facts[name]}; name one with --backend, and see docs/bench.md"
+                    f"process {number} ran on {value}, and earlier processes on {self._facts[name]}",
+                    "choose one with --backend (docs/bench.md)",
                 )
             self._facts[name] = value
 
 
-def _reason(status: int, errors: IO[bytes], number: int) -> str:
+def _crash(status: int, errors: IO[bytes], number: int) -> FastVLMError:
+    """The error of a process that ended without naming one; `errors` is what it wrote to stderr."""
+    if status == -signal.SIGKILL:
+        return FastVLMError(
+            f"process {number} was killed, as Linux does if memory runs out", "close other programs, or convert with --precision int4"
+        )
+    if status < 0:
+        return FastVLMError(f"process {number} was ended by signal {-status}", "try again, and report it if it happens again")
     errors.seek(0)
     lines = errors.read().decode("utf-8", "replace").strip().splitlines()
-    if status == -9:
-        return f"process {number} was killed, as Linux does where memory runs out; close other programs, or convert with --precision int4"
-    if status < 0:
-        return f"process {number} of the measurement was ended by signal {-status}; try again, and report it if it comes back"
-    last = lines[-1] if lines else f"exit status {status}"
-    return last.removeprefix(_ERROR)
+    return FastVLMError(f"process {number} failed: {lines[-1] if lines else f'exit status {status}'}")
 
 
 def _engines(record: Any) -> dict[str, Any]:
@@ -148,7 +156,7 @@ def _engines(record: Any) -> dict[str, Any]:
 
 
 def _joined(powers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the sensor said in all processes."""
+    """Power figures of all processes together: the mean of the means, and the highest peak and temperature."""
     found = [power for power in powers if power["sensor"] is not None]
     if not found:
         return dict(powers[-1]) if powers else {"sensor": None, "reason": "nothing was measured"}

@@ -1,4 +1,4 @@
-"""The record of a measurement: samples by process, their medians and spread, and everything that a figure depends on."""
+"""The record of a measurement: samples of each process, their medians, and everything that a figure depends on."""
 
 from __future__ import annotations
 
@@ -35,63 +35,63 @@ FIGURES = {
     "joules_per_picture": "energy, first token of a picture",
     "joules_per_token": "energy, one decoded token",
 }
-"""Name of a figure -> what a person reads. `decode_tokens_per_second` is measured at every depth, `decode_tokens_per_second@2048`."""
+"""Name of a figure -> its title in tables. Decoding is measured at several depths: `decode_tokens_per_second@2048`."""
 
 
 def unit(figure: str) -> str:
-    """What a figure counts in, from its name."""
+    """Unit of a figure, from its name."""
     if figure.startswith("decode"):
         return "tokens/s"
     return "ms" if figure.endswith("_ms") else "MiB" if figure.endswith("_mib") else "J"
 
 
 def more_is_better(figure: str) -> bool:
-    """Whether a larger value is the good news."""
+    """Whether a larger value of the figure is better."""
     return unit(figure) == "tokens/s"
 
 
 def digits(value: float) -> float:
-    """Four of them."""
+    """Round to four significant digits."""
     return float(f"{value:.4g}")
 
 
 def summary(values: Iterable[float]) -> dict[str, float]:
-    """Median, least and most, four digits each."""
+    """Median, minimum and maximum, with four digits each."""
     numbers = list(values)
     return {"median": digits(statistics.median(numbers)), "min": digits(min(numbers)), "max": digits(max(numbers))}
 
 
 @dataclass
 class Samples:
-    """Values by figure, and for each figure by process: one process may differ from the next in more than noise."""
+    """Samples of every figure, grouped by process, because processes differ by more than the noise of their runs."""
 
     figures: dict[str, list[list[float]]] = field(default_factory=dict)
     processes: int = 0
 
     def begin_process(self) -> None:
-        """What is added from now on comes from a new process."""
+        """Group the samples that follow under a new process."""
         self.processes += 1
 
     def add(self, figure: str, value: float) -> None:
-        """One measured value."""
+        """Add one measured value."""
         groups = self.figures.setdefault(figure, [])
         while len(groups) < self.processes:
             groups.append([])
         groups[-1].append(value)
 
     def summaries(self) -> dict[str, dict[str, Any]]:
-        """`{"median", "min", "max", "samples"}` of every figure; samples are lists by process."""
+        """`{"median", "min", "max", "samples"}` of every figure; `samples` has one list for each process."""
         return {name: self.summary(name) for name in self.figures}
 
     def summary(self, name: str) -> dict[str, Any]:
-        """Of one figure."""
+        """The same for one figure."""
         groups = [group for group in self.figures[name] if group]
         shown = [[digits(value) for value in group] for group in groups]
         return {**summary(value for group in groups for value in group), "samples": shown}
 
 
 def document_of(samples: Samples, facts: dict[str, Any], *, partial: bool) -> dict[str, Any]:
-    """The JSON object: figures on top, then `decode_by_depth`, then what they depend on."""
+    """The record as a JSON object: first the figures, then `decode_by_depth`, then what they depend on."""
     found = samples.summaries()
     depths = sorted((int(name.partition("@")[2]), name) for name in found if name.startswith(f"{DECODE}@"))
     document: dict[str, Any] = {"kind": KIND, "schema": SCHEMA, "partial": partial}
@@ -103,7 +103,7 @@ def document_of(samples: Samples, facts: dict[str, Any], *, partial: bool) -> di
 
 
 def figures_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name -> summary of everything that a record measured, decoding by depth in place of the one figure for it."""
+    """Name -> summary of every figure in a record. Decoding appears once for each depth."""
     found: dict[str, dict[str, Any]] = {}
     for name in FIGURES:
         if name == DECODE:
@@ -114,50 +114,54 @@ def figures_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def title_of(figure: str) -> str:
-    """What a person reads for a figure of `figures_of`."""
+    """Title of a figure of `figures_of`, for tables."""
     name, _, depth = figure.partition("@")
     return f"{FIGURES[name]} at {depth} positions" if depth else FIGURES[name]
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a record, whole or not at all. Raises FastVLMError where the disk is full or not writable."""
+    """Write a record, completely or not at all. Raises FastVLMError if the disk is full or not writable."""
     try:
         with whole_file(path) as partial:
             partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise FastVLMError(f"{path} cannot be written ({error.strerror}); choose another place with -o") from None
+        raise FastVLMError(f"{path} cannot be written ({error.strerror})", "choose another place with -o") from None
 
 
 def check_writable(path: Path) -> None:
-    """Raise FastVLMError where a file at `path` could not be written, before minutes are spent on measuring."""
+    """Raise FastVLMError if a file at `path` could not be written, before minutes are spent on measurements."""
     if path.is_dir():
-        raise FastVLMError(f"{path} is a folder; give the name of a file")
+        raise FastVLMError(f"{path} is a directory", "give the name of a file")
     if not path.absolute().parent.is_dir():
-        raise FastVLMError(f"{path.absolute().parent} does not exist; make the folder first, or choose another place")
+        raise FastVLMError(f"{path.absolute().parent} does not exist", "create this directory first, or choose another place")
     if not os.access(path.absolute().parent, os.W_OK):
-        raise FastVLMError(f"{path.absolute().parent} is not writable; choose another place")
+        raise FastVLMError(f"{path.absolute().parent} is not writable", "choose another place")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises FastVLMError where it is none."""
+    """Read a JSON object from a file. Raises FastVLMError if there is none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FastVLMError(f"{path} cannot be read ({error.strerror}); check the name of the file") from None
+        raise FastVLMError(f"{path} cannot be read ({error.strerror})", "check the name of the file") from None
     except ValueError as error:
-        raise FastVLMError(f"{path} is no JSON ({error}); give what fastvlm-edge wrote with --json or -o") from None
+        raise FastVLMError(f"{path} is not JSON ({error})", "give a file that fastvlm-edge wrote with --json or -o") from None
     if not isinstance(document, dict):
-        raise FastVLMError(f"{path} holds a {type(document).__name__}, not one JSON object; give what fastvlm-edge wrote with --json or -o")
+        raise FastVLMError(
+            f"{path} contains a {type(document).__name__}, not a JSON object", "give a file that fastvlm-edge wrote with --json or -o"
+        )
     return document
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file that `bench` wrote: one, or those of several models. Raises FastVLMError where it is no such file."""
+    """The records in a file that `bench` wrote, one for each model. Raises FastVLMError if it is not such a file."""
     document = read_json(path)
     found: Sequence[Any] = document["results"] if isinstance(document.get("results"), list) else [document]
     for each in found:
         if not isinstance(each, dict) or each.get("kind") != KIND:
-            raise FastVLMError(f"{path} is no record of fastvlm-edge bench; make one with: fastvlm-edge bench MODEL -o {path.name}")
+            raise FastVLMError(f"{path} is not a record of fastvlm-edge bench", f"run: fastvlm-edge bench MODEL -o {path.name}")
         if each.get("schema") != SCHEMA:
-            raise FastVLMError(f"{path} has schema {each.get('schema')}, this toolkit reads {SCHEMA}; measure again with this version")
+            raise FastVLMError(
+                f"{path} has schema {each.get('schema')}, and this version reads {SCHEMA}", "measure again with this version"
+            )
     return list(found)

@@ -1,4 +1,4 @@
-"""Records as text for people."""
+"""Print a record as text."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from fastvlm_edge.machine.state import busy
 
 
 def format_record(document: dict[str, Any]) -> str:
-    """What was measured, then on what."""
+    """Text of a record: a table of the figures, then model, machine and settings."""
     model, machine, settings = document["model"], document["machine"], document["settings"]
     rows: list[tuple[str, ...]] = [("", "median", "min", "max", "")]
     for name, figure in figures_of(document).items():
         rows.append((title_of(name), *(number(figure[key]) for key in ("median", "min", "max")), unit(name)))
     lines = [
         f"{model['name']} ({model['precision']}), {model['image_size']} px; {document.get('runs_on', 'not loaded')}",
-        f"{document['prompt_tokens']} positions of picture and question",
+        f"{document['prompt_tokens']} positions for picture and question",
     ]
     if "warm_prefilled_tokens" in document:
-        lines[-1] += f", {document['warm_prefilled_tokens']} of them computed when the picture is in the cache"
+        lines[-1] += f", {document['warm_prefilled_tokens']} of them computed if the picture is in the cache"
     lines += ["", *aligned(rows), "", *map(_engines, document["engines"])]
     lines += [_power(document["power"]), *_state(document["state"])]
     memory = f"{machine['memory_gib']} GiB"
@@ -29,12 +29,12 @@ def format_record(document: dict[str, Any]) -> str:
         lines[-1] += f", {machine['gpu'].get('name', 'GPU unknown')}"
     lines.append(f"{settings['processes']} processes of {settings['runs']} runs each after a warm-up")
     if document["partial"]:
-        lines[-1] += f"; partial: it was stopped after {document['processes_done']}"
+        lines[-1] += f"; incomplete: stopped after {document['processes_done']}"
     return "\n".join(line.rstrip() for line in lines)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: tuple[int, ...] = (0,)) -> list[str]:
-    """Rows as lines; columns of words in `left` and the last one to the left, the others to the right."""
+    """Rows as lines of text. Columns in `left` and the last one are aligned to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     words = (*left, len(widths) - 1)
 
@@ -47,7 +47,7 @@ def aligned(rows: Sequence[Sequence[str]], left: tuple[int, ...] = (0,)) -> list
 
 
 def number(value: float) -> str:
-    """Four digits, none after the point where there are as many before it."""
+    """A number with four significant digits, and from 1000 on without decimals."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -59,9 +59,9 @@ def _engines(engines: dict[str, Any]) -> str:
 
 def _power(power: dict[str, Any]) -> str:
     if power["sensor"] is None:
-        return f"power: not measured, {power['reason']}"
+        return f"power: not measured ({power['reason']})"
     mean = "" if power["mean_w"] is None else f"{power['mean_w']:.1f} W, "
-    line = f"power: {mean}at most {power['peak_w']:.1f} W ({power['sensor']})"
+    line = f"power: {mean}peak {power['peak_w']:.1f} W ({power['sensor']})"
     if power["temperature_c"] is not None:
         line += f", {power['temperature_c']:.0f} °C"
     return line + (", THROTTLED: clocks were lowered" if power["throttled"] else "")
@@ -70,7 +70,7 @@ def _power(power: dict[str, Any]) -> str:
 def _state(state: dict[str, Any]) -> list[str]:
     before, after = state["before"], state["after"]
     parts = []
-    for name, label in (("cpu_mhz", "CPU MHz"), ("device_mhz", "device MHz"), ("temperature_c", "°C at the most")):
+    for name, label in (("cpu_mhz", "CPU MHz"), ("device_mhz", "device MHz"), ("temperature_c", "highest °C")):
         if name in before and name in after:
             first, last = (max(each[name].values() if isinstance(each[name], dict) else each[name], default=0) for each in (before, after))
             parts.append(f"{label} {first:g} before, {last:g} after")
@@ -80,5 +80,5 @@ def _state(state: dict[str, Any]) -> list[str]:
         parts.append(f"power mode {before['power_mode']}")
     lines = ["; ".join(parts)] if parts else []
     if busy(before):
-        lines.append(f"the machine was busy before it began (load {before['load_average']:g}): measure again when it is quiet")
+        lines.append(f"the machine was busy before the measurement (load {before['load_average']:g}): measure again when it is idle")
     return lines

@@ -1,4 +1,4 @@
-"""A backend with a stopwatch: tells the decoder's own time from what the sampler adds to it."""
+"""A backend with a stopwatch, to tell the time of the decoder from that of the sampler."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastvlm_edge.backends.protocol import Backend, ImageFeatures, StepOutput
 
 
 class TimedBackend:
-    """Implements `fastvlm_edge.backends.Backend` by another one."""
+    """Passes every call of the `Backend` protocol on to another backend, and measures the time of `step`."""
 
     def __init__(self, backend: Backend) -> None:
-        """Closing the one closes the other."""
+        """`close` also closes `backend`."""
         self._backend = backend
         self.name = backend.name
         self.description = backend.description
         self.step_seconds = 0.0
-        """Spent in `step` since it was last set to 0."""
+        """Time spent in `step` since this was last set to 0."""
 
     @property
     def length(self) -> int:
@@ -33,7 +33,7 @@ class TimedBackend:
         return self._backend.revision
 
     def encode(self, pixel_values: NDArray[np.float32]) -> ImageFeatures:
-        """As the backend does."""
+        """Encode with the backend, not timed."""
         return self._backend.encode(pixel_values)
 
     def step(
@@ -44,20 +44,20 @@ class TimedBackend:
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
-        """As the backend does, timed."""
+        """Run the step of the backend, and add its time to `step_seconds`."""
         began = time.perf_counter()
         output = self._backend.step(input_ids, image_features, logit_positions=logit_positions, want_logits=want_logits)
         self.step_seconds += time.perf_counter() - began
         return output
 
     def truncate(self, length: int) -> None:
-        """As the backend does."""
+        """Shorten the cache of the backend to `length` positions."""
         self._backend.truncate(length)
 
     def reset(self) -> None:
-        """As the backend does."""
+        """Empty the cache of the backend."""
         self._backend.reset()
 
     def close(self) -> None:
-        """As the backend does."""
+        """Close the backend."""
         self._backend.close()

@@ -1,4 +1,4 @@
-"""What is asked: questions of a chosen length and pictures that no process has seen before."""
+"""The workload: questions of a given length, and pictures that are in no cache."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.inputs.image_input import load_rgb
 
 TEXT_TOKENS = 34
-"""Positions of text around the picture: the template's own and a question of some 12 words."""
+"""Text tokens around the picture: those of the chat template, and a question of about 12 words."""
 WORDS = ("a", "b", "c", "d", "e", "f", "g", "h")
-"""Of one token each in every byte-level vocabulary."""
+"""Words that are one token in every byte-level vocabulary."""
 
 
 def question(length: Callable[[str], int], positions: int, word: str = "a") -> str:
-    """`word` over and over, so often that `length`, of the whole prompt with picture and template, says `positions`.
+    """`word` repeated so often that the whole prompt, with picture and chat template, has `positions` positions by `length`.
 
-    Raises ValueError where that cannot be.
+    Raises ValueError if there is no such prompt.
     """
     words = positions - length(word) + 1
     if words < 1 or length(prompt := word + f" {word}" * (words - 1)) != positions:
@@ -30,7 +30,7 @@ def question(length: Callable[[str], int], positions: int, word: str = "a") -> s
 
 
 def question_near(length: Callable[[str], int], positions: int, word: str = "a") -> str:
-    """Like `question`; where the template alone is longer, or the tokenizer joins words, the shortest that is long enough."""
+    """Like `question`, but the shortest prompt with at least `positions`, if none has exactly as many."""
     try:
         return question(length, positions, word)
     except ValueError:
@@ -45,10 +45,10 @@ def question_near(length: Callable[[str], int], positions: int, word: str = "a")
 
 
 class Pictures:
-    """Variants of one photograph, each a JPEG file in memory that differs from all others in its pixels: none can be in any cache."""
+    """Variants of one photograph, as JPEG files in memory. All differ in their pixels, so that no cache knows them."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """`path` None is a photograph of 512 x 341 that comes with the package. Raises FastVLMError where it cannot be read."""
+        """The photograph at `path`, or one of 512 x 341 pixels in the package. Raises FastVLMError if it cannot be read."""
         with files("fastvlm_edge").joinpath("pictures/coffee.jpg").open("rb") as file:
             self._photo = load_rgb(file.read() if path is None else path)
         self._next = 0
@@ -59,10 +59,10 @@ class Pictures:
         return (self._photo.width, self._photo.height)
 
     def new(self) -> bytes:
-        """A picture that was not handed out before: one block of 8 x 8 pixels, which a JPEG keeps apart, in a colour of its own."""
+        """A new variant: one block of 8 x 8 pixels, which JPEG compresses separately, in a colour that no earlier variant had."""
         number, self._next = self._next, self._next + 1
         if number >= 1 << 12:
-            raise FastVLMError(f"{number} pictures are too many; use fewer --runs")
+            raise FastVLMError(f"there are only {number} different pictures", "use fewer --runs")
         colour = tuple(255 - 17 * (number >> shift & 15) for shift in (0, 4, 8))
         variant = self._photo.copy()
         variant.paste(Image.new("RGB", (8, 8), colour), (0, 0))

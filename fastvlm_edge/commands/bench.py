@@ -1,4 +1,4 @@
-"""`fastvlm-edge bench`: how fast model directories are on this machine, and `bench compare`: what changed between two records."""
+"""`fastvlm-edge bench`: measure model directories on this machine. `bench compare`: which figures changed between two records."""
 
 from __future__ import annotations
 
@@ -23,15 +23,40 @@ from fastvlm_edge.commands.arguments import at_least, positive
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.progress import Progress, SilentProgress, stderr_progress
 
+Work = Measurement | dict[str, Any]
+"""What one MODEL of the command line stands for: a model to measure, or a record that was read."""
+
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure and print, or compare; after Ctrl-C or an error what there is of it is printed and written."""
+    """Measure and print, or compare two records."""
     if arguments and arguments[0] == "compare":
         return _compare(arguments[1:])
     options = parser().parse_args(arguments)
     if options.process is not None:
-        settings = json.loads(options.process)
-        return _be_process(options.models[0], Settings(**settings | {"depths": settings["depths"] and tuple(settings["depths"])}))
+        return _be_process(options.models[0], json.loads(options.process))
+    evaluations = _check(options)
+    documents = _measure_all(_work(options), options)
+    _tell(documents, options)
+    if options.plot is not None:
+        for path in draw(options.plot, documents, evaluations):
+            print(path, file=sys.stderr)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Raise FastVLMError for options that cannot work, before minutes are spent on measurements. Returns the files of `--eval`."""
+    Pictures(None if options.image is None else Path(options.image))
+    if options.eval and options.plot is None:
+        raise FastVLMError("--eval is for --plot, which draws accuracy against speed", "add --plot PREFIX")
+    if options.output is not None:
+        check_writable(options.output)
+    if options.plot is not None:
+        check_matplotlib()
+        check_writable(options.plot.with_name(f"{options.plot.name}-ttft.png"))
+    return [read_json(path) for path in options.eval]
+
+
+def _work(options: argparse.Namespace) -> list[Work]:
     settings = Settings(
         backend=options.backend,
         threads=options.threads,
@@ -41,21 +66,16 @@ def main(arguments: Sequence[str]) -> int:
         depths=options.depths,
         image=options.image,
     )
-    Pictures(None if options.image is None else Path(options.image))  # what can be wrong is told before minutes of work
-    if options.eval and options.plot is None:
-        raise FastVLMError("--eval is for --plot, which draws accuracy against speed; give --plot PREFIX as well")
-    if options.output is not None:
-        check_writable(options.output)
-    if options.plot is not None:
-        check_matplotlib()
-        check_writable(options.plot.with_name(f"{options.plot.name}-ttft.png"))
-    evaluations = [read_json(path) for path in options.eval]
-    work: list[Measurement | dict[str, Any]] = []
+    work: list[Work] = []
     for model in options.models:
         work += read_records(model) if model.is_file() else [Measurement(model, settings, options.processes)]
+    return work
 
+
+def _measure_all(work: Sequence[Work], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure one model after another. After Ctrl-C or an error, what was measured so far is still printed and written."""
     progress = stderr_progress() if not options.json or sys.stderr.isatty() else SilentProgress()
-    begun: list[Measurement | dict[str, Any]] = []
+    begun: list[Work] = []
     try:
         for each in work:
             begun.append(each)
@@ -71,22 +91,17 @@ def main(arguments: Sequence[str]) -> int:
         elif documents:
             _tell(documents, options)
         raise
-    documents = _documents(begun)
-    _tell(documents, options)
-    if options.plot is not None:
-        for path in draw(options.plot, documents, evaluations):
-            print(path, file=sys.stderr)
-    return 0
+    return _documents(begun)
 
 
-def _measure(measurement: Measurement, begun: list[Measurement | dict[str, Any]], output: Path | None, progress: Progress) -> None:
-    """All processes of one model; the record is on disk after each of them."""
+def _measure(measurement: Measurement, begun: list[Work], output: Path | None, progress: Progress) -> None:
+    """Run all processes of one model. The record is written to disk after each of them."""
     for _ in measurement.run(progress):
         if output is not None:
             write_json(output, _one(_documents(begun)))
 
 
-def _documents(begun: Sequence[Measurement | dict[str, Any]]) -> list[dict[str, Any]]:
+def _documents(begun: Sequence[Work]) -> list[dict[str, Any]]:
     return [each.document() if isinstance(each, Measurement) else each for each in begun]
 
 
@@ -107,8 +122,10 @@ def _write(documents: list[dict[str, Any]], output: Path | None) -> None:
         write_json(output, _one(documents))
 
 
-def _be_process(model: Path, settings: Settings) -> int:
-    for line in measure(model, settings):
+def _be_process(model: Path, settings: dict[str, Any]) -> int:
+    """Be one process of a measurement: print every figure as a line of JSON. The command line prints an error as JSON too (`--json`)."""
+    depths = settings["depths"] and tuple(settings["depths"])  # JSON has no tuples
+    for line in measure(model, Settings(**{**settings, "depths": depths})):
         print(json.dumps(line), flush=True)
     return 0
 
@@ -119,7 +136,7 @@ def _compare(arguments: Sequence[str]) -> int:
     differs = check_comparable(before, after, across_machines=options.across_machines)
     changes = compare(before, after)
     if not changes:
-        raise FastVLMError(f"{options.before} and {options.after} have no figure in common; measure the same things")
+        raise FastVLMError(f"{options.before} and {options.after} have no figure in common", "measure both with the same options")
     if options.json:
         print(json.dumps({"changes": [dataclasses.asdict(change) for change in changes], "differs": differs, "rule": RULE}))
     else:
@@ -130,18 +147,18 @@ def _compare(arguments: Sequence[str]) -> int:
 def _single(path: Path) -> dict[str, Any]:
     records = read_records(path)
     if len(records) != 1:
-        raise FastVLMError(f"{path} has the records of {len(records)} models; give a record of one model")
+        raise FastVLMError(f"{path} has records of {len(records)} models", "give a record of one model")
     return records[0]
 
 
 def compare_parser() -> argparse.ArgumentParser:
     """The arguments of `bench compare`."""
     parser = argparse.ArgumentParser(
-        prog="fastvlm-edge bench compare", description="Say which figures changed between two records by more than the noise of both."
+        prog="fastvlm-edge bench compare", description="Say which figures changed between two records by more than the noise."
     )
     parser.add_argument("before", metavar="A.json", type=Path, help="a record, written with -o or --json")
-    parser.add_argument("after", metavar="B.json", type=Path, help="another one")
-    parser.add_argument("--across-machines", action="store_true", help="compare although the machines differ")
+    parser.add_argument("after", metavar="B.json", type=Path, help="another record")
+    parser.add_argument("--across-machines", action="store_true", help="compare even if the machines differ")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 
@@ -149,32 +166,35 @@ def compare_parser() -> argparse.ArgumentParser:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvlm-edge bench",
-        description="Measure model directories on this machine (docs/bench.md): first token of new and known pictures, decoding, memory, "
-        "energy. `fastvlm-edge bench compare A.json B.json` says what changed between two records.",
+        description="Measure model directories on this machine (docs/bench.md): time to first token for new and known pictures, decoding, "
+        "memory and energy. `fastvlm-edge bench compare A.json B.json` says what changed between two records.",
     )
-    parser.add_argument("models", metavar="MODEL", type=Path, nargs="+", help="model directory to measure, or a record to show and draw")
-    group = parser.add_argument_group("what comes out")
+    parser.add_argument("models", metavar="MODEL", type=Path, nargs="+", help="model directory to measure, or record to print and draw")
+    group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    group.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the JSON there too")
+    group.add_argument("-o", "--output", metavar="FILE", type=Path, help="also write the JSON to FILE")
     group.add_argument(
         "--plot", metavar="PREFIX", type=Path, help="write PREFIX-ttft, PREFIX-decode and PREFIX-accuracy, each .png and .svg"
     )
+    group.add_argument("--eval", metavar="FILE", type=Path, action="append", default=[], help="output of eval --json, for PREFIX-accuracy")
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--processes", metavar="N", type=positive, default=5, help="each process reloads the model (default: %(default)s)")
+    group.add_argument("--runs", metavar="N", type=positive, default=3, help="runs per process, after a warm-up (default: %(default)s)")
+    group.add_argument("--image", metavar="FILE", help="photograph (default: one of 512 x 341 pixels)")
     group.add_argument(
-        "--eval", metavar="FILE", type=Path, action="append", default=[], help="what eval --json printed, for PREFIX-accuracy"
+        "--text-tokens", metavar="N", type=positive, default=TEXT_TOKENS, help="text tokens of the prompt (default: %(default)s)"
     )
-    group = parser.add_argument_group("what is measured")
-    group.add_argument("--processes", metavar="N", type=positive, default=5, help="each loads the model anew; default %(default)s")
-    group.add_argument("--runs", metavar="N", type=positive, default=3, help="in each process, after a warm-up; default %(default)s")
-    group.add_argument("--image", metavar="FILE", help="the photograph; default one of 512 x 341 that comes with the package")
-    group.add_argument("--text-tokens", metavar="N", type=positive, default=TEXT_TOKENS, help="around the picture; default %(default)s")
-    group.add_argument("--new-tokens", metavar="N", type=_several, default=NEW_TOKENS, help="of a reply; default %(default)s")
+    group.add_argument("--new-tokens", metavar="N", type=_several, default=NEW_TOKENS, help="tokens of each reply (default: %(default)s)")
     shown = ",".join(map(str, DEPTHS))
     group.add_argument(
-        "--depths", metavar="N,N", type=_depths, help=f"positions of context to decode at; default {shown} as far as they fit"
+        "--depths",
+        metavar="N,N",
+        type=_depths,
+        help=f"positions at which to measure decoding (default: {shown}, as far as they fit)",
     )
-    group = parser.add_argument_group("how it runs")
-    group.add_argument("--backend", choices=BACKENDS, default="auto", help="default %(default)s")
-    group.add_argument("--threads", metavar="N", type=positive, help="CPU threads; default all that this process may use")
+    group = parser.add_argument_group("execution")
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help="backend to use (default: %(default)s)")
+    group.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: all cores that this process may use)")
     group.add_argument(CHILD, metavar="JSON", help=argparse.SUPPRESS)
     return parser
 

@@ -166,7 +166,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(model: Path, monkeypatch
 def test_wrong_targets_and_precisions_are_refused_before_anything_is_built(model: Path, tmp_path: Path) -> None:
     no_gpu = r"there is no GPU to build for \(.*\); choose a target with --target"
     for target, says in (
-        ("orin9", r"target 'orin9' is unknown; use auto or one of: rtx, orin-nano"),
+        ("orin9", r"target 'orin9' is unknown; use one of: auto, rtx, orin-nano"),
         ("auto", no_gpu),
         ("orin", "TensorRT is not installed; install tensorrt, or on a Jetson that of JetPack"),
     ):

@@ -122,7 +122,7 @@ def build_target(name: str) -> Target:
     if not target.compute_capabilities:
         raise FastVLMError(
             f"target {name!r} is a computer without a GPU, and TensorRT engines need one (onnxruntime runs the model directory as it is)",
-            f"use auto or one of: {', '.join(BUILD_NAMES)}",
+            f"use one of: auto, {', '.join(BUILD_NAMES)}",
         )
     return target
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 from fastvlm_edge import FastVLM, FastVLMError
-from fastvlm_edge.bench import energy, processes
+from fastvlm_edge.bench import energy
 from fastvlm_edge.bench.measure import Settings, measure, measure_backend, plan_for
 from fastvlm_edge.bench.processes import Measurement
 from fastvlm_edge.bench.record import FIGURES, Samples, read_records, write_json
@@ -296,7 +297,7 @@ def test_ctrl_c_prints_and_writes_what_was_measured(model_dir: Path, tmp_path: P
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the measuring process as well
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    assert "partial: it was stopped after" in out and "first token, new picture" in out
+    assert "incomplete: stopped after" in out and "first token, new picture" in out
     (document,) = read_records(output)
     assert document["partial"] and 1 <= document["processes_done"] < 500
     assert sorted(path.name for path in tmp_path.iterdir()) == ["record.json"]
@@ -329,19 +330,35 @@ def test_the_reason_of_a_measuring_process_is_told_in_one_line(model_dir: Path, 
     assert "has no engines" in json.loads(out)["error"]["message"]
 
 
-def test_a_killed_process_is_explained(model_dir: Path) -> None:
-    class Errors:
-        seek = staticmethod(lambda _: 0)
-        read = staticmethod(lambda: b"")
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "process 1 was killed, as Linux does if memory runs out"),
+        ("import os; os.kill(os.getpid(), 11)", "process 1 was ended by signal 11"),
+        ("import sys; sys.exit('no such module')", "process 1 failed: no such module"),
+    ],
+)
+def test_a_process_that_dies_without_a_word_is_explained(
+    code: str, says: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c {shlex.quote(code)}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(FastVLMError, match=says):
+        list(Measurement(model_dir, Settings("ort"), 1).run(SilentProgress()))
 
-    assert "memory runs out" in processes._reason(-9, Errors(), 2)  # type: ignore[arg-type]
-    assert "signal 11" in processes._reason(-11, Errors(), 2)  # type: ignore[arg-type]
+
+def test_the_error_of_a_process_keeps_its_two_parts(model_dir: Path) -> None:
+    with pytest.raises(FastVLMError) as caught:
+        list(Measurement(model_dir, Settings("tensorrt"), 1).run(SilentProgress()))
+    assert "fastvlm-edge build" in (caught.value.mend or "") and "fastvlm-edge build" not in caught.value.what
 
 
 def test_processes_must_agree_on_the_backend(model_dir: Path) -> None:
     measurement = Measurement(model_dir, Settings(), 2)
     measurement._take({"facts": {"backend": "ort"}}, 1, SilentProgress())
-    with pytest.raises(FastVLMError, match="process 2 ran on other, those before on ort"):
+    with pytest.raises(FastVLMError, match="process 2 ran on other, and earlier processes on ort"):
         measurement._take({"facts": {"backend": "other"}}, 2, SilentProgress())
 
 
@@ -352,8 +369,8 @@ def test_processes_must_agree_on_the_backend(model_dir: Path) -> None:
         (["--depths", "5000"], "decoding cannot be timed at 5000 positions"),
         (["--new-tokens", "4000", "--depths", "80"], "use fewer --new-tokens"),
         (["--image", "nowhere.jpg"], "nowhere.jpg does not exist"),
-        (["-o", "nowhere/x.json"], "does not exist; make the folder first"),
-        (["-o", "."], "is a folder; give the name of a file"),
+        (["-o", "nowhere/x.json"], "does not exist; create this directory first"),
+        (["-o", "."], "is a directory; give the name of a file"),
         (["--eval", "x.json"], "--eval is for --plot"),
     ],
 )
@@ -375,7 +392,7 @@ def test_wrong_usage_is_status_2(model_dir: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("{", "is no JSON"), ("[1]", "holds a list"), ('{"kind": "x"}', "is no record"), (None, "cannot be read")]
+    ("text", "says"), [("{", "is not JSON"), ("[1]", "contains a list"), ('{"kind": "x"}', "is not a record"), (None, "cannot be read")]
 )
 def test_a_file_that_is_no_record_is_refused(text: str | None, says: str, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
