@@ -60,9 +60,9 @@ class ReplyStream:
 
     def __init__(self, generate: Callable[[Callable[[Reply], None]], Iterator[str]]) -> None:
         """`generate` gives the pieces, and passes the reply to the function that it gets."""
-        self._pieces = generate(self._finish)
         self._reply: Reply | None = None
         self._closed = False
+        self._pieces = generate(self._finish)
 
     def __iter__(self) -> ReplyStream:
         return self
