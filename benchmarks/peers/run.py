@@ -113,8 +113,8 @@ class Run:
                 print(f"continuing {self._state_path}; --fresh starts anew", file=sys.stderr)
 
     def run(self) -> int:
-        """Prepare everything, then measure the rounds. 0 if nothing failed."""
-        options = self.options
+        """Prepare everything, then measure the rounds. 0 if all of it was done and nothing failed."""
+        options, complete = self.options, True
         self.state["errors"] = {}  # what failed is tried again
         try:
             if options.device == "gpu":
@@ -140,12 +140,13 @@ class Run:
 
             take_turns(names, options.rounds, measure, found=self.state["rounds"], keep=self._keep, failed=self._failed)
         except TimeUp:
+            complete = False
             print(f"peers: {options.limit:.0f} s are over; the same command continues from here", file=sys.stderr)
         self._keep()
         if all(len(self.state["rounds"].get(each.name, ())) >= options.rounds for each in self.chosen):
             self._state_path.unlink()  # the next run is a new one
         print_table(self.document())
-        return 1 if self.state["errors"] else 0
+        return 0 if complete and not self.state["errors"] else 1
 
     def document(self) -> dict[str, Any]:
         """The record."""

@@ -185,7 +185,7 @@ def test_a_run_ends_at_its_limit_and_goes_on_later(
 
     monkeypatch.setattr(run, "call", slow)
     options.limit, options.only = 25, "fastvlm-edge:tensorrt-int4,transformers:float16"
-    assert run_on_a_gpu(options) == 0
+    assert run_on_a_gpu(options) == 1
     assert "25 s are over; the same command continues" in capsys.readouterr().err
     measured = {name: len(record["vision_ms"]["samples"]) for name, record in json.loads(options.out.read_text())["results"].items()}
     assert measured == {"fastvlm-edge:tensorrt-int4": 2, "transformers:float16": 1}
@@ -207,7 +207,7 @@ def test_a_process_that_the_limit_cuts_off_has_not_failed(options: argparse.Name
 
     monkeypatch.setattr(run, "call", cut_off)
     options.limit = 25
-    assert run_on_a_gpu(options) == 0
+    assert run_on_a_gpu(options) == 1
     assert all("error" not in record for record in json.loads(options.out.read_text())["results"].values())
 
 

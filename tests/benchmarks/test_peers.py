@@ -298,6 +298,20 @@ def test_the_encoder_is_counted_from_the_checkpoint(tmp_path: Path) -> None:
     assert headline.encoder_parameters(tmp_path) == 122_714_208
 
 
+def test_the_headline_is_a_run_of_its_three_contenders(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(command: list[str], **_: Any) -> str:
+        slow = 10 if "llava" in command[2] else 1
+        samples = {"ttft_ms": [100.0 * slow], "encoder_parameters": [400e6]}
+        return json.dumps({"samples": samples, "versions": {}})
+
+    monkeypatch.setattr(run, "call", measured)
+    monkeypatch.setattr(headline, "encoder_parameters", lambda _: 125_000_000)
+    found = headline.headline(options)
+    assert list(found["results"]) == list(headline.CONTENDERS) and (found["rounds"], found["runs"]) == (2, 1)
+    assert found["ttft_ratio"] == {"fastvlm-edge int4": 10.0, "transformers FastVLM bfloat16": 10.0}
+    assert found["encoder_parameters"] == {"FastViTHD": 125_000_000, "SigLIP": 400_000_000} and found["encoder_ratio"] == 3.2
+
+
 def test_the_headline_puts_ours_beside_the_paper(tmp_path: Path) -> None:
     figure = {"median": 100.0, "min": 90.0, "max": 110.0}
     parts = dict.fromkeys(("ttft_ms", "ttft_cold_ms", "preprocess_ms", "vision_ms", "prefill_ms", "first_sample_ms"), figure)
