@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import html
 import importlib
 import re
 import shlex
@@ -184,3 +185,12 @@ def test_parsers_are_those_of_the_commands(command: str) -> None:
     assert parsers(command)[0].prog == f"fastvlm-edge {command}"
     assert importlib.import_module(f"fastvlm_edge.commands.{command}").main
     assert Path(importlib.import_module("fastvlm_edge.commands").__path__[0], f"{command}.py").is_file()
+
+
+def test_the_recorded_terminal_shows_commands_that_exist() -> None:
+    pytest.importorskip("rich")
+    recorder = importlib.import_module("docs.record_terminal")
+    shown = html.unescape((recorder.IMAGES / "terminal.svg").read_text(encoding="utf-8")).replace("\xa0", " ")
+    for command in recorder.COMMANDS:
+        accept(shlex.split(command)[1:])
+        assert command.partition('"')[0] in shown, "run: python -m docs.record_terminal"
