@@ -21,7 +21,6 @@ from PIL import Image
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.cli import main
 from fastvlm_edge.commands import eval as command
-from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.evaluation.data import open_data
 from fastvlm_edge.evaluation.evaluate import SHORT_ANSWER, Answer, Evaluation, Subject, check_same_vocabulary
 from fastvlm_edge.evaluation.metrics import kl_divergence, log_softmax
@@ -54,6 +53,9 @@ def questions(pictures: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torch")
+    from fastvlm_edge.convert.pipeline import convert
+
     output = tmp_path_factory.mktemp("demo") / "fp32"
     convert(str(CHECKPOINT), output)
     return output
