@@ -36,7 +36,7 @@ from benchmarks.studies.quantization_choice import (
     encode,
     judge,
 )
-from benchmarks.studies.vision_quantization import Model, graph_features, static_features, write_fp32
+from benchmarks.studies.vision_quantization import Model, graph_features, others, static_features, write_fp32
 from fastvlm_edge.calib.accuracy import score
 from fastvlm_edge.calib.encoder.search import VisionSearch, squared_error
 from fastvlm_edge.calib.quantizer import DAMAGE
@@ -48,8 +48,10 @@ MODELOPT = """
 import sys, numpy
 from modelopt.onnx.quantization import quantize
 folder, method = sys.argv[1:]
+excluded = [line for line in open(folder + "/excluded").read().splitlines() if line]
+only = {"nodes_to_exclude": excluded, "op_types_to_quantize": ["Conv", "MatMul"]} if excluded else {}
 quantize(folder + "/vision.onnx", quantize_mode="int8", calibration_data=numpy.load(folder + "/seen.npy"), calibration_method=method,
-         calibration_eps=["cpu"], output_path=folder + "/int8.onnx", high_precision_dtype="fp32")
+         calibration_eps=["cpu"], output_path=folder + "/int8.onnx", high_precision_dtype="fp32", **only)
 """
 NNCF = """
 import sys, numpy, nncf, openvino
@@ -70,6 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--modelopt", type=Path)
+    parser.add_argument("--same-layers", action="store_true", help="add rows to --out in which libraries quantise what ours does")
     parser.add_argument("--nncf", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "vision_libraries.json")
     options = parser.parse_args()
@@ -88,13 +91,29 @@ def main() -> int:
         for picture in pixels:
             yield np.ascontiguousarray(picture.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255))
 
+    same: set[str] = set()
+
     def ours() -> Float32:
         search.observe(seen)
         search.measure(seen[:MEASURED])
-        search.apply(search.choose(seen, bound=DAMAGE, measured=MEASURED))
+        result = search.choose(seen, bound=DAMAGE, measured=MEASURED)
+        search.apply(result)
+        same.update(result.activation_scales)
         return encode(search, pixels)
 
     ways: dict[str, Callable[[], Float32]] = {"ours": ours}
+    if options.same_layers:
+        for method in ("MinMax", "Percentile"):
+            ways[f"onnxruntime, {method}, the layers of ours"] = lambda method=method: np.concatenate(  # type: ignore[misc]
+                static_features(model, size, seen, pictures(), method, same)
+            )
+        for method in ("max", "entropy"):
+            ways[f"modelopt, {method}, the layers of ours"] = lambda method=method: np.concatenate(  # type: ignore[misc]
+                modelopt_features(model, size, seen, pictures(), method, options.modelopt, same)
+            )
+        return measure(
+            ways, options.out, json.loads(options.out.read_text(encoding="utf-8")), checkpoint, questions, kinds, before, expected
+        )
     for method in ("MinMax", "Entropy", "Percentile"):
         ways[f"onnxruntime, {method}"] = lambda method=method: np.concatenate(  # type: ignore[misc]
             static_features(model, size, seen, pictures(), method)
@@ -112,6 +131,20 @@ def main() -> int:
         "machine": machine.describe(),
         "results": {},
     }
+    return measure(ways, options.out, document, checkpoint, questions, kinds, before, expected)
+
+
+def measure(
+    ways: dict[str, Callable[[], Float32]],
+    out: Path,
+    document: dict[str, Any],
+    checkpoint: Any,
+    questions: Any,
+    kinds: list[str],
+    before: Any,
+    expected: Float32,
+) -> int:
+    """Judge every way and put it into the record."""
     for name, way in ways.items():
         try:
             found = way()
@@ -129,16 +162,17 @@ def main() -> int:
             **figures,
         }
         print(name, json.dumps({key: value for key, value in document["results"][name].items() if key != "by_kind"}), flush=True)
-        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
 def modelopt_features(
-    model: Model, size: int, seen: list[Float32], pictures: Iterator[Float32], method: str, python: Path
+    model: Model, size: int, seen: list[Float32], pictures: Iterator[Float32], method: str, python: Path, same: set[str] | None = None
 ) -> list[Float32]:
-    """Image features by the graph that nvidia-modelopt's PTQ makes, in its own environment."""
+    """Image features by the graph that nvidia-modelopt's PTQ makes, in its own environment. With `same`, only these layers are INT8."""
     with tempfile.TemporaryDirectory() as folder:
         write_fp32(model, size, Path(folder))
+        (Path(folder) / "excluded").write_text("\n".join(others(Path(folder) / "vision.onnx", same) if same else []), encoding="utf-8")
         np.save(Path(folder) / "seen.npy", np.concatenate(seen))
         in_its_environment(python, MODELOPT, folder, method)
         return graph_features(Path(folder) / "int8.onnx", pictures)

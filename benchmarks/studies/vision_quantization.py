@@ -154,8 +154,21 @@ def static(model: Model, size: int, seen: Sequence[Float32], heldout: Sequence[F
     return {**losses(found, expected), "seconds": round(time.perf_counter() - began, 1)}
 
 
-def static_features(model: Model, size: int, seen: Sequence[Float32], pictures: Iterable[Float32], method: str) -> list[Float32]:
-    """Image features of `pictures` by the graph that onnxruntime's quantiser makes after `seen`."""
+def others(graph: Path, layers: set[str]) -> list[str]:
+    """The Conv and MatMul nodes of a graph that do not belong to these layers."""
+    import onnx
+
+    nodes = [node for node in onnx.load(str(graph), load_external_data=False).graph.node if node.op_type in ("Conv", "MatMul")]
+    found = [node.name for node in nodes if node.input[1].removesuffix(".weight") not in layers]
+    if len(nodes) - len(found) != len(layers):
+        raise RuntimeError(f"{len(nodes) - len(found)} nodes for {len(layers)} layers")
+    return found
+
+
+def static_features(
+    model: Model, size: int, seen: Sequence[Float32], pictures: Iterable[Float32], method: str, same: set[str] | None = None
+) -> list[Float32]:
+    """Image features of `pictures` by onnxruntime's quantiser, calibrated with `seen`. With `same`, only these layers are INT8."""
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -174,6 +187,7 @@ def static_features(model: Model, size: int, seen: Sequence[Float32], pictures: 
             Reader(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "MatMul"],
+            nodes_to_exclude=others(Path(folder) / "vision.onnx", same) if same else None,
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
