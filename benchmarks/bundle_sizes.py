@@ -72,7 +72,11 @@ class Program:
 
 
 def compare_starts(work: Path, model: Path) -> dict[str, Any]:
-    """A bundle and a PEX with the same wheels and model, started in turns: size, seconds to make and to start, bytes unpacked."""
+    """A bundle and two PEX files with the same wheels and model, started in turns: size, seconds to make and to start, bytes unpacked.
+
+    `pex` has PEX's defaults. `pex_venv` was made with --venv: it installs itself at the first start, and does not boot through its own
+    runtime at later ones.
+    """
     target = bundle_target("x86_64", None)
     wheels = work / "wheels-x86_64-{}.{}".format(*target.python)
     with (model / "LICENSE.padding").open("wb") as file:
@@ -82,19 +86,24 @@ def compare_starts(work: Path, model: Path) -> dict[str, Any]:
     began = time.perf_counter()
     ours = write_bundle(model, target, collect_wheels(target, wheels), work / "ours").path
     programs = {"bundle": Program(ours, [str(ours), "run", *question], time.perf_counter() - began)}
-    programs["pex"] = _make_pex(work, model, [str(path) for path in wheels.glob("*.whl")], question)
+    _lay_out_pex(work, model)
+    files = [str(path) for path in wheels.glob("*.whl")]
+    programs["pex"] = _make_pex(work, "pex", [], files, question)
+    programs["pex_venv"] = _make_pex(work, "pex_venv", ["--venv"], files, question)
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(STARTS):
         for name, program in programs.items():
             state = work / f"state-{name}"
             environment = {**os.environ, "FASTVLM_EDGE_STATE": str(state), "PEX_ROOT": str(state)}
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a PEX would compile everything at every start
             began = time.perf_counter()
             subprocess.run(program.command, env=environment, check=True, capture_output=True)
             seconds[name].append(time.perf_counter() - began)
     return {name: _row(program, seconds[name], work / f"state-{name}") for name, program in programs.items()}
 
 
-def _make_pex(work: Path, model: Path, wheels: list[str], question: list[str]) -> Program:
+def _lay_out_pex(work: Path, model: Path) -> None:
+    """Write what goes into a PEX besides the wheels: our own wheel into `own`, the model and the entry point into `sources`."""
     repository = Path(__file__).parents[1]
     own = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", str(repository), "-w", str(work / "own")]
     subprocess.run(own, check=True, capture_output=True)
@@ -105,11 +114,17 @@ def _make_pex(work: Path, model: Path, wheels: list[str], question: list[str]) -
     entry += "sys.exit(cli.main(['run', os.path.join(os.path.dirname(bundled.__file__), 'model'), *sys.argv[1:]]))"
     (sources / "pex_main.py").write_text(entry + "\n", encoding="utf-8")
     shutil.copytree(model, sources / "bundled" / "model", copy_function=os.link)
-    options = ["--no-pypi", "--intransitive", "--no-compress", "-D", str(sources), "-m", "pex_main", "-o", str(work / "app.pex")]
+
+
+def _make_pex(work: Path, name: str, options: list[str], wheels: list[str], question: list[str]) -> Program:
+    file = work / f"{name}.pex"
+    fixed = ["--no-pypi", "--intransitive", "--no-compress", "-D", str(work / "sources"), "-m", "pex_main", "-o", str(file)]
     began = time.perf_counter()
-    command = [sys.executable, "-m", "pex", *options, *wheels, *map(str, (work / "own").glob("*.whl"))]
+    command = [sys.executable, "-m", "pex", *options, *fixed, *wheels, *map(str, (work / "own").glob("*.whl"))]
     subprocess.run(command, check=True, capture_output=True)
-    return Program(work / "app.pex", [sys.executable, str(work / "app.pex"), *question], time.perf_counter() - began)
+    # The interpreter that a board has: with that of a virtual environment, a PEX boots once more to leave the environment.
+    python = os.path.realpath(sys.executable)
+    return Program(file, [python, str(file), *question], time.perf_counter() - began)
 
 
 def _row(program: Program, seconds: list[float], state: Path) -> dict[str, Any]:

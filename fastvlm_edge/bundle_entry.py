@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastvlm_edge import cli
@@ -40,8 +41,7 @@ def main(bundle: Bundle, arguments: list[str]) -> int:
             return 0
         if command in NOT_HERE:
             raise BundleError(f"{command} is not part of a bundle: {NOT_HERE[command]}", "run it on a computer with fastvlm-edge installed")
-        own = _own(bundle)
-        if command in own:
+        if command in OWN:
             return _run_own(bundle, command, rest)
         if command not in cli.COMMANDS:
             return cli.main([command, *rest])
@@ -134,29 +134,38 @@ def build_missing_engines(bundle: Bundle, model: Path) -> bool:
 # Own commands -------------------------------------------------------------------------------------------------------------------
 
 
-def _own(bundle: Bundle) -> dict[str, tuple[Callable[[list[str]], None], str]]:
-    return {
-        "prepare": (lambda _: _prepare(bundle), "unpack, check every hash, build missing engines"),
-        "install": (lambda words: _print(unit.install(bundle.path, _root(words))), "run prepare at every boot, with systemd (as root)"),
-        "uninstall": (lambda words: _print(unit.uninstall(bundle.path, _root(words))), "undo install (as root)"),
-        "licenses": (
-            lambda words: _print(_licences(bundle, words)),
-            "list all licences; with PACKAGE, print its licence text",
-        ),
-        "about": (lambda _: _print(_about(bundle)), "print the contents and where they are unpacked, as JSON"),
-    }
+@dataclass(frozen=True)
+class _OwnCommand:
+    """A command that only a bundle has."""
+
+    call: Callable[[Bundle, list[str]], str]
+    """Takes the arguments and returns the text to print."""
+    summary: str
+    option: str | None = None
+    """The only option, which takes a value."""
+    argument: str | None = None
+    """The only argument; it may be left out."""
+
+    @property
+    def usage(self) -> str:
+        return f" [{self.option} DIR]" if self.option else f" [{self.argument}]" if self.argument else ""
+
+    def accepts(self, arguments: list[str]) -> bool:
+        """Whether these arguments are possible."""
+        if self.option:
+            return not arguments or (len(arguments) == 2 and arguments[0] == self.option)
+        return len(arguments) <= (1 if self.argument else 0)
 
 
 def _run_own(bundle: Bundle, command: str, arguments: list[str]) -> int:
-    call, summary = _own(bundle)[command]
-    takes = {"install": ("--root", 2), "uninstall": ("--root", 2), "licenses": ("", 1)}.get(command, ("", 0))
+    own = OWN[command]
     if arguments in (["-h"], ["--help"]):
-        print(f"{command}{' [--root DIR]' if takes[0] else ' [PACKAGE]' if takes[1] else ''}: {summary}")
+        print(f"{command}{own.usage}: {own.summary}")
         return 0
-    if len(arguments) not in (0, takes[1]) or (takes[0] and arguments and arguments[0] != takes[0]):
+    if not own.accepts(arguments):
         print(f"{bundle.path.name}: error: {command} does not take {' '.join(arguments)}; see --help", file=sys.stderr)
         return 2
-    call(arguments)
+    print(own.call(bundle, arguments), flush=True)
     return 0
 
 
@@ -164,14 +173,10 @@ def _root(words: list[str]) -> Path | None:
     return Path(words[1]) if words else None
 
 
-def _print(text: str) -> None:
-    print(text, flush=True)
-
-
-def _prepare(bundle: Bundle) -> None:
+def _prepare(bundle: Bundle) -> str:
     model = unpack_model(bundle, hashes=True)
     engines = "engines are built" if build_missing_engines(bundle, model) else "no engines: onnxruntime answers"
-    print(f"{model}: checked, {engines}")
+    return f"{model}: checked, {engines}"
 
 
 def _licences(bundle: Bundle, words: list[str]) -> str:
@@ -201,7 +206,7 @@ def _about(bundle: Bundle) -> str:
 def _help(bundle: Bundle) -> str:
     index = bundle.index
     rows = {name: summary for name, summary in cli.COMMANDS.items() if name not in NOT_HERE}
-    rows |= {name: summary for name, (_, summary) in _own(bundle).items()}
+    rows |= {name: own.summary for name, own in OWN.items()}
     head = f"{bundle.path.name}: fastvlm-edge {index['toolkit_version']} with {index['model']['name']} ({index['model']['precision']})"
     return "\n".join(
         [
@@ -210,3 +215,15 @@ def _help(bundle: Bundle) -> str:
             *(f"  {name:11}{summary}" for name, summary in rows.items()),
         ]
     )
+
+
+OWN = {
+    "prepare": _OwnCommand(lambda bundle, _: _prepare(bundle), "unpack, check every hash, build missing engines"),
+    "install": _OwnCommand(
+        lambda bundle, words: unit.install(bundle.path, _root(words)), "run prepare at every boot, with systemd (as root)", option="--root"
+    ),
+    "uninstall": _OwnCommand(lambda bundle, words: unit.uninstall(bundle.path, _root(words)), "undo install (as root)", option="--root"),
+    "licenses": _OwnCommand(_licences, "list all licences; with PACKAGE, print its licence text", argument="PACKAGE"),
+    "about": _OwnCommand(lambda bundle, _: _about(bundle), "print the contents and where they are unpacked, as JSON"),
+}
+"""Commands that only a bundle has."""

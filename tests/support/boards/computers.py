@@ -1,4 +1,4 @@
-"""Computers that are no Jetson.
+"""Computers that are not Jetsons.
 
 Sources: nvidia-smi's query fields and heading and /proc/driver/nvidia/version as in NVIDIA's driver README (chapters on /proc and
 nvidia-smi); PCI classes and vendor ids from the PCI ID repository; /proc/meminfo and /proc/cpuinfo from Linux, Documentation/filesystems

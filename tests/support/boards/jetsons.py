@@ -20,7 +20,7 @@ _ARM_FEATURES = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp
 
 
 def orin_nano() -> Board:
-    """Jetson Orin Nano Super developer kit, JetPack 6.2, freshly flashed: 15 W, 256 MiB of CMA, zram alone."""
+    """Jetson Orin Nano Super developer kit, JetPack 6.2, freshly flashed: 15 W, 256 MiB of CMA, only zram as swap."""
     release = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 01:49:37 UTC 2025\n"
     zram = "".join(f"/dev/zram{index}                              partition\t635128\t\t0\t\t5\n" for index in range(6))
     files = {
@@ -84,7 +84,7 @@ def agx_orin() -> Board:
 
 
 def thor() -> Board:
-    """Jetson AGX Thor developer kit, JetPack 7.1, 120 W. At rest the GPU's rail reads a little under 0, and its zone is off."""
+    """Jetson AGX Thor developer kit, JetPack 7.1, 120 W. When idle, the rail of the GPU reads slightly below 0, and its zone is off."""
     release = "# R38 (release), REVISION: 4.0, GCID: 43443517, BOARD: generic, EABI: aarch64, DATE: Wed Dec 31 23:24:25 UTC 2025\n"
     files = {
         "proc/device-tree/model": "NVIDIA Jetson AGX Thor Developer Kit\0",
@@ -124,7 +124,7 @@ def _nvpmodel(*names: str) -> str:
 
 
 def _meminfo(total: int, available: int, *, swap: int, cma: int | None = None, cma_free: int = 0) -> str:
-    """In KiB."""
+    """/proc/meminfo, with all sizes in KiB."""
     lines = {"MemTotal": total, "MemFree": available // 2, "MemAvailable": available, "SwapTotal": swap, "SwapFree": swap}
     if cma is not None:
         lines |= {"CmaTotal": cma, "CmaFree": cma_free}
@@ -141,7 +141,7 @@ def _devfreq(name: str, now: int, least: int, most: int, governor: str) -> dict[
 
 
 def _ina3221(folder: str, rails: dict[str, tuple[int, int]]) -> dict[str, str]:
-    """Label -> millivolts and milliamperes."""
+    """Files of power monitors; `rails` are label -> millivolts and milliamperes."""
     files = {"name": "ina3221\n", "in7_label": "sum of shunt voltages\n", "in7_input": "760\n"}
     for channel, (label, (millivolts, milliamperes)) in enumerate(rails.items(), 1):
         files |= {
@@ -158,7 +158,7 @@ def _soctherm(folder: str, *counts: int) -> dict[str, str]:
 
 
 def _thermal(zones: dict[str, int | None]) -> dict[str, str]:
-    """Name -> millidegrees. None stands for a zone whose reading fails, as those of parts that are off do."""
+    """`zones` are name -> millidegrees; None is a zone that cannot be read, like that of a part that is switched off."""
     files = {}
     for index, (name, millidegrees) in enumerate(zones.items()):
         files[f"sys/class/thermal/thermal_zone{index}/type"] = f"{name}\n"
