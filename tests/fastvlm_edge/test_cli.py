@@ -310,6 +310,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     extra: str,
     arguments: str,
 ) -> None:
+    if package == "onnx":
+        pytest.importorskip("torch")  # else torch is the one that is named
     places = {"MODEL": model_dir, "PREFIX": tmp_path / "output", "CHECKPOINT": ROOT / "examples" / "demo" / "fastvlm-demo"}
     done = without(package, [places.get(word, word) for word in arguments.split()])
     message, mend = f"{package}, which is not installed", f'run: pip install "{ROOT}{extra}"'
