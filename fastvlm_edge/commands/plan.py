@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(_document(shape, board, mode, predictions, chosen, why)))
     else:
         print(_table(shape, board, mode, predictions))
-        print(f"Recommended: {chosen.precision} at {image_size} px, context {chosen.context} ({why})" if chosen else why)
+        print(f"Recommended: {chosen.precision} at {image_size} px, context {chosen.context}: {why}" if chosen else why)
     return 0 if chosen else 1
 
 
