@@ -35,7 +35,7 @@ def recommend(predictions: Sequence[Prediction]) -> tuple[Prediction | None, str
         chosen = max(fitting, key=lambda each: each.tokens_per_second)
         why = "fastest option that fits"
     if not chosen.builds:
-        why += f"; building {chosen.precision} needs {chosen.build_bytes / 1e9:.1f} GB, so add swap to the board first (fastvlm-edge doctor says how)"
+        why += f"; building {chosen.precision} needs {chosen.build_bytes / 1e9:.1f} GB, so add swap first (fastvlm-edge doctor says how)"
     return chosen, why
 
 
