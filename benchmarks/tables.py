@@ -252,7 +252,7 @@ def vision_libraries() -> str:
         if "failed" in row:
             lines.append(f"| {name} | fails | | | |")
             continue
-        cells = [f"{100 * row['exact_match']:.2f}", f"{row['worst_kind_loses_points']:.1f}", f"{row['relative_error']:.3f}"]
+        cells = [f"{100 * row['exact_match']:.2f}", f"{row['worst_kind_loses_points']:.1f}", f"{row['relative_error']:.4f}"]
         lines.append(f"| {name} | {' | '.join(cells)} | {100 * row['ids_agree']:.2f} |")
     return "\n".join(lines)
 
