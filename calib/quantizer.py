@@ -35,9 +35,9 @@ from fastvlm_edge.calib.report.document import (
 from fastvlm_edge.calib.report.write import write_report
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
 from fastvlm_edge.convert.conversion import Calibration, Conversion
+from fastvlm_edge.convert.fastvithd import FastViTHD, image_tokens
 from fastvlm_edge.convert.graphs.placement import check_placement
 from fastvlm_edge.convert.precision import vision_stage
-from fastvlm_edge.convert.reference.fastvithd import FastViTHD, image_tokens
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.evaluation.data import Dataset, Example, open_data

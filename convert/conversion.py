@@ -12,8 +12,8 @@ import numpy.typing as npt
 from torch import nn
 
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
+from fastvlm_edge.convert.fastvithd import FastViTHD
 from fastvlm_edge.convert.precision import PrecisionPlan
-from fastvlm_edge.convert.reference.fastvithd import FastViTHD
 from fastvlm_edge.convert.weights.decoder import QuantizedMatrices
 from fastvlm_edge.convert.weights.vision import VisionIntegers
 from fastvlm_edge.inputs.tokenizer import TextTokenizer

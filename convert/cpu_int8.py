@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastvlm_edge.backends.verification import compare
-from fastvlm_edge.convert.reference.fastvithd import AttentionBlock, ConvFFN, FastViTHD, LayerScale, RepMixerBlock, Stage
+from fastvlm_edge.convert.fastvithd import AttentionBlock, ConvFFN, FastViTHD, LayerScale, RepMixerBlock, Stage
 
 BOUND = 0.001
 """Largest accepted 1 - cosine of the image features, compared with float activations and the same weights, of the worst picture."""

@@ -20,9 +20,9 @@ from fastvlm_edge.backends.ort import HostFeatures, OrtDecoder, OrtVision
 from fastvlm_edge.backends.ort_session import on_device
 from fastvlm_edge.backends.verification import Difference, compare, stored_conversation
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
+from fastvlm_edge.convert.fastvithd import ConvBN, FastViTHD, LayerScale, image_tokens
 from fastvlm_edge.convert.precision import VISION_STAGES
 from fastvlm_edge.convert.reference.decoder import Magnitudes, Weights, reference_logits
-from fastvlm_edge.convert.reference.fastvithd import ConvBN, FastViTHD, LayerScale, image_tokens
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import FileRecord, Manifest

@@ -26,6 +26,7 @@ from fastvlm_edge.convert.checkpoint.hashes import BackgroundHashes
 from fastvlm_edge.convert.checkpoint.text import TextAssets, read_text
 from fastvlm_edge.convert.conversion import Calibrate, Calibration, Conversion
 from fastvlm_edge.convert.cpu_int8 import TRIES, Noise, choose_blocks, watch_blocks
+from fastvlm_edge.convert.fastvithd import FastViTHD
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.decoder import CANDIDATES, build_decoder
 from fastvlm_edge.convert.graphs.vision import build_vision
@@ -39,7 +40,6 @@ from fastvlm_edge.convert.parity import (
     repeat,
 )
 from fastvlm_edge.convert.precision import NUMPY_NAMES, PrecisionPlan, fit, on_cpu, precision_plan
-from fastvlm_edge.convert.reference.fastvithd import FastViTHD
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder, StoredMatrices
 from fastvlm_edge.convert.request import GEOMETRIES, check_output, check_space, choose_context, choose_image_size
 from fastvlm_edge.convert.weights.decoder import write_decoder_weights

@@ -194,8 +194,9 @@ def test_rooms_have_no_circle() -> None:
     assert circle(graph({**rooms, **{source: source for source in sources}})) == []
 
 
-def test_rooms_of_calib_have_no_circle() -> None:
-    names = {module: ".".join(module.split(".")[:3]) if part(module) == "calib" else room(module) for module in modules()}
+@pytest.mark.parametrize("of", ["convert", "calib"])
+def test_rooms_of_a_part_have_no_circle(of: str) -> None:
+    names = {module: ".".join(module.split(".")[:3]) if part(module) == of else room(module) for module in modules()}
     assert circle(graph(names)) == []
 
 

@@ -98,7 +98,7 @@ def demo_questions(split: str, count: int) -> list[Question]:
     from examples.demo_training.language import Prompter
     from examples.demo_training.scenes import make_scene
     from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
-    from fastvlm_edge.convert.reference.fastvithd import image_tokens
+    from fastvlm_edge.convert.fastvithd import image_tokens
 
     checkpoint = open_checkpoint(str(DEMO))
     encoder, projector = load_vision(checkpoint), load_projector(checkpoint)

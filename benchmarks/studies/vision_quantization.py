@@ -36,7 +36,7 @@ from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_visi
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.precision import precision_plan
-from fastvlm_edge.convert.reference.fastvithd import AttentionBlock, ConvFFN, Downsample, FastViTHD, image_tokens
+from fastvlm_edge.convert.fastvithd import AttentionBlock, ConvFFN, Downsample, FastViTHD, image_tokens
 from fastvlm_edge.convert.weights.vision import write_vision_weights
 from fastvlm_edge.inputs.preprocess import preprocess
 

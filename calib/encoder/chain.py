@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from fastvlm_edge.calib.encoder.histogram import Histogram
 from fastvlm_edge.calib.encoder.rounding import fake_quantize
-from fastvlm_edge.convert.precision import FLOAT_TYPES, VISION_STAGES, PrecisionPlan
-from fastvlm_edge.convert.reference.fastvithd import (
+from fastvlm_edge.convert.fastvithd import (
     HEAD_DIM,
     AttentionBlock,
     ConvFFN,
@@ -30,6 +29,7 @@ from fastvlm_edge.convert.reference.fastvithd import (
     Stage,
     image_tokens,
 )
+from fastvlm_edge.convert.precision import FLOAT_TYPES, VISION_STAGES, PrecisionPlan
 from fastvlm_edge.convert.weights.vision import QuantizedLayer, fold_attention, fold_feed_forward
 
 Float32 = npt.NDArray[np.float32]

@@ -23,8 +23,8 @@ from fastvlm_edge.calib.encoder.cache import Activations, ObservationCache, run_
 from fastvlm_edge.calib.encoder.chain import Decision, Float32, Layer, Ranges, Unit, build_chain
 from fastvlm_edge.calib.encoder.histogram import Histogram
 from fastvlm_edge.calib.encoder.quantize_layer import equalize_layer, quantize_layer
+from fastvlm_edge.convert.fastvithd import FastViTHD
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan, vision_stage
-from fastvlm_edge.convert.reference.fastvithd import FastViTHD
 from fastvlm_edge.convert.weights.vision import VisionIntegers
 from fastvlm_edge.progress import Progress, SilentProgress
 

@@ -29,7 +29,7 @@ from fastvlm_edge.convert.checkpoint.structure import (
     vision_structure,
 )
 from fastvlm_edge.convert.checkpoint.tensor_names import canonical_names, listing
-from fastvlm_edge.convert.reference.fastvithd import FastViTHD, FastViTHDConfig, MobileOneConv
+from fastvlm_edge.convert.fastvithd import FastViTHD, FastViTHDConfig, MobileOneConv
 from fastvlm_edge.errors import FastVLMError
 
 __all__ = ["Checkpoint", "TextConfig", "load_projector", "load_vision", "open_checkpoint"]

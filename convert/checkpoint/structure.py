@@ -10,7 +10,7 @@ import torch
 
 from fastvlm_edge.convert.checkpoint.configs import Settings
 from fastvlm_edge.convert.checkpoint.tensor_names import listing
-from fastvlm_edge.convert.reference.fastvithd import FastViTHD, FastViTHDConfig
+from fastvlm_edge.convert.fastvithd import FastViTHD, FastViTHDConfig
 from fastvlm_edge.errors import FastVLMError
 
 Shapes = Mapping[str, tuple[int, ...]]

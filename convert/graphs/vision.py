@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from fastvlm_edge.convert.fastvithd import HEAD_DIM, LAYER_NORM_EPS, FastViTHDConfig
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, element_type
 from fastvlm_edge.convert.precision import FLOAT_TYPES, VISION_STAGES, PrecisionPlan
-from fastvlm_edge.convert.reference.fastvithd import HEAD_DIM, LAYER_NORM_EPS, FastViTHDConfig
 from fastvlm_edge.model_dir.manifest import STRIDE
 
 

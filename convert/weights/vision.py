@@ -14,9 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastvlm_edge.convert.graphs.builder import WeightsFile, cast_weight
-from fastvlm_edge.convert.precision import FLOAT_TYPES, VISION_STAGES, PrecisionPlan
-from fastvlm_edge.convert.reference.fastvithd import (
+from fastvlm_edge.convert.fastvithd import (
     HEAD_DIM,
     Attention,
     AttentionBlock,
@@ -29,6 +27,8 @@ from fastvlm_edge.convert.reference.fastvithd import (
     Stage,
     fold_batch_norm,
 )
+from fastvlm_edge.convert.graphs.builder import WeightsFile, cast_weight
+from fastvlm_edge.convert.precision import FLOAT_TYPES, VISION_STAGES, PrecisionPlan
 from fastvlm_edge.convert.weights.round_to_nearest import quantize_channels
 
 Float32 = npt.NDArray[np.float32]

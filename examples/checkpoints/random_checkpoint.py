@@ -27,7 +27,7 @@ from tokenizers.models import BPE
 from fastvlm_edge.convert.checkpoint.structure import TextConfig, expected_shapes
 from fastvlm_edge.convert.checkpoint.tensor_names import APPLE_INNER, APPLE_TOP
 from fastvlm_edge.convert.checkpoint.text import QWEN2_SPLIT
-from fastvlm_edge.convert.reference.fastvithd import FastViTHDConfig
+from fastvlm_edge.convert.fastvithd import FastViTHDConfig
 
 LAYOUTS = ("apple", "hub", "native")
 POOL = 4_194_301  # prime: rows of one tensor, cut one after another from the pool, start at different places of it

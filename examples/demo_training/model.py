@@ -1,6 +1,6 @@
 """The demo's FastVLM: a small FastViTHD, the projector and a small Qwen2, with the auxiliary heads that training uses.
 
-Vision runs in the inference form of `fastvlm_edge.convert.reference.fastvithd`, with a convolution and a BatchNorm in place of each merged
+Vision runs in the inference form of `fastvlm_edge.convert.fastvithd`, with a convolution and a BatchNorm in place of each merged
 convolution; `fold` merges them again. One branch instead of three trains twice as fast on a CPU and ends in the same network.
 """
 
@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2Model
 
 from examples.demo_training.picture import COLOURS, DIGITS, LETTERS, SHAPES
 from examples.demo_training.training_kernels import DepthwiseConv, gelu
-from fastvlm_edge.convert.reference.fastvithd import (
+from fastvlm_edge.convert.fastvithd import (
     BATCH_NORM_EPS,
     ConvFFN,
     FastViTHD,

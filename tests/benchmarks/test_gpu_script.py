@@ -49,7 +49,7 @@ def test_operations_of_a_picture_are_those_that_pytorch_counts() -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from fastvlm_edge.convert.reference.fastvithd import FastViTHD
+    from fastvlm_edge.convert.fastvithd import FastViTHD
 
     encoder = FastViTHD(TINY_VISION).eval()
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)

@@ -20,10 +20,10 @@ from fastvlm_edge.calib.decoder import calibrate_decoder
 from fastvlm_edge.calib.quantizer import Options, Quantizer
 from fastvlm_edge.cli import main
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
+from fastvlm_edge.convert.fastvithd import image_tokens
 from fastvlm_edge.convert.graphs.placement import check_placement
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import precision_plan
-from fastvlm_edge.convert.reference.fastvithd import image_tokens
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
 from tests.support.checkpoints import write_checkpoint

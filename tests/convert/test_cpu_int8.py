@@ -13,10 +13,10 @@ from torch import nn
 
 from fastvlm_edge.backends.verification import compare
 from fastvlm_edge.convert.cpu_int8 import TRIES, Noise, choose_blocks, watch_blocks
+from fastvlm_edge.convert.fastvithd import image_tokens
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.precision import on_cpu, precision_plan
-from fastvlm_edge.convert.reference.fastvithd import image_tokens
 from fastvlm_edge.convert.weights.vision import write_vision_weights
 from tests.convert.graphs.test_vision import HIDDEN, TINY, random_encoder
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastvlm_edge.convert.reference.fastvithd import AttentionBlock, ConvFFN, Downsample, FastViTHD
+from fastvlm_edge.convert.fastvithd import AttentionBlock, ConvFFN, Downsample, FastViTHD
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ from fastvlm_edge.calib.encoder.cache import ObservationCache, run_watched
 from fastvlm_edge.calib.encoder.chain import Decision, Layer
 from fastvlm_edge.calib.encoder.histogram import Histogram
 from fastvlm_edge.calib.encoder.search import VisionQuantization, VisionSearch, cosine_loss
+from fastvlm_edge.convert.fastvithd import FastViTHD, image_tokens
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.precision import PrecisionPlan, precision_plan
-from fastvlm_edge.convert.reference.fastvithd import FastViTHD, image_tokens
 from fastvlm_edge.convert.weights.vision import QuantizedLayer, write_vision_weights
 from tests.convert.graphs.test_vision import HIDDEN, TINY, random_encoder
 from tests.support.heavy_tails import add_heavy_tails

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.checkpoint.structure import expected_shapes
-from fastvlm_edge.convert.reference.fastvithd import FastViTHD, image_tokens
+from fastvlm_edge.convert.fastvithd import FastViTHD, image_tokens
 from tests.support.checkpoints import SIZES, apple_config, native_config, native_rows, write_checkpoint, write_json, write_safetensors
 from tests.support.timm_reference import import_timm, load_reference
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from fastvlm_edge.convert.fastvithd import FastViTHD, FastViTHDConfig, LayerScale, image_tokens
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.precision import on_cpu, precision_plan
-from fastvlm_edge.convert.reference.fastvithd import FastViTHD, FastViTHDConfig, LayerScale, image_tokens
 from fastvlm_edge.convert.weights.vision import write_vision_weights
 
 TINY = FastViTHDConfig((1, 2, 2, 1, 1), (16, 32, 64, 64, 128), out_dim=256, se_dim=16)
