@@ -266,7 +266,7 @@ def print_table(document: dict[str, Any]) -> None:
 def parser(name: str, about: str | None, out: Path | None) -> argparse.ArgumentParser:
     """The options that every comparison has; `out` is where its record goes by default."""
     made = argparse.ArgumentParser(prog=f"python -m {name}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rounds", type=int, default=5, help="processes of each contender; default %(default)s")
+    made.add_argument("--rounds", type=int, default=7, help="processes of each contender; default %(default)s")
     made.add_argument("--runs", type=int, default=3, help="timed runs per process after a warm-up; default %(default)s")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--size", default="0.5b", choices=("tiny", "0.5b", "1.5b"), help="tiny is a smoke test")

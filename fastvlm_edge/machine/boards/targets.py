@@ -36,7 +36,8 @@ class Target:
     precisions: tuple[str, ...] = _ALL
     """Number types that its GPU computes in."""
     memory: int | None = None
-    """Bytes of the board, shared by CPU and GPU; None for a graphics card, which has its own memory."""
+    """Bytes of the smallest board of this name, shared by CPU and GPU: a build must fit on all of them. None for a graphics card, which
+    has its own memory. `plan` predicts for the one module that its figures are of (`board`): AGX Orin 64 GB, not 32."""
     listed: bool = True
     """Whether the library's documentation lists these GPUs. If not, a build is an attempt."""
     board: Board | None = None

@@ -53,7 +53,9 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     "location", ["no such folder", "/no/such/folder", "name", "a/b/c", "../x", "", "folder/llava-fastvithd_0.5b_stage3.zip"]
 )
-def test_a_string_that_is_neither_folder_nor_id(location: str) -> None:
+def test_a_string_that_is_neither_folder_nor_id(location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (empty := tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(empty)  # with nothing beside it
     with pytest.raises(FastVLMError, match="neither a local directory nor a hub id"):
         locate(location)
 
