@@ -1,6 +1,6 @@
 """FastVLM-0.5B beside its peers in one run, on a CPU or on one GPU: the same random weights, the same positions, the same threads.
 
-    python -m benchmarks.peers.run [--only NAME,NAME] [--rounds 5] [--threads 2] [--out FILE] [--fresh]
+    python -m benchmarks.peers.run [--only NAME,NAME] [--rounds 7] [--threads 2] [--out FILE] [--fresh]
     python -m benchmarks.peers.run --device gpu [--only NAME,NAME] [--limit SECONDS] [--prepare]
 
 256 visual and 34 text tokens at 1024 px, greedy, 65 tokens. A peer without an encoder gets 290 positions of text, a peer without an LLM
