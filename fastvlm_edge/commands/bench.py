@@ -36,10 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         return _be_process(options.models[0], json.loads(options.process))
     evaluations = _check(options)
     documents = _measure_all(_work(options), options)
-    _tell(documents, options)
-    if options.plot is not None:
-        for path in draw(options.plot, documents, evaluations):
-            print(path, file=sys.stderr)
+    _tell(documents, options, evaluations)
     return 0
 
 
@@ -109,12 +106,27 @@ def _one(documents: list[dict[str, Any]]) -> dict[str, Any]:
     return documents[0] if len(documents) == 1 else {"results": documents}
 
 
-def _tell(documents: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def _tell(documents: list[dict[str, Any]], options: argparse.Namespace, evaluations: list[dict[str, Any]] | None = None) -> None:
+    """Print and write the records, and draw them if `evaluations` is given.
+
+    A table is printed first, because the disk may be full. With `--json` the object is printed last, so that no error object can follow it.
+    """
+    if not options.json:
+        print("\n\n".join(format_record(document) for document in documents), flush=True)
+    try:
+        _write(documents, options.output)
+        if options.plot is not None and evaluations is not None:
+            for path in draw(options.plot, documents, evaluations):
+                print(path, file=sys.stderr)
+    except FastVLMError as error:
+        error.partial = _one(documents)
+        raise
+    except KeyboardInterrupt:
+        if options.json:
+            print(json.dumps(_one(documents)), flush=True)
+        raise
     if options.json:
         print(json.dumps(_one(documents)), flush=True)
-    else:
-        print("\n\n".join(format_record(document) for document in documents), flush=True)
-    _write(documents, options.output)  # last: the disk may be full
 
 
 def _write(documents: list[dict[str, Any]], output: Path | None) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -49,9 +49,12 @@ def main(arguments: Sequence[str]) -> int:
             if evaluation.count and options.json and isinstance(error, FastVLMError):
                 error.partial = evaluation.report()  # printed with the error, as one object
             elif evaluation.count:
-                _print(evaluation, as_json=options.json)
+                _finish(evaluation, saved, as_json=options.json)
+            if saved is not None:
+                with suppress(OSError):  # the first error is the one to report
+                    saved.close()
             raise
-        _print(evaluation, as_json=options.json)
+        _finish(evaluation, saved, as_json=options.json)
     return 0
 
 
@@ -62,13 +65,27 @@ def _save(file: TextIO | None, answer: Answer) -> None:
         file.write(json.dumps(answer.to_json(), ensure_ascii=False) + "\n")
         file.flush()
     except OSError as error:
-        mend = "free some space, or choose another place with --save"
-        raise FastVLMError(f"{file.name} cannot be written ({error.strerror})", mend) from None
+        raise _not_written(file, error) from None
 
 
-def _print(evaluation: Evaluation, *, as_json: bool) -> None:
+def _not_written(file: TextIO, error: OSError) -> FastVLMError:
+    return FastVLMError(f"{file.name} cannot be written ({error.strerror})", "free some space, or choose another place with --save")
+
+
+def _finish(evaluation: Evaluation, saved: TextIO | None, *, as_json: bool) -> None:
+    """Print the report and close the file. With `--json` the object is printed last: an error must not follow as a second one."""
     report = evaluation.report()
-    print(json.dumps(report, ensure_ascii=False) if as_json else format_table(report), flush=True)
+    if not as_json:
+        print(format_table(report), flush=True)
+    if saved is not None:
+        try:
+            saved.close()
+        except OSError as error:
+            failure = _not_written(saved, error)
+            failure.partial = report
+            raise failure from None
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False), flush=True)
 
 
 def parser() -> argparse.ArgumentParser:

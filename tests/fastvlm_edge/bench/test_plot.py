@@ -121,3 +121,16 @@ def test_a_full_disk_leaves_no_half_of_a_picture(tmp_path: Path, monkeypatch: py
     with pytest.raises(FastVLMError, match="No space left on device"):
         draw(tmp_path / "x", [record_of()])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drawing_that_fails_leaves_one_json_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    write_json(tmp_path / "a.json", record_of())
+    assert main(["bench", str(tmp_path / "a.json"), "--json", "--plot", str(tmp_path / "p")]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["kind"] == "fastvlm-edge bench" and "No space left" in report["error"]["message"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -359,3 +360,20 @@ def test_what_is_wrong_is_one_line(
 def test_wrong_usage(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(model_dir)]) == 2
     assert "--data" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_closed_leaves_one_json_object(
+    model_dir: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.StringIO):
+        name = "answers.jsonl"
+
+        def close(self) -> None:
+            if not self.closed:
+                super().close()
+                raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "open", lambda *_, **__: Full(), raising=False)
+    assert main(arguments(model_dir, questions, "--save", str(tmp_path / "answers.jsonl"), "--json")) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["count"] == 5 and "cannot be written (No space left" in report["error"]["message"]
