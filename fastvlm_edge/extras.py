@@ -27,6 +27,10 @@ NEEDED_BY = {
 """Module of a dependency -> the extra of pyproject.toml that installs it; "" stands for the dependencies of the runtime."""
 
 
+DISTRIBUTIONS = {"PIL": "pillow", "tensorrt_rtx": "tensorrt-rtx", "cuda": "cuda-bindings", "pynvml": "nvidia-ml-py"}
+"""Module -> the name for pip, if it differs."""
+
+
 def install_command(extra: str = "") -> str:
     """The pip command that installs the dependencies of the runtime or of an extra.
 
@@ -73,3 +77,20 @@ def missing_package(module: str, what_for: str | None = None) -> FastVLMError | 
         return None
     extra = NEEDED_BY[top]
     return FastVLMError(f"{what_for or 'this command needs'} the package {top}, which is not installed", f"run: {install_command(extra)}")
+
+
+def import_failure(error: ImportError, what_for: str | None = None) -> FastVLMError | None:
+    """The error for a known dependency that is not installed, or is installed but cannot be loaded; None for any other module."""
+    module = error.name or ""
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(module, what_for)
+    top = module.partition(".")[0]
+    return broken_package(top, error) if top in NEEDED_BY else None
+
+
+def broken_package(package: str, error: ImportError) -> FastVLMError:
+    """The error for a package that is installed but cannot be loaded; `error` is its cause."""
+    mend = f"run: pip install --force-reinstall {DISTRIBUTIONS.get(package, package)}"
+    failure = FastVLMError(f"{package} is installed but cannot be loaded ({error})", mend)
+    failure.__cause__ = error
+    return failure

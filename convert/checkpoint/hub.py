@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.extras import missing_package
+from fastvlm_edge.extras import broken_package, import_failure
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -53,9 +53,9 @@ def _download(name: str, revision: str | None) -> Path:
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
-    except ModuleNotFoundError as error:
-        missing = missing_package(error.name or "", f"{name} is not a local directory, and to download it from the hub needs")
-        raise missing or error from None
+    except ImportError as error:
+        failure = import_failure(error, f"{name} is not a local directory, and to download it from the hub needs")
+        raise failure or broken_package("huggingface_hub", error) from error
     where = name if revision is None else f"{name} at revision {revision}"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))

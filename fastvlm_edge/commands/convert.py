@@ -17,6 +17,8 @@ from fastvlm_edge.progress import stderr_progress
 def main(arguments: Sequence[str]) -> int:
     """Convert, and print one line about the model directory."""
     options = parser().parse_args(arguments)
+    if options.accuracy_drop is not None and options.calib is None:
+        raise FastVLMError("--accuracy-drop needs questions to measure the accuracy", "add --calib DATA")
     convert = import_module("fastvlm_edge.convert.pipeline").convert
     import_module("fastvlm_edge.backends.ort_session").share_arena()  # for the comparison with PyTorch
     calibrate = None
@@ -25,8 +27,6 @@ def main(arguments: Sequence[str]) -> int:
         cache = cache_dir() / "calibration"
         settings = quantizer.Options(options.calib, options.images, options.calib_limit, options.accuracy_drop, cache)
         calibrate = quantizer.Quantizer(settings).calibrate
-    elif options.accuracy_drop is not None:
-        raise FastVLMError("--accuracy-drop needs questions to measure the accuracy", "add --calib DATA")
     manifest: Manifest = convert(
         options.checkpoint,
         options.output,
