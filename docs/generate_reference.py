@@ -19,12 +19,13 @@ HEAD = """# Commands
 <!-- Written by docs/generate_reference.py. Do not edit: a test compares this page with the parsers. -->
 
 Results go to stdout, progress and errors to stderr. With `--json`, a command prints one JSON object and nothing else. If it fails, the
-object is `{"error": {"message": ..., "mend": ...}}`, possibly with what was measured before.
+object is `{"error": {"message": ..., "mend": ...}}`, possibly with what was measured before. `plan` and `doctor` print their normal object
+and exit with status 1 if nothing fits or a problem was found. Wrong usage exits with status 2 and prints nothing on stdout.
 
 | exit status | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | failed; one line on stderr says what is wrong and what to do |
+| 1 | failed; one line on stderr says what is wrong and what to do. `plan`: nothing fits; `doctor`: a problem was found |
 | 2 | wrong usage |
 | 130, 143 | interrupted (Ctrl-C), terminated |
 
