@@ -299,7 +299,7 @@ def exit_status(path: str, call: Callable[[], int]) -> int:
     try:
         return call()
     except BundleError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        _report(name, error)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -307,8 +307,15 @@ def exit_status(path: str, call: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush says nothing
         return 141
     except OSError as error:
-        print(f"{name}: error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        _report(name, BundleError(f"{error.filename or 'input or output'}: {error.strerror or error}"))
         return 1
+
+
+def _report(name: str, error: BundleError) -> None:
+    """Print the error as the commands do: one line on stderr and, with `--json`, one object on stdout."""
+    if "--json" in sys.argv[1:]:
+        print(json.dumps({"error": {"message": error.what, "mend": error.mend}}, ensure_ascii=False), flush=True)
+    print(f"{name}: error: {error}", file=sys.stderr)
 
 
 def _set_path(runtime: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,10 @@ from typing import Any
 
 import pytest
 
+from fastvlm_edge.bundling import start
+from fastvlm_edge.cli import _explain
+from fastvlm_edge.commands import convert
+from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import NEEDED_BY, install_command, missing_package
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,3 +89,28 @@ def test_a_package_of_nobody_is_not_explained() -> None:
     error = missing_package("torch.nn", "training needs")
     assert error is not None and error.what == "training needs the package torch, which is not installed"
     assert error.mend == f"run: {install_command('convert')}"
+
+
+def test_a_package_that_is_broken_is_not_called_missing() -> None:
+    cause = ImportError("libcublas.so.12: cannot open shared object file", name="torch._C")
+    error = _explain(cause)
+    assert error.what == "torch is installed but cannot be loaded (libcublas.so.12: cannot open shared object file)"
+    assert error.mend == "run: pip install --force-reinstall torch" and error.__cause__ is cause
+    assert "not installed" in _explain(ModuleNotFoundError("No module named 'torch'", name="torch")).what
+
+
+def test_an_accuracy_drop_without_questions_is_told_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    with pytest.raises(FastVLMError, match="--accuracy-drop needs questions"):
+        convert.main(["CHECKPOINT", "-o", "MODEL", "--accuracy-drop", "0.5"])
+
+
+def test_an_error_of_a_bundle_is_one_json_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise start.BundleError("the disk is full", "free some space")
+
+    monkeypatch.setattr(sys, "argv", ["-c", "app", "bench", "--json"])
+    assert start.exit_status("app", fail) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"error": {"message": "the disk is full", "mend": "free some space"}}
+    assert err == "app: error: the disk is full; free some space\n"
