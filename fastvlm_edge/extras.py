@@ -18,7 +18,6 @@ NEEDED_BY = {
     "onnx": "convert",
     "ml_dtypes": "convert",
     "huggingface_hub": "convert",
-    "tensorrt": "tensorrt",
     "tensorrt_rtx": "rtx",
     "cuda": "tensorrt",
     "pynvml": "tensorrt",
@@ -35,7 +34,7 @@ def install_command(extra: str = "") -> str:
     """The pip command that installs the dependencies of the runtime or of an extra.
 
     In a clone it installs the clone. If fastvlm-edge was installed from a wheel, it names the packages one by one, because fastvlm-edge
-    is not on PyPI yet. In a bundle, which is neither, it is the command for a clone somewhere else.
+    is not on PyPI yet. In a bundle, which is neither, it is the command for a clone somewhere else; `place_of_install` says so.
     """
     clone = Path(__file__).resolve().parents[1]
     if (clone / "pyproject.toml").is_file():
@@ -44,7 +43,7 @@ def install_command(extra: str = "") -> str:
         requirements = metadata.requires("fastvlm-edge") or ()
     except metadata.PackageNotFoundError:
         place = f".[{extra}]" if extra else "."
-        return f'pip install "{place}" (in a clone of fastvlm-edge)'
+        return f'pip install "{place}"'
     packages = []
     for requirement in requirements:
         package, _, condition = requirement.partition(";")
@@ -52,6 +51,30 @@ def install_command(extra: str = "") -> str:
         if (wanted.group(1) if wanted else "") == extra:
             packages.append(f'"{package.strip()}"')
     return f"pip install {' '.join(packages)}"
+
+
+def place_of_install() -> str:
+    """Where `install_command` must run: "in a clone of fastvlm-edge" for a bundle, otherwise "", which means anywhere."""
+    if (Path(__file__).resolve().parents[1] / "pyproject.toml").is_file():
+        return ""
+    try:
+        metadata.version("fastvlm-edge")
+    except metadata.PackageNotFoundError:
+        return "in a clone of fastvlm-edge"
+    return ""
+
+
+def install_advice(extra: str = "") -> str:
+    """`install_command` as the second half of an error: "run: COMMAND", with the place if there is one."""
+    place = place_of_install()
+    return f"{place}, run: {install_command(extra)}" if place else f"run: {install_command(extra)}"
+
+
+def gpu_extra(jetson: bool | None = None) -> str:
+    """The extra with the GPU packages: `tensorrt` on a Jetson, whose TensorRT is JetPack's, `rtx` elsewhere. None: ask this machine."""
+    if jetson is None:
+        jetson = Path("/etc/nv_tegra_release").exists()
+    return "tensorrt" if jetson else "rtx"
 
 
 def absent_from_runtime() -> list[str]:
@@ -75,8 +98,8 @@ def missing_package(module: str, what_for: str | None = None) -> FastVLMError | 
     top = module.partition(".")[0]
     if top not in NEEDED_BY:
         return None
-    extra = NEEDED_BY[top]
-    return FastVLMError(f"{what_for or 'this command needs'} the package {top}, which is not installed", f"run: {install_command(extra)}")
+    extra = gpu_extra() if top in ("cuda", "pynvml") else NEEDED_BY[top]
+    return FastVLMError(f"{what_for or 'this command needs'} the package {top}, which is not installed", install_advice(extra))
 
 
 def import_failure(error: ImportError, what_for: str | None = None) -> FastVLMError | None:

@@ -10,7 +10,7 @@ from typing import Any
 from fastvlm_edge.bench.record import DECODE
 from fastvlm_edge.bench.table import number
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.extras import install_command
+from fastvlm_edge.extras import install_advice
 from fastvlm_edge.model_dir.atomic import whole_file
 
 FORMATS = ("png", "svg")
@@ -29,7 +29,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise FastVLMError("--plot needs matplotlib, which is not installed", f"run: {install_command('bench')}") from None
+        raise FastVLMError("--plot needs matplotlib, which is not installed", install_advice("bench")) from None
 
 
 def draw(prefix: Path, records: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]] = ()) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastvlm_edge.doctor.check_board import FLASH, HOT, OLDEST_TENSORRT
 from fastvlm_edge.doctor.facts import Facts
 from fastvlm_edge.doctor.findings import Finding, ok, problem, warning
-from fastvlm_edge.extras import install_command
+from fastvlm_edge.extras import gpu_extra, install_command, place_of_install
 from fastvlm_edge.machine.libraries import PACKAGES, Card
 
 OLDEST_PYTHON = (3, 10)
@@ -92,9 +92,17 @@ def _tensorrt(facts: Facts) -> Finding:
         return ok("tensorrt", _versions(facts))
     unused = "models run on the CPU, and the GPU is unused"
     if listed:
-        return warning("tensorrt", f"{_versions(facts)}: {unused}", install_command("rtx"))
+        return warning("tensorrt", f"{_versions(facts)}: {unused}{_place()}", install_command("rtx"))
     unlisted = f"TensorRT for RTX does not list compute capability {_dotted(capability or ())}"
-    return warning("tensorrt", f"{_versions(facts)}, and {unlisted}: {unused}", f"{install_command('tensorrt')} && pip install tensorrt")
+    return warning(
+        "tensorrt", f"{_versions(facts)}, and {unlisted}: {unused}{_place()}", f"{install_command('tensorrt')} && pip install tensorrt"
+    )
+
+
+def _place() -> str:
+    """Where the command of a finding must run, for the end of its text."""
+    place = place_of_install()
+    return f" (install {place})" if place else ""
 
 
 def _too_old(version: str | None, oldest: tuple[int, ...]) -> bool:
@@ -143,8 +151,8 @@ def _cuda(facts: Facts) -> list[Finding]:
     cuda, board = facts.cuda, facts.jetson
     toolkit = f"toolkit {cuda.toolkit}" if cuda.toolkit else "no toolkit (not needed)"
     if not cuda.bindings and not cuda.pycuda:
-        text = f"cuda-bindings, which Python needs for CUDA, is not installed; {toolkit}"
-        return [problem("cuda", text, install_command("rtx" if board is None else "tensorrt"))]
+        text = f"cuda-bindings, which Python needs for CUDA, is not installed; {toolkit}{_place()}"
+        return [problem("cuda", text, install_command(gpu_extra(board is not None)))]
     driver: tuple[int, ...] | None = None
     if board is not None and board.jetpack is not None:
         driver = board.jetpack.cuda
@@ -168,7 +176,7 @@ def _python(facts: Facts) -> list[Finding]:
         findings = [problem("python", text, mend)]
     missing = [name for name, version in python.packages.items() if version is None]
     if missing:
-        text = f"{', '.join(missing)} missing: convert, build and run need them"
+        text = f"{', '.join(missing)} missing: convert, build and run need them{_place()}"
         return [*findings, problem("packages", text, install_command())]
     oldest = dict(PACKAGES.values())
     old = [f"{name} {version}" for name, version in python.packages.items() if _too_old(version, _numbers(oldest[name]))]

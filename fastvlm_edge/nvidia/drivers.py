@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.extras import install_command
+from fastvlm_edge.extras import gpu_extra, install_advice
 from fastvlm_edge.nvidia import cuda_python, pycuda_driver
 from fastvlm_edge.nvidia.cuda import Cuda
 
@@ -26,7 +26,5 @@ def open_cuda() -> Cuda:
     try:
         module, binding = pycuda_driver.load()
     except ModuleNotFoundError:
-        raise FastVLMError(
-            "CUDA is used through the package cuda-python, which is not installed", f"run: {install_command('tensorrt')}"
-        ) from None
+        raise FastVLMError("CUDA is used through the package cuda-python, which is not installed", install_advice(gpu_extra())) from None
     return pycuda_driver.PyCuda(module, binding)

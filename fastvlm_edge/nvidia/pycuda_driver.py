@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.extras import install_command
+from fastvlm_edge.extras import gpu_extra, install_advice
 from fastvlm_edge.nvidia.cuda import CudaError, DeviceInfo, OutOfDeviceMemory, PinnedMemory, check_driver, host_bytes, no_device, no_driver
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING; PyCUDA has no name for it
@@ -33,7 +33,7 @@ def load() -> tuple[Any, str]:
     except ImportError as error:
         if "libcuda" in str(error):
             raise no_driver() from error
-        raise FastVLMError(f"PyCUDA cannot be loaded ({error})", f"run: {install_command('tensorrt')}") from error
+        raise FastVLMError(f"PyCUDA cannot be loaded ({error})", install_advice(gpu_extra())) from error
     return driver, f"PyCUDA {package.VERSION_TEXT}"
 
 
@@ -141,7 +141,7 @@ class PyCuda:
 
     def capture(self, stream: int, work: Callable[[], None]) -> int:
         """Raise FastVLMError, because PyCUDA cannot capture."""
-        raise FastVLMError(f"{self.binding} has no CUDA graphs, cuda-python has", f"run: {install_command('tensorrt')}")
+        raise FastVLMError(f"{self.binding} has no CUDA graphs, cuda-python has", install_advice(gpu_extra()))
 
     def launch(self, graph: int, stream: int) -> None:
         """Never called, because `capture` makes no graph."""

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.extras import install_command
+from fastvlm_edge.extras import gpu_extra, install_advice
 from fastvlm_edge.nvidia.cuda import Cuda, CudaError, OutOfDeviceMemory
 from fastvlm_edge.nvidia.drivers import open_cuda
 
@@ -324,7 +324,7 @@ def test_without_a_binding_it_has_the_command_that_installs_one(driver: StubDriv
     hide(monkeypatch, "cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.cuda")
     with pytest.raises(FastVLMError, match="cuda-python, which is not installed") as caught:
         open_cuda()
-    assert caught.value.mend == f"run: {install_command('tensorrt')}"
+    assert caught.value.mend == install_advice(gpu_extra())
 
 
 def test_a_broken_binding_is_named(driver: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
