@@ -219,14 +219,15 @@ class Library:
         """Load an engine file onto the GPU. Each call loads the weights again. Raises FastVLMError if the library refuses it."""
         self.log.clear()
         runtime = self._start(self.module.Runtime)
+        again = f"run: fastvlm-edge build {path.parents[2]} --force"  # engines are in MODEL/engines/TARGET
         try:
             # Mapped, not read: on a Jetson, a copy of the file in host memory would take memory that the GPU needs.
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
                 engine = runtime.deserialize_cuda_engine(plan)
         except (OSError, ValueError) as error:
-            raise FastVLMError(f"{path} could not be read ({error})", "build the engines again with: fastvlm-edge build --force") from None
+            raise FastVLMError(f"{path} could not be read ({error})", again) from None
         if engine is None:
-            raise FastVLMError(f"{self.name} {self.version} could not load {path}: {self._reason()}")
+            raise FastVLMError(f"{self.name} {self.version} could not load {path}: {self._reason()}", again)
         return LoadedEngine(self, runtime, engine, path)
 
 

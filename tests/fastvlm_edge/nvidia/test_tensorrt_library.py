@@ -55,7 +55,8 @@ def stub_of(generation: str) -> Any:
     trt.__version__ = VERSIONS[generation]
     trt.calls, trt.fails, trt.words = [], set(), []  # `words` are what a call that fails logs
     trt.layers, trt.parser_errors, trt.listing = [], [], ""
-    trt.profiles, trt.scratch = 2, 4096
+    trt.runs = []  # profile, address of the scratch memory and stream of each run
+    trt.profiles, trt.scratch = 2, [4096, 8192]  # bytes of scratch memory of each profile
     trt.steps = [("Building", None, 2), ("Tactics", "Building", 3)]
 
     trt.DataType = enum("DataType", "FLOAT", "HALF", "BF16", "INT8", "INT32", "INT64", "BOOL")
@@ -231,14 +232,19 @@ def stub_of(generation: str) -> Any:
                 how = {**how._seen, "when": getattr(how, "dynamic_shapes_kernel_specialization_strategy", None)}
             trt.calls.append(("create_execution_context", how))
 
+            self._scratch: int | None = None
+            self._profile = 0
+
         def set_device_memory(self, memory: int, size: int) -> None:
-            assert memory % 256 == 0 and size >= trt.scratch
+            assert memory % 256 == 0 and size >= max(trt.scratch)
+            self._scratch = memory
             trt.calls.append(("set_device_memory", memory, size))
 
         def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
             assert profile_index < trt.profiles, "10.3 raises this without the GIL"
             if fail("set_optimization_profile_async"):
                 raise RuntimeError("Error in set optimization profile async.")
+            self._profile = profile_index
             trt.calls.append(("set_optimization_profile_async", profile_index, stream_handle))
             return True
 
@@ -249,12 +255,17 @@ def stub_of(generation: str) -> Any:
             return not fail("set_tensor_address")
 
         def execute_async_v3(self, stream_handle: int) -> bool:
+            assert self._scratch is not None, "set_device_memory was not called"
+            trt.runs.append((self._profile, self._scratch, stream_handle))
             return not fail("execute_async_v3")
 
     class ICudaEngine(Strict):
         num_io_tensors = property(lambda self: len(trt.tensors))
         num_optimization_profiles = property(lambda self: trt.profiles)
-        device_memory_size_v2 = property(lambda self: trt.scratch)
+        device_memory_size_v2 = property(lambda self: max(trt.scratch))
+
+        def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
+            return int(trt.scratch[profile_index])
 
         def get_tensor_name(self, index: int) -> str:
             return list(trt.tensors)[index]
@@ -322,7 +333,8 @@ def oldest(install: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def engine_file(tmp_path: Path) -> Path:
-    path = tmp_path / "decoder.engine"
+    path = tmp_path / "model" / "engines" / "orin" / "decoder.engine"
+    path.parent.mkdir(parents=True)
     path.write_bytes(MAGIC + b"...")
     return path
 
@@ -653,21 +665,26 @@ def test_borders_have_names_and_types(trt: Any, engine_file: Path) -> None:
         engine.largest("logits")
 
 
+def test_the_scratch_memory_is_that_of_the_largest_profile(trt: Any, engine_file: Path) -> None:
+    trt.scratch = [4096, 12288]
+    assert find_library().load(engine_file).scratch_bytes == 12288
+
+
 @pytest.mark.parametrize("content", [None, b""])
-def test_a_file_that_is_missing_or_empty_is_named(oldest: Any, tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "vision.engine"
+def test_a_file_that_is_missing_or_empty_is_named(oldest: Any, engine_file: Path, content: bytes | None) -> None:
+    path = engine_file.with_name("vision.engine")
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(
-        FastVLMError, match=r"vision\.engine could not be read .*; build the engines again with: fastvlm-edge build --force"
-    ):
+    with pytest.raises(FastVLMError, match=r"vision\.engine could not be read ") as caught:
         find_library().load(path)
+    assert caught.value.mend == f"run: fastvlm-edge build {engine_file.parents[2]} --force"
 
 
 def test_an_engine_that_is_refused_is_named(oldest: Any, engine_file: Path) -> None:
     oldest.fails, oldest.words = {"deserialize_cuda_engine"}, ["built by another version"]
-    with pytest.raises(FastVLMError, match=rf"^{oldest.__name__} .* could not load {engine_file}: built by another version"):
+    with pytest.raises(FastVLMError, match=rf"^{oldest.__name__} .* could not load {engine_file}: built by another version") as caught:
         find_library().load(engine_file)
+    assert caught.value.mend == f"run: fastvlm-edge build {engine_file.parents[2]} --force"
     assert find_library().inspect(MAGIC) == ""
 
 
@@ -737,6 +754,30 @@ def test_a_call_of_a_context_that_fails_names_engine_and_tensor(oldest: Any, eng
 def test_a_profile_that_is_not_there_is_never_asked_for(oldest: Any, engine_file: Path, profile: int) -> None:
     with pytest.raises(FastVLMError, match=rf"decoder\.engine has no profile {profile}; it has 2"):
         find_library().load(engine_file).context(profile, 0, 8192, 1, captured=True)
+
+
+def test_a_context_gets_the_scratch_memory_and_its_profile(trt: Any, engine_file: Path) -> None:
+    engine = find_library().load(engine_file)
+    trt.calls.clear()
+    engine.context(0, 0x1000, 8192, 0x51, captured=True)
+    engine.context(1, 0x2000, 8448, 0x52, captured=True)
+    user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    assert [call for call in trt.calls if isinstance(call, tuple)] == [
+        ("create_execution_context", user_managed),
+        ("set_device_memory", 0x1000, 8192),
+        ("create_execution_context", user_managed),
+        ("set_device_memory", 0x2000, 8448),
+        ("set_optimization_profile_async", 1, 0x52),
+    ]
+
+
+def test_a_context_runs_on_the_stream_of_the_call(trt: Any, engine_file: Path) -> None:
+    engine = find_library().load(engine_file)
+    prefill, decode = (engine.context(profile, 0x1000, 8192, 0x51, captured=profile == 1) for profile in (0, 1))
+    prefill.enqueue(0x51)
+    decode.enqueue(0x51)
+    decode.enqueue(0x52)
+    assert trt.runs == [(0, 0x1000, 0x51), (1, 0x1000, 0x51), (1, 0x1000, 0x52)]
 
 
 # --- TensorRT for RTX itself, which builds without a GPU ----------------------------------------------------------------------------------
