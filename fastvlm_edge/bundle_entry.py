@@ -120,8 +120,10 @@ def build_missing_engines(bundle: Bundle, model: Path) -> bool:
     if not os.access(model, os.W_OK):
         progress.note(f"no engines yet, and {model} is not writable; run: sudo {bundle.path} prepare")
         return False
+    from fastvlm_edge.backends.ort_session import share_arena
     from fastvlm_edge.engines.build import build
 
+    share_arena()  # for the comparison with onnxruntime
     try:
         build(model, progress=progress)
     except FastVLMError as error:

@@ -423,6 +423,7 @@ class _FakeBuild:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: str = "") -> None:
         self.calls = 0
+        self.arenas = 0
         self.records: list[Any] = []
         self.error = error
         device = SimpleNamespace(name="Orin", compute_capability=(8, 7))
@@ -431,9 +432,14 @@ class _FakeBuild:
         monkeypatch.setattr(bundle_entry, "find_records", lambda _model: self.records)
         monkeypatch.setattr(bundle_entry, "mismatch", lambda *_: None)
         monkeypatch.setattr("fastvlm_edge.engines.build.build", self)
+        monkeypatch.setattr("fastvlm_edge.backends.ort_session.share_arena", self._share_arena)
+
+    def _share_arena(self) -> None:
+        self.arenas += 1
 
     def __call__(self, model: Path, **_: Any) -> None:
         self.calls += 1
+        assert self.arenas == self.calls, "the comparison would not share the arena"
         if self.error:
             raise FastVLMError(self.error)
         self.records.append(object())
