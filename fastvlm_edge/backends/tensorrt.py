@@ -369,7 +369,7 @@ class TensorRTBackend:
             try:
                 return self._in_chunks(input_ids, positions, want_logits)
             except BaseException:
-                decoder.cache.length = start
+                decoder.cache.truncate(start)
                 raise
 
     def truncate(self, length: int) -> None:

@@ -63,6 +63,7 @@ class Session:
                 raise FastVLMError(
                     "this reply was cut short, because the same model was used for something else", "finish one stream before the next"
                 )
+            del self._ids[self._backend.length :]  # an id whose step failed is not in the cache
             self._ids.append(token_id)
             return self._step((token_id,), want_logits=want_logits)
 
@@ -99,9 +100,10 @@ class Session:
         return kept
 
     def _step(self, ids: Sequence[int], *, logit_positions: Sequence[int] | None = None, want_logits: bool = False) -> StepOutput:
-        output = self._backend.step(ids, self._image_features, logit_positions=logit_positions, want_logits=want_logits)
-        self._revision = self._backend.revision
-        return output
+        try:
+            return self._backend.step(ids, self._image_features, logit_positions=logit_positions, want_logits=want_logits)
+        finally:  # a failed step may change the revision too, although it leaves the earlier positions as they were
+            self._revision = self._backend.revision
 
     def _common_length(self, ids: Sequence[int], image_features: tuple[ImageFeatures, ...]) -> int:
         """Number of leading ids that are in the cache already. Rows of an image count only if it is the same image."""

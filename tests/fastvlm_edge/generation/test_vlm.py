@@ -19,11 +19,12 @@ from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
 from fastvlm_edge.backends.select import select
 from fastvlm_edge.backends.verification import answer
-from fastvlm_edge.generation.session import LOGIT_POSITIONS
+from fastvlm_edge.generation.session import LOGIT_POSITIONS, Session
 from fastvlm_edge.inputs.preprocess import preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, read_manifest
+from tests.support.fake_engine import CHUNK
 from tests.support.fake_model import HEAD_DIM, HIDDEN, IMAGE_SIZE, KV_HEADS, LAYERS, TOKEN_COUNT, TOKENS, VOCAB, build_model
 
 PROMPT = "What does the meter read?"
@@ -473,6 +474,33 @@ def test_an_interrupt_leaves_the_model_usable(vlm: FastVLM, monkeypatch: pytest.
     assert vlm.generate(LONG_PROMPT, data.coffee(), max_new_tokens=20).token_ids == expected
     chat.reset()
     assert chat.ask(LONG_PROMPT, data.coffee(), max_new_tokens=20).token_ids == expected
+
+
+def test_a_prefill_that_fails_in_its_second_chunk_keeps_the_first(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = 2 * CHUNK
+    failing_call = 2 if vlm._backend.name == "ort" else 4  # an engine needs two calls for a chunk: the first appends to the cache
+    ids = [1 + position % (VOCAB - 1) for position in range(2 * chunk)]
+    session, decoder, calls = Session(vlm._backend, vocab=VOCAB), vlm._backend._decoder, 0  # type: ignore[attr-defined]
+    step = decoder.step
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == failing_call:
+            raise FastVLMError("the GPU failed")
+        return step(*arguments, **options)
+
+    _, output, computed = session.prefill(ids, (), chunk=chunk)
+    expected = output.top_values.copy()
+    assert computed == 2 * chunk
+    monkeypatch.setattr(decoder, "step", failing)
+    with pytest.raises(FastVLMError, match="the GPU failed"):
+        session.prefill(ids, (), chunk=chunk)
+    monkeypatch.undo()
+    assert vlm._backend.length == chunk
+    _, output, computed = session.prefill(ids, (), chunk=chunk, reuse=True)
+    assert computed == chunk
+    np.testing.assert_allclose(output.top_values, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_newer_question_ends_an_open_stream_with_an_error(vlm: FastVLM) -> None:
