@@ -90,7 +90,7 @@ class Quantizer:
         if options.limit < MINIMUM:
             raise FastVLMError(f"{options.limit} calibration examples are too few", f"give at least {MINIMUM} with --calib-limit")
         if options.accuracy_drop is not None and not options.accuracy_drop > 0:
-            raise FastVLMError(f"--accuracy-drop must be greater than 0 (got {options.accuracy_drop:g})")
+            raise FastVLMError(f"--accuracy-drop must be greater than 0 (got {options.accuracy_drop:g})", "give a larger number")
         self.options = options
         held_out = 0 if options.accuracy_drop is None else HELD_OUT
         self.minimum = MINIMUM if options.accuracy_drop is None else MINIMUM * 4 // 3 + 1

@@ -138,7 +138,8 @@ def _crash(status: int, errors: IO[bytes], number: int) -> FastVLMError:
         return FastVLMError(f"process {number} was ended by signal {-status}", "try again, and report it if it happens again")
     errors.seek(0)
     lines = errors.read().decode("utf-8", "replace").strip().splitlines()
-    return FastVLMError(f"process {number} failed: {lines[-1] if lines else f'exit status {status}'}")
+    what = f"process {number} failed: {lines[-1] if lines else f'exit status {status}'}"
+    return FastVLMError(what, "try again, and report it if it happens again")
 
 
 def _engines(record: Any) -> dict[str, Any]:

@@ -84,7 +84,10 @@ def _systemctl(*words: str) -> None:
         raise FastVLMError("systemctl was not found: this machine does not run systemd", "run `prepare` at boot in another way")
     run = subprocess.run(["systemctl", *words], capture_output=True, text=True)
     if run.returncode != 0:
-        raise FastVLMError(f"systemctl {' '.join(words)} failed: {' '.join(run.stderr.split())}")
+        raise FastVLMError(
+            f"systemctl {' '.join(words)} failed: {' '.join(run.stderr.split())}",
+            "check that systemd runs here: systemctl is-system-running",
+        )
 
 
 def _escape(text: str) -> str:

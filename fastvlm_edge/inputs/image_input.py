@@ -110,13 +110,14 @@ def _from_stream(file: IO[bytes], name: str) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(file)
     except UnidentifiedImageError:
-        raise FastVLMError(f"{name} is not an image in a format that Pillow reads (JPEG, PNG, WebP, GIF, TIFF, BMP, ...)") from None
+        what = f"{name} is not an image in a format that Pillow reads (JPEG, PNG, WebP, GIF, TIFF, BMP, ...)"
+        raise FastVLMError(what, "convert it to PNG or JPEG") from None
     except Image.DecompressionBombError as error:
         raise FastVLMError(f"{name} is too large: {_one_line(error)}", "scale it down first") from None
     except MemoryError:
         raise
     except Exception as error:
-        raise FastVLMError(f"{name} is damaged or truncated: {_one_line(error)}") from None
+        raise FastVLMError(f"{name} is damaged or truncated: {_one_line(error)}", "copy or download it again") from None
     if image.format == "EPS":  # Pillow would start Ghostscript on it
         raise FastVLMError(f"{name} is a PostScript document, not an image", "convert it to PNG first")
     return _decode(image, name)
@@ -133,7 +134,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise
     except Exception as error:
         # Decoders raise OSError, SyntaxError, struct.error, ValueError and more on damaged files.
-        raise FastVLMError(f"{name} is damaged or truncated: {_one_line(error)}") from None
+        raise FastVLMError(f"{name} is damaged or truncated: {_one_line(error)}", "copy or download it again") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:

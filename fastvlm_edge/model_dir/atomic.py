@@ -45,7 +45,7 @@ def written_beside(output: Path, *, replace: bool, elsewhere: str) -> Iterator[P
                 raise FastVLMError(
                     f"the disk of {output.parent} is full; nothing was left there", f"free some space, or {elsewhere}"
                 ) from None
-            raise FastVLMError(f"{output} could not be written ({error}); nothing was left there") from error
+            raise FastVLMError(f"{output} could not be written ({error}); nothing was left there", elsewhere) from error
     finally:
         if old.exists() and not output.exists():
             old.rename(output)

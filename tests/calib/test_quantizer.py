@@ -158,7 +158,10 @@ def test_a_folder_of_pictures_is_enough_and_bad_ones_are_named(tmp_path: Path, c
         (["--precision", "int8", "--accuracy-drop", "0.5"], "--accuracy-drop needs questions to measure the accuracy; add --calib DATA"),
         (["--precision", "int8", "--calib", "{few}"], "has 4 examples, but calibration needs at least 8"),
         (["--precision", "int8", "--calib", "{data}", "--calib-limit", "3"], "3 calibration examples are too few; give at least 8"),
-        (["--precision", "int8", "--calib", "{data}", "--accuracy-drop", "-1"], "--accuracy-drop must be greater than 0 (got -1)"),
+        (
+            ["--precision", "int8", "--calib", "{data}", "--accuracy-drop", "-1"],
+            "--accuracy-drop must be greater than 0 (got -1); give a larger number",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_at_once(

@@ -335,7 +335,7 @@ def test_the_reason_of_a_measuring_process_is_told_in_one_line(model_dir: Path, 
     [
         ("import os; os.kill(os.getpid(), 9)", "process 1 was killed, as Linux does if memory runs out"),
         ("import os; os.kill(os.getpid(), 11)", "process 1 was ended by signal 11"),
-        ("import sys; sys.exit('no such module')", "process 1 failed: no such module"),
+        ("import sys; sys.exit('no such module')", "process 1 failed: no such module; try again, and report it"),
     ],
 )
 def test_a_process_that_dies_without_a_word_is_explained(

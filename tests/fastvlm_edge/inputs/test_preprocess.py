@@ -290,6 +290,7 @@ def test_truncated_files(tmp_path: Path, share: float, extension: str) -> None:
     with pytest.raises(FastVLMError, match=rf"cut\.{extension} is (damaged or truncated: \S|not an image)") as caught:
         load_rgb(path)
     assert "\n" not in str(caught.value)
+    assert caught.value.mend in ("copy or download it again", "convert it to PNG or JPEG")
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "gif", "webp", "tif", "bmp"])
@@ -314,7 +315,7 @@ def test_files_that_are_not_images(tmp_path: Path) -> None:
     script = tmp_path / "page.eps"
     quadrants().save(script)
     cases: list[tuple[Any, str]] = [
-        (text, "note.txt is not an image in a format that Pillow reads"),
+        (text, "note.txt is not an image in a format that Pillow reads .*; convert it to PNG or JPEG"),
         (empty, r"empty.jpg is empty \(0 bytes\)"),
         (secret, "secret.png does not exist"),
         (tmp_path, "is a directory; give the path of one image"),
