@@ -78,7 +78,7 @@ def main() -> int:
             measure_speed(json.loads(options.out.read_text(encoding="utf-8")), options.checkpoint, Path(folder), options.out)
         return 0
     document: dict[str, Any] = {
-        "what": "the demo model on held-out questions, greedy, one question a picture, beside itself in FP32",
+        "what": "the demo model on held-out questions, greedy, one question per picture, compared with itself in FP32",
         "model_sha256": sha256(options.checkpoint / "model.safetensors"),
         "data": f"{options.count} scenes of the split heldout, seed {SEED}",
         "calibration": f"{CALIBRATION} scenes of the split calibration, seed {SEED}",

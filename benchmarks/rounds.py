@@ -1,6 +1,6 @@
-"""What every comparison shares: contenders that take turns, each in a process of its own once a round, and the figures of their samples.
+"""Code that all comparisons share: it runs the contenders in rounds and computes the figures of their samples.
 
-Contenders take turns, so that the noise of the machine hits all of them alike.
+In every round each contender runs once, in a new process. The contenders take turns, so that noise of the machine affects all of them.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class FastVLMError(Exception):
         self.what = what
         self.mend = mend
         self.partial: dict[str, Any] | None = None
-        """What a command had found out before it failed. With `--json` it stands beside `error` in the one object."""
+        """The results that a command had before it failed. With `--json` they are printed in the same object as `error`."""
 
     def __reduce__(self) -> tuple[type[FastVLMError], tuple[str, str | None]]:
         return type(self), (self.what, self.mend)

@@ -11,7 +11,7 @@ class Progress(Protocol):
     """Receives the progress of work, which is a sequence of stages."""
 
     def stage(self, name: str, total: int | None = None) -> None:
-        """Begin a stage of `total` units, or of unknown size. It ends the stage before."""
+        """Begin a stage of `total` units, or of unknown size. It ends the previous stage."""
 
     def advance(self, amount: int = 1) -> None:
         """Report that `amount` more units are done."""
@@ -54,7 +54,7 @@ class TextProgress:
         self._began = self._shown = 0.0
 
     def stage(self, name: str, total: int | None = None) -> None:
-        """Begin a stage. It ends the stage before."""
+        """Begin a stage. It ends the previous stage."""
         self.done()
         self._name, self._total, self._count = name, total, 0
         self._began = self._shown = time.monotonic()

@@ -1,1 +1,1 @@
-"""FastVLM beside its peers: `run` drives one script for each of them, every one in an environment of its own."""
+"""Compares FastVLM with other runtimes. `run` starts one script for each of them; each script has its own Python environment."""

@@ -70,7 +70,7 @@ def _first_that_runs(directory: Path, manifest: Manifest, threads: int | None, p
             backend = _load("tensorrt", directory, manifest, threads, progress)
             backend.description += " (auto)"
             return backend
-        except FastVLMError as error:  # the user expects the engines to run, so this is worth a line of its own
+        except FastVLMError as error:  # the user expects the engines to run, so say why they do not
             progress.done()
             progress.note(f"not using tensorrt: {error}")
             why = f"auto: {error}"

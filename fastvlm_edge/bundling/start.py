@@ -304,7 +304,7 @@ def exit_status(path: str, call: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush says nothing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not raise again
         return 141
     except OSError as error:
         _report(name, BundleError(f"{error.filename or 'input or output'}: {error.strerror or error}"))
