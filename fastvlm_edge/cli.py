@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.extras import absent_from_runtime, import_failure, missing_package
+from fastvlm_edge.extras import import_failure
 from fastvlm_edge.version import __version__
 
 COMMANDS = {
@@ -96,12 +96,8 @@ def _explain(error: Exception) -> FastVLMError:
     """Turn any exception into one that says what is wrong and what to do."""
     if isinstance(error, FastVLMError):
         return error
-    if isinstance(error, ImportError):
-        # A compiled package may only say "import numpy failed", without a name: then a dependency of the runtime is looked for.
-        absent = [] if error.name else absent_from_runtime()
-        failure = missing_package(absent[0]) if absent else import_failure(error)
-        if failure is not None:
-            return failure
+    if isinstance(error, ImportError) and (failure := import_failure(error)) is not None:
+        return failure
     if isinstance(error, MemoryError):
         return FastVLMError("not enough memory", "close other programs, or use a smaller model or precision")
     if isinstance(error, OSError) and error.strerror:

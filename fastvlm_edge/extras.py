@@ -25,7 +25,6 @@ NEEDED_BY = {
 }
 """Module of a dependency -> the extra of pyproject.toml that installs it; "" stands for the dependencies of the runtime."""
 
-
 DISTRIBUTIONS = {"PIL": "pillow", "tensorrt_rtx": "tensorrt-rtx", "cuda": "cuda-bindings", "pynvml": "nvidia-ml-py"}
 """Module -> the name for pip, if it differs."""
 
@@ -36,14 +35,10 @@ def install_command(extra: str = "") -> str:
     In a clone it installs the clone. If fastvlm-edge was installed from a wheel, it names the packages one by one, because fastvlm-edge
     is not on PyPI yet. In a bundle, which is neither, it is the command for a clone somewhere else; `place_of_install` says so.
     """
-    clone = Path(__file__).resolve().parents[1]
-    if (clone / "pyproject.toml").is_file():
-        return f'pip install "{clone}[{extra}]"' if extra else f'pip install "{clone}"'
-    try:
-        requirements = metadata.requires("fastvlm-edge") or ()
-    except metadata.PackageNotFoundError:
-        place = f".[{extra}]" if extra else "."
-        return f'pip install "{place}"'
+    clone, requirements = _origin()
+    if requirements is None:
+        place = "." if clone is None else str(clone)
+        return f'pip install "{place}[{extra}]"' if extra else f'pip install "{place}"'
     packages = []
     for requirement in requirements:
         package, _, condition = requirement.partition(";")
@@ -55,13 +50,18 @@ def install_command(extra: str = "") -> str:
 
 def place_of_install() -> str:
     """Where `install_command` must run: "in a clone of fastvlm-edge" for a bundle, otherwise "", which means anywhere."""
-    if (Path(__file__).resolve().parents[1] / "pyproject.toml").is_file():
-        return ""
+    return "in a clone of fastvlm-edge" if _origin() == (None, None) else ""
+
+
+def _origin() -> tuple[Path | None, list[str] | None]:
+    """The clone that this file is in, or else the requirements of the installed wheel. A bundle has neither."""
+    clone = Path(__file__).resolve().parents[1]
+    if (clone / "pyproject.toml").is_file():
+        return clone, None
     try:
-        metadata.version("fastvlm-edge")
+        return None, metadata.requires("fastvlm-edge") or []
     except metadata.PackageNotFoundError:
-        return "in a clone of fastvlm-edge"
-    return ""
+        return None, None
 
 
 def install_advice(extra: str = "") -> str:
@@ -104,9 +104,12 @@ def missing_package(module: str, what_for: str | None = None) -> FastVLMError | 
 
 
 def import_failure(error: ImportError, what_for: str | None = None) -> FastVLMError | None:
-    """The error for a known dependency that is not installed, or is installed but cannot be loaded; None for any other module."""
-    module = error.name or ""
-    if isinstance(error, ModuleNotFoundError):
+    """The error for a known dependency that is not installed, or is installed but cannot be loaded; None for any other module.
+
+    A compiled package may only say "import numpy failed", without a name: then a dependency of the runtime is looked for.
+    """
+    module = error.name or next(iter(absent_from_runtime()), "")
+    if isinstance(error, ModuleNotFoundError) or not error.name:
         return missing_package(module, what_for)
     top = module.partition(".")[0]
     return broken_package(top, error) if top in NEEDED_BY else None

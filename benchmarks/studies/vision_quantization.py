@@ -30,13 +30,14 @@ from torch import nn
 
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.studies.recipes import OBSERVERS, Recipe, RecipeSearch
+from examples.checkpoints.heavy_tails import add_heavy_tails
 from fastvlm_edge.backends.verification import stored_pictures
 from fastvlm_edge.calib.encoder.search import VisionQuantization, VisionSearch, cosine_loss, squared_error
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.precision import precision_plan
-from fastvlm_edge.convert.fastvithd import AttentionBlock, ConvFFN, Downsample, FastViTHD, image_tokens
+from fastvlm_edge.convert.fastvithd import FastViTHD, image_tokens
 from fastvlm_edge.convert.weights.vision import write_vision_weights
 from fastvlm_edge.inputs.preprocess import preprocess
 
@@ -326,48 +327,6 @@ def photographs(count: int, size: int, first: int = 0) -> list[Float32]:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).rotate(20)
         out[index] = preprocess(image, size, "pad")
     return out
-
-
-@torch.no_grad()
-def add_heavy_tails(encoder: FastViTHD, *, degrees: float = 2.0, seed: int = 0) -> None:
-    """Give the inputs of the dense layers channels that tower over the others, as those of trained encoders do; in place.
-
-    Each channel gets a factor 0.2 + |t| of Student's t with `degrees` degrees of freedom: of 1536 channels the largest is some 40 times the
-    median one. Before fc1, qkv, proj the layer's own columns are divided by it, so the function stays as it was; behind a GELU (fc2, the
-    1 x 1 of a downsampling) it changes, and the magnitude of the sum is kept.
-    """
-    rng = np.random.default_rng(seed)
-
-    def factors(channels: int) -> torch.Tensor:
-        return torch.from_numpy((0.2 + np.abs(rng.standard_t(degrees, channels))).astype(np.float32))
-
-    def scale(parts: list[torch.Tensor | None], f: torch.Tensor) -> None:
-        for part in parts:
-            if part is not None:
-                part *= f.reshape(-1, *[1] * (part.ndim - 1))
-
-    for module in encoder.modules():
-        if isinstance(module, ConvFFN):
-            for before, after in (
-                ((module.conv.bn.weight, module.conv.bn.bias), module.fc1),
-                ((module.fc1.weight, module.fc1.bias), module.fc2),
-            ):
-                f = factors(after.in_channels)
-                scale(list(before), f)
-                after.weight /= f.reshape(1, -1, 1, 1)
-        elif isinstance(module, AttentionBlock):
-            f = factors(module.norm.weight.numel())
-            scale([module.norm.weight, module.norm.bias], f)
-            module.token_mixer.qkv.weight /= f
-            f = factors(f.numel())
-            module.token_mixer.qkv.weight[-f.numel() :] *= f[:, None]
-            module.token_mixer.proj.weight /= f
-        elif isinstance(module, Downsample):
-            large, small = (part.reparam_conv for part in module.proj)
-            assert isinstance(large, nn.Conv2d) and isinstance(small, nn.Conv2d)
-            f = factors(small.in_channels)
-            scale([large.weight, large.bias], f)
-            small.weight /= f.reshape(1, -1, 1, 1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from examples.checkpoints.heavy_tails import add_heavy_tails
 from fastvlm_edge.calib.encoder import search as vision
 from fastvlm_edge.calib.encoder.cache import ObservationCache, run_watched
 from fastvlm_edge.calib.encoder.chain import Decision, Layer
@@ -23,7 +24,6 @@ from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.precision import PrecisionPlan, precision_plan
 from fastvlm_edge.convert.weights.vision import QuantizedLayer, write_vision_weights
 from tests.convert.graphs.test_vision import HIDDEN, TINY, random_encoder
-from tests.support.heavy_tails import add_heavy_tails
 from tests.support.parser_of_tensorrt_10_3 import check_graph
 
 SIZE = 128
