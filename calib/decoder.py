@@ -151,7 +151,7 @@ class _Calibration:
         cos, sin = _rotary(self.text.rope_theta, self.text.head_dim, max(len(hidden) for hidden in self.hidden))
         for layer in range(self.text.layers):
             self._attention(f"llm.layers.{layer}", cos, sin)
-            self._mlp(f"llm.layers.{layer}")
+            self._mlp(f"llm.layers.{layer}", self.plan.up_shift(layer))
         self._head()
 
     def _embed(self, ids: Sequence[int], features: Float32, known: dict[int, Float32]) -> Tensor:
@@ -189,9 +189,9 @@ class _Calibration:
         for hidden, added in zip(self.hidden, attended, strict=True):
             hidden += added @ out
 
-    def _mlp(self, name: str) -> None:
+    def _mlp(self, name: str, up_shift: int) -> None:
         norm = self._norm(f"{name}.post_attention_layernorm.weight")
-        matrices = layer_matrices(name, self.text)
+        matrices = layer_matrices(name, self.text, up_shift)
         weight = self._quantize(f"{name}.gate_up", matrices[f"{name}.gate_up"], (norm(hidden) for hidden in self.hidden))
 
         def product(hidden: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class _Calibration:
 
         down = self._quantize(f"{name}.down", matrices[f"{name}.down"], map(product, self.hidden))
         for hidden in self.hidden:
-            hidden += product(hidden) @ down
+            hidden += product(hidden) @ down * 2.0**up_shift
 
     def _head(self) -> None:
         text, kind = self.text, self.plan.head

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastvlm_edge.backends.verification import ANSWER, QUESTION
+from fastvlm_edge.backends.verification.conversation import ANSWER, QUESTION
 from fastvlm_edge.calib.accuracy import Question, Score, points_lost, score
 from fastvlm_edge.calib.decoder import DecoderQuantization, calibrate_decoder
 from fastvlm_edge.calib.encoder.cache import FeatureCache, ObservationCache
@@ -173,7 +173,7 @@ class Quantizer:
         layers = source.text.layers
         progress.stage("measure the original model", layers)
         before = score(source, held_out.questions, held_out.features, progress.advance)
-        quantized = QuantizedDecoder(source, decoder, embedding=bool(plan.embedding.bits))
+        quantized = QuantizedDecoder(source, decoder, plan)
         lost = 0.0
         for damage in DAMAGES:
             vision = search.choose(seen, bound=damage)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastvlm_edge.backends.verification import compare
+from fastvlm_edge.backends.verification.compare import compare
 from fastvlm_edge.convert.fastvithd import AttentionBlock, ConvFFN, FastViTHD, LayerScale, RepMixerBlock, Stage
 
 BOUND = 0.001

@@ -18,11 +18,13 @@ from torch import nn
 from fastvlm_edge.backends.dtypes import from_float32
 from fastvlm_edge.backends.ort import HostFeatures, OrtDecoder, OrtVision
 from fastvlm_edge.backends.ort_session import on_device
-from fastvlm_edge.backends.verification import Difference, compare, stored_conversation
+from fastvlm_edge.backends.verification.compare import Difference, compare, top_rows
+from fastvlm_edge.backends.verification.conversation import Passage, stored_conversation
+from fastvlm_edge.backends.verification.reference import Reference
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
 from fastvlm_edge.convert.fastvithd import ConvBN, FastViTHD, LayerScale, image_tokens
-from fastvlm_edge.convert.precision import VISION_STAGES
-from fastvlm_edge.convert.reference.decoder import Magnitudes, Weights, reference_logits
+from fastvlm_edge.convert.precision import VISION_STAGES, Magnitudes
+from fastvlm_edge.convert.reference.decoder import Weights, reference_logits
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import FileRecord, Manifest
@@ -111,9 +113,30 @@ def converse(
     return Conversation(features, ids, split, positions, logits, magnitudes)
 
 
-def repeat(conversation: Conversation, weights: Weights, advance: Callable[[], None]) -> Float32:
-    """PyTorch's logits [positions, vocab] for the same conversation with other weights."""
-    return reference_logits(weights, conversation.ids, conversation.features, conversation.positions, advance)[0]
+@dataclass(frozen=True)
+class Stored:
+    """What PyTorch computes for the stored conversation with the integers in the model directory."""
+
+    features: Float32
+    """Image features [tokens, hidden] of the first picture, from the encoder's integers."""
+    logits: Float32
+    """[positions, vocab]: logits of the positions of `Conversation`, from these features and the decoder's integers."""
+
+
+def answer_passage(
+    weights: Weights, features: Sequence[Float32], passage: Passage, conversation: Conversation, advance: Callable[[], None]
+) -> tuple[Reference, Stored]:
+    """Run `weights` in PyTorch on the passage, which begins like the conversation: the reference for engines, and for the graphs.
+
+    `features` [tokens, hidden] are those of each picture.
+    """
+    ids = passage.ids if len(passage.ids) >= len(conversation.ids) else conversation.ids  # a short context cuts the passage
+    positions = sorted({*passage.positions, *conversation.positions})
+    logits, _ = reference_logits(weights, ids, np.concatenate(features), positions, advance)
+    at = {position: index for index, position in enumerate(positions)}
+    rows = top_rows(logits[[at[position] for position in passage.positions]])
+    reference = Reference("PyTorch", passage, np.stack(features), rows)
+    return reference, Stored(features[0], logits[[at[position] for position in conversation.positions]])
 
 
 def check_parity(
@@ -124,13 +147,13 @@ def check_parity(
     conversation: Conversation,
     advance: Callable[[], None],
     *,
-    stored: Float32 | None = None,
+    stored: Stored | None = None,
     activations: bool = False,
 ) -> dict[str, Any]:
     """Run the graphs of `directory` and compare the image features of each picture, then the logits of the stored conversation.
 
     The decoder gets PyTorch's image features, so that each graph is tested alone, and its prompt in two chunks, so that the cache is tested
-    too. `stored` are PyTorch's logits with the integers in the directory; None if the plan stores floats. With `activations`, the encoder's
+    too. `stored` is what PyTorch computes with the integers in the directory; None if the plan stores floats. With `activations`, the encoder's
     graph for a GPU is run as well, because only that one has quantised activations. `advance` is called for each picture and at the end.
     Returns the figures for the manifest. Raises FastVLMError if they are outside BOUNDS.
     """
@@ -141,13 +164,15 @@ def check_parity(
     if activations:
         without = replace(manifest, files={name: record for name, record in manifest.files.items() if not name.endswith(".cpu.onnx")})
         quantized = _run_vision(OrtVision(on_device(directory, without)), pictures, expected, lambda: None)
-    logits = _run_decoder(OrtDecoder(setup), conversation, setup.manifest.decoder.dtype)
+    decoder, dtype = OrtDecoder(setup), setup.manifest.decoder.dtype
+    logits = _run_decoder(decoder, conversation, conversation.features, dtype)
+    repeated = None if stored is None else _run_decoder(decoder, conversation, stored.features, dtype)
     advance()
     figures: dict[str, Any] = {
         "image_features": asdict(worst),
         **({"image_features_w8a8": asdict(quantized)} if activations else {}),
         "logits": _likeness(logits, conversation.logits),
-        **({} if stored is None else {"logits_stored_weights": _likeness(logits, stored)}),
+        **({} if stored is None or repeated is None else {"logits_stored_weights": _likeness(repeated, stored.logits)}),
         "bounds": asdict(bounds),
     }
     checks = [
@@ -194,10 +219,11 @@ def _run_vision(vision: OrtVision, pictures: Sequence[Float32], expected: Sequen
     return min(differences, key=lambda difference: difference.cosine)
 
 
-def _run_decoder(decoder: OrtDecoder, conversation: Conversation, dtype: str) -> Float32:
-    """Logits [positions, vocab] of the conversation, whose ids are given in two chunks."""
+def _run_decoder(decoder: OrtDecoder, conversation: Conversation, features: Float32, dtype: str) -> Float32:
+    """Logits [positions, vocab] of the conversation about a picture with these features. Its ids are given in two chunks."""
     ids, split = conversation.ids, conversation.split
-    picture = HostFeatures(from_float32(conversation.features, dtype), dtype)
+    picture = HostFeatures(from_float32(features, dtype), dtype)
+    decoder.reset()
     decoder.step(ids[:split], (picture,))
     positions = [position - split for position in conversation.positions]
     out = decoder.step(ids[split:], (picture,), logit_positions=positions, want_logits=True)

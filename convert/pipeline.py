@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from fastvlm_edge.backends.verification import stored_pictures
+from fastvlm_edge.backends.verification.conversation import stored_passage, stored_pictures
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.checkpoint.hashes import BackgroundHashes
 from fastvlm_edge.convert.checkpoint.text import TextAssets, read_text
@@ -32,12 +32,13 @@ from fastvlm_edge.convert.graphs.decoder import CANDIDATES, build_decoder
 from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.parity import (
     Conversation,
+    Stored,
+    answer_passage,
     check_parity,
     converse,
     encode,
     files_under_way,
     probe_activations,
-    repeat,
 )
 from fastvlm_edge.convert.precision import NUMPY_NAMES, PrecisionPlan, fit, on_cpu, precision_plan
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder, StoredMatrices
@@ -177,9 +178,9 @@ def _run(conversion: Conversion, calibrate: Calibrate | None) -> None:
     vision_weights = write_vision(conversion, encoder, projector, calibration)
     del encoder, projector  # their memory is needed for the decoder
     decoder_weights = write_decoder(conversion, calibration)
-    stored_logits = probe_stored_weights(conversion, reference, decoder_weights)
-    choose_cpu_int8(conversion, reference, vision_weights, calibration)
-    verify(conversion, reference, stored_logits, calibration)
+    features = choose_cpu_int8(conversion, reference, vision_weights, calibration)
+    stored = store_reference(conversion, reference, features, decoder_weights)
+    verify(conversion, reference, stored, calibration)
     if calibration is not None:
         calibration.write_report(conversion.directory, conversion.manifest)
 
@@ -194,12 +195,18 @@ def probe(conversion: Conversion, encoder: FastViTHD, projector: nn.Sequential) 
         largest, features = probe_activations(encoder, projector, conversion.pictures)
     progress.stage("probe decoder", source.text.layers)
     conversation = converse(conversion.tokenizer, conversion.manifest, source, features[0][0], progress.advance)
-    conversion.plan = fit(conversion.plan, largest, conversation.magnitudes.largest())
+    conversion.plan = fit(conversion.plan, largest, conversation.magnitudes)
     conversion.manifest = replace(
         conversion.manifest,
         plan=conversion.plan.describe(),
         decoder=replace(conversion.manifest.decoder, dtype=NUMPY_NAMES[conversion.plan.decoder]),
-        activations={"pictures": len(conversion.pictures), "largest": largest, "decoder": asdict(conversation.magnitudes)},
+        activations={
+            "pictures": len(conversion.pictures),
+            "largest": largest,
+            "decoder": asdict(conversation.magnitudes),
+            "fp32_scores": sorted(conversion.plan.wide_scores),
+            "up_shifts": {str(layer): shift for layer, shift in conversion.plan.up_shifts.items()},
+        },
     )
     return Reference(features, conversation, noises)
 
@@ -237,13 +244,14 @@ def write_decoder(conversion: Conversion, calibration: Calibration | None) -> We
     source, plan, progress = conversion.source, conversion.plan, conversion.progress
     progress.stage("decoder", source.text.layers + 2)
     with _weights(conversion.directory / "decoder.weights") as weights:
-        write_decoder_weights(source, plan, weights, progress.advance, None if calibration is None else calibration.decoder)
-    graphs: list[tuple[str, PrecisionPlan, int | None]] = [("decoder.onnx", plan, None)]
+        quantized = None if calibration is None else calibration.decoder
+        write_decoder_weights(source, plan, weights, progress.advance, quantized, context=conversion.manifest.decoder.context)
+    graphs = [("decoder.onnx", plan, False)]
     if _needs_cpu_graph("decoder", plan):
-        graphs.append(("decoder.cpu.onnx", on_cpu(plan), conversion.manifest.decoder.context))
-    for file, graph_plan, cpu_context in graphs:
+        graphs.append(("decoder.cpu.onnx", on_cpu(plan), True))
+    for file, graph_plan, cpu in graphs:
         graph = GraphBuilder("decoder", weights)
-        build_decoder(graph, source.text, graph_plan, cpu_context=cpu_context)
+        build_decoder(graph, source.text, graph_plan, cpu=cpu)
         graph.save(conversion.directory / file)
     return weights
 
@@ -253,25 +261,21 @@ def _needs_cpu_graph(part: str, plan: PrecisionPlan) -> bool:
     return on_cpu(plan) != plan or (part == "decoder" and plan.decoder == "fp32")
 
 
-def probe_stored_weights(conversion: Conversion, reference: Reference, weights: WeightsFile) -> Float32 | None:
-    """PyTorch's logits [positions, vocab] with the decoder's stored integers, to tell a faulty graph from coarse weights.
+def choose_cpu_int8(
+    conversion: Conversion, reference: Reference, weights: WeightsFile, calibration: Calibration | None
+) -> list[Float32]:
+    """Let the encoder's graph for a CPU compute as many blocks in INT8 as the image features allow; only if its weights are INT8.
 
-    None if the plan stores floats.
+    Returns the image features [tokens, hidden] of every picture as the graph for a GPU states them, computed in FP32.
     """
     plan, progress = conversion.plan, conversion.progress
-    if not plan.body.bits:
-        return None
-    progress.stage("probe stored decoder", conversion.source.text.layers)
-    stored = QuantizedDecoder(conversion.source, StoredMatrices(weights), embedding=bool(plan.embedding.bits))
-    return repeat(reference.conversation, stored, progress.advance)
-
-
-def choose_cpu_int8(conversion: Conversion, reference: Reference, weights: WeightsFile, calibration: Calibration | None) -> None:
-    """Let the encoder's graph for a CPU compute as many blocks in INT8 as the image features allow; only if its weights are INT8."""
-    plan, progress = conversion.plan, conversion.progress
     if not plan.vision_weights.bits:
-        return
+        return [features[0] for features in reference.features]
     progress.stage("INT8 on a CPU", TRIES + 1)
+    stated: list[Float32] = []
+    if calibration is not None:
+        _save_vision(conversion, weights, "vision.cpu.onnx", on_cpu(plan), scales=calibration.vision.activation_scales)
+        stated = encode(conversion.directory, conversion.manifest, conversion.pictures)
     blocks = reference.noises
     if calibration is not None:  # layers that calibration left in floats have no integers to multiply
         blocks = [noise for noise in blocks if calibration.vision.activation_scales.keys() >= set(noise.layers)]
@@ -280,9 +284,13 @@ def choose_cpu_int8(conversion: Conversion, reference: Reference, weights: Weigh
         _save_vision(conversion, weights, "vision.cpu.onnx", on_cpu(plan), integer_inputs=layers)
 
     def features_with(layers: frozenset[str]) -> list[Float32]:
+        nonlocal stated
         save(layers)
         progress.advance()
-        return encode(conversion.directory, conversion.manifest, conversion.pictures)
+        features = encode(conversion.directory, conversion.manifest, conversion.pictures)
+        if not layers:
+            stated = stated or features
+        return features
 
     chosen = choose_blocks(blocks, features_with)
     save(chosen.layers)
@@ -292,9 +300,26 @@ def choose_cpu_int8(conversion: Conversion, reference: Reference, weights: Weigh
     )
     activations = {**conversion.manifest.activations, "int8_on_cpu": chosen.describe()}
     conversion.manifest = replace(conversion.manifest, activations=activations)
+    return stated
 
 
-def verify(conversion: Conversion, reference: Reference, stored_logits: Float32 | None, calibration: Calibration | None) -> None:
+def store_reference(conversion: Conversion, reference: Reference, features: list[Float32], weights: WeightsFile) -> Stored | None:
+    """Write `reference.npz`, with which engines are compared: PyTorch in FP32 with the stored integers, so that it shows their error alone.
+
+    `features` [tokens, hidden] are those of every picture. Returns what the graphs are compared with, or None if the plan stores floats:
+    then the reference is the checkpoint itself.
+    """
+    source, plan, progress = conversion.source, conversion.plan, conversion.progress
+    progress.stage("reference answers", source.text.layers)
+    quantized = bool(plan.body.bits)
+    decoder = QuantizedDecoder(source, StoredMatrices(weights), plan) if quantized else source
+    passage = stored_passage(conversion.tokenizer, conversion.manifest)
+    answers, stored = answer_passage(decoder, features, passage, reference.conversation, progress.advance)
+    answers.write(conversion.directory)
+    return stored if quantized else None
+
+
+def verify(conversion: Conversion, reference: Reference, stored: Stored | None, calibration: Calibration | None) -> None:
     """Compare the written graphs with the reference. Raises FastVLMError if they disagree."""
     progress = conversion.progress
     progress.stage("verify", len(conversion.pictures) + 1)
@@ -306,11 +331,11 @@ def verify(conversion: Conversion, reference: Reference, stored_logits: Float32 
         reference.features,
         reference.conversation,
         progress.advance,
-        stored=stored_logits,
+        stored=stored,
         activations=calibration is not None,
     )
     conversion.manifest = replace(conversion.manifest, parity=figures)
-    if stored_logits is not None:
+    if stored is not None:
         progress.note(_cost_of_integers(figures, advise=calibration is None))
 
 

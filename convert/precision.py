@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,11 @@ NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FP16_MAX = 65504.0
 FP16_SAFE = FP16_MAX / 4
 """The largest magnitude that a probe may find where FP16 is kept: the few pictures of the probe are not the worst ones."""
+
+LARGEST_SCORE = {"fp16": 32.0, "bf16": 4.0}
+"""The largest attention score that a probe may find where scores pass through the decoder's float type. Steps of the type are 1/64 there,
+so a share of the attention is off by 1 % at most. Other questions may have scores twice as large, with twice the error
+(docs/precision.md)."""
 
 VISION_STAGES = ("stem", "stage1", "stage2", "stage3", "stage4", "stage5", "final_conv", "projector")
 
@@ -56,6 +62,14 @@ class PrecisionPlan:
     body: WeightType = PLAIN
     head: WeightType = PLAIN
     embedding: WeightType = PLAIN
+    wide_scores: frozenset[int] = frozenset()
+    """Layers of the LLM whose attention scores stay in FP32 between the product and the softmax."""
+    up_shifts: Mapping[int, int] = field(default_factory=dict)
+    """Layer of the LLM -> k: the weights of `up_proj` are divided by 2^k, and the output of `down_proj` is multiplied by it in FP32."""
+
+    def up_shift(self, layer: int) -> int:
+        """The power of two that `up_proj` of a layer is divided by."""
+        return self.up_shifts.get(layer, 0)
 
     def floats(self) -> set[str]:
         """Every float type that some stage computes in."""
@@ -106,14 +120,50 @@ def vision_stage(name: str) -> str:
     return f"stage{int(rest.partition('.')[0]) + 1}" if part == "stages" else part
 
 
-def fit(plan: PrecisionPlan, vision: Mapping[str, float], decoder: float) -> PrecisionPlan:
-    """The plan with wider types where FP16 is too narrow: FP32 for a stage of the encoder, BF16 for the whole decoder.
+@dataclass(frozen=True)
+class Magnitudes:
+    """The largest magnitudes that the LLM computes for a probe, one value per layer: its float types must be able to hold them."""
 
-    `vision` maps each stage to the largest magnitude that was found there; `decoder` is the largest one of the whole decoder. A stage stays
-    in FP16 up to FP16_SAFE, a quarter of 65504.
+    qkv: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    """Products of queries and keys, divided by sqrt(head_dim), before the softmax."""
+    attention: list[float] = field(default_factory=list)
+    """Output of o_proj."""
+    gate: list[float] = field(default_factory=list)
+    product: list[float] = field(default_factory=list)
+    """up, and silu(gate) * up."""
+    mlp: list[float] = field(default_factory=list)
+    """Output of down_proj."""
+    residual: list[float] = field(default_factory=list)
+    """The residual stream after the attention and after the MLP, which is FP32 in every plan."""
+
+
+def fit(plan: PrecisionPlan, vision: Mapping[str, float], decoder: Magnitudes) -> PrecisionPlan:
+    """The plan with wider types where a probe found magnitudes that FP16 or BF16 cannot hold or resolve.
+
+    `vision` maps each stage to the largest magnitude that was found there. A stage of the encoder stays in FP16 up to FP16_SAFE and is FP32
+    above. In the decoder, attention scores above LARGEST_SCORE stay in FP32; up_proj is divided by a power of two if its product with the
+    gate, or the output of the MLP, exceeds FP16_SAFE. Raises FastVLMError if anything else in the decoder exceeds FP16_SAFE.
     """
     stages = {stage: "fp32" if kind == "fp16" and vision.get(stage, 0.0) > FP16_SAFE else kind for stage, kind in plan.vision.items()}
-    return replace(plan, vision=stages, decoder="bf16" if plan.decoder == "fp16" and decoder > FP16_SAFE else plan.decoder)
+    plan = replace(plan, vision=stages)
+    if plan.decoder == "fp32":
+        return plan
+    limit = LARGEST_SCORE[plan.decoder]
+    plan = replace(plan, wide_scores=frozenset(layer for layer, score in enumerate(decoder.scores) if score > limit))
+    if plan.decoder != "fp16":
+        return plan
+    for name in ("qkv", "attention", "gate"):
+        values: list[float] = getattr(decoder, name)
+        if values and max(values) > FP16_SAFE:
+            raise FastVLMError(
+                f"layer {values.index(max(values))} of the LLM computes {max(values):,.0f} ({name}); FP16 ends at 65,504, "
+                f"and its plans accept {FP16_SAFE:,.0f}",
+                "convert with --precision bf16 or fp32",
+            )
+    largest = [max(pair) for pair in zip(decoder.product, decoder.mlp, strict=True)]
+    shifts = {layer: math.ceil(math.log2(value / FP16_SAFE)) for layer, value in enumerate(largest) if value > FP16_SAFE}
+    return replace(plan, up_shifts=shifts)
 
 
 def on_cpu(plan: PrecisionPlan) -> PrecisionPlan:

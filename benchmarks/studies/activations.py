@@ -61,13 +61,13 @@ def measure(work: Path) -> dict[str, Any]:
 def probe(checkpoint: Path, work: Path) -> dict[str, Any]:
     """Activations of a checkpoint, and the types that `--precision fp16` gets from them."""
     from fastvlm_edge.convert.pipeline import convert
-    from fastvlm_edge.convert.precision import fit, precision_plan
+    from fastvlm_edge.convert.precision import Magnitudes, fit, precision_plan
     from fastvlm_edge.progress import stderr_progress
 
     with tempfile.TemporaryDirectory(dir=work) as folder:
         manifest = convert(str(checkpoint), Path(folder) / "model", precision=CHEAPEST, progress=stderr_progress())
     stages, layers = manifest.activations["largest"], manifest.activations["decoder"]
-    plan = fit(precision_plan("fp16"), stages, max(max(values) for values in layers.values()))
+    plan = fit(precision_plan("fp16"), stages, Magnitudes(**layers))
     return {
         "model_sha256": manifest.source.files["model.safetensors"],
         "image_size": manifest.vision.image_size,

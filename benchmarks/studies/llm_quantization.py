@@ -148,10 +148,10 @@ def write_decoder(checkpoint: Any, plan: Any, quantized: Any, folder: Path) -> N
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = WeightsFile(folder / "decoder.weights")
-    write_decoder_weights(checkpoint, plan, weights, lambda: None, quantized)
+    write_decoder_weights(checkpoint, plan, weights, lambda: None, quantized, context=512)
     weights.close()
     graph = GraphBuilder("decoder", weights)
-    build_decoder(graph, checkpoint.text, plan, cpu_context=512 if plan.embedding.bits else None)  # the libraries want plain ONNX
+    build_decoder(graph, checkpoint.text, plan, cpu=bool(plan.embedding.bits))  # the libraries want plain ONNX
     graph.save(folder / "decoder.onnx")
 
 

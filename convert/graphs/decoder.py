@@ -1,8 +1,12 @@
 """The decoder graph: Qwen2 as standard ONNX operators, stateless, one graph for every backend (docs/graphs.md).
 
-One call has `seq` new positions and a read-only cache. Scores for the cache and for the new keys are two matrix products that are joined
-before the softmax, so the cache is never copied inside the graph; the runtime writes `kv_new` into it afterwards.
+One call has `seq` new positions and a read-only cache; the runtime writes `kv_new` into it afterwards. Inside the graph, keys and values
+are joined with the cache before one product each. This costs a copy of the cache at every call, but TensorRT then computes the attention
+of a layer in one kernel (docs/tensorrt.md).
 A second graph for onnxruntime's CPU provider uses the provider's own attention, which appends to the cache in place.
+
+In a plan with a narrow float type (FP16, BF16), a Cast to FP32 before a product and a Cast back after it ask for sums in FP32. Mask,
+softmax, rotation and the residual stream are FP32, and the scores of a layer where they are large (docs/precision.md).
 """
 
 from __future__ import annotations
@@ -17,19 +21,19 @@ from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan
 
 CANDIDATES = 64
 """Length of top_values and top_ids, from which greedy, top-k and top-p sampling choose without reading all logits."""
-MASKED = -30000.0
-"""Added to the scores of masked keys: finite in FP16, and its exponential is zero in every type."""
+MASKED = -1e9
+"""Added to the scores of masked keys: its exponential is zero whatever the score."""
+TOP_ROW = 4096
+"""TensorRT finds the largest values of one row with one thread block. A row of logits is therefore cut into rows of this length first."""
 
 
 @dataclass(frozen=True)
 class _Shared:
     """Values that every layer uses."""
 
-    cos: str  # [batch, 1, seq, head_dim]
+    cos: str  # [batch, 1, seq, head_dim] float32
     sin: str  # the same with its first half negated, which saves the Neg of rotate_half
-    mask: str  # [batch, 1, group * seq, capacity + seq]
-    capacity: str  # [1]
-    end: str  # [1], past the last key
+    mask: str  # [batch, 1, group * seq, capacity + seq] float32
 
 
 @dataclass(frozen=True)
@@ -42,23 +46,24 @@ class _SharedOnCpu:
     total: str  # int32, positions of the longest row
 
 
-def build_decoder(graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, *, cpu_context: int | None = None) -> None:
+def build_decoder(graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, *, cpu: bool = False) -> None:
     """Add the whole decoder to `graph`, whose weights file holds what `write_decoder_weights` wrote.
 
-    Floats that are stored in another type than `plan.decoder` are cast to it, so that a second graph can share the file. `cpu_context`, the
-    longest conversation in positions, makes the graph for onnxruntime's CPU provider: it appends keys and values to the cache in place. Its
-    outputs `present.N.key` and `.value` must be bound to the memory of `past_key_values`.
+    Floats that are stored in another type than `plan.decoder` are cast to it, so that a second graph can share the file. `cpu` makes the
+    graph for onnxruntime's CPU provider: it appends keys and values to the cache in place. Its outputs `present.N.key` and `.value` must be
+    bound to the memory of `past_key_values`.
     """
-    _Decoder(graph, text, plan, cpu_context).build()
+    _Decoder(graph, text, plan, cpu).build()
 
 
 class _Decoder:
     """Builds the graph from inputs to outputs."""
 
-    def __init__(self, graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, cpu_context: int | None) -> None:
-        self.cpu_context = cpu_context
+    def __init__(self, graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, cpu: bool) -> None:
+        self.cpu = cpu
         self.graph = graph
         self.text = text
+        self.plan = plan
         self.dtype = np.dtype(FLOAT_TYPES[plan.decoder])
         self.group = text.heads // text.kv_heads
 
@@ -71,8 +76,8 @@ class _Decoder:
         past = [[graph.input(f"past_key_values.{i}.{part}", self.dtype, cache) for part in ("key", "value")] for i in range(text.layers)]
         logit_positions = graph.input("logit_positions", np.int64, ["batch", "m"])
 
-        shared = self._shared(positions, past[0][0]) if self.cpu_context is None else self._shared_on_cpu(positions, self.cpu_context)
-        hidden = self._embed(ids, features)
+        shared = self._shared_on_cpu(positions) if self.cpu else self._shared(positions, past[0][0])
+        hidden = self._wide(self._embed(ids, features), "/embed")
         wanted = graph.node("Unsqueeze", [logit_positions, graph.ints(-1)], "/wanted")
         new: list[str] = []
         for layer, (past_key, past_value) in enumerate(past):
@@ -80,19 +85,21 @@ class _Decoder:
             weights = f"llm.layers.{layer}"
             normed = self._rms_norm(hidden, f"{weights}.input_norm", f"{path}/input_norm")
             if isinstance(shared, _Shared):
-                attended, key, value = self._attention(normed, past_key, past_value, shared, weights, f"{path}/attn")
+                wide_scores = layer in self.plan.wide_scores
+                attended, key, value = self._attention(normed, past_key, past_value, shared, weights, f"{path}/attn", wide_scores)
             else:
                 attended, key, value = self._attention_on_cpu(normed, past_key, past_value, shared, weights, f"{path}/attn")
             if layer == text.layers - 1:  # from here on, only positions with wanted logits are needed
                 attended = graph.node("GatherND", [attended, wanted], f"{path}/attn/wanted", batch_dims=1)  # [batch, m, heads * head_dim]
                 hidden = graph.node("GatherND", [hidden, wanted], f"{path}/wanted", batch_dims=1)  # [batch, m, hidden]
-            attended = graph.node("MatMul", [attended, self._weight(f"{weights}.o_proj", f"{path}/attn/o_proj")], f"{path}/attn/o_proj")
-            hidden = graph.node("Add", [hidden, attended], f"{path}/attn/residual")
+            attended = self._product(attended, f"{weights}.o_proj", f"{path}/attn/o_proj")
+            hidden = self._add(hidden, attended, f"{path}/attn/residual")
             normed = self._rms_norm(hidden, f"{weights}.post_norm", f"{path}/post_norm")
-            hidden = graph.node("Add", [hidden, self._mlp(normed, weights, f"{path}/mlp")], f"{path}/mlp/residual")
+            mlp = self._mlp(normed, weights, f"{path}/mlp")
+            hidden = self._add(hidden, mlp, f"{path}/mlp/residual", factor=2.0 ** self.plan.up_shift(layer))
             new += [key, value]
         self._logits(hidden, logit_positions)
-        if self.cpu_context is None:
+        if not self.cpu:
             self._kv_new(new)
         else:
             for index, value in enumerate(new):
@@ -103,61 +110,52 @@ class _Decoder:
 
     def _shared(self, positions: str, past_key: str) -> _Shared:
         graph = self.graph
-        capacity = graph.node("Shape", [past_key], "/shared/capacity", start=2, end=3)
-        seq = graph.node("Shape", [positions], "/shared/seq", start=1, end=2)
-        cos, sin = self._rotary(positions)
-        return _Shared(cos, sin, self._mask(positions, capacity), capacity, graph.node("Add", [capacity, seq], "/shared/end"))
+        cos, sin = (graph.node("Gather", [graph.weight(f"llm.rotary.{name}"), positions], f"/rotary/{name}") for name in ("cos", "sin"))
+        cos = graph.node("Concat", [cos, cos], "/rotary/cos", axis=-1)
+        sin = graph.node("Concat", [graph.node("Neg", [sin], "/rotary/sin"), sin], "/rotary/sin", axis=-1)
+        cos, sin = (graph.node("Unsqueeze", [table, graph.ints(1)], f"/rotary/{name}") for table, name in ((cos, "cos"), (sin, "sin")))
+        return _Shared(cos, sin, self._mask(positions, past_key))
 
-    def _shared_on_cpu(self, positions: str, context: int) -> _SharedOnCpu:
+    def _shared_on_cpu(self, positions: str) -> _SharedOnCpu:
         graph = self.graph
-        every = graph.constant(np.arange(context)[:, None], np.float32)  # onnxruntime computes all that depends on it at load
-        cos, sin = self._angles(every)
         last = graph.node("Slice", [positions, graph.ints(-1), graph.ints(np.iinfo(np.int64).max), graph.ints(1)], "/shared/last")
         last = graph.node("Cast", [graph.node("Squeeze", [last, graph.ints(1)], "/shared/last")], "/shared/last", to=element_type(np.int32))
         total = graph.node("ReduceMax", [last], "/shared/total", keepdims=0)
         total = graph.node("Add", [total, graph.constant(1, np.int32)], "/shared/total")
-        return _SharedOnCpu(self._cast(cos, "/rotary/cos"), self._cast(sin, "/rotary/sin"), last, total)
+        cos, sin = (self._cast(graph.weight(f"llm.rotary.{name}"), f"/rotary/{name}") for name in ("cos", "sin"))
+        return _SharedOnCpu(cos, sin, last, total)
 
-    def _angles(self, position: str) -> tuple[str, str]:
-        """cos and sin of position * theta^(-2i/head_dim) (RoFormer, arXiv 2104.09864), in FP32 whatever the plan; position [..., 1]."""
-        graph, half = self.graph, self.text.head_dim // 2
-        frequencies = self.text.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-        angle = graph.node("Mul", [position, graph.constant(frequencies, np.float32)], "/rotary/angle")
-        return graph.node("Cos", [angle], "/rotary"), graph.node("Sin", [angle], "/rotary")
+    def _mask(self, positions: str, past_key: str) -> str:
+        """[batch, 1, group * seq, capacity + seq] float32: 0 where a query may see a key, MASKED elsewhere.
 
-    def _rotary(self, positions: str) -> tuple[str, str]:
-        graph = self.graph
-        position = graph.node("Cast", [positions], "/rotary/position", to=element_type(np.float32))
-        cos, sin = self._angles(graph.node("Unsqueeze", [position, graph.ints(1, 3)], "/rotary/position"))  # [batch, 1, seq, head_dim / 2]
-        cos = graph.node("Concat", [cos, cos], "/rotary/cos", axis=-1)
-        sin = graph.node("Concat", [graph.node("Neg", [sin], "/rotary/sin"), sin], "/rotary/sin", axis=-1)
-        return self._cast(cos, "/rotary/cos"), self._cast(sin, "/rotary/sin")
-
-    def _mask(self, positions: str, capacity: str) -> str:
-        """[batch, 1, group * seq, capacity + seq]: 0 where a query may see a key, MASKED elsewhere.
-
-        The first position of a row is also the number of valid positions in its cache.
+        The first position of a row is also the number of valid positions in its cache. Among the ids of the call, their order decides, so
+        ids that only fill up a fixed length may have any position.
         """
         graph = self.graph
-        scalar = graph.node("Squeeze", [capacity], "/mask/capacity")
-        slots = graph.node("Range", [graph.constant(0, np.int64), scalar, graph.constant(1, np.int64)], "/mask/slots")
+
+        def numbers(length: str, path: str) -> str:
+            scalar = graph.node("Squeeze", [length], path)
+            return graph.node("Range", [graph.constant(0, np.int64), scalar, graph.constant(1, np.int64)], path)
+
+        capacity = graph.node("Shape", [past_key], "/mask/capacity", start=2, end=3)
         first = graph.node("Slice", [positions, graph.ints(0), graph.ints(1), graph.ints(1)], "/mask/first")  # [batch, 1]
-        valid = graph.node("Less", [slots, first], "/mask/past")
+        valid = graph.node("Less", [numbers(capacity, "/mask/slots"), first], "/mask/past")
         valid = graph.node("Unsqueeze", [valid, graph.ints(1)], "/mask/past")  # [batch, 1, capacity]
-        query = graph.node("Unsqueeze", [positions, graph.ints(2)], "/mask/query")
-        key = graph.node("Unsqueeze", [positions, graph.ints(1)], "/mask/key")
-        causal = graph.node("LessOrEqual", [key, query], "/mask/new")  # [batch, seq, seq]
-        visible, masked = graph.constant(0, self.dtype), graph.constant(MASKED, self.dtype)
+        key = numbers(graph.node("Shape", [positions], "/mask/seq", start=1), "/mask/key")
+        query = graph.node("Unsqueeze", [key, graph.ints(1)], "/mask/query")
+        causal = graph.node("LessOrEqual", [key, query], "/mask/new")  # [seq, seq]
+        visible, masked = graph.constant(0, np.float32), graph.constant(MASKED, np.float32)
+        shape = graph.node("Shape", [positions], "/mask/shape")
         past = graph.node("Where", [valid, visible, masked], "/mask/past")
+        past = graph.node("Expand", [past, graph.node("Concat", [shape, capacity], "/mask/past/shape", axis=0)], "/mask/past")
         new = graph.node("Where", [causal, visible, masked], "/mask/new")
-        rows = graph.node("Concat", [graph.node("Shape", [query], "/mask/rows", end=2), capacity], "/mask/rows", axis=0)
-        past = graph.node("Expand", [past, rows], "/mask/past")  # [batch, seq, capacity]
+        seq = graph.node("Shape", [positions], "/mask/new/seq", start=1)
+        new = graph.node("Expand", [new, graph.node("Concat", [shape, seq], "/mask/new/shape", axis=0)], "/mask/new")
         mask = graph.node("Unsqueeze", [graph.node("Concat", [past, new], "/mask", axis=-1), graph.ints(1)], "/mask")
         # The queries of one KV head are the rows of one matrix, query head after query head, so the mask repeats for each of them.
         mask = graph.node("Expand", [mask, graph.ints(1, self.group, 1, 1)], "/mask")
-        shape = graph.node("Shape", [mask], "/mask/width", start=3)
-        shape = graph.node("Concat", [graph.ints(0, 1, -1), shape], "/mask/shape", axis=0)
-        return graph.node("Reshape", [mask, shape], "/mask")
+        width = graph.node("Shape", [mask], "/mask/width", start=3)
+        return graph.node("Reshape", [mask, graph.node("Concat", [graph.ints(0, 1, -1), width], "/mask/rows", axis=0)], "/mask")
 
     def _embed(self, ids: str, features: str) -> str:
         """Rows of the embedding for ids below `vocab`, rows of image_features for ids from `vocab` on."""
@@ -178,7 +176,7 @@ class _Decoder:
         at every step (0.5 s measured for 50,000 rows), so the graph for the CPU gathers the rows first.
         """
         graph, name = self.graph, "llm.embedding"
-        if graph.is_quantized(name) and self.cpu_context is None:
+        if graph.is_quantized(name) and not self.cpu:
             table = graph.dequantized(name, "/embed/table", self.dtype, axis=0)
             return graph.node("Gather", [table, text_ids], "/embed/text", axis=0)
         text = graph.node("Gather", [graph.weight(name), text_ids], "/embed/text", axis=0)
@@ -191,33 +189,39 @@ class _Decoder:
 
     # A layer --------------------------------------------------------------------------------------------------------------------
 
-    def _attention(self, x: str, past_key: str, past_value: str, shared: _Shared, weights: str, path: str) -> tuple[str, str, str]:
-        """Attention of every head [batch, seq, heads * head_dim], and the new key and value [batch, kv_heads, seq, head_dim]."""
+    def _attention(
+        self, x: str, past_key: str, past_value: str, shared: _Shared, weights: str, path: str, wide_scores: bool
+    ) -> tuple[str, str, str]:
+        """Attention of every head [batch, seq, heads * head_dim], and the new key and value [batch, kv_heads, seq, head_dim].
+
+        The product of queries and keys passes through the narrow type once, because TensorRT then computes the attention in one kernel.
+        With `wide_scores` it stays in FP32, which takes two products and a softmax.
+        """
         graph, text = self.graph, self.text
         heads, kv_heads, dim = text.heads, text.kv_heads, text.head_dim
         qkv = self._qkv(x, weights, path)
         qkv = graph.node("Reshape", [qkv, graph.ints(0, 0, heads + 2 * kv_heads, dim)], f"{path}/qkv")
         qkv = graph.node("Transpose", [qkv], f"{path}/qkv", perm=[0, 2, 1, 3])
         qk, value = graph.split("Split", [qkv, graph.ints(heads + kv_heads, kv_heads)], f"{path}/qkv", 2, axis=1)
+        qk = self._wide(qk, f"{path}/rotary")
         first, second = graph.split("Split", [qk, graph.ints(dim // 2, dim // 2)], f"{path}/rotary", 2, axis=-1)
         swapped = graph.node("Concat", [second, first], f"{path}/rotary", axis=-1)
         straight = graph.node("Mul", [qk, shared.cos], f"{path}/rotary/cos")
         turned = graph.node("Mul", [swapped, shared.sin], f"{path}/rotary/sin")
-        qk = graph.node("Add", [straight, turned], f"{path}/rotary")
+        qk = self._narrow(graph.node("Add", [straight, turned], f"{path}/rotary"), f"{path}/rotary")
         query, key = graph.split("Split", [qk, graph.ints(heads, kv_heads)], f"{path}/qk", 2, axis=1)
         query = graph.node("Reshape", [query, graph.ints(0, kv_heads, -1, dim)], f"{path}/query")  # [batch, kv_heads, group * seq, dim]
 
-        past_scores = graph.node("MatMul", [query, self._transposed(past_key, f"{path}/past_key")], f"{path}/past_scores")
-        new_scores = graph.node("MatMul", [query, self._transposed(key, f"{path}/new_key")], f"{path}/new_scores")
-        scores = graph.node("Concat", [past_scores, new_scores], f"{path}/scores", axis=-1)
+        keys = graph.node("Concat", [past_key, key], f"{path}/keys", axis=2)
+        values = graph.node("Concat", [past_value, value], f"{path}/values", axis=2)
+        keys = graph.node("Transpose", [keys], f"{path}/keys", perm=[0, 1, 3, 2])
+        scores = graph.node("MatMul", [self._wide(query, f"{path}/query"), self._wide(keys, f"{path}/keys")], f"{path}/scores")
+        if not wide_scores:
+            scores = self._wide(self._narrow(scores, f"{path}/scores"), f"{path}/scores")
         scores = graph.node("Add", [scores, shared.mask], f"{path}/scores")
-        weight = graph.node("Softmax", [scores], f"{path}/scores", axis=-1)
-        past_weight = graph.node("Slice", [weight, graph.ints(0), shared.capacity, graph.ints(3)], f"{path}/past_weight")
-        new_weight = graph.node("Slice", [weight, shared.capacity, shared.end, graph.ints(3)], f"{path}/new_weight")
-        past_sum = graph.node("MatMul", [past_weight, past_value], f"{path}/past_sum")
-        new_sum = graph.node("MatMul", [new_weight, value], f"{path}/new_sum")
-        out = graph.node("Add", [past_sum, new_sum], f"{path}/sum")
-        out = graph.node("Reshape", [out, graph.ints(0, heads, -1, dim)], f"{path}/heads")
+        share = self._narrow(graph.node("Softmax", [scores], f"{path}/scores", axis=-1), f"{path}/share")
+        out = graph.node("MatMul", [self._wide(share, f"{path}/share"), self._wide(values, f"{path}/values")], f"{path}/sum")
+        out = graph.node("Reshape", [self._narrow(out, f"{path}/sum"), graph.ints(0, heads, -1, dim)], f"{path}/heads")
         out = graph.node("Transpose", [out], f"{path}/heads", perm=[0, 2, 1, 3])
         return graph.node("Reshape", [out, graph.ints(0, 0, heads * dim)], f"{path}/joined"), key, value
 
@@ -243,49 +247,86 @@ class _Decoder:
 
     def _qkv(self, x: str, weights: str, path: str) -> str:
         """[batch, seq, (heads + 2 * kv_heads) * head_dim]: queries, keys and values as one product."""
-        qkv = self.graph.node("MatMul", [x, self._weight(f"{weights}.qkv", f"{path}/qkv")], f"{path}/qkv")
+        qkv = self._product(x, f"{weights}.qkv", f"{path}/qkv")
         return self.graph.node("Add", [qkv, self._weight(f"{weights}.qkv.bias", f"{path}/qkv/bias")], f"{path}/qkv")
 
     def _mlp(self, x: str, weights: str, path: str) -> str:
         """down(silu(gate(x)) * up(x)), gate and up as one product."""
         graph, width = self.graph, self.text.intermediate
-        gate_up = graph.node("MatMul", [x, self._weight(f"{weights}.gate_up", f"{path}/gate_up")], f"{path}/gate_up")
+        gate_up = self._product(x, f"{weights}.gate_up", f"{path}/gate_up")
         gate, up = graph.split("Split", [gate_up, graph.ints(width, width)], f"{path}/gate_up", 2, axis=-1)
         gate = graph.node("Mul", [gate, graph.node("Sigmoid", [gate], f"{path}/silu")], f"{path}/silu")
-        product = graph.node("Mul", [gate, up], f"{path}/product")
-        return graph.node("MatMul", [product, self._weight(f"{weights}.down", f"{path}/down")], f"{path}/down")
+        return self._product(graph.node("Mul", [gate, up], f"{path}/product"), f"{weights}.down", f"{path}/down")
+
+    def _product(self, x: str, name: str, path: str) -> str:
+        """x [..., inputs] times the matrix `name` [inputs, outputs]. The sums are FP32, the result has the plan's type."""
+        product = self.graph.node("MatMul", [self._wide(x, f"{path}/input"), self._wide(self._weight(name, path), f"{path}/matrix")], path)
+        return self._narrow(product, path)
+
+    def _add(self, hidden: str, branch: str, path: str, factor: float = 1.0) -> str:
+        """The residual stream [..., hidden] in FP32 plus `factor` times a branch in the plan's type."""
+        branch = self._wide(branch, path)
+        if factor != 1.0:
+            branch = self.graph.node("Mul", [branch, self.graph.constant(factor, np.float32)], path)
+        return self.graph.node("Add", [hidden, branch], path)
 
     def _rms_norm(self, x: str, name: str, path: str) -> str:
-        """x / sqrt(mean(x^2) + eps) * weight, always in FP32: in FP16 the squares of activations above 256 would overflow."""
+        """x / sqrt(mean(x^2) + eps) * weight: FP32 x [..., hidden] -> the plan's type."""
         graph = self.graph
-        wide = graph.node("Cast", [x], f"{path}/wide", to=element_type(np.float32)) if self.dtype != np.float32 else x
-        square = graph.node("Pow", [wide, graph.constant(2, np.float32)], path)
+        square = graph.node("Pow", [x, graph.constant(2, np.float32)], path)
         mean = graph.node("ReduceMean", [square, graph.ints(-1)], path, keepdims=1)
         mean = graph.node("Add", [mean, graph.constant(self.text.rms_norm_eps, np.float32)], path)
-        normed = graph.node("Div", [wide, graph.node("Sqrt", [mean], path)], path)
-        return graph.node("Mul", [self._cast(normed, path), self._weight(name, f"{path}/weight")], path)
+        normed = graph.node("Div", [x, graph.node("Sqrt", [mean], path)], path)
+        return graph.node("Mul", [self._narrow(normed, path), self._weight(name, f"{path}/weight")], path)
 
     # Outputs --------------------------------------------------------------------------------------------------------------------
 
     def _logits(self, hidden: str, logit_positions: str) -> None:
-        """Add the outputs `logits`, `top_values` and `top_ids` for `hidden` [batch, m, hidden]."""
+        """Add the outputs `logits`, `top_values`, `top_ids` and `log_normalizer` for `hidden` [batch, m, hidden]."""
         graph, text = self.graph, self.text
         hidden = self._rms_norm(hidden, "llm.norm", "/head/norm")
         if graph.is_quantized("llm.head"):
-            logits = graph.node("MatMul", [hidden, self._weight("llm.head", "/head")], "/head")
+            logits = self._product(hidden, "llm.head", "/head")
         else:
             table = self._weight("llm.embedding" if text.tied else "llm.head", "/head")  # [vocab, hidden]
             flat = graph.node("Reshape", [hidden, graph.ints(-1, text.hidden)], "/head/flat")
-            flat = graph.node("Gemm", [flat, table], "/head", transB=1)
+            flat = graph.node("Gemm", [self._wide(flat, "/head/flat"), self._wide(table, "/head/table")], "/head", transB=1)
             shape = graph.node("Concat", [graph.node("Shape", [logit_positions], "/head"), graph.ints(text.vocab)], "/head/shape", axis=0)
-            logits = graph.node("Reshape", [flat, shape], "/head/logits")
-        if self.dtype != np.float32:
-            logits = graph.node("Cast", [logits], "/head/logits", to=element_type(np.float32))
+            logits = graph.node("Reshape", [self._narrow(flat, "/head"), shape], "/head/logits")
+        logits = self._wide(logits, "/head/logits")
         count = min(CANDIDATES, text.vocab)
-        values, ids = graph.split("TopK", [logits, graph.ints(count)], "/head", 2, axis=-1, largest=1, sorted=1)
+        values, ids = self._top(logits, count)
+        graph.output("log_normalizer", self._log_normalizer(logits, values), np.float32, ["batch", "m"])
         graph.output("logits", logits, np.float32, ["batch", "m", text.vocab])
         graph.output("top_values", values, np.float32, ["batch", "m", count])
         graph.output("top_ids", ids, np.int64, ["batch", "m", count])
+
+    def _top(self, logits: str, count: int) -> tuple[str, str]:
+        """The `count` largest logits and their ids, [batch, m, count] each, sorted; the smaller id comes first among equal ones."""
+        graph, vocab = self.graph, self.text.vocab
+        rows = -(-vocab // TOP_ROW)
+        if self.cpu or rows == 1:
+            values, ids = graph.split("TopK", [logits, graph.ints(count)], "/head/top", 2, axis=-1, largest=1, sorted=1)
+            return values, ids
+        if padding := rows * TOP_ROW - vocab:
+            lowest = graph.constant(np.finfo(np.float32).min, np.float32)
+            logits = graph.node("Pad", [logits, graph.ints(0, 0, 0, 0, 0, padding), lowest], "/head/top/rows")
+        logits = graph.node("Reshape", [logits, graph.ints(0, 0, rows, TOP_ROW)], "/head/top/rows")
+        values, ids = graph.split("TopK", [logits, graph.ints(count)], "/head/top/rows", 2, axis=-1, largest=1, sorted=1)
+        ids = graph.node("Add", [ids, graph.constant(TOP_ROW * np.arange(rows)[:, None], np.int64)], "/head/top/ids")
+        values, ids = (
+            graph.node("Reshape", [each, graph.ints(0, 0, -1)], f"/head/top/{name}") for each, name in ((values, "values"), (ids, "ids"))
+        )
+        values, places = graph.split("TopK", [values, graph.ints(count)], "/head/top", 2, axis=-1, largest=1, sorted=1)
+        return values, graph.node("GatherElements", [ids, places], "/head/top/ids", axis=-1)
+
+    def _log_normalizer(self, logits: str, top_values: str) -> str:
+        """log(sum(exp(logits))) of every row, [batch, m]."""
+        graph = self.graph
+        largest = graph.node("Slice", [top_values, graph.ints(0), graph.ints(1), graph.ints(2)], "/head/normalizer")  # [batch, m, 1]
+        share = graph.node("Exp", [graph.node("Sub", [logits, largest], "/head/normalizer")], "/head/normalizer")
+        total = graph.node("Log", [graph.node("ReduceSum", [share, graph.ints(-1)], "/head/normalizer", keepdims=1)], "/head/normalizer")
+        return graph.node("Squeeze", [graph.node("Add", [total, largest], "/head/normalizer"), graph.ints(2)], "/head/normalizer")
 
     def _kv_new(self, new: list[str]) -> None:
         """Add the output `kv_new` from the key and value of every layer, each [batch, kv_heads, seq, head_dim]."""
@@ -310,5 +351,10 @@ class _Decoder:
             return value
         return self.graph.node("Cast", [value], path, to=element_type(self.dtype))
 
-    def _transposed(self, value: str, path: str) -> str:
-        return self.graph.node("Transpose", [value], path, perm=[0, 1, 3, 2])
+    def _wide(self, value: str, path: str) -> str:
+        """A value of the computing type in FP32."""
+        return value if self.dtype == np.float32 else self.graph.node("Cast", [value], f"{path}/wide", to=element_type(np.float32))
+
+    def _narrow(self, value: str, path: str) -> str:
+        """An FP32 value in the computing type."""
+        return value if self.dtype == np.float32 else self.graph.node("Cast", [value], f"{path}/narrow", to=element_type(self.dtype))

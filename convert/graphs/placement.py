@@ -90,8 +90,8 @@ class _Walk:
 
     def _product(self, node: onnx.NodeProto) -> tuple[str, str]:
         """The computing type of a product, and why it is not INT8; the reason is empty if it is INT8."""
-        data, weight = node.input[0], node.input[1]
-        floats = _FLOATS.get(self.types.get(node.output[0], 0), "FP32")
+        data, weight = self._before_cast(node.input[0]), self._before_cast(node.input[1])
+        floats = _FLOATS.get(self.types.get(data, 0), "FP32")
         weights, inputs = self._dequantized(weight), self._dequantized(data)
         if not weights:
             if inputs:
@@ -108,6 +108,11 @@ class _Walk:
         if not inputs:
             return f"INT8 weights -> {floats}", "missing pair: its weights are quantised and its input is not"
         return "INT8", ""
+
+    def _before_cast(self, name: str) -> str:
+        """What is cast to FP32 to make `name`, or `name`. Casts around a product ask for sums in FP32; its operands keep their types."""
+        node = self.made_by.get(name)
+        return node.input[0] if node is not None and node.op_type == "Cast" and self.types.get(name) == TensorProto.FLOAT else name
 
     def _is_weight(self, name: str) -> bool:
         while name in self.made_by and self.made_by[name].op_type in ("Cast", "Transpose", "Reshape", "DequantizeLinear"):

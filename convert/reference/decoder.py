@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -14,26 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvlm_edge.convert.checkpoint.checkpoint import TextConfig
+from fastvlm_edge.convert.precision import Magnitudes
 
 ROWS = 8192
 """How many rows of the head are multiplied at a time."""
-
-
-@dataclass(frozen=True)
-class Magnitudes:
-    """The largest magnitudes that each layer computes, one value per layer: a narrow float type must be able to hold them."""
-
-    qkv: list[float] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    """Scaled products of queries and keys, before the softmax."""
-    product: list[float] = field(default_factory=list)
-    """gate, up and silu(gate) * up"""
-    residual: list[float] = field(default_factory=list)
-    """The residual stream after the attention and after the MLP, and what each adds to it."""
-
-    def largest(self) -> float:
-        """The largest magnitude of all layers."""
-        return max(*self.qkv, *self.scores, *self.product, *self.residual)
 
 
 class Weights(Protocol):
@@ -150,9 +134,12 @@ def _layer(weight: _Layer, text: TextConfig, hidden: Tensor, cos: Tensor, sin: T
     x = _rms_norm(between, weight("post_attention_layernorm.weight"), text.rms_norm_eps)
     gate, up = (F.linear(x, weight(f"mlp.{part}_proj.weight")) for part in ("gate", "up"))
     product = F.silu(gate) * up
-    seen.product.append(_largest(gate, up, product))
     after = F.linear(product, weight("mlp.down_proj.weight"))
-    seen.residual.append(_largest(added, between, after, between + after))
+    seen.attention.append(_largest(added))
+    seen.gate.append(_largest(gate))
+    seen.product.append(_largest(up, product))
+    seen.mlp.append(_largest(after))
+    seen.residual.append(_largest(between, between + after))
     return between + after
 
 

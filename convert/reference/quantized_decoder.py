@@ -11,6 +11,7 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, TextConfig
 from fastvlm_edge.convert.graphs.builder import WeightsFile
+from fastvlm_edge.convert.precision import PrecisionPlan
 from fastvlm_edge.convert.weights.decoder import QuantizedMatrices, layer_matrices
 from fastvlm_edge.convert.weights.round_to_nearest import Quantized, dequantize, quantize_channels
 
@@ -22,11 +23,11 @@ class QuantizedDecoder:
 
     head_name = "lm_head.weight"
 
-    def __init__(self, source: Checkpoint, quantized: QuantizedMatrices, *, embedding: bool) -> None:
-        """`embedding` says whether the embedding is INT8 too, with one scale for each row."""
-        self.source, self.quantized, self.embedding = source, quantized, embedding
+    def __init__(self, source: Checkpoint, quantized: QuantizedMatrices, plan: PrecisionPlan) -> None:
+        """`plan` is the one that the matrices were quantised with."""
+        self.source, self.quantized, self.embedding = source, quantized, bool(plan.embedding.bits)
         self.text: TextConfig = source.text
-        layers = [layer_matrices(f"llm.layers.{index}", source.text) for index in range(source.text.layers)]
+        layers = [layer_matrices(f"llm.layers.{index}", source.text, plan.up_shift(index)) for index in range(source.text.layers)]
         self._matrix_of = {module: (name, parts) for layer in layers for name, parts in layer.items() for module, _ in parts}
         self._last: tuple[str, Quantized] | None = None
 

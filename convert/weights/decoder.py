@@ -1,6 +1,7 @@
 """The decoder's weights in the types of a precision plan, written tensor by tensor: a 7B model needs far less memory than its size.
 
-Names: `llm.layers.N.{qkv,qkv.bias,o_proj,gate_up,down,input_norm,post_norm}`, `llm.embedding`, `llm.norm`, `llm.head`. A matrix is
+Names: `llm.layers.N.{qkv,qkv.bias,o_proj,gate_up,down,input_norm,post_norm}`, `llm.embedding`, `llm.norm`, `llm.head`,
+`llm.rotary.{cos,sin}`. A matrix is
 [inputs, outputs]. A matrix stored as integers has its scales in a second tensor, `NAME.scale`.
 """
 
@@ -40,8 +41,10 @@ def write_decoder_weights(
     weights: WeightsFile,
     advance: Callable[[], None],
     quantized: QuantizedMatrices | None = None,
+    *,
+    context: int,
 ) -> None:
-    """Append every weight of the decoder to `weights` in the types of the plan.
+    """Append every weight of the decoder to `weights` in the types of the plan, and the rotary tables for `context` positions.
 
     Matrices that the plan stores as integers come from `quantized` if it is given; otherwise they are rounded to nearest. `advance` is
     called once for the embedding, once for each layer and once for the head. Memory: one layer's largest matrix in float32, or the head in
@@ -57,7 +60,7 @@ def write_decoder_weights(
         name = f"llm.layers.{layer}"
         store.vector(f"{name}.input_norm", source.tensor(f"{name}.input_layernorm.weight"))
         store.vector(f"{name}.post_norm", source.tensor(f"{name}.post_attention_layernorm.weight"))
-        for matrix, parts in layer_matrices(name, text).items():
+        for matrix, parts in layer_matrices(name, text, plan.up_shift(layer)).items():
             store.matrix(matrix, _matrices(source, parts), plan.body)
             if matrix.endswith(".qkv"):
                 biases = [_float32(source.tensor(f"{part}.bias")) * np.float32(factor) for part, factor in parts]
@@ -65,20 +68,33 @@ def write_decoder_weights(
         advance()
     store.vector("llm.norm", source.tensor("llm.norm.weight"))
     store.head(source, plan)
+    for table, values in rotary_tables(text, context).items():
+        weights.add(f"llm.rotary.{table}", values)
     advance()
 
 
-def layer_matrices(layer: str, text: TextConfig) -> dict[str, list[tuple[str, float]]]:
+def rotary_tables(text: TextConfig, context: int) -> dict[str, Float32]:
+    """`cos` and `sin` of position * theta^(-2i / head_dim) (RoFormer, arXiv 2104.09864), [context, head_dim / 2] each.
+
+    They are stored, because the fast sine of a GPU is off by 1e-3 at the angles of long contexts.
+    """
+    half = text.head_dim // 2
+    angles = np.arange(context)[:, None] * text.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    return {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+
+
+def layer_matrices(layer: str, text: TextConfig, up_shift: int = 0) -> dict[str, list[tuple[str, float]]]:
     """The matrices of a layer such as `llm.layers.0`: name -> modules of the checkpoint whose outputs it joins, in order.
 
     Matrices with the same inputs are one, so that one product computes them all. Each module comes with the factor on its weight and bias:
-    1 / sqrt(head_dim) for the queries, which may be applied before the rotary embedding because the rotation is linear.
+    1 / sqrt(head_dim) for the queries, which may be applied before the rotary embedding because the rotation is linear, and 2^-up_shift for
+    up_proj (`PrecisionPlan.up_shifts`).
     """
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
     return {
         f"{layer}.qkv": [(f"{attention}.q_proj", text.head_dim**-0.5), (f"{attention}.k_proj", 1.0), (f"{attention}.v_proj", 1.0)],
         f"{layer}.o_proj": [(f"{attention}.o_proj", 1.0)],
-        f"{layer}.gate_up": [(f"{mlp}.gate_proj", 1.0), (f"{mlp}.up_proj", 1.0)],
+        f"{layer}.gate_up": [(f"{mlp}.gate_proj", 1.0), (f"{mlp}.up_proj", 2.0**-up_shift)],
         f"{layer}.down": [(f"{mlp}.down_proj", 1.0)],
     }
 

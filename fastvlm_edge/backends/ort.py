@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvlm_edge.backends.dtypes import storage, to_float32
+from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
 from fastvlm_edge.backends.kv_cache import KVCache
 from fastvlm_edge.backends.ort_session import DTYPES, Setup, check_tensors, on_device, ort_value, run
 from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput, check_pixels
@@ -55,6 +55,7 @@ class _Call:
     kv_new: NDArray[Any] | None  # [layers, 2, 1, kv_heads, seq, head_dim]; None where the graph appends to the cache itself
     top_values: NDArray[Any]  # [1, m, candidates]
     top_ids: NDArray[np.int64]  # [1, m, candidates]
+    log_normalizer: NDArray[Any]  # [1, m]
     logits: NDArray[Any] | None  # [1, m, vocab]
 
 
@@ -96,7 +97,8 @@ class OrtDecoder:
         self._appends = "kv_new" not in found
         """Whether the graph is the one for the CPU, which appends to the cache itself (docs/graphs.md)."""
         present = {name.replace("past_key_values", "present"): kind for name, kind in past.items()}
-        self._output_types = {name: found.get(name, "float32") for name in ("top_values", "logits")} | {"top_ids": "int64"}
+        floats = ("top_values", "log_normalizer", "logits")
+        self._output_types = {name: found.get(name, "float32") for name in floats} | {"top_ids": "int64"}
         self._output_types |= present if self._appends else {"kv_new": spec.dtype}
         check_tensors(path, outputs, self._output_types)
         self.cache = KVCache(layers=spec.layers, kv_heads=spec.kv_heads, head_dim=spec.head_dim, context=spec.context, dtype=spec.dtype)
@@ -135,6 +137,7 @@ class OrtDecoder:
         return StepOutput(
             top_values=to_float32(call.top_values[0], types["top_values"]),
             top_ids=call.top_ids[0],
+            log_normalizer=to_float32(call.log_normalizer[0], types["log_normalizer"]),
             logits=None if call.logits is None else to_float32(call.logits[0], types["logits"]),
         )
 
@@ -183,13 +186,14 @@ class OrtDecoder:
             kv_new=None if self._appends else np.empty((spec.layers, 2, 1, spec.kv_heads, seq, spec.head_dim), storage(spec.dtype)),
             top_values=np.empty((1, m, spec.candidates), storage(types["top_values"])),
             top_ids=np.empty((1, m, spec.candidates), np.int64),
+            log_normalizer=np.empty((1, m), storage(types["log_normalizer"])),
             logits=np.empty((1, m, spec.vocab), storage(types["logits"])) if want_logits else None,
         )
         for name, value in self._shared_inputs:
             call.binding.bind_ortvalue_input(name, value)
         for name in ("input_ids", "position_ids", "logit_positions"):
             call.binding.bind_ortvalue_input(name, ort_value(getattr(call, name), "int64"))
-        given = ("top_values", "top_ids", *(() if self._appends else ("kv_new",)), *(("logits",) if want_logits else ()))
+        given = ("top_values", "top_ids", "log_normalizer", *(() if self._appends else ("kv_new",)), *(("logits",) if want_logits else ()))
         for name in given:
             call.binding.bind_ortvalue_output(name, ort_value(getattr(call, name), types[name]))
         if self._appends:
@@ -209,6 +213,7 @@ class OrtBackend:
         setup = on_device(directory, manifest, cuda=cuda, threads=threads)
         self.name = "ort-cuda" if cuda else "ort"
         self.description = setup.description
+        self._dtype = setup.manifest.decoder.dtype
         progress.stage(f"loading {manifest.name} ({manifest.precision})", 2)
         with ThreadPoolExecutor(2) as pool:
             vision, decoder = pool.submit(OrtVision, setup), pool.submit(OrtDecoder, setup)
@@ -231,6 +236,10 @@ class OrtBackend:
     def encode(self, pixel_values: NDArray[np.float32]) -> HostFeatures:
         """pixel_values [1, 3, S, S] -> features [tokens, hidden]."""
         return self._vision.encode(pixel_values)
+
+    def upload(self, features: NDArray[np.float32]) -> HostFeatures:
+        """Image features [rows, hidden] that were computed elsewhere."""
+        return HostFeatures(from_float32(features, self._dtype), self._dtype)
 
     def step(
         self,

@@ -32,6 +32,8 @@ class StepOutput:
     """[m, candidates]: the largest logits, in descending order."""
     top_ids: NDArray[np.int64]
     """[m, candidates]: the token ids of `top_values`."""
+    log_normalizer: NDArray[np.float32]
+    """[m]: log(sum(exp(logits))) of each row. A logit minus it is the natural logarithm of the probability."""
     logits: NDArray[np.float32] | None
     """[m, vocab], or None if they were not requested."""
 

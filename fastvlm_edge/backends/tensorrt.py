@@ -137,7 +137,8 @@ class _Decoder:
         self._logit_positions_at = 2 * self._positions_at
         self._input_bytes = self._logit_positions_at + aligned(m * _INT64)
         self._values_at, self._top_ids_at = 0, aligned(m * k * _FLOAT32)
-        self._output_bytes = self._top_ids_at + aligned(m * k * _INT64)
+        self._normalizer_at = self._top_ids_at + aligned(m * k * _INT64)
+        self._output_bytes = self._normalizer_at + aligned(m * _FLOAT32)
         logit_bytes = m * spec.vocab * _FLOAT32
         self._host_in, self._host_out, self._host_logits = map(arena.pinned, (self._input_bytes, self._output_bytes, logit_bytes))
         ints = self._host_in.view(self._input_bytes // _INT64, np.int64)
@@ -147,6 +148,7 @@ class _Decoder:
         outputs = self._host_out.view(self._output_bytes, np.uint8)
         self._top_values = outputs[: m * k * _FLOAT32].view(np.float32).reshape(m, k)
         self._top_ids = outputs[self._top_ids_at :][: m * k * _INT64].view(np.int64).reshape(m, k)
+        self._log_normalizer = outputs[self._normalizer_at :][: m * _FLOAT32].view(np.float32)
         self._logits = self._host_logits.view((m, spec.vocab), np.float32)
 
         self._row_bytes = spec.hidden * storage(spec.dtype).itemsize
@@ -184,7 +186,8 @@ class _Decoder:
             self.cache.grow(start + seq)
         self.cache.append(self._kv_new.address, start, seq)
         self._cuda.synchronize(self._stream)
-        return StepOutput(self._top_values[:m], self._top_ids[:m], self._logits[:m] if want_logits else None)
+        logits = self._logits[:m] if want_logits else None
+        return StepOutput(self._top_values[:m], self._top_ids[:m], self._log_normalizer[:m], logits)
 
     def set_image_features(self, image_features: tuple[ImageFeatures, ...], store: FeatureStore) -> None:
         """Concatenate `image_features` into the engine's input of that name, unless it holds them already."""
@@ -215,6 +218,11 @@ class _Decoder:
             self._cuda.copy(at, picture.address, picture.rows * self._row_bytes, self._stream)
             at += picture.rows * self._row_bytes
         self._image_features, self._rows = image_features, max(rows, 1)
+
+    def shrink(self) -> None:
+        """Forget all positions, and release the memory of a long conversation."""
+        self._unbind()
+        self.cache.shrink()
 
     def release(self) -> None:
         """Release the contexts and their graph."""
@@ -248,6 +256,7 @@ class _Decoder:
             context.set_address(name, address)
         context.set_address("top_values", self._out.address + self._values_at)
         context.set_address("top_ids", self._out.address + self._top_ids_at)
+        context.set_address("log_normalizer", self._out.address + self._normalizer_at)
         context.set_address("logits", self._device_logits.address)
         context.set_address("kv_new", self._kv_new.address)
 
@@ -348,6 +357,13 @@ class TensorRTBackend:
             self._cuda.synchronize(self._stream)
             return features
 
+    def upload(self, features: NDArray[np.float32]) -> DeviceFeatures:
+        """Image features [rows, hidden] that were computed elsewhere, on the device."""
+        with self._working():
+            stored = self._store.new(len(features))
+            self._store.write(stored, features)
+            return stored
+
     def step(
         self,
         input_ids: Sequence[int],
@@ -380,6 +396,11 @@ class TensorRTBackend:
         """Forget all positions."""
         self._decoder.cache.reset()
 
+    def shrink(self) -> None:
+        """Forget all positions, and release the memory of a long conversation."""
+        with self._working():
+            self._decoder.shrink()
+
     def close(self) -> None:
         """Save the kernels compiled since the load, and release engines and memory. May be called twice."""
         with self._lock:
@@ -401,14 +422,16 @@ class TensorRTBackend:
                 part, [positions[index] - first for index in inside] or [len(part) - 1], want_logits and bool(inside)
             )
             if inside:
-                copies = [None if array is None else array.copy() for array in (output.top_values, output.top_ids, output.logits)]
+                arrays = (output.top_values, output.top_ids, output.log_normalizer, output.logits)
+                copies = [None if array is None else array.copy() for array in arrays]
                 parts.append((inside, StepOutput(*copies)))  # type: ignore[arg-type]
         order = np.argsort([index for inside, _ in parts for index in inside])
 
         def joined(name: str) -> Any:
             return np.concatenate([getattr(output, name) for _, output in parts])[order]
 
-        return StepOutput(joined("top_values"), joined("top_ids"), joined("logits") if want_logits else None)
+        logits = joined("logits") if want_logits else None
+        return StepOutput(joined("top_values"), joined("top_ids"), joined("log_normalizer"), logits)
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
@@ -445,7 +468,7 @@ def check_engine(path: Path, engine: LoadedEngine, part: str, manifest: Manifest
         inputs, outputs = {"pixel_values": "float32"}, {"image_features": dtype}
     else:
         inputs = {**int64, "image_features": dtype, **past}
-        outputs = {"kv_new": dtype, "logits": "float32", "top_values": "float32", "top_ids": "int64"}
+        outputs = {"kv_new": dtype, "logits": "float32", "top_values": "float32", "top_ids": "int64", "log_normalizer": "float32"}
     for found, wanted in ((engine.inputs, inputs), (engine.outputs, outputs)):
         for name in sorted(set(wanted) | set(found)):
             if wanted.get(name) != found.get(name):

@@ -25,7 +25,6 @@ from fastvlm_edge.evaluation.metrics import (
     anls,
     exact_match,
     kl_divergence,
-    negative_log_likelihood,
     relaxed_accuracy,
     textvqa_accuracy,
     vqa_accuracy,
@@ -105,6 +104,11 @@ class Subject:
         """Logits that predict each id of an answer to the last question after those before it, in blocks [up to 16, token_count]."""
         assert self._shown is not None, "answer first"
         return self.vlm.logits([*self._ids, *answer[:-1]], [self._shown[1]], start=len(self._ids) - 1)
+
+    def nats_of(self, answer: Sequence[int]) -> float:
+        """Negative log-likelihood of an answer to the last question, the sum over its ids. Perplexity is exp of the mean over all ids."""
+        assert self._shown is not None, "answer first"
+        return -float(self.vlm.log_probabilities([*self._ids, *answer], [self._shown[1]], start=len(self._ids) - 1).sum())
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         return [*self._template.opening(), *self._template.turn(prompt, [self.vlm.manifest.vision.tokens])]
@@ -260,10 +264,7 @@ class Evaluation:
 
         reply = subject.answer(prompt, example.image, image, max_new_tokens=self._max_new_tokens)
         gold_ids = gold_ids[: subject.room]
-        nats, at = 0.0, 0
-        for logits in subject.logits_along(gold_ids):
-            nats += negative_log_likelihood(logits, gold_ids[at : at + len(logits)])
-            at += len(logits)
+        nats = subject.nats_of(gold_ids)
         divergence, agreeing, compared = 0.0, 0, 0
         if reference is not None:
             own = reference.answer(prompt, example.image, image, max_new_tokens=self._max_new_tokens)

@@ -141,8 +141,3 @@ def kl_divergence(reference: NDArray[np.float32], model: NDArray[np.float32]) ->
 def agreeing_tokens(reference: NDArray[np.float32], model: NDArray[np.float32]) -> int:
     """Number of positions at which both would choose the same token, from logits [n, vocab]."""
     return int((reference.argmax(axis=-1) == model.argmax(axis=-1)).sum())
-
-
-def negative_log_likelihood(logits: NDArray[np.float32], tokens: Sequence[int]) -> float:
-    """Sum over a text, in nats, from the logits [n, vocab] that predict its n tokens. Perplexity is exp of the mean over all tokens."""
-    return float(-log_softmax(logits)[np.arange(len(tokens)), list(tokens)].sum())

@@ -67,8 +67,10 @@ class Session:
             self._ids.append(token_id)
             return self._step((token_id,), want_logits=want_logits)
 
-    def logits(self, ids: Sequence[int], image_features: tuple[ImageFeatures, ...], start: int) -> NDArray[np.float32]:
-        """Logits after each of `ids[start:]`: [len(ids) - start, vocab], for at most LOGIT_POSITIONS ids.
+    def logits(
+        self, ids: Sequence[int], image_features: tuple[ImageFeatures, ...], start: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits after each of `ids[start:]` and their log normalizers: [n, vocab] and [n], for n = len(ids) - start up to LOGIT_POSITIONS.
 
         Takes the cache over as `prefill` does, and reuses the beginning that it has in common with `ids[:start]`.
         """
@@ -79,7 +81,7 @@ class Session:
                 self._step(ids[first : min(first + PREFILL_CHUNK, start)])
             output = self._step(ids[start:], logit_positions=range(len(ids) - start), want_logits=True)
             assert output.logits is not None
-            return np.array(output.logits, dtype=np.float32)  # a copy: the next step may overwrite the array
+            return output.logits.astype(np.float32), output.log_normalizer.astype(np.float32)  # copies: the next step may overwrite them
 
     def close(self) -> None:
         """Close the backend. Unfinished replies end with an error."""

@@ -208,6 +208,29 @@ class FastVLM:
         such as those of the question just asked, are not computed again. The model may be used for something else between two blocks.
         Raises FastVLMError if an id is out of range or the ids do not fit into the context.
         """
+        blocks = self._score(input_ids, images, start)
+        return (logits[:, : self.manifest.text.token_count] for _, logits, _ in blocks)  # the others are padding rows of the embedding
+
+    def log_probabilities(self, input_ids: Sequence[int], images: Sequence[EncodedImage] = (), *, start: int = 0) -> NDArray[np.float64]:
+        """Natural logarithms of the probabilities of `input_ids[start + 1:]`, each after the ids before it: [len(input_ids) - start - 1].
+
+        `input_ids`, `images` and errors are those of `logits`; the ids after `start` are text. The last id is not run, so it may be one
+        more than the context holds. All rows of the embedding count, as in transformers, also padding rows.
+        """
+        *ids, last = input_ids
+        following = [*ids[start + 1 :], last]
+        if wrong := [token_id for token_id in following if not 0 <= token_id < self.manifest.decoder.vocab]:
+            raise FastVLMError(f"the id {wrong[0]} is not a text token: there are {self.manifest.decoder.vocab}")
+        found = []
+        for first, logits, log_normalizer in self._score(ids, images, start):
+            chosen = following[first - start : first - start + len(logits)]
+            found.append(logits[range(len(chosen)), chosen].astype(np.float64) - log_normalizer)
+        return np.concatenate(found)
+
+    def _score(
+        self, input_ids: Sequence[int], images: Sequence[EncodedImage], start: int
+    ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
+        """Blocks (index of the first id, logits after each id, their log normalizers)."""
         self._check_open()
         image_features = tuple(image.image_features for image in images)
         ids = list(input_ids)
@@ -217,11 +240,10 @@ class FastVLM:
         if not 0 <= start < len(ids):
             raise FastVLMError(f"start is {start}, outside the {len(ids)} ids")
 
-        def blocks() -> Iterator[NDArray[np.float32]]:
+        def blocks() -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
             for first in range(start, len(ids), LOGIT_POSITIONS):
                 self._check_open()
-                logits = self._session.logits(ids[: first + LOGIT_POSITIONS], image_features, first)
-                yield logits[:, : self.manifest.text.token_count]  # the others are padding rows of the embedding
+                yield first, *self._session.logits(ids[: first + LOGIT_POSITIONS], image_features, first)
 
         return blocks()
 

@@ -13,7 +13,7 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.json_record import from_json
 
 MANIFEST_NAME = "fastvlm.json"
-SCHEMA = 2
+SCHEMA = 3
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 STRIDE = 64
 """A visual token covers 64 x 64 pixels: FastViTHD halves the resolution six times."""

@@ -146,7 +146,7 @@ def decoder_logits(
     """Logits of every position of the conversations, by onnxruntime."""
     text = source.text
     weights = WeightsFile(folder / "decoder.weights")
-    write_decoder_weights(source, plan, weights, lambda: None, quantized)
+    write_decoder_weights(source, plan, weights, lambda: None, quantized, context=128)
     weights.close()
     graph = GraphBuilder("decoder", weights)
     build_decoder(graph, text, on_cpu(plan))
@@ -183,7 +183,7 @@ def test_every_matrix_has_the_shape_and_type_that_rounding_to_nearest_gives_it(s
     with calibrate_decoder(source, conversations(source, 4), plan) as calibrated:
         files = [WeightsFile(tmp_path / name) for name in ("calibrated", "nearest")]
         for file, quantized in zip(files, (calibrated, None), strict=True):
-            write_decoder_weights(source, plan, file, lambda: None, quantized)
+            write_decoder_weights(source, plan, file, lambda: None, quantized, context=128)
             file.close()
     entries = [{name: (entry.dtype, entry.shape) for name, entry in file.entries.items()} for file in files]
     assert entries[0] == entries[1]
@@ -207,7 +207,7 @@ def test_scales_of_another_type_are_refused(source: Checkpoint, tmp_path: Path) 
     with calibrate_decoder(source, conversations(source, 2), PLANS["int8"]) as calibrated:
         weights = WeightsFile(tmp_path / "decoder.weights")
         with pytest.raises(ValueError, match="calibrate with the same plan"):
-            write_decoder_weights(source, replace(PLANS["int8"], decoder="bf16"), weights, lambda: None, calibrated)
+            write_decoder_weights(source, replace(PLANS["int8"], decoder="bf16"), weights, lambda: None, calibrated, context=128)
         weights.close()
 
 

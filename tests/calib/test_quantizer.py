@@ -272,7 +272,7 @@ def test_accuracy_is_measured_with_the_weights_that_the_graph_gets(tmp_path: Pat
     question = Question(ids, 20, known=True)
     convert(str(tmp_path / "tiny"), tmp_path / "model", precision="int4")
     with calibrate_decoder(source, [(ids, features)], plan, directory=tmp_path) as quantized:
-        found = score(QuantizedDecoder(source, quantized, embedding=True), [question], [features], lambda: None)
+        found = score(QuantizedDecoder(source, quantized, plan), [question], [features], lambda: None)
         plain = score(source, [question], [features], lambda: None)
         from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
         from fastvlm_edge.convert.graphs.decoder import build_decoder
@@ -280,10 +280,10 @@ def test_accuracy_is_measured_with_the_weights_that_the_graph_gets(tmp_path: Pat
         from fastvlm_edge.convert.weights.decoder import write_decoder_weights
 
         weights = WeightsFile(tmp_path / "model" / "decoder.weights")
-        write_decoder_weights(source, plan, weights, lambda: None, quantized)
+        write_decoder_weights(source, plan, weights, lambda: None, quantized, context=4096)
         weights.close()
         graph = GraphBuilder("decoder", weights)
-        build_decoder(graph, source.text, on_cpu(plan), cpu_context=4096)
+        build_decoder(graph, source.text, on_cpu(plan), cpu=True)
         graph.save(tmp_path / "model" / "decoder.cpu.onnx")
     manifest = read_manifest(tmp_path / "model")
     out = OrtDecoder(on_device(tmp_path / "model", manifest)).step(

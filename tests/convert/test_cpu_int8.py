@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fastvlm_edge.backends.verification import compare
+from fastvlm_edge.backends.verification.compare import compare
 from fastvlm_edge.convert.cpu_int8 import TRIES, Noise, choose_blocks, watch_blocks
 from fastvlm_edge.convert.fastvithd import image_tokens
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile

@@ -17,18 +17,18 @@ import onnx
 import pytest
 
 from fastvlm_edge import FastVLM, FastVLMError
-from fastvlm_edge.backends.verification import compare
+from fastvlm_edge.backends.verification.compare import compare
 from fastvlm_edge.cli import main
+from fastvlm_edge.convert import parity
 from fastvlm_edge.convert import pipeline as module
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 from fastvlm_edge.convert.checkpoint.structure import TextConfig
-from fastvlm_edge.convert.graphs import decoder
-from fastvlm_edge.convert.graphs.builder import GraphBuilder
 from fastvlm_edge.convert.parity import BOUNDS, probe_activations
 from fastvlm_edge.convert.pipeline import convert
-from fastvlm_edge.convert.precision import PLANS, VISION_STAGES, PrecisionPlan, precision_plan
-from fastvlm_edge.convert.reference.decoder import Magnitudes
+from fastvlm_edge.convert.precision import PLANS, VISION_STAGES, precision_plan
+from fastvlm_edge.convert.reference.decoder import reference_logits
 from fastvlm_edge.convert.request import estimated_bytes
+from fastvlm_edge.convert.weights import decoder
 from fastvlm_edge.model_dir.manifest import PRECISIONS, read_manifest, verify_files
 from tests.support.checkpoints import write_checkpoint
 
@@ -66,7 +66,7 @@ def test_the_inputs_and_outputs_have_the_types_that_the_manifest_names(model: Pa
         types = {name: onnx.helper.tensor_dtype_to_np_dtype(kind).name for name, kind in values.items()}
         expected = "float32" if file.name.endswith(".cpu.onnx") else dtype
         integers = {"input_ids", "position_ids", "logit_positions", "top_ids"}
-        always_float32 = {"pixel_values", "logits", "top_values"}
+        always_float32 = {"pixel_values", "logits", "top_values", "log_normalizer"}
         for name, found in types.items():
             assert found == ("int64" if name in integers else "float32" if name in always_float32 else expected), (file.name, name)
 
@@ -87,16 +87,12 @@ def test_the_manifest_has_the_figures_of_the_check(model: Path) -> None:
 
 def test_a_faulty_graph_is_distinguished_from_coarse_weights(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With wrong frequencies the logits are still as close to the checkpoint's as INT4 allows; the check finds the fault all the same."""
-    angles = decoder._Decoder._angles
+    real = decoder.rotary_tables
 
-    def wrong(self: Any, position: str) -> Any:
-        text, self.text = self.text, replace(self.text, rope_theta=self.text.rope_theta / 2)
-        try:
-            return angles(self, position)
-        finally:
-            self.text = text
+    def wrong(text: TextConfig, context: int) -> dict[str, Any]:
+        return real(replace(text, rope_theta=text.rope_theta / 2), context)
 
-    monkeypatch.setattr(decoder._Decoder, "_angles", wrong)
+    monkeypatch.setattr(decoder, "rotary_tables", wrong)
     with pytest.raises(FastVLMError, match=r"cosine to the logits of the stored weights is 0\.[5-9]"):
         convert(str(checkpoint), tmp_path / "model", precision="int4")
     assert not any(tmp_path.iterdir())
@@ -286,12 +282,12 @@ def test_a_signal_stops_the_command_and_leaves_nothing(checkpoint: Path, tmp_pat
 
 def test_a_graph_that_disagrees_is_not_published(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real fault: the rotary base is read wrongly. The check must find it."""
-    real = decoder.build_decoder
+    real = decoder.rotary_tables
 
-    def wrong(graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, *, cpu_context: int | None) -> None:
-        real(graph, type(text)(**{**text.__dict__, "rope_theta": 100.0}), plan, cpu_context=cpu_context)
+    def wrong(text: TextConfig, context: int) -> dict[str, Any]:
+        return real(replace(text, rope_theta=100.0), context)
 
-    monkeypatch.setattr(module, "build_decoder", wrong)
+    monkeypatch.setattr(decoder, "rotary_tables", wrong)
     with pytest.raises(FastVLMError, match="do not agree with PyTorch"):
         convert(str(checkpoint), tmp_path / "model")
     assert not any(tmp_path.iterdir())
@@ -308,13 +304,19 @@ def test_a_model_that_does_not_fit_fp16_gets_wider_types(
         largest, features = real(*args)
         return {**largest, "stage3": 20_000.0}, features
 
+    def large(*args: Any) -> Any:
+        logits, magnitudes = reference_logits(*args)
+        layers = len(magnitudes.scores)
+        return logits, replace(magnitudes, scores=[40.0, *magnitudes.scores[1:]], mlp=[100_000.0] * layers)
+
     monkeypatch.setattr(module, "probe_activations", probe)
-    monkeypatch.setattr(Magnitudes, "largest", lambda _self: 30_000.0)
+    monkeypatch.setattr(parity, "reference_logits", large)
     manifest = convert(str(checkpoint), tmp_path / "model", precision=precision)
     assert manifest.plan["vision.stage2"].endswith("fp16")
     assert manifest.plan["vision.stage3"].endswith("fp32")
-    assert manifest.plan["decoder.body"].endswith("bf16")
-    assert manifest.decoder.dtype == "bfloat16"
+    assert manifest.decoder.dtype == "float16"
+    assert manifest.activations["fp32_scores"] == [0]
+    assert set(manifest.activations["up_shifts"].values()) == {3}
     with FastVLM.load(tmp_path / "model", threads=1) as vlm:
         assert vlm.generate("What is this?", image=np.zeros((40, 60, 3), np.uint8), max_new_tokens=4).token_ids
 
@@ -322,7 +324,7 @@ def test_a_model_that_does_not_fit_fp16_gets_wider_types(
 def test_the_manifest_says_how_large_every_layer_gets(model: Path) -> None:
     seen = read_manifest(model).activations["decoder"]
     layers = read_manifest(model).decoder.layers
-    assert set(seen) == {"qkv", "scores", "product", "residual"}
+    assert set(seen) == {"qkv", "scores", "attention", "gate", "product", "mlp", "residual"}
     assert all(len(values) == layers and min(values) > 0 for values in seen.values())
 
 
@@ -336,7 +338,7 @@ def test_compare_knows_the_same_from_the_opposite() -> None:
 
 def test_the_manifest_is_plain_json(model: Path) -> None:
     document = json.loads((model / "fastvlm.json").read_text())
-    assert document["schema"] == 2
+    assert document["schema"] == 3
     assert document["plan"]["decoder.body"]
 
 

@@ -131,6 +131,7 @@ def build_decoder(path: Path, dtype: str) -> None:
     logits = g.add("MatMul", chosen, g.constant(head), output="logits")
     g.add("Identity", g.ints(CANDIDATES), output="k")
     g.nodes.append(helper.make_node("TopK", [logits, "k"], ["top_values", "top_ids"], sorted=1))
+    g.add("ReduceLogSumExp", logits, g.ints(2), output="log_normalizer", keepdims=0)
     int64, info = TensorProto.INT64, helper.make_tensor_value_info
     cache: list[str | int] = ["batch", KV_HEADS, "capacity", HEAD_DIM]
     cached = [info(f"past_key_values.{layer}.{part}", _TYPES[dtype], cache) for layer in range(LAYERS) for part in ("key", "value")]
@@ -148,6 +149,7 @@ def build_decoder(path: Path, dtype: str) -> None:
             info("logits", TensorProto.FLOAT, ["batch", "m", VOCAB]),
             info("top_values", TensorProto.FLOAT, ["batch", "m", CANDIDATES]),
             info("top_ids", int64, ["batch", "m", CANDIDATES]),
+            info("log_normalizer", TensorProto.FLOAT, ["batch", "m"]),
         ],
     )
 

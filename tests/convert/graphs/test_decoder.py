@@ -31,10 +31,10 @@ class Graph:
         self.text = checkpoint.text
         plan = precision_plan(precision)
         weights = WeightsFile(path / "decoder.weights")
-        write_decoder_weights(checkpoint, plan, weights, lambda: None)
+        write_decoder_weights(checkpoint, plan, weights, lambda: None, context=CONTEXT)
         weights.close()
         graph = GraphBuilder("decoder", weights)
-        build_decoder(graph, checkpoint.text, on_cpu(plan), cpu_context=CONTEXT if cpu else None)
+        build_decoder(graph, checkpoint.text, on_cpu(plan), cpu=cpu)
         graph.save(path / "decoder.onnx")
         self.cpu = cpu
         self.path = str(path / "decoder.onnx")

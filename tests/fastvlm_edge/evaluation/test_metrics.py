@@ -14,7 +14,6 @@ from fastvlm_edge.evaluation.metrics import (
     kl_divergence,
     levenshtein,
     log_softmax,
-    negative_log_likelihood,
     normalize_vqa,
     relaxed_accuracy,
     textvqa_accuracy,
@@ -129,12 +128,6 @@ def test_kl_divergence_of_two_coins() -> None:
     fair, biased = np.zeros((2, 2), np.float32), np.array([[math.log(3), 0], [7, 7]], np.float32)
     assert kl_divergence(fair, biased) == pytest.approx([0.143841, 0], abs=1e-6)
     assert kl_divergence(biased, biased) == pytest.approx([0, 0])
-
-
-def test_likelihood_and_perplexity_of_two_coins() -> None:
-    logits = np.array([[math.log(3), 0], [1000, 1000]], np.float32)
-    assert negative_log_likelihood(logits, [1, 0]) == pytest.approx(-math.log(1 / 4) - math.log(1 / 2), abs=1e-6)
-    assert math.exp(negative_log_likelihood(logits, [1, 0]) / 2) == pytest.approx(math.sqrt(8))
 
 
 def test_log_softmax_survives_large_logits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from skimage import data
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
 from fastvlm_edge.backends.select import select
-from fastvlm_edge.backends.verification import answer
+from fastvlm_edge.backends.verification.conversation import answer
 from fastvlm_edge.generation.session import LOGIT_POSITIONS, Session
 from fastvlm_edge.inputs.preprocess import preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
@@ -245,6 +246,21 @@ def test_logits_score_a_text(vlm: FastVLM, reference: Reference) -> None:
     two = zip(vlm.logits(ids, [image]), vlm.logits(ids, [image]), strict=True)
     for first, second in two:
         assert np.array_equal(first, second)
+
+
+def test_log_probabilities_are_those_of_the_whole_row(vlm: FastVLM, reference: Reference) -> None:
+    """Padding rows count too. The context may be full before the last id."""
+    ids = [*reference.ids(PROMPT), *vlm._tokenizer.encode("It reads 042, or something like it; one cannot be sure.")]
+    image = vlm.encode_image(data.coffee())
+    features = reference.features(data.coffee())
+    rows = np.stack([reference.logits(ids[: end + 1], features) for end in range(len(ids) - 1)]).astype(np.float64)
+    for start in (len(ids) - 30, len(ids) - 2):
+        found = vlm.log_probabilities(ids, [image], start=start)
+        for at, end in enumerate(range(start, len(ids) - 1)):
+            shares = np.exp(rows[end] - rows[end].max())
+            assert found[at] == pytest.approx(math.log(shares[ids[end + 1]] / shares.sum()), abs=1e-3)
+    with pytest.raises(FastVLMError, match="is not a text token"):
+        vlm.log_probabilities([*ids, vlm.manifest.decoder.vocab], [image], start=len(ids) - 2)
 
 
 def test_logits_continue_what_is_in_the_cache(vlm: FastVLM, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:

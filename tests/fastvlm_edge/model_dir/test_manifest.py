@@ -77,7 +77,7 @@ def test_a_file_that_is_not_a_manifest(directory: Path, text: str) -> None:
 
 def test_another_schema(directory: Path) -> None:
     change(directory, lambda manifest: manifest.update(schema=99))
-    with pytest.raises(FastVLMError, match="has schema 99, but this toolkit reads schema 2; convert the checkpoint again"):
+    with pytest.raises(FastVLMError, match="has schema 99, but this toolkit reads schema 3; convert the checkpoint again"):
         read_manifest(directory)
 
 
