@@ -51,10 +51,11 @@ class CudaError(FastVLMError):
 class OutOfDeviceMemory(FastVLMError):
     """The GPU has less free memory than was requested."""
 
-    def __init__(self, needed: int, free: int) -> None:
-        """Both in bytes."""
+    def __init__(self, needed: int, free: int | None = None) -> None:
+        """Both in bytes; `free` is None if it is unknown."""
+        there = "fewer" if free is None else f"{free // _MIB:,} MiB"
         super().__init__(
-            f"{-(-needed // _MIB):,} MiB of GPU memory are needed and {free // _MIB:,} MiB are free",
+            f"{-(-needed // _MIB):,} MiB of GPU memory are needed and {there} are free",
             "choose a smaller context or image size, a lower precision, or close other programs",
         )
         self.needed, self.free = needed, free
@@ -71,6 +72,8 @@ class DeviceInfo:
     """Whether it shares its memory with the host, as on Jetson."""
     driver: str
     """Newest CUDA version that the driver supports, such as "13.0"."""
+    multiprocessors: int = 0
+    """Number of streaming multiprocessors; 0 if unknown. Jetson Orin boards differ in it, but not in their name."""
 
 
 class PinnedMemory:

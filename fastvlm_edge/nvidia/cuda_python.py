@@ -150,6 +150,7 @@ class CudaPython:
             total_bytes=int(self._check("cuDeviceTotalMem", self._device)),
             integrated=bool(attribute("INTEGRATED")),
             driver=version,
+            multiprocessors=attribute("MULTIPROCESSOR_COUNT"),
         )
 
     def _destroy_template(self, template: Any) -> None:

@@ -60,6 +60,7 @@ class PyCuda:
                 total_bytes=int(device.total_memory()),
                 integrated=bool(device.get_attribute(driver.device_attribute.INTEGRATED)),
                 driver=version,
+                multiprocessors=int(device.get_attribute(driver.device_attribute.MULTIPROCESSOR_COUNT)),
             )
             self._context = device.retain_primary_context()
 

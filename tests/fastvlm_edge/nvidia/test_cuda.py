@@ -36,6 +36,7 @@ class CUresult(IntEnum):
 
 
 class CUdevice_attribute(IntEnum):
+    CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
     CU_DEVICE_ATTRIBUTE_INTEGRATED = 18
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
@@ -63,7 +64,7 @@ class Handle:
         return self.value
 
 
-ATTRIBUTES = {18: 1, 75: 8, 76: 7}
+ATTRIBUTES = {16: 8, 18: 1, 75: 8, 76: 7}
 PINNED = ctypes.create_string_buffer(64)
 
 FUNCTIONS: dict[str, tuple[int, Any]] = {
@@ -182,7 +183,7 @@ def test_opening_retains_the_primary_context_and_describes_the_device(driver: St
     cuda = open_cuda()
     assert (cuda.binding, cuda.supports_graphs) == ("cuda-python 13.5.0", True)
     assert (cuda.device.name, cuda.device.compute_capability, cuda.device.total_bytes) == ("Orin", (8, 7), 8 << 30)
-    assert cuda.device.integrated is True and cuda.device.driver == "13.0"
+    assert cuda.device.integrated is True and cuda.device.driver == "13.0" and cuda.device.multiprocessors == 8
     assert driver.calls[:2] == [("cuDriverGetVersion",), ("cuInit", 0)]
     assert driver.calls[-1] == ("cuDevicePrimaryCtxRetain", 0)
 
@@ -414,6 +415,7 @@ class StubPyCuda(ModuleType):
 
     class device_attribute:
         INTEGRATED: ClassVar[str] = "integrated"
+        MULTIPROCESSOR_COUNT: ClassVar[str] = "multiprocessors"
 
     def __init__(self) -> None:
         super().__init__("pycuda.driver")
@@ -454,7 +456,7 @@ class StubPyCuda(ModuleType):
                 return 8 << 30
 
             def get_attribute(self, attribute: str) -> int:
-                return int(attribute == "integrated")
+                return {"integrated": 1, "multiprocessors": 8}[attribute]
 
             def retain_primary_context(self) -> Context:
                 return Context()
@@ -563,7 +565,7 @@ def test_pycuda_is_taken_where_cuda_python_is_missing(pycuda: StubPyCuda) -> Non
     cuda = open_cuda()
     assert (cuda.binding, cuda.supports_graphs) == ("PyCUDA 2025.1", False)
     assert (cuda.device.name, cuda.device.compute_capability, cuda.device.total_bytes) == ("Orin", (8, 7), 8 << 30)
-    assert cuda.device.integrated is True and cuda.device.driver == "12.6"
+    assert cuda.device.integrated is True and cuda.device.driver == "12.6" and cuda.device.multiprocessors == 8
 
 
 def test_pycuda_has_the_context_pushed_in_every_call_and_popped_after_it(pycuda: StubPyCuda) -> None:
