@@ -31,7 +31,7 @@ from torch import nn
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.studies.recipes import OBSERVERS, Recipe, RecipeSearch
 from examples.checkpoints.heavy_tails import add_heavy_tails
-from fastvlm_edge.backends.verification import stored_pictures
+from fastvlm_edge.backends.verification.conversation import stored_pictures
 from fastvlm_edge.calib.encoder.search import VisionQuantization, VisionSearch, cosine_loss, squared_error
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvlm_edge.backends.dtypes import storage, to_float32
+from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
 from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY, next_capacity
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import DecoderSpec
@@ -137,6 +137,12 @@ class DeviceCache:
         self.length = 0
         self.revision += 1
 
+    def shrink(self) -> None:
+        """Forget all positions, and release the memory of a long conversation. No work may be in progress."""
+        self.reset()
+        if self.capacity > FIRST_CAPACITY:
+            self._replace(FIRST_CAPACITY)
+
     def free(self) -> None:
         """Release the memory."""
         if self.address:
@@ -219,6 +225,17 @@ class FeatureStore:
                 return np.array(to_float32(pinned.view((features.rows, self._spec.hidden), storage(dtype)), dtype))
             finally:
                 pinned.free()
+
+    def write(self, features: DeviceFeatures, values: NDArray[np.float32]) -> None:
+        """Copy values [rows, hidden] from the host, rounded to the decoder's type. The caller holds the lock."""
+        stored = from_float32(values, self._spec.dtype)
+        pinned = self._cuda.allocate_pinned(stored.nbytes)
+        try:
+            np.copyto(pinned.view(stored.shape, stored.dtype), stored)
+            self._cuda.copy(features.address, pinned.address, stored.nbytes, self._stream)
+            self._cuda.synchronize(self._stream)
+        finally:
+            pinned.free()
 
     def free(self) -> None:
         """Release all memory, also that of features that are still referred to."""

@@ -12,7 +12,8 @@ import numpy as np
 
 from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.tensorrt import Platform, TensorRTBackend
-from fastvlm_edge.backends.verification import Answers, answer, compare
+from fastvlm_edge.backends.verification.compare import compare
+from fastvlm_edge.backends.verification.conversation import Answers, answer
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.engine_record import EngineRecord, engine_folders, mismatch, read_record

@@ -19,7 +19,7 @@ from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY
 from fastvlm_edge.backends.load_engines import BOUNDS
 from fastvlm_edge.backends.protocol import Backend
 from fastvlm_edge.backends.select import select
-from fastvlm_edge.backends.verification import compare
+from fastvlm_edge.backends.verification.compare import compare
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.engines.build import Options, build
 from fastvlm_edge.inputs.preprocess import preprocess

@@ -28,7 +28,7 @@ from fastvlm_edge.backends.load_engines import BOUNDS, load_engines
 from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.select import select
 from fastvlm_edge.backends.tensorrt import TensorRTBackend
-from fastvlm_edge.backends.verification import compare
+from fastvlm_edge.backends.verification.compare import compare
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.engine_record import RECORD_NAME, EngineRecord, find_records, read_record
 from fastvlm_edge.model_dir.manifest import read_manifest

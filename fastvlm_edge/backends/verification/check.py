@@ -1,0 +1,228 @@
+"""Checks a backend on the stored pictures and the stored passage: against the reference, and against its own earlier answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvlm_edge.backends.protocol import Backend, ImageFeatures, StepOutput
+from fastvlm_edge.backends.verification.cases import PASSAGE, Call, Case, all_cases
+from fastvlm_edge.backends.verification.compare import Rows, candidates_fault, cosines, divergence, regret, top_rows
+from fastvlm_edge.backends.verification.conversation import PICTURES, stored_pictures
+from fastvlm_edge.backends.verification.reference import Reference
+from fastvlm_edge.model_dir.manifest import Manifest
+from fastvlm_edge.nvidia.cuda import OutOfDeviceMemory
+from fastvlm_edge.progress import Progress
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is accepted of a backend whose decoder computes in one type (docs/tensorrt.md says where the figures come from)."""
+
+    token: float
+    """Smallest cosine of a visual token."""
+    median: float
+    """Smallest median of these cosines in a picture."""
+    divergence: float
+    """Largest KL divergence of a row of logits, in nats."""
+    steps: float
+    """A row may prefer another id if the reference's preference is at most this many steps of the type."""
+
+
+BOUNDS = {
+    "float32": Bounds(token=0.999, median=0.9999, divergence=0.01, steps=8),
+    "float16": Bounds(token=0.99, median=0.999, divergence=0.02, steps=8),
+    "bfloat16": Bounds(token=0.95, median=0.99, divergence=0.2, steps=8),
+}
+"""By the decoder's type. TensorRT computes float32 products in TF32, which has the mantissa of float16."""
+NOISY = Bounds(token=0.95, median=0.99, divergence=0.5, steps=64)
+"""For a reference that is itself rounded: onnxruntime on a CPU quantises the inputs of integer weights to INT8."""
+MANTISSA = {"float32": 10, "float16": 10, "bfloat16": 7}
+
+
+class Checked(Backend, Protocol):
+    """A backend that also takes image features that it did not compute itself."""
+
+    def upload(self, features: Float32) -> ImageFeatures:
+        """Image features [rows, hidden] for `step`."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One figure outside its bound."""
+
+    part: str
+    """`vision` or `decoder`"""
+    text: str
+    """Case, row, figure and bound, as a sentence."""
+
+
+@dataclass
+class Findings:
+    """The result of a check."""
+
+    figures: dict[str, Any]
+    faults: list[Fault] = field(default_factory=list)
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """What was computed, as evidence."""
+
+    def save(self, folder: Path, reference: Reference) -> None:
+        """Write figures, faults, and the results of both sides into `folder`, which is created. Raises OSError."""
+        folder.mkdir(exist_ok=True)
+        np.savez_compressed(folder / "answers.npz", **self.arrays)
+        reference.write(folder)
+        document = {**self.figures, "faults": [asdict(fault) for fault in self.faults]}
+        (folder / "figures.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def check(backend: Checked, reference: Reference, manifest: Manifest, progress: Progress, name: str) -> Findings:
+    """Run all cases on `backend` and compare. Leaves its cache empty. `name` is what is checked, as text for users."""
+    cases = all_cases(reference.passage, manifest.decoder.context)
+    progress.stage(f"verifying {name}", sum(case.positions for case in cases))
+    dtype = manifest.decoder.dtype
+    own = BOUNDS[dtype]
+    bounds = NOISY if reference.noisy else own
+    findings = Findings({"reference": reference.program, "bounds": asdict(bounds)})
+    _check_vision(backend, reference, manifest, bounds, findings)
+    decoder = _DecoderCheck(backend, reference, bounds, own, 2.0 ** -MANTISSA[dtype])
+    findings.figures["cases"] = []
+    for case in cases:
+        try:
+            decoder.run(case, progress)
+        except OutOfDeviceMemory as error:
+            if not case.fills:
+                raise
+            progress.note(f"warning: not verified with {case.name}: {error.what}")
+            continue
+        finally:
+            backend.reset()
+        findings.figures["cases"].append(decoder.summary(case))
+    findings.faults += decoder.faults
+    findings.arrays.update(decoder.arrays())
+    progress.done()
+    return findings
+
+
+def _check_vision(backend: Checked, reference: Reference, manifest: Manifest, bounds: Bounds, findings: Findings) -> None:
+    pixels = stored_pictures(manifest.vision.image_size, manifest.vision.geometry)
+    found = np.stack([backend.encode(picture).numpy() for picture in pixels])
+    findings.arrays["features"] = found
+    figures = findings.figures["image_features"] = {}
+    for name, ours, theirs in zip(PICTURES, found, reference.features, strict=True):
+        similar = cosines(ours, theirs)
+        worst, median = int(similar.argmin()), float(np.median(similar))
+        figures[name] = {"worst": float(similar[worst]), "token": worst, "median": median}
+        if not similar[worst] >= bounds.token:
+            text = f"visual token {worst} of {name} has a cosine of {similar[worst]:.5f}, at least {bounds.token} is required"
+            findings.faults.append(Fault("vision", text))
+        elif not median >= bounds.median:
+            text = f"the median cosine of the visual tokens of {name} is {median:.5f}, at least {bounds.median} is required"
+            findings.faults.append(Fault("vision", text))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The comparison of one row."""
+
+    case: str
+    text: str
+    position: int
+    found: Rows
+    divergence: float
+    """From the reference; 0 for a text that it does not know."""
+    drift: float
+    """Divergence from the row that the backend itself computed for this position before."""
+    steps: float
+    """By how many steps of the type the reference prefers its own id."""
+
+
+class _DecoderCheck:
+    """Runs cases and collects rows. `step` is the distance of two neighbouring values of the decoder's type near 1."""
+
+    def __init__(self, backend: Checked, reference: Reference, bounds: Bounds, own: Bounds, step: float) -> None:
+        self._backend, self._reference, self._bounds, self._own, self._step = backend, reference, bounds, own, step
+        self._pictures = tuple(backend.upload(features) for features in reference.features)
+        self._index = {position: index for index, position in enumerate(reference.passage.positions)}
+        self._before: dict[tuple[str, int], tuple[str, Rows]] = {}
+        """(text, position) -> the case that computed its row first, and the row."""
+        self._rows: list[_Row] = []
+        self._logits: Float32 | None = None
+        """The whole first faulty row."""
+        self.faults: list[Fault] = []
+
+    def run(self, case: Case, progress: Progress) -> None:
+        """Run the calls of a case. Raises FastVLMError if the backend fails."""
+        backend = self._backend
+        backend.reset()
+        for call in case.calls:
+            if backend.length > call.at:
+                backend.truncate(call.at)
+            asked = [position - call.at for position in call.compared]
+            pictures = tuple(self._pictures[index] for index in call.pictures)
+            output = backend.step(call.ids, pictures, logit_positions=asked or None, want_logits=bool(asked))
+            for index, position in enumerate(call.compared):
+                self._compare(case, call, position, output, index)
+            progress.advance(len(call.ids))
+
+    def _compare(self, case: Case, call: Call, position: int, output: StepOutput, index: int) -> None:
+        assert output.logits is not None
+        logits = output.logits[index]
+        found = top_rows(logits[None])
+        first, before = self._before.setdefault((call.text, position), (case.name, found))
+        expected = self._reference.rows[self._index[position]] if call.text == PASSAGE else None
+        distance = 0.0 if expected is None else divergence(logits, expected)
+        preferred = 0.0 if expected is None else regret(logits, expected)
+        size = 0.0 if expected is None else float(np.abs(expected.values[0, 0]))
+        steps = preferred / (self._step * 2.0 ** math.floor(math.log2(max(size, 1e-30))))
+        row = _Row(case.name, call.text, position, found, distance, divergence(logits, before), steps)
+        self._rows.append(row)
+        where = f"in the case '{case.name}', the row of position {position}"
+        wrong = candidates_fault(logits, output.top_values[index], output.top_ids[index], float(output.log_normalizer[index]))
+        if not row.divergence <= self._bounds.divergence:
+            text = f"{where} has a KL divergence of {row.divergence:.3g}, at most {self._bounds.divergence} is accepted"
+        elif not row.steps <= self._bounds.steps:
+            text = (
+                f"{where} prefers id {found.ids[0, 0]}, which the reference puts {preferred:.3g} below its best: "
+                f"{row.steps:.0f} steps of the type, at most {self._bounds.steps:g} are accepted"
+            )
+        elif not row.drift <= self._own.divergence:
+            text = (
+                f"{where} has a KL divergence of {row.drift:.3g} from the row of the same ids in the case '{first}', "
+                f"at most {self._own.divergence} is accepted"
+            )
+        elif wrong is not None:
+            text = f"{where} has other outputs than its logits: {wrong}"
+        else:
+            return
+        if self._logits is None:
+            self._logits = logits.copy()
+        self.faults.append(Fault("decoder", text))
+
+    def summary(self, case: Case) -> dict[str, Any]:
+        """The worst figures of a case."""
+        rows = [row for row in self._rows if row.case == case.name]
+        worst = max(rows, key=lambda row: row.divergence)
+        return {
+            "case": case.name,
+            "rows": len(rows),
+            "divergence": worst.divergence,
+            "position": worst.position,
+            "drift": max(row.drift for row in rows),
+            "steps": max(row.steps for row in rows),
+            "greedy_agreement": sum(row.steps == 0 for row in rows) / len(rows),
+        }
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All rows, and the whole first faulty row, as evidence."""
+        rows = self._rows
+        columns = {name: np.array([getattr(row, name) for row in rows]) for name in ("case", "text", "position", "divergence", "drift")}
+        parts = {name: np.concatenate([getattr(row.found, name) for row in rows]) for name in ("ids", "values", "normalizer")}
+        return {**columns, **parts, **({} if self._logits is None else {"first_faulty_logits": self._logits})}
