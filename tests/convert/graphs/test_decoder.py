@@ -1,6 +1,7 @@
 """The decoder graph against an independent Qwen2 in PyTorch, and what its contract promises about cache, chunks and pictures."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fastvlm_edge.convert.graphs import decoder
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.decoder import build_decoder
 from fastvlm_edge.convert.precision import on_cpu, precision_plan
@@ -27,9 +29,9 @@ PRECISIONS = {"fp32": 1e-5, "fp16": 6e-3, "bf16": 2e-2, "int8": 0.1, "int4": 0.6
 class Graph:
     """One decoder graph in onnxruntime, its cache managed in plain numpy as the contract says."""
 
-    def __init__(self, path: Path, checkpoint: Checkpoint, precision: str, *, cpu: bool = False) -> None:
+    def __init__(self, path: Path, checkpoint: Checkpoint, precision: str, *, cpu: bool = False, **changes: Any) -> None:
         self.text = checkpoint.text
-        plan = precision_plan(precision)
+        plan = replace(precision_plan(precision), **changes)
         weights = WeightsFile(path / "decoder.weights")
         write_decoder_weights(checkpoint, plan, weights, lambda: None, context=CONTEXT)
         weights.close()
@@ -48,20 +50,27 @@ class Graph:
         text = self.text
         return np.zeros((text.layers, 2, batch, text.kv_heads, capacity, text.head_dim), self.dtype)
 
-    def step(self, ids: NDArray[np.int64], start: int, cache: NDArray[Any], logit_positions: Sequence[int]) -> list[NDArray[Any]]:
-        """Run `ids` [batch, seq] from position `start` on, append to `cache`, return logits, top_values, top_ids."""
+    def step(
+        self,
+        ids: NDArray[np.int64],
+        start: int,
+        cache: NDArray[Any],
+        logit_positions: Sequence[int],
+        position_ids: NDArray[np.int64] | None = None,
+    ) -> list[NDArray[Any]]:
+        """Run `ids` [batch, seq] from position `start` on, append to `cache`, return logits, top_values, top_ids, log_normalizer."""
         ids = np.atleast_2d(ids)
         batch, seq = ids.shape
         feeds = {
             "input_ids": ids,
-            "position_ids": np.tile(np.arange(start, start + seq), (batch, 1)),
+            "position_ids": np.tile(np.arange(start, start + seq), (batch, 1)) if position_ids is None else position_ids,
             "image_features": self.features,
             "logit_positions": np.tile(logit_positions, (batch, 1)),
         }
         for layer in range(self.text.layers):
             feeds[f"past_key_values.{layer}.key"] = cache[layer, 0]
             feeds[f"past_key_values.{layer}.value"] = cache[layer, 1]
-        asked = ["logits", "top_values", "top_ids"]
+        asked = ["logits", "top_values", "top_ids", "log_normalizer"]
         if not self.cpu:
             *rest, kv_new = self.session.run([*asked, "kv_new"], feeds)
             cache[..., start : start + seq, :] = kv_new
@@ -101,11 +110,12 @@ def ids(checkpoint: Checkpoint) -> NDArray[np.int64]:
 def test_logits_are_those_of_the_reference(checkpoint: Checkpoint, ids: NDArray[np.int64], precision: str, tmp_path: Path) -> None:
     graph = Graph(tmp_path, checkpoint, precision)
     positions = list(range(len(ids)))
-    logits, values, top = graph.step(ids, 0, graph.cache(32), positions)
+    logits, values, top, normalizer = graph.step(ids, 0, graph.cache(32), positions)
     expected, _ = reference_logits(checkpoint, ids.tolist(), graph.features.astype(np.float32), positions, lambda: None)
     assert np.linalg.norm(logits[0] - expected) / np.linalg.norm(expected) < PRECISIONS[precision]
     np.testing.assert_array_equal(values, -np.sort(-logits, axis=-1)[..., :64])
     np.testing.assert_array_equal(np.take_along_axis(logits, top, -1), values)
+    np.testing.assert_allclose(normalizer, np.logaddexp.reduce(logits.astype(np.float64), axis=-1), atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
@@ -119,6 +129,66 @@ def test_the_graph_for_the_cpu_computes_what_the_one_for_engines_does(
         graph.features[:] = 0.5
         logits.append(graph.step(ids, 0, graph.cache(32), [3, len(ids) - 1])[0])
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("row", [64, 100, 1024])
+def test_candidates_do_not_depend_on_how_a_row_of_logits_is_cut(
+    checkpoint: Checkpoint, ids: NDArray[np.int64], row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vocabulary is a multiple of no row but the first. Among equal logits, the smaller id comes first."""
+    monkeypatch.setattr(decoder, "TOP_ROW", row)
+    graph = Graph(tmp_path, checkpoint, "fp16")  # FP16 logits have equal values
+    logits, values, top, normalizer = graph.step(ids, 0, graph.cache(32), [3, 9, len(ids) - 1])
+    expected = np.argsort(-logits, axis=-1, kind="stable")[..., :64]
+    assert len(np.unique(logits)) < logits.size
+    np.testing.assert_array_equal(top, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(logits, expected, -1))
+    np.testing.assert_allclose(normalizer, np.logaddexp.reduce(logits.astype(np.float64), axis=-1), atol=1e-5)
+    count = [node.op_type for node in onnx.load(graph.path, load_external_data=False).graph.node].count("TopK")
+    assert count == (1 if row >= checkpoint.text.vocab else 2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("cpu", [False, True])
+def test_a_divided_mlp_gives_the_same_logits(
+    checkpoint: Checkpoint, ids: NDArray[np.int64], precision: str, cpu: bool, tmp_path: Path
+) -> None:
+    logits = []
+    for name, shifts in (("plain", {}), ("divided", {0: 3, checkpoint.text.layers - 1: 1})):
+        (tmp_path / name).mkdir()
+        graph = Graph(tmp_path / name, checkpoint, precision, cpu=cpu and precision != "fp16", up_shifts=shifts)
+        graph.features[:] = 0.5
+        logits.append(graph.step(ids, 0, graph.cache(32), [3, len(ids) - 1])[0])
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-5, atol=1e-5)  # powers of two round nothing
+
+
+def test_wide_scores_change_types_and_not_results(checkpoint: Checkpoint, ids: NDArray[np.int64], tmp_path: Path) -> None:
+    logits, casts = [], []
+    for name, layers in (("narrow", set()), ("wide", {0})):
+        (tmp_path / name).mkdir()
+        graph = Graph(tmp_path / name, checkpoint, "fp16", wide_scores=frozenset(layers))
+        graph.features[:] = 0.5
+        logits.append(graph.step(ids, 0, graph.cache(32), [3, len(ids) - 1])[0])
+        nodes = onnx.load(graph.path, load_external_data=False).graph.node
+        casts.append([node.name for node in nodes if node.name.endswith("/scores/narrow/Cast")])
+    assert np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[0]) < PRECISIONS["fp16"]
+    every = [f"/layers.{layer}/attn/scores/narrow/Cast" for layer in range(checkpoint.text.layers)]
+    assert casts == [every, every[1:]]
+
+
+def test_ids_that_only_fill_up_a_call_are_not_seen(checkpoint: Checkpoint, ids: NDArray[np.int64], tmp_path: Path) -> None:
+    """A call of a fixed length: ids after the real ones, at any position, change nothing of what comes before them."""
+    graph = Graph(tmp_path, checkpoint, "fp32")
+    cache, filled = graph.cache(32), graph.cache(64)
+    graph.step(ids[:7], 0, cache, [0])
+    filled[..., :7, :] = cache[..., :7, :]
+    expected, *_ = graph.step(ids[7:], 7, cache, [2, len(ids) - 8])
+    count = len(ids) - 7
+    positions = np.full((1, 20), CONTEXT - 1)
+    positions[0, :count] = np.arange(7, len(ids))
+    found, *_ = graph.step(np.concatenate([ids[7:], np.zeros(20 - count, np.int64)]), 7, filled, [2, count - 1], positions)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(filled[..., : len(ids), :], cache[..., : len(ids), :], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (5, 9), (7,), tuple(range(1, 24))])
