@@ -24,7 +24,7 @@ CANDIDATES = 64
 MASKED = -1e9
 """Added to the scores of masked keys: its exponential is zero whatever the score."""
 TOP_ROW = 4096
-"""TensorRT finds the largest values of one row with one thread block. A row of logits is therefore cut into rows of this length first."""
+"""TensorRT's kernels search and add up a row with one thread block, so the logits of a position are cut into rows of this length first."""
 
 
 @dataclass(frozen=True)
@@ -295,38 +295,52 @@ class _Decoder:
             logits = graph.node("Reshape", [self._narrow(flat, "/head"), shape], "/head/logits")
         logits = self._wide(logits, "/head/logits")
         count = min(CANDIDATES, text.vocab)
-        values, ids = self._top(logits, count)
-        graph.output("log_normalizer", self._log_normalizer(logits, values), np.float32, ["batch", "m"])
+        rows = self._in_rows(logits)
+        values, ids = self._top(logits, count) if rows is None else self._top_of_rows(rows, count)
+        graph.output("log_normalizer", self._log_normalizer(logits, rows, values), np.float32, ["batch", "m"])
         graph.output("logits", logits, np.float32, ["batch", "m", text.vocab])
         graph.output("top_values", values, np.float32, ["batch", "m", count])
         graph.output("top_ids", ids, np.int64, ["batch", "m", count])
 
-    def _top(self, logits: str, count: int) -> tuple[str, str]:
-        """The `count` largest logits and their ids, [batch, m, count] each, sorted; the smaller id comes first among equal ones."""
+    def _in_rows(self, logits: str) -> str | None:
+        """Logits [batch, m, vocab] as [batch, m, rows, TOP_ROW], filled up with the lowest float; None on a CPU, or if they are one row."""
         graph, vocab = self.graph, self.text.vocab
         rows = -(-vocab // TOP_ROW)
         if self.cpu or rows == 1:
-            values, ids = graph.split("TopK", [logits, graph.ints(count)], "/head/top", 2, axis=-1, largest=1, sorted=1)
-            return values, ids
+            return None
         if padding := rows * TOP_ROW - vocab:
             lowest = graph.constant(np.finfo(np.float32).min, np.float32)
-            logits = graph.node("Pad", [logits, graph.ints(0, 0, 0, 0, 0, padding), lowest], "/head/top/rows")
-        logits = graph.node("Reshape", [logits, graph.ints(0, 0, rows, TOP_ROW)], "/head/top/rows")
-        values, ids = graph.split("TopK", [logits, graph.ints(count)], "/head/top/rows", 2, axis=-1, largest=1, sorted=1)
-        ids = graph.node("Add", [ids, graph.constant(TOP_ROW * np.arange(rows)[:, None], np.int64)], "/head/top/ids")
-        values, ids = (
-            graph.node("Reshape", [each, graph.ints(0, 0, -1)], f"/head/top/{name}") for each, name in ((values, "values"), (ids, "ids"))
-        )
-        values, places = graph.split("TopK", [values, graph.ints(count)], "/head/top", 2, axis=-1, largest=1, sorted=1)
-        return values, graph.node("GatherElements", [ids, places], "/head/top/ids", axis=-1)
+            logits = graph.node("Pad", [logits, graph.ints(0, 0, 0, 0, 0, padding), lowest], "/head/rows")
+        return graph.node("Reshape", [logits, graph.ints(0, 0, rows, TOP_ROW)], "/head/rows")
 
-    def _log_normalizer(self, logits: str, top_values: str) -> str:
-        """log(sum(exp(logits))) of every row, [batch, m]."""
+    def _top(self, logits: str, count: int) -> tuple[str, str]:
+        """The `count` largest values of the last axis and their places, sorted; the smaller place comes first among equal values."""
+        values, places = self.graph.split("TopK", [logits, self.graph.ints(count)], "/head/top", 2, axis=-1, largest=1, sorted=1)
+        return values, places
+
+    def _top_of_rows(self, rows: str, count: int) -> tuple[str, str]:
+        """The `count` largest logits and their ids, [batch, m, count] each, from the largest ones of each row."""
         graph = self.graph
-        largest = graph.node("Slice", [top_values, graph.ints(0), graph.ints(1), graph.ints(2)], "/head/normalizer")  # [batch, m, 1]
-        share = graph.node("Exp", [graph.node("Sub", [logits, largest], "/head/normalizer")], "/head/normalizer")
-        total = graph.node("Log", [graph.node("ReduceSum", [share, graph.ints(-1)], "/head/normalizer", keepdims=1)], "/head/normalizer")
-        return graph.node("Squeeze", [graph.node("Add", [total, largest], "/head/normalizer"), graph.ints(2)], "/head/normalizer")
+        first = TOP_ROW * np.arange(-(-self.text.vocab // TOP_ROW))[:, None]
+        values, ids = graph.split("TopK", [rows, graph.ints(count)], "/head/rows", 2, axis=-1, largest=1, sorted=1)
+        ids = graph.node("Add", [ids, graph.constant(first, np.int64)], "/head/ids")
+        values, ids = (
+            graph.node("Reshape", [each, graph.ints(0, 0, -1)], f"/head/{name}") for each, name in ((values, "values"), (ids, "ids"))
+        )
+        values, places = self._top(values, count)
+        return values, graph.node("GatherElements", [ids, places], "/head/ids", axis=-1)
+
+    def _log_normalizer(self, logits: str, rows: str | None, top_values: str) -> str:
+        """log(sum(exp(logits))) of every position, [batch, m]; like the candidates, in rows first."""
+        graph, path = self.graph, "/head/normalizer"
+        largest = graph.node("Slice", [top_values, graph.ints(0), graph.ints(1), graph.ints(2)], path)  # [batch, m, 1]
+        if rows is None:
+            share = graph.node("Exp", [graph.node("Sub", [logits, largest], path)], path)
+        else:
+            share = graph.node("Sub", [rows, graph.node("Unsqueeze", [largest, graph.ints(3)], f"{path}/rows")], path)
+            share = graph.node("ReduceSum", [graph.node("Exp", [share], path), graph.ints(-1)], f"{path}/rows", keepdims=0)
+        total = graph.node("Log", [graph.node("ReduceSum", [share, graph.ints(-1)], path, keepdims=1)], path)
+        return graph.node("Squeeze", [graph.node("Add", [total, largest], path), graph.ints(2)], path)
 
     def _kv_new(self, new: list[str]) -> None:
         """Add the output `kv_new` from the key and value of every layer, each [batch, kv_heads, seq, head_dim]."""
