@@ -20,8 +20,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoint import random_checkpoint
-from benchmarks.machine import describe
+from benchmarks.common.checkpoint import random_checkpoint
+from benchmarks.common.machine import describe
 from fastvlm_edge.bundling.archive import Written, write_bundle
 from fastvlm_edge.bundling.wheels import collect_wheels
 from fastvlm_edge.convert.pipeline import convert

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.checkpoint import random_checkpoint
+from benchmarks.common import machine
+from benchmarks.common.checkpoint import random_checkpoint
 from examples.demo_training.scenes import scene_questions
 from fastvlm_edge.model_dir.manifest import read_manifest
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks.operators import by_operator
+from benchmarks.common.operators import by_operator
 from benchmarks.peers.run import RESULTS, Run, contenders, parser, settle
 from fastvlm_edge.bench.record import write_json
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks.common import machine
 from examples.demo_training.evaluate import score
 from examples.demo_training.scenes import make_scene
 from fastvlm_edge import FastVLM

@@ -24,7 +24,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from benchmarks.machine import describe
+from benchmarks.common.machine import describe
 
 RESULT = Path(__file__).resolve().parent / "results" / "engine_builds.json"
 CAPACITY = (128, 1024, 4096)
@@ -86,7 +86,7 @@ def build(job: Job, model: Path) -> dict[str, Any]:
     """Run one build in this process and return what it cost; `errors` if the graph cannot be parsed."""
     import tensorrt_rtx as trt
 
-    from benchmarks.tensorrt_log import LOG, layers
+    from benchmarks.common.tensorrt_log import LOG, layers
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Adds up phases of the same name; asks to stop after `job.cancel_after` seconds."""

@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.peers.llava_onevision import ROW_ENDS, VISUAL_TOKENS
+from benchmarks.common import machine
 from benchmarks.peers.run import RESULTS, Run, contender, parser, settle
+from benchmarks.peers.runtimes.llava_onevision import ROW_ENDS, VISUAL_TOKENS
 from benchmarks.peers.workload import converter_digest, prepare
 from fastvlm_edge.bench.measure import Settings
 from fastvlm_edge.bench.plot import PARTS
@@ -46,7 +46,7 @@ CONTENDERS = {
     "transformers FastVLM bfloat16": ("transformers_fastvlm", "bfloat16"),
     "transformers LLaVA-OneVision bfloat16": ("llava_onevision", "bfloat16"),
 }
-"""Name in the record -> module in benchmarks/peers and its variant."""
+"""Name in the record -> module in benchmarks/peers/runtimes and its variant."""
 OTHER = "transformers LLaVA-OneVision bfloat16"
 
 

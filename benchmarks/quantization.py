@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks.common import machine
+from benchmarks.common.rounds import figures, take_turns
 from benchmarks.peers.protocol import Samples
-from benchmarks.rounds import figures, take_turns
 from examples.demo_training.scenes import SEED, scene_questions
 from fastvlm_edge import FastVLM
 from fastvlm_edge.calib.quantizer import Options, Quantizer

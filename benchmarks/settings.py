@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.peers.ours import samples_of
+from benchmarks.common import machine
+from benchmarks.common.rounds import call, figures, take_turns
 from benchmarks.peers.protocol import Samples
+from benchmarks.peers.runtimes.ours import samples_of
 from benchmarks.peers.workload import prepare
-from benchmarks.rounds import call, figures, take_turns
 from fastvlm_edge.bench.measure import Settings
 from fastvlm_edge.bench.record import write_json
 from fastvlm_edge.progress import stderr_progress

@@ -1,1 +1,1 @@
-"""Compares FastVLM with other runtimes. `run` starts one script for each of them; each script has its own Python environment."""
+"""Compares FastVLM with other runtimes: `run` starts one script of `runtimes/` for each of them."""

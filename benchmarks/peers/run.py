@@ -26,11 +26,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks.common import machine
+from benchmarks.common.rounds import TIMEOUT, Contender, Failed, call, figures, take_turns
 from benchmarks.peers.gpu import floor_of
 from benchmarks.peers.protocol import DEVICES, FIELDS, ROOT, Peer, Samples
 from benchmarks.peers.workload import PRECISIONS, prepare
-from benchmarks.rounds import TIMEOUT, Contender, Failed, call, figures, take_turns
 from fastvlm_edge.bench.record import write_json
 from fastvlm_edge.machine.state import read_state
 from fastvlm_edge.progress import stderr_progress
@@ -43,7 +43,7 @@ SCRIPTS = {
     "llama.cpp": "llamacpp",
     "openvino": "openvino_vision",
 }
-"""Name of a peer -> its module in this directory."""
+"""Name of a peer -> its module in runtimes/."""
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -60,13 +60,13 @@ def contenders(only: Sequence[str] | None = None, device: str = "cpu") -> list[C
 
 
 def contender(name: str, module: str, variant: str) -> Contender:
-    """A variant of the peer in a module of this directory."""
+    """A variant of the peer in a module of runtimes/."""
     return Contender(name, peer_of(module), module, variant)
 
 
 def peer_of(module: str) -> Peer:
-    """The PEER of a module in this directory."""
-    peer: Peer = import_module(f"benchmarks.peers.{module}").PEER
+    """The PEER of a module in runtimes/."""
+    peer: Peer = import_module(f"benchmarks.peers.runtimes.{module}").PEER
     return peer
 
 

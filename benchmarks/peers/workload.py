@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.checkpoint import random_checkpoint
+from benchmarks.common.checkpoint import random_checkpoint
 from benchmarks.peers.protocol import ROOT
 from fastvlm_edge.bench.workload import TEXT_TOKENS, Pictures, question_near
 from fastvlm_edge.inputs.preprocess import preprocess

@@ -44,8 +44,8 @@ def main() -> int:
 
 def measure(work: Path) -> dict[str, Any]:
     """The record of both models."""
-    from benchmarks import machine
-    from benchmarks.checkpoint import random_checkpoint
+    from benchmarks.common import machine
+    from benchmarks.common.checkpoint import random_checkpoint
     from fastvlm_edge.convert.precision import FP16_MAX, FP16_SAFE
 
     random = random_checkpoint(work)

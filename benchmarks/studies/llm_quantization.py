@@ -69,7 +69,7 @@ def main() -> int:
         method, bits, block, folder = options.make
         print("\n" + json.dumps(make(method, int(bits), int(block), Path(folder))))  # libraries leave the cursor anywhere
         return 0
-    from benchmarks import machine
+    from benchmarks.common import machine
 
     document: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
     document |= {"what": __doc__.strip().splitlines()[0], "machine": machine.describe(), "kv_cache_bytes_at_4096": cache_bytes(4096)}
@@ -151,7 +151,7 @@ def write_decoder(checkpoint: Any, plan: Any, quantized: Any, folder: Path) -> N
     write_decoder_weights(checkpoint, plan, weights, lambda: None, quantized, context=512)
     weights.close()
     graph = GraphBuilder("decoder", weights)
-    build_decoder(graph, checkpoint.text, plan, cpu=bool(plan.embedding.bits))  # the libraries want plain ONNX
+    build_decoder(graph, checkpoint.text, plan, provider="cpu" if plan.embedding.bits else None)  # the libraries want plain ONNX
     graph.save(folder / "decoder.onnx")
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks import machine
+from benchmarks.common import machine
 from benchmarks.studies.recipes import OBSERVERS, Recipe, RecipeSearch
 from fastvlm_edge.calib.accuracy import Question, score
 from fastvlm_edge.calib.encoder.search import DISPROPORTION, VisionSearch, squared_error

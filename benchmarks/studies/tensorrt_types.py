@@ -27,8 +27,8 @@ import onnx
 import tensorrt_rtx as trt
 from onnx import TensorProto, helper
 
-from benchmarks.machine import describe
-from benchmarks.tensorrt_log import LOG, layers
+from benchmarks.common.machine import describe
+from benchmarks.common.tensorrt_log import LOG, layers
 from fastvlm_edge.convert.graphs.builder import IR_VERSION, OPSET, element_type, to_bytes
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "tensorrt_types.json"

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import machine
+from benchmarks.common import machine
 from benchmarks.studies.quantization_choice import (
     CALIBRATION_SEED,
     DEMO,

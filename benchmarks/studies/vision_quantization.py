@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from benchmarks.checkpoint import random_checkpoint
+from benchmarks.common.checkpoint import random_checkpoint
 from benchmarks.studies.recipes import OBSERVERS, Recipe, RecipeSearch
 from examples.checkpoints.heavy_tails import add_heavy_tails
 from fastvlm_edge.backends.verification.conversation import stored_pictures
@@ -63,7 +63,7 @@ Model = tuple[FastViTHD, nn.Sequential]
 
 def main() -> None:
     """Run the parts that are named, all by default, and write each into the record."""
-    from benchmarks import machine
+    from benchmarks.common import machine
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["demo", "random", "plan", "onnxruntime"])

@@ -12,10 +12,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from examples.demo_training.drawing.objects import CLEAR_MARGIN
+from examples.demo_training.drawing.picture import COLOURS, SHAPES, Mark, Scene, pick_weighted
 from examples.demo_training.language import Prompter, stack_rows
 from examples.demo_training.model import CHARACTERS, DENSE_STRIDE, GLYPHS, MOST, SLOTS, TINTS, Packed
-from examples.demo_training.objects import CLEAR_MARGIN
-from examples.demo_training.picture import COLOURS, SHAPES, Mark, Scene, pick_weighted
 from examples.demo_training.scenes import OBJECT_KINDS, make_scene
 from fastvlm_edge.model_dir.manifest import STRIDE
 

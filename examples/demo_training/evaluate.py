@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from examples.demo_training.drawing.picture import Scene
 from examples.demo_training.language import IGNORE, Prompter
 from examples.demo_training.model import DemoModel, Packed
-from examples.demo_training.picture import Scene
 from examples.demo_training.scenes import KINDS
 
 MOST_NEW_TOKENS = 12

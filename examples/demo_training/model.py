@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2Model
 
-from examples.demo_training.picture import COLOURS, DIGITS, LETTERS, SHAPES
+from examples.demo_training.drawing.picture import COLOURS, DIGITS, LETTERS, SHAPES
 from examples.demo_training.training_kernels import DepthwiseConv, gelu
 from fastvlm_edge.convert.fastvithd import (
     BATCH_NORM_EPS,

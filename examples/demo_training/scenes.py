@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.demo_training.meters import draw_dial, draw_meter
-from examples.demo_training.objects import ask_objects, draw_objects
-from examples.demo_training.picture import Canvas, Colour, Question, Scene, pick_weighted
-from examples.demo_training.signs import draw_label, draw_sign
+from examples.demo_training.drawing.meters import draw_dial, draw_meter
+from examples.demo_training.drawing.objects import ask_objects, draw_objects
+from examples.demo_training.drawing.picture import Canvas, Colour, Question, Scene, pick_weighted
+from examples.demo_training.drawing.signs import draw_label, draw_sign
 
 SIZE = 192
 """Pixels of a side: what the demo model sees."""

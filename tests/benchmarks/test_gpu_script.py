@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peers import demo, gpu, ours, run
+from benchmarks.common.rounds import Failed
+from benchmarks.peers import demo, gpu, run
 from benchmarks.peers.protocol import DECODE, DEEP, Workload
 from benchmarks.peers.run import Run, contenders
-from benchmarks.peers.transformers_fastvlm import STAGES, deep_ids, preprocessor, time_compiled, time_eager
-from benchmarks.peers.transformers_model import Loaded, generate, load_transformers, reply_by_static_loop, time_decoding
+from benchmarks.peers.runtimes import ours
+from benchmarks.peers.runtimes.transformers_fastvlm import STAGES, deep_ids, preprocessor, time_compiled, time_eager
+from benchmarks.peers.runtimes.transformers_model import Loaded, generate, load_transformers, reply_by_static_loop, time_decoding
 from benchmarks.peers.workload import prepare
-from benchmarks.rounds import Failed
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.planning.workload import SIZES, TextShape, VisionShape, vision_work
 from fastvlm_edge.progress import SilentProgress

@@ -54,7 +54,7 @@ def test_examples_import_neither() -> None:
     "line",
     [
         "import benchmarks",
-        "from benchmarks import machine",
+        "from benchmarks import cpu",
         "def f():\n    from benchmarks.peers.run import call",
         'import_module("benchmarks.tables")',
         'importlib.import_module("benchmarks.tables", None)',

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import cpu, headline, machine
-from benchmarks.peers import llava_onevision, run
+from benchmarks import cpu, headline
+from benchmarks.common import machine
+from benchmarks.common.rounds import Failed, call, figures, take_turns
+from benchmarks.peers import run
 from benchmarks.peers.protocol import ROOT, Workload, time_llm, time_vision, versions
 from benchmarks.peers.run import Run, contender, contenders, environment
+from benchmarks.peers.runtimes import llava_onevision
 from benchmarks.peers.workload import converter_digest, write_llm
-from benchmarks.rounds import Failed, call, figures, take_turns
 
 
 def workload_in(folder: Path) -> Workload:
@@ -191,7 +193,7 @@ def test_the_other_comparisons_have_contenders_of_the_peers(tmp_path: Path) -> N
     assert all(each.variant in each.peer.variants for each in chosen)
     assert [each.environment for each in chosen] == ["ours", "transformers_fastvlm", "transformers_fastvlm"]
     assert chosen[0].command("python", tmp_path, 2, 3, "cpu", "--measure") == [
-        *("python", "-m", "benchmarks.peers.ours", "--work", str(tmp_path)),
+        *("python", "-m", "benchmarks.peers.runtimes.ours", "--work", str(tmp_path)),
         *("--threads", "2", "--runs", "3", "--device", "cpu", "--measure", "int4"),
     ]
 
@@ -258,7 +260,7 @@ def test_figures_keep_rounds_apart_and_versions_name_what_was_installed() -> Non
 
 
 def test_no_peer_loads_the_toolkit_into_its_own_memory() -> None:
-    code = "import sys; import benchmarks.peers.llamacpp, benchmarks.peers.openvino_vision, benchmarks.peers.protocol as p; "
+    code = "import sys; from benchmarks.peers.runtimes import llamacpp, openvino_vision; import benchmarks.peers.protocol as p; "
     code += "assert p.peak_host_mib() > 1; bad = {'fastvlm_edge', 'onnxruntime'} & set(sys.modules); assert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

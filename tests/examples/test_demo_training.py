@@ -17,10 +17,10 @@ from tokenizers import Tokenizer  # noqa: E402
 
 from examples.demo_training.checkpoint import export_checkpoint, load_checkpoint, native_tensors  # noqa: E402
 from examples.demo_training.data import cell_targets, collate, count_targets, draw_batches, place_targets, relation_targets, slot_targets  # noqa: E402
+from examples.demo_training.drawing.picture import COLOURS, DIGITS, LETTERS, Mark, Question  # noqa: E402
 from examples.demo_training.evaluate import answer_scenes, score  # noqa: E402
 from examples.demo_training.language import AFTER_IMAGE, BEFORE_IMAGE, SPECIAL_TOKENS, Prompter, build_tokenizer  # noqa: E402
 from examples.demo_training.model import CHARACTERS, GLYPHS, TINTS, DemoConfig, DemoModel, count_parameters, fold  # noqa: E402
-from examples.demo_training.picture import COLOURS, DIGITS, LETTERS, Mark, Question  # noqa: E402
 from examples.demo_training.scenes import make_scene  # noqa: E402
 from examples.demo_training.train import Recipe, learning_rate  # noqa: E402
 from examples.demo_training.training_kernels import DepthwiseConv, gelu, load_kernels  # noqa: E402

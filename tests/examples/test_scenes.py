@@ -17,11 +17,11 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from examples.demo_training.meters import dial_values  # noqa: E402
-from examples.demo_training.objects import PLURALS  # noqa: E402
-from examples.demo_training.picture import COLOURS, SHAPES, Scene  # noqa: E402
+from examples.demo_training.drawing.meters import dial_values  # noqa: E402
+from examples.demo_training.drawing.objects import PLURALS  # noqa: E402
+from examples.demo_training.drawing.picture import COLOURS, SHAPES, Scene  # noqa: E402
+from examples.demo_training.drawing.signs import CODE_CHARACTERS, WORDS  # noqa: E402
 from examples.demo_training.scenes import KINDS, OBJECT_KINDS, SPLITS, make_scene, scene_rng  # noqa: E402
-from examples.demo_training.signs import CODE_CHARACTERS, WORDS  # noqa: E402
 
 
 def pixels(scene: Scene) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from examples.demo_training.picture import Scene
+from examples.demo_training.drawing.picture import Scene
 from examples.demo_training.scenes import make_scene
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY

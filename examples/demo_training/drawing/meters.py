@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from examples.demo_training.picture import DIGITS, Canvas, Colour, Mark, Point, Question, between, mix, pick, pick_weighted, shade
+from examples.demo_training.drawing.picture import DIGITS, Canvas, Colour, Mark, Point, Question, between, mix, pick, pick_weighted, shade
 
 # Segments lit for each digit: a top, b upper right, c lower right, d bottom, e lower left, f upper left, g middle.
 SEGMENTS = {

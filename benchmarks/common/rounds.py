@@ -33,7 +33,7 @@ class Contender:
     """In the record, such as `llama.cpp:q4_0`."""
     peer: Peer
     module: str
-    """Of `benchmarks.peers`; it is run as a script."""
+    """Of `benchmarks.peers.runtimes`; it is run as a script."""
     variant: str
 
     @property
@@ -44,7 +44,7 @@ class Contender:
     def command(self, python: str, work: Path, threads: int, runs: int, device: str, what: str) -> list[str]:
         """The command line of one process. `what` is `--prepare`, `--check` or `--measure`."""
         options = ["--work", str(work.resolve()), "--threads", str(threads), "--runs", str(runs), "--device", device]
-        return [python, "-m", f"benchmarks.peers.{self.module}", *options, what, self.variant]
+        return [python, "-m", f"benchmarks.peers.runtimes.{self.module}", *options, what, self.variant]
 
 
 class Failed(Exception):

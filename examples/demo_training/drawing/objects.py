@@ -8,7 +8,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from examples.demo_training.picture import COLOURS, SHAPES, Canvas, Colour, Mark, Point, Question, between, pick, pick_weighted, shade
+from examples.demo_training.drawing.picture import (
+    COLOURS,
+    SHAPES,
+    Canvas,
+    Colour,
+    Mark,
+    Point,
+    Question,
+    between,
+    pick,
+    pick_weighted,
+    shade,
+)
 
 PAINT: dict[str, Colour] = {
     "red": (212, 32, 36),

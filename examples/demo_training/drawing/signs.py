@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from examples.demo_training.picture import DIGITS, FACES, LETTERS, Canvas, Colour, Question, between, pick, pick_weighted, shade
+from examples.demo_training.drawing.picture import DIGITS, FACES, LETTERS, Canvas, Colour, Question, between, pick, pick_weighted, shade
 
 WORDS = (
     "ON",

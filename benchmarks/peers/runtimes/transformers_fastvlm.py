@@ -9,7 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.peers.protocol import DECODE, DEEP, Peer, Samples, Workload, main_of, timed_load
-from benchmarks.peers.transformers_model import Loaded, StaticLoop, generate, load_transformers, reply_by_static_loop, time_decoding
+from benchmarks.peers.runtimes.transformers_model import (
+    Loaded,
+    StaticLoop,
+    generate,
+    load_transformers,
+    reply_by_static_loop,
+    time_decoding,
+)
 
 COMPILED = "-compile"
 STAGES = ("preprocess_ms", "vision_ms", "prefill_ms", "ttft_ms")

@@ -1,0 +1,1 @@
+"""What `scenes.py` draws with: a canvas, and the meters, objects and signs on it, each with its questions."""
