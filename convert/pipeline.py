@@ -28,7 +28,7 @@ from fastvlm_edge.convert.conversion import Calibrate, Calibration, Conversion
 from fastvlm_edge.convert.cpu_int8 import TRIES, Noise, choose_blocks, watch_blocks
 from fastvlm_edge.convert.fastvithd import FastViTHD
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
-from fastvlm_edge.convert.graphs.decoder import CANDIDATES, build_decoder
+from fastvlm_edge.convert.graphs.decoder import CANDIDATES, Provider, build_decoder, has_cuda_graph
 from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.parity import (
     Conversation,
@@ -246,12 +246,14 @@ def write_decoder(conversion: Conversion, calibration: Calibration | None) -> We
     with _weights(conversion.directory / "decoder.weights") as weights:
         quantized = None if calibration is None else calibration.decoder
         write_decoder_weights(source, plan, weights, progress.advance, quantized, context=conversion.manifest.decoder.context)
-    graphs = [("decoder.onnx", plan, False)]
+    graphs: list[tuple[str, PrecisionPlan, Provider | None]] = [("decoder.onnx", plan, None)]
     if _needs_cpu_graph("decoder", plan):
-        graphs.append(("decoder.cpu.onnx", on_cpu(plan), True))
-    for file, graph_plan, cpu in graphs:
+        graphs.append(("decoder.cpu.onnx", on_cpu(plan), "cpu"))
+    if has_cuda_graph(plan):
+        graphs.append(("decoder.cuda.onnx", plan, "cuda"))
+    for file, graph_plan, provider in graphs:
         graph = GraphBuilder("decoder", weights)
-        build_decoder(graph, source.text, graph_plan, cpu=cpu)
+        build_decoder(graph, source.text, graph_plan, provider=provider)
         graph.save(conversion.directory / file)
     return weights
 

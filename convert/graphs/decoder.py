@@ -3,7 +3,7 @@
 One call has `seq` new positions and a read-only cache; the runtime writes `kv_new` into it afterwards. Inside the graph, keys and values
 are joined with the cache before one product each. This costs a copy of the cache at every call, but TensorRT then computes the attention
 of a layer in one kernel (docs/tensorrt.md).
-A second graph for onnxruntime's CPU provider uses the provider's own attention, which appends to the cache in place.
+More graphs, for onnxruntime's CPU provider and for its CUDA provider, use the provider's own attention, which appends to the cache in place.
 
 In a plan with a narrow float type (FP16, BF16), a Cast to FP32 before a product and a Cast back after it ask for sums in FP32. Mask,
 softmax, rotation and the residual stream are FP32, and the scores of a layer where they are large (docs/precision.md).
@@ -12,6 +12,7 @@ softmax, rotation and the residual stream are FP32, and the scores of a layer wh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -37,30 +38,39 @@ class _Shared:
 
 
 @dataclass(frozen=True)
-class _SharedOnCpu:
-    """Values that every layer uses in the graph for the CPU."""
+class _SharedInOrt:
+    """Values that every layer uses in the graphs for a provider of onnxruntime."""
 
     cos: str  # [context, head_dim / 2]
     sin: str  # the same
     last: str  # [batch] int32, the last position of each row
-    total: str  # int32, positions of the longest row
+    total: str  # int32, at least the positions of the longest row
 
 
-def build_decoder(graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, *, cpu: bool = False) -> None:
+Provider = Literal["cpu", "cuda"]
+"""A provider of onnxruntime that has its own graph."""
+
+
+def has_cuda_graph(plan: PrecisionPlan) -> bool:
+    """Whether onnxruntime's CUDA provider has attention for the decoder's float type: FP16 and BF16 in onnxruntime 1.31."""
+    return plan.decoder in ("fp16", "bf16")
+
+
+def build_decoder(graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, *, provider: Provider | None = None) -> None:
     """Add the whole decoder to `graph`, whose weights file holds what `write_decoder_weights` wrote.
 
-    Floats that are stored in another type than `plan.decoder` are cast to it, so that a second graph can share the file. `cpu` makes the
-    graph for onnxruntime's CPU provider: it appends keys and values to the cache in place. Its outputs `present.N.key` and `.value` must be
-    bound to the memory of `past_key_values`.
+    Floats that are stored in another type than `plan.decoder` are cast to it, so that a second graph can share the file. `provider` makes
+    the graph for a provider of onnxruntime: it appends keys and values to the cache in place. Its outputs `present.N.key` and `.value` must
+    be bound to the memory of `past_key_values`.
     """
-    _Decoder(graph, text, plan, cpu).build()
+    _Decoder(graph, text, plan, provider).build()
 
 
 class _Decoder:
     """Builds the graph from inputs to outputs."""
 
-    def __init__(self, graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, cpu: bool) -> None:
-        self.cpu = cpu
+    def __init__(self, graph: GraphBuilder, text: TextConfig, plan: PrecisionPlan, provider: Provider | None) -> None:
+        self.provider = provider
         self.graph = graph
         self.text = text
         self.plan = plan
@@ -76,7 +86,7 @@ class _Decoder:
         past = [[graph.input(f"past_key_values.{i}.{part}", self.dtype, cache) for part in ("key", "value")] for i in range(text.layers)]
         logit_positions = graph.input("logit_positions", np.int64, ["batch", "m"])
 
-        shared = self._shared_on_cpu(positions) if self.cpu else self._shared(positions, past[0][0])
+        shared = self._shared_in_ort(positions, past[0][0]) if self.provider else self._shared(positions, past[0][0])
         hidden = self._wide(self._embed(ids, features), "/embed")
         wanted = graph.node("Unsqueeze", [logit_positions, graph.ints(-1)], "/wanted")
         new: list[str] = []
@@ -88,7 +98,7 @@ class _Decoder:
                 wide_scores = layer in self.plan.wide_scores
                 attended, key, value = self._attention(normed, past_key, past_value, shared, weights, f"{path}/attn", wide_scores)
             else:
-                attended, key, value = self._attention_on_cpu(normed, past_key, past_value, shared, weights, f"{path}/attn")
+                attended, key, value = self._attention_in_ort(normed, past_key, past_value, shared, weights, f"{path}/attn")
             if layer == text.layers - 1:  # from here on, only positions with wanted logits are needed
                 attended = graph.node("GatherND", [attended, wanted], f"{path}/attn/wanted", batch_dims=1)  # [batch, m, heads * head_dim]
                 hidden = graph.node("GatherND", [hidden, wanted], f"{path}/wanted", batch_dims=1)  # [batch, m, hidden]
@@ -99,7 +109,7 @@ class _Decoder:
             hidden = self._add(hidden, mlp, f"{path}/mlp/residual", factor=2.0 ** self.plan.up_shift(layer))
             new += [key, value]
         self._logits(hidden, logit_positions)
-        if not self.cpu:
+        if self.provider is None:
             self._kv_new(new)
         else:
             for index, value in enumerate(new):
@@ -116,14 +126,19 @@ class _Decoder:
         cos, sin = (graph.node("Unsqueeze", [table, graph.ints(1)], f"/rotary/{name}") for table, name in ((cos, "cos"), (sin, "sin")))
         return _Shared(cos, sin, self._mask(positions, past_key))
 
-    def _shared_on_cpu(self, positions: str) -> _SharedOnCpu:
+    def _shared_in_ort(self, positions: str, past_key: str) -> _SharedInOrt:
+        """`total` is read by the host. On a GPU it is the capacity, a shape, so that no step waits for a number from the device."""
         graph = self.graph
         last = graph.node("Slice", [positions, graph.ints(-1), graph.ints(np.iinfo(np.int64).max), graph.ints(1)], "/shared/last")
         last = graph.node("Cast", [graph.node("Squeeze", [last, graph.ints(1)], "/shared/last")], "/shared/last", to=element_type(np.int32))
-        total = graph.node("ReduceMax", [last], "/shared/total", keepdims=0)
-        total = graph.node("Add", [total, graph.constant(1, np.int32)], "/shared/total")
+        if self.provider == "cuda":
+            total = graph.node("Shape", [past_key], "/shared/total", start=2, end=3)
+            total = graph.node("Cast", [total], "/shared/total", to=element_type(np.int32))
+        else:
+            total = graph.node("ReduceMax", [last], "/shared/total", keepdims=0)
+            total = graph.node("Add", [total, graph.constant(1, np.int32)], "/shared/total")
         cos, sin = (self._cast(graph.weight(f"llm.rotary.{name}"), f"/rotary/{name}") for name in ("cos", "sin"))
-        return _SharedOnCpu(cos, sin, last, total)
+        return _SharedInOrt(cos, sin, last, total)
 
     def _mask(self, positions: str, past_key: str) -> str:
         """[batch, 1, group * seq, capacity + seq] float32: 0 where a query may see a key, MASKED elsewhere.
@@ -172,11 +187,11 @@ class _Decoder:
     def _text_embedding(self, text_ids: str) -> str:
         """[batch, seq, hidden] from a table of floats, or of int8 with one scale for each row.
 
-        TensorRT allows int8 constants only as inputs of DequantizeLinear. onnxruntime's CPU provider would then dequantise the whole table
-        at every step (0.5 s measured for 50,000 rows), so the graph for the CPU gathers the rows first.
+        TensorRT allows int8 constants only as inputs of DequantizeLinear. onnxruntime would then dequantise the whole table at every step
+        (0.5 s measured for 50,000 rows on a CPU), so its graphs gather the rows first.
         """
         graph, name = self.graph, "llm.embedding"
-        if graph.is_quantized(name) and not self.cpu:
+        if graph.is_quantized(name) and self.provider is None:
             table = graph.dequantized(name, "/embed/table", self.dtype, axis=0)
             return graph.node("Gather", [table, text_ids], "/embed/text", axis=0)
         text = graph.node("Gather", [graph.weight(name), text_ids], "/embed/text", axis=0)
@@ -226,8 +241,8 @@ class _Decoder:
         return graph.node("Reshape", [out, graph.ints(0, 0, heads * dim)], f"{path}/joined"), key, value
 
     # GroupQueryAttention of onnxruntime: rotation, append to the cache, scores, softmax and sum in one kernel, over valid positions only
-    def _attention_on_cpu(
-        self, x: str, past_key: str, past_value: str, shared: _SharedOnCpu, weights: str, path: str
+    def _attention_in_ort(
+        self, x: str, past_key: str, past_value: str, shared: _SharedInOrt, weights: str, path: str
     ) -> tuple[str, str, str]:
         """Attention of every head [batch, seq, heads * head_dim], and key and value of the cache with the new positions appended."""
         graph, text = self.graph, self.text
@@ -259,8 +274,15 @@ class _Decoder:
         return self._product(graph.node("Mul", [gate, up], f"{path}/product"), f"{weights}.down", f"{path}/down")
 
     def _product(self, x: str, name: str, path: str) -> str:
-        """x [..., inputs] times the matrix `name` [inputs, outputs]. The sums are FP32, the result has the plan's type."""
-        product = self.graph.node("MatMul", [self._wide(x, f"{path}/input"), self._wide(self._weight(name, path), f"{path}/matrix")], path)
+        """x [..., inputs] times the matrix `name` [inputs, outputs]. The sums are FP32, the result has the plan's type.
+
+        onnxruntime joins DequantizeLinear and MatMul in one kernel (MatMulNBits) only if there is no Cast between them, so its graph for a
+        GPU has none. Sums are then as wide as its kernels make them.
+        """
+        matrix = self._weight(name, path)
+        if self.provider == "cuda":
+            return self.graph.node("MatMul", [x, matrix], path)
+        product = self.graph.node("MatMul", [self._wide(x, f"{path}/input"), self._wide(matrix, f"{path}/matrix")], path)
         return self._narrow(product, path)
 
     def _add(self, hidden: str, branch: str, path: str, factor: float = 1.0) -> str:
@@ -290,9 +312,13 @@ class _Decoder:
         else:
             table = self._weight("llm.embedding" if text.tied else "llm.head", "/head")  # [vocab, hidden]
             flat = graph.node("Reshape", [hidden, graph.ints(-1, text.hidden)], "/head/flat")
-            flat = graph.node("Gemm", [self._wide(flat, "/head/flat"), self._wide(table, "/head/table")], "/head", transB=1)
+            if self.provider == "cuda":
+                flat = graph.node("Gemm", [flat, table], "/head", transB=1)
+            else:
+                flat = graph.node("Gemm", [self._wide(flat, "/head/flat"), self._wide(table, "/head/table")], "/head", transB=1)
+                flat = self._narrow(flat, "/head")
             shape = graph.node("Concat", [graph.node("Shape", [logit_positions], "/head"), graph.ints(text.vocab)], "/head/shape", axis=0)
-            logits = graph.node("Reshape", [self._narrow(flat, "/head"), shape], "/head/logits")
+            logits = graph.node("Reshape", [flat, shape], "/head/logits")
         logits = self._wide(logits, "/head/logits")
         count = min(CANDIDATES, text.vocab)
         rows = self._in_rows(logits)
@@ -306,7 +332,7 @@ class _Decoder:
         """Logits [batch, m, vocab] as [batch, m, rows, TOP_ROW], filled up with the lowest float; None on a CPU, or if they are one row."""
         graph, vocab = self.graph, self.text.vocab
         rows = -(-vocab // TOP_ROW)
-        if self.cpu or rows == 1:
+        if self.provider == "cpu" or rows == 1:
             return None
         if padding := rows * TOP_ROW - vocab:
             lowest = graph.constant(np.finfo(np.float32).min, np.float32)

@@ -283,7 +283,7 @@ def test_accuracy_is_measured_with_the_weights_that_the_graph_gets(tmp_path: Pat
         write_decoder_weights(source, plan, weights, lambda: None, quantized, context=4096)
         weights.close()
         graph = GraphBuilder("decoder", weights)
-        build_decoder(graph, source.text, on_cpu(plan), cpu=True)
+        build_decoder(graph, source.text, on_cpu(plan), provider="cpu")
         graph.save(tmp_path / "model" / "decoder.cpu.onnx")
     manifest = read_manifest(tmp_path / "model")
     out = OrtDecoder(on_device(tmp_path / "model", manifest)).step(

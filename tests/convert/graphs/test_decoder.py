@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fastvlm_edge.convert.graphs import decoder
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
-from fastvlm_edge.convert.graphs.decoder import build_decoder
+from fastvlm_edge.convert.graphs.decoder import Provider, build_decoder
 from fastvlm_edge.convert.precision import on_cpu, precision_plan
 from fastvlm_edge.convert.reference.decoder import reference_logits
 from fastvlm_edge.convert.weights.decoder import write_decoder_weights
@@ -29,21 +29,23 @@ PRECISIONS = {"fp32": 1e-5, "fp16": 6e-3, "bf16": 2e-2, "int8": 0.1, "int4": 0.6
 class Graph:
     """One decoder graph in onnxruntime, its cache managed in plain numpy as the contract says."""
 
-    def __init__(self, path: Path, checkpoint: Checkpoint, precision: str, *, cpu: bool = False, **changes: Any) -> None:
+    def __init__(self, path: Path, checkpoint: Checkpoint, precision: str, *, provider: Provider | None = None, **changes: Any) -> None:
         self.text = checkpoint.text
         plan = replace(precision_plan(precision), **changes)
         weights = WeightsFile(path / "decoder.weights")
         write_decoder_weights(checkpoint, plan, weights, lambda: None, context=CONTEXT)
         weights.close()
         graph = GraphBuilder("decoder", weights)
-        build_decoder(graph, checkpoint.text, on_cpu(plan), cpu=cpu)
+        if provider != "cuda":
+            plan = on_cpu(plan)
+        build_decoder(graph, checkpoint.text, plan, provider=provider)
         graph.save(path / "decoder.onnx")
-        self.cpu = cpu
+        self.provider = provider
         self.path = str(path / "decoder.onnx")
         options = ort.SessionOptions()
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # rounded activations would hide small faults
         self.session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
-        self.dtype = np.float16 if precision == "fp16" else np.float32
+        self.dtype = np.float16 if plan.decoder == "fp16" else np.float32
         self.features = RNG.standard_normal((4, self.text.hidden)).astype(self.dtype)
 
     def cache(self, capacity: int, batch: int = 1) -> NDArray[Any]:
@@ -71,7 +73,7 @@ class Graph:
             feeds[f"past_key_values.{layer}.key"] = cache[layer, 0]
             feeds[f"past_key_values.{layer}.value"] = cache[layer, 1]
         asked = ["logits", "top_values", "top_ids", "log_normalizer"]
-        if not self.cpu:
+        if self.provider is None:
             *rest, kv_new = self.session.run([*asked, "kv_new"], feeds)
             cache[..., start : start + seq, :] = kv_new
             return rest
@@ -93,9 +95,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return open_checkpoint(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"), layout="native", tied=request.param)))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["engines", "cpu"])
+@pytest.fixture(scope="module", params=[None, "cpu"], ids=["engines", "cpu"])
 def graph(request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Graph:
-    return Graph(tmp_path_factory.mktemp("graph"), checkpoint, "fp32", cpu=request.param)
+    return Graph(tmp_path_factory.mktemp("graph"), checkpoint, "fp32", provider=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +125,10 @@ def test_the_graph_for_the_cpu_computes_what_the_one_for_engines_does(
     checkpoint: Checkpoint, ids: NDArray[np.int64], precision: str, tmp_path: Path
 ) -> None:
     logits = []
-    for cpu in (True, False):
-        (tmp_path / str(cpu)).mkdir()
-        graph = Graph(tmp_path / str(cpu), checkpoint, precision, cpu=cpu)
+    providers: tuple[Provider | None, ...] = ("cpu", None)
+    for provider in providers:
+        (tmp_path / str(provider)).mkdir()
+        graph = Graph(tmp_path / str(provider), checkpoint, precision, provider=provider)
         graph.features[:] = 0.5
         logits.append(graph.step(ids, 0, graph.cache(32), [3, len(ids) - 1])[0])
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
@@ -156,7 +159,7 @@ def test_a_divided_mlp_gives_the_same_logits(
     logits = []
     for name, shifts in (("plain", {}), ("divided", {0: 3, checkpoint.text.layers - 1: 1})):
         (tmp_path / name).mkdir()
-        graph = Graph(tmp_path / name, checkpoint, precision, cpu=cpu and precision != "fp16", up_shifts=shifts)
+        graph = Graph(tmp_path / name, checkpoint, precision, provider="cpu" if cpu and precision != "fp16" else None, up_shifts=shifts)
         graph.features[:] = 0.5
         logits.append(graph.step(ids, 0, graph.cache(32), [3, len(ids) - 1])[0])
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-5, atol=1e-5)  # powers of two round nothing
@@ -237,12 +240,12 @@ def test_the_last_layer_computes_what_is_asked_for_alone(graph: Graph, ids: NDAr
     nodes = onnx.load(graph.path, load_external_data=False).graph.node
     made_by = {output: node.op_type for node in nodes for output in node.output}
     inputs = [made_by[node.input[0]] for node in nodes if node.name.endswith("/attn/o_proj/MatMul")]
-    assert inputs == ["GroupQueryAttention" if graph.cpu else "Reshape"] * (len(inputs) - 1) + ["GatherND"] and len(inputs) > 1
+    assert inputs == ["GroupQueryAttention" if graph.provider else "Reshape"] * (len(inputs) - 1) + ["GatherND"] and len(inputs) > 1
 
 
 def test_only_standard_operators_of_one_opset_but_for_attention_on_the_cpu(graph: Graph) -> None:
     model = onnx.load(graph.path, load_external_data=False)
     own = {node.op_type for node in model.graph.node if node.domain}
-    assert own == ({"GroupQueryAttention"} if graph.cpu else set())
-    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 21)] + [("com.microsoft", 1)] * graph.cpu
+    assert own == ({"GroupQueryAttention"} if graph.provider else set())
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 21)] + [("com.microsoft", 1)] * bool(graph.provider)
     onnx.checker.check_model(graph.path)
