@@ -16,7 +16,9 @@ from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import read_manifest
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_engine import build_engines, fake_gpu
+from tests.support.fake_libcuda import Libcuda, compiler, machine_with_libcuda
 from tests.support.fake_model import build_model
+from tests.support.host_as_gpu import host_as_gpu
 
 settings.register_profile("fastvlm-edge", deadline=None)  # a loaded machine may pause at any time
 settings.load_profile("fastvlm-edge")
@@ -32,11 +34,18 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("fake") / "model")
 
 
-@pytest.fixture(scope="session", params=["ort", "tensorrt"])
+@pytest.fixture(scope="session", params=["ort", "ort-cuda", "tensorrt"])
 def vlm(request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastVLM]:
-    """The tiny model, loaded, on onnxruntime and on the TensorRT backend over a fake GPU; do not close it."""
+    """The tiny model, loaded, on onnxruntime, also with host memory as a GPU, and on TensorRT over a fake GPU; do not close it."""
     if request.param == "ort":
         with FastVLM.load(model_dir, "ort", threads=1) as loaded:
+            yield loaded
+        return
+    if request.param == "ort-cuda":
+        directory = shutil.copytree(model_dir, tmp_path_factory.mktemp("ort-cuda") / "model")
+        with host_as_gpu():
+            on_device = FastVLM.load(directory, "ort-cuda", threads=1)
+        with on_device as loaded:
             yield loaded
         return
     cuda = FakeCuda()
@@ -48,6 +57,16 @@ def vlm(request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytes
     with FastVLM(manifest, TextTokenizer(directory / "tokenizer.json"), backend) as loaded:
         yield loaded
     assert not any(cuda.live().values())
+
+
+@pytest.fixture(scope="session")
+def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libcuda]:
+    """A machine whose driver is the stand-in for libcuda.so.1."""
+    pytest.importorskip("cuda.bindings.driver")
+    if compiler() is None:
+        pytest.skip("there is no C compiler, which the stand-in for libcuda.so.1 needs")
+    with machine_with_libcuda(tmp_path_factory.mktemp("libcuda")) as machine:
+        yield machine
 
 
 @pytest.fixture(scope="session")

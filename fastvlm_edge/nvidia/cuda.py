@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,6 +35,11 @@ _MENDS = {
     "MemoryError": _NO_MEMORY,
     "LaunchError": _LOST,
 }
+
+SYNC = "FASTVLM_EDGE_CUDA_SYNC"
+"""Environment variable: how a thread waits for the GPU, see `sync_flag`."""
+_SYNC_FLAGS = {"auto": None, "spin": 1, "yield": 2, "block": 4}
+"""CU_CTX_SCHED_SPIN, CU_CTX_SCHED_YIELD and CU_CTX_SCHED_BLOCKING_SYNC (CUDA driver API, CUctx_flags)."""
 
 _FIRST_DRIVER = {12: 525, 13: 580}
 """First NVIDIA driver for each CUDA major version (CUDA toolkit release notes, table of driver versions)."""
@@ -190,6 +196,18 @@ def no_device() -> FastVLMError:
         "check what `nvidia-smi` lists, whether CUDA_VISIBLE_DEVICES hides the GPU, and whether the container was started with "
         "`--gpus all` (on a Jetson: `--runtime nvidia`)",
     )
+
+
+def sync_flag() -> int | None:
+    """The flag of the CUDA context that `$FASTVLM_EDGE_CUDA_SYNC` asks for, or None to leave the choice to CUDA.
+
+    `spin` waits on a busy CPU core, `yield` lets other threads have it, `block` sleeps until an interrupt. CUDA itself spins, but on a
+    Jetson it may block, depending on the power profile (CUDA driver API, cuDevicePrimaryCtxSetFlags). Raises FastVLMError.
+    """
+    value = os.environ.get(SYNC) or "auto"
+    if value not in _SYNC_FLAGS:
+        raise FastVLMError(f"{SYNC} is {value!r}", f"set it to {', '.join(_SYNC_FLAGS)}, or unset it")
+    return _SYNC_FLAGS[value]
 
 
 def check_driver(supported: int, built_for: int, binding: str, remedy: str) -> str:

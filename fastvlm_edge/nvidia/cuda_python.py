@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from fastvlm_edge.nvidia.cuda import CudaError, DeviceInfo, OutOfDeviceMemory, PinnedMemory, check_driver, no_device, no_driver
+from fastvlm_edge.nvidia.cuda import CudaError, DeviceInfo, OutOfDeviceMemory, PinnedMemory, check_driver, no_device, no_driver, sync_flag
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
@@ -31,6 +31,7 @@ class CudaPython:
 
     def __init__(self, driver: Any, binding: str) -> None:
         """Retain the primary context of device 0. Raises FastVLMError if there is no driver or no device."""
+        sync = sync_flag()
         self.binding = binding
         self._driver = driver
         self._thread = threading.local()
@@ -43,6 +44,8 @@ class CudaPython:
         version = check_driver(supported, driver.CUDA_VERSION, binding, remedy)
         self._device = self._first_device()
         self.device = self._describe(version)
+        if sync is not None:
+            self._check("cuDevicePrimaryCtxSetFlags", self._device, sync)
         self._context = self._check("cuDevicePrimaryCtxRetain", self._device)
 
     def free_bytes(self) -> int:

@@ -15,7 +15,18 @@ import numpy as np
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import gpu_extra, install_advice
-from fastvlm_edge.nvidia.cuda import CudaError, DeviceInfo, OutOfDeviceMemory, PinnedMemory, check_driver, host_bytes, no_device, no_driver
+from fastvlm_edge.nvidia.cuda import (
+    SYNC,
+    CudaError,
+    DeviceInfo,
+    OutOfDeviceMemory,
+    PinnedMemory,
+    check_driver,
+    host_bytes,
+    no_device,
+    no_driver,
+    sync_flag,
+)
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING; PyCUDA has no name for it
 
@@ -44,6 +55,9 @@ class PyCuda:
 
     def __init__(self, driver: Any, binding: str) -> None:
         """Retain the primary context of device 0. Raises FastVLMError if there is no device or the driver is too old."""
+        if sync_flag() is not None:
+            what = f"{SYNC} is set, but {binding} cannot choose how to wait for the GPU; cuda-python can"
+            raise FastVLMError(what, f"unset {SYNC}, or {install_advice(gpu_extra())}")
         self.binding = binding
         self._driver = driver
         self._closed = False

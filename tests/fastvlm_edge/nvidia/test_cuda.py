@@ -1,7 +1,7 @@
 """CUDA without a GPU: what both bindings do beyond passing calls on, and what `open_cuda` says is missing.
 
 Stubbed: `cuda.bindings.driver` and `pycuda.driver`. The real cuda-python only serves for its signatures, its types and its error without a
-driver. The real PyCUDA and a GPU are never used.
+driver; test_libcuda.py runs it. The real PyCUDA and a GPU are never used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import gpu_extra, install_advice
-from fastvlm_edge.nvidia.cuda import Cuda, CudaError, OutOfDeviceMemory
+from fastvlm_edge.nvidia.cuda import SYNC, Cuda, CudaError, OutOfDeviceMemory
 from fastvlm_edge.nvidia.drivers import open_cuda
 
 # --- cuda-python --------------------------------------------------------------------------------------------------------------------------
@@ -76,6 +76,7 @@ FUNCTIONS: dict[str, tuple[int, Any]] = {
     "cuDeviceGetName": (2, (b"Orin\0" + b" " * 251,)),
     "cuDeviceTotalMem": (1, (8 << 30,)),
     "cuDeviceGetAttribute": (2, lambda attribute, device: (ATTRIBUTES[attribute],)),
+    "cuDevicePrimaryCtxSetFlags": (2, ()),
     "cuDevicePrimaryCtxRetain": (1, (Handle(0xC0),)),
     "cuDevicePrimaryCtxRelease": (1, ()),
     "cuCtxSetCurrent": (1, ()),
@@ -319,6 +320,13 @@ def test_closing_twice_releases_once(cuda: Cuda, driver: StubDriver) -> None:
 
 
 # --- what open_cuda says is missing -------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_way_to_wait_is_refused_with_the_known_ones(driver: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SYNC, "Spin")
+    with pytest.raises(FastVLMError, match=r"^FASTVLM_EDGE_CUDA_SYNC is 'Spin'; set it to auto, spin, yield, block, or unset it$"):
+        open_cuda()
+    assert not driver.calls
 
 
 def test_without_a_binding_it_has_the_command_that_installs_one(driver: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -615,6 +623,15 @@ def test_pycuda_out_of_memory(pycuda: StubPyCuda) -> None:
 def test_pycuda_cannot_capture(pycuda: StubPyCuda) -> None:
     with pytest.raises(FastVLMError, match=r"PyCUDA 2025.1 has no CUDA graphs"):
         open_cuda().capture(0, lambda: None)
+
+
+def test_pycuda_says_that_it_cannot_choose_how_to_wait(pycuda: StubPyCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SYNC, "spin")
+    with pytest.raises(FastVLMError, match=r"FASTVLM_EDGE_CUDA_SYNC is set, but PyCUDA 2025\.1 cannot .*; unset FASTVLM_EDGE_CUDA_SYNC"):
+        open_cuda()
+    assert not pycuda.calls
+    monkeypatch.setenv(SYNC, "auto")
+    open_cuda().close()
 
 
 def test_pycuda_without_a_gpu(pycuda: StubPyCuda) -> None:
