@@ -153,9 +153,9 @@ def check_parity(
     """Run the graphs of `directory` and compare the image features of each picture, then the logits of the stored conversation.
 
     The decoder gets PyTorch's image features, so that each graph is tested alone, and its prompt in two chunks, so that the cache is tested
-    too. `stored` is what PyTorch computes with the integers in the directory; None if the plan stores floats. With `activations`, the encoder's
-    graph for a GPU is run as well, because only that one has quantised activations. `advance` is called for each picture and at the end.
-    Returns the figures for the manifest. Raises FastVLMError if they are outside BOUNDS.
+    too. `stored` is what PyTorch computes with the integers in the directory; None if the plan stores floats. With `activations`, the
+    encoder's graph for a GPU is run as well, because only that one has quantised activations. `advance` is called for each picture and at
+    the end. Returns the figures for the manifest. Raises FastVLMError if they are outside BOUNDS.
     """
     bounds = BOUNDS[manifest.precision]
     setup = on_device(directory, manifest)

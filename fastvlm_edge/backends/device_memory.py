@@ -93,6 +93,7 @@ class DeviceCache:
         self._cuda, self._stream = cuda, stream
         self._parts = spec.layers * 2
         self._rows = spec.kv_heads
+        self._dtype = spec.dtype
         self._position_bytes = spec.head_dim * storage(spec.dtype).itemsize
         self.context = spec.context
         self.length = 0
@@ -136,6 +137,20 @@ class DeviceCache:
         """Forget all positions. The buffer stays: the next conversation is likely to be as long, and the CUDA graph for it exists."""
         self.length = 0
         self.revision += 1
+
+    def read(self, length: int) -> NDArray[np.float32]:
+        """A copy of the first `length` positions on the host: [layers, 2, kv_heads, length, head_dim]. No work may be in progress."""
+        cuda, size = self._cuda, self._position_bytes
+        parts, width = self._parts * self._rows, length * size
+        pinned = cuda.allocate_pinned(parts * width)
+        try:
+            for part in range(parts):
+                cuda.copy(pinned.address + part * width, self.address + part * self.capacity * size, width, self._stream)
+            cuda.synchronize(self._stream)
+            stored = pinned.view((self._parts // 2, 2, self._rows, length, size // storage(self._dtype).itemsize), storage(self._dtype))
+            return np.array(to_float32(stored, self._dtype))
+        finally:
+            pinned.free()
 
     def shrink(self) -> None:
         """Forget all positions, and release the memory of a long conversation. No work may be in progress."""

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.tensorrt import Platform, TensorRTBackend
-from fastvlm_edge.backends.verification.compare import compare
-from fastvlm_edge.backends.verification.conversation import Answers, answer
+from fastvlm_edge.backends.verification.check import Findings, check
+from fastvlm_edge.backends.verification.reference import Reference, compute_reference, read_reference
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.engine_record import EngineRecord, engine_folders, mismatch, read_record
 from fastvlm_edge.model_dir.manifest import Manifest
 from fastvlm_edge.nvidia.drivers import open_cuda
 from fastvlm_edge.nvidia.tensorrt_library import find_library
 from fastvlm_edge.progress import Progress, SilentProgress
 
-BOUNDS = {"float32": 0.999, "float16": 0.99, "bfloat16": 0.97}
-"""Smallest accepted cosine similarity to the features and logits of onnxruntime on the CPU, by the decoder's type (docs/tensorrt.md)."""
 EVIDENCE = "mismatch"
 """Results of a rejected pair of engines are kept in `<target>.mismatch`, next to the directory of the engines."""
 
@@ -36,10 +29,10 @@ def open_platform(library: str) -> Platform:
 
 
 def load_engines(directory: Path, manifest: Manifest, *, threads: int | None = None, progress: Progress | None = None) -> TensorRTBackend:
-    """Load the engines of a model directory that run on this machine. If they were never compared with onnxruntime, do that first.
+    """Load the engines of a model directory that run on this machine. If they were never verified, do that first.
 
-    `threads` is for onnxruntime in that comparison. Raises FastVLMError, with the command to run, if there are no engines or TensorRT
-    refuses them, or if they disagree with onnxruntime.
+    `threads` is for onnxruntime, which computes the reference of a model directory that has none. Raises FastVLMError, with the command to
+    run, if there are no engines or TensorRT refuses them, or if they disagree with the reference.
     """
     progress = progress or SilentProgress()
     folder, record, platform = _choose(directory, manifest)
@@ -51,7 +44,7 @@ def load_engines(directory: Path, manifest: Manifest, *, threads: int | None = N
     if record.verified:
         return TensorRTBackend(folder, manifest, platform, progress=progress)
     backend, figures = verify_engines(directory, folder, folder, manifest, platform, progress, threads)
-    with contextlib.suppress(OSError):  # in a read-only directory they are compared at every load
+    with contextlib.suppress(OSError):  # in a read-only directory they are verified at every load
         dataclasses.replace(record, parity=figures).write(folder)
     return backend
 
@@ -96,71 +89,66 @@ def verify_engines(
     platform: Platform,
     progress: Progress,
     threads: int | None = None,
+    *,
+    onnxruntime: bool = False,
 ) -> tuple[TensorRTBackend, dict[str, Any]]:
-    """Load the engines in `folder` and compare them with onnxruntime on the CPU. Returns the backend, which owns `platform`, and figures.
+    """Load the engines in `folder` and check them. Returns the backend, which owns `platform`, and the figures for the record.
 
-    onnxruntime runs first and is closed, so that the two never need memory at the same time. `place` is the directory where the engines are
-    or will be. If they disagree, this saves the results of both next to it and raises FastVLMError.
+    They are compared with the reference that `convert` stored; with `onnxruntime`, or if there is none, with onnxruntime on the CPU. That
+    runs first and is closed, so that the two never need memory at the same time. `place` is the directory where the engines are or will
+    be. If they disagree, this saves the results of both next to it and raises FastVLMError.
     """
     try:
-        tokenizer = TextTokenizer(directory / "tokenizer.json")
-        expected = reference_answers(directory, manifest, tokenizer, progress, threads)
+        reference = find_reference(directory, manifest, progress, threads, onnxruntime=onnxruntime)
     except BaseException:
         platform.cuda.close()
         raise
     backend = TensorRTBackend(folder, manifest, platform, progress=progress)
     try:
-        progress.stage(f"verifying the engines for {place.name} (first load only)")
-        figures = judge(answer(backend, tokenizer, manifest), expected, manifest, place)
+        findings = check(backend, reference, manifest, progress, f"the engines for {place.name} (first load only)")
+        judge(findings, reference, place)
+        backend.shrink()
         backend.save_kernels()
     except BaseException:
         backend.close()
         raise
     finally:
         progress.done()
-    return backend, {**figures, "device": platform.cuda.device.name}
+    return backend, {**findings.figures, "device": platform.cuda.device.name}
 
 
-def reference_answers(directory: Path, manifest: Manifest, tokenizer: TextTokenizer, progress: Progress, threads: int | None) -> Answers:
-    """The results of onnxruntime on the CPU."""
-    reference = OrtBackend(directory, manifest, threads=threads, progress=progress)
-    try:
-        progress.stage("running onnxruntime for comparison")
-        return answer(reference, tokenizer, manifest)
-    finally:
-        reference.close()
-        progress.done()
+def find_reference(
+    directory: Path, manifest: Manifest, progress: Progress, threads: int | None = None, *, onnxruntime: bool = False
+) -> Reference:
+    """The reference of a model directory, computed with onnxruntime if it has none or if `onnxruntime` asks for it."""
+    stored = None if onnxruntime else read_reference(directory)
+    if stored is not None:
+        return stored
+    if not onnxruntime:
+        progress.note(
+            f"{manifest.name} was converted before reference answers were stored, so onnxruntime computes them now, which needs the memory "
+            "of the whole model; convert the checkpoint again to avoid that"
+        )
+    return compute_reference(directory, manifest, progress, threads)
 
 
-def judge(found: Answers, expected: Answers, manifest: Manifest, place: Path) -> dict[str, Any]:
-    """Compare both results and return figures. Raises FastVLMError if the engines disagree, and keeps the results next to `place`."""
-    bound = BOUNDS[manifest.decoder.dtype]
-    features, logits = compare(found.features, expected.features), compare(found.logits, expected.logits)
-    greedy = float((found.logits.argmax(1) == expected.logits.argmax(1)).mean())
-    figures: dict[str, Any] = {
-        "image_features": dataclasses.asdict(features),
-        "logits": {**dataclasses.asdict(logits), "greedy_agreement": greedy, "positions": len(found.logits)},
-        "bound": bound,
-    }
-    for name, difference in (("vision", features), ("decoder", logits)):
-        if not difference.cosine >= bound:
-            kept = _keep(place.parent / f"{place.name}.{EVIDENCE}", found, expected, figures)
-            raise FastVLMError(
-                f"{place / name}.engine disagrees with onnxruntime: the cosine similarity is {difference.cosine:.5f}, at least {bound} is "
-                f"required ({kept})",
-                "report this as a bug, and use --backend ort",
-            )
-    return figures
+def judge(findings: Findings, reference: Reference, place: Path) -> None:
+    """Raise FastVLMError if there are faults, and keep the results of both sides next to `place`."""
+    if not findings.faults:
+        return
+    fault = findings.faults[0]
+    more = f"; {len(findings.faults)} figures in all are out of bounds" if len(findings.faults) > 1 else ""
+    kept = _keep(place.parent / f"{place.name}.{EVIDENCE}", findings, reference)
+    raise FastVLMError(
+        f"{place / fault.part}.engine disagrees with {reference.program}: {fault.text}{more} ({kept})",
+        "report this as a bug, and use --backend ort",
+    )
 
 
-def _keep(folder: Path, found: Answers, expected: Answers, figures: dict[str, Any]) -> str:
+def _keep(folder: Path, findings: Findings, reference: Reference) -> str:
     """Save the results of both. Returns a clause that says where they are."""
     try:
-        folder.mkdir(exist_ok=True)
-        sides = {"engine": found, "onnxruntime": expected}
-        arrays = {f"{side}_{name}": value for side, answers in sides.items() for name, value in vars(answers).items()}
-        np.savez_compressed(folder / "answers.npz", **arrays)
-        (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        findings.save(folder, reference)
     except OSError as error:
         return f"the results could not be saved: {error.strerror}"
     return f"the results of both are in {folder}"

@@ -23,8 +23,7 @@ def loading() -> Iterator[None]:
     onnxruntime transposes and packs the weights, and frees the copies that it no longer needs. By default, glibc keeps most of that memory
     until the process ends (measured by `benchmarks/settings.py`). Thresholds that the user set in the environment are not changed.
     """
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    mallopt, trim = None if _set_by_user() else getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
+    mallopt = None if _set_by_user() else getattr(_library(), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LOADING)
     try:
@@ -33,8 +32,18 @@ def loading() -> Iterator[None]:
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, _RUNNING)
             mallopt(_M_TRIM_THRESHOLD, 2 * _RUNNING)
-        if trim is not None:
-            trim(0)
+        trim()
+
+
+def trim() -> None:
+    """Return the free memory of the heap to the system, where the C library can."""
+    trimmed = getattr(_library(), "malloc_trim", None)
+    if trimmed is not None:
+        trimmed(0)
+
+
+def _library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if os.name == "posix" else None
 
 
 def _set_by_user() -> bool:

@@ -241,6 +241,10 @@ class OrtBackend:
         """Image features [rows, hidden] that were computed elsewhere."""
         return HostFeatures(from_float32(features, self._dtype), self._dtype)
 
+    def cached(self, length: int) -> NDArray[np.float32]:
+        """Keys and values of the first `length` positions in the cache: [layers, 2, kv_heads, length, head_dim]."""
+        return to_float32(self._decoder.cache.buffer[:, :, 0, :, :length], self._dtype).copy()
+
     def step(
         self,
         input_ids: Sequence[int],

@@ -396,6 +396,11 @@ class TensorRTBackend:
         """Forget all positions."""
         self._decoder.cache.reset()
 
+    def cached(self, length: int) -> NDArray[np.float32]:
+        """Keys and values of the first `length` positions in the cache: [layers, 2, kv_heads, length, head_dim]."""
+        with self._working():
+            return self._decoder.cache.read(length)
+
     def shrink(self) -> None:
         """Forget all positions, and release the memory of a long conversation."""
         with self._working():

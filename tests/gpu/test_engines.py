@@ -1,4 +1,4 @@
-"""Engines of the demo model on a real GPU: agreement with onnxruntime, answers, CUDA graphs, cache and memory. Nothing is stubbed."""
+"""Engines of the demo model on a real GPU: agreement with the reference, answers, CUDA graphs, cache and memory. Nothing is stubbed."""
 
 import gc
 import shutil
@@ -16,7 +16,6 @@ from examples.demo_training.drawing.picture import Scene
 from examples.demo_training.scenes import make_scene
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY
-from fastvlm_edge.backends.load_engines import BOUNDS
 from fastvlm_edge.backends.protocol import Backend
 from fastvlm_edge.backends.select import select
 from fastvlm_edge.backends.verification.compare import compare
@@ -36,6 +35,8 @@ CONTEXT = 1024
 QUESTIONS = 16
 MAY_DIFFER = 1
 """How many of the answers may differ: the two most likely tokens can be closer than rounding errors. FP32 engines compute in TF32."""
+COSINES = {"float32": 0.999, "float16": 0.99, "bfloat16": 0.97}
+"""Smallest cosine to the logits of onnxruntime, which quantises activations, by the decoder's type."""
 KEPT_BY_LIBRARIES = 32 << 20
 """Bytes of device memory that TensorRT may keep between two loads; the engines and the cache of the demo model take more."""
 MEBIBYTES = 1 << 20
@@ -134,7 +135,7 @@ def texts(vlm: FastVLM, scenes: list[Scene]) -> list[str]:
     return [vlm.generate(scene.questions[0].prompt, image=scene.image, max_new_tokens=16).text for scene in scenes]
 
 
-def test_engines_are_built_and_agree_with_onnxruntime(gpu: Gpu, models: Models, precision: str) -> None:
+def test_engines_are_built_and_agree_with_the_reference(gpu: Gpu, models: Models, precision: str) -> None:
     built = models(precision)
     (record,) = find_records(built.directory)
     assert engine_folders(built.directory) == [built.engines]
@@ -142,11 +143,10 @@ def test_engines_are_built_and_agree_with_onnxruntime(gpu: Gpu, models: Models, 
     assert list(gpu.cuda.device.compute_capability) in record.compute_capabilities
     assert record.verified, "build did not compare the engines although their GPU is here"
     assert record.parity["device"] == gpu.cuda.device.name
-    bound = BOUNDS[read_manifest(built.directory).decoder.dtype]
-    assert record.parity["bound"] == bound
-    assert record.parity["image_features"]["cosine"] >= bound
-    assert record.parity["logits"]["cosine"] >= bound
-    assert record.parity["logits"]["greedy_agreement"] >= 0.5
+    assert record.parity["reference"] == "PyTorch", "the stored reference answers were not used"
+    print(precision, record.parity)
+    assert len(record.parity["cases"]) == 9
+    assert all(case["greedy_agreement"] >= 0.9 for case in record.parity["cases"])
     assert not list(built.directory.glob(f"{ENGINES}/.*")), "a half-built folder was left"
 
 
@@ -234,7 +234,7 @@ def test_the_cache_grows_over_its_buckets_and_keeps_what_it_held(models: Models,
             backend.close()
 
     expected, found = logits("ort"), logits("tensorrt")
-    bound = BOUNDS[manifest.decoder.dtype]
+    bound = COSINES[manifest.decoder.dtype]
     for (start, stop), ours, theirs in zip(chunks, found, expected, strict=True):
         assert compare(ours, theirs).cosine >= bound, f"positions {start} to {stop}"
 
@@ -286,7 +286,7 @@ def test_two_pictures_in_one_question(models: Models, precision: str, scenes: li
 
     reference, backend = select("ort", directory, manifest), select("tensorrt", directory, manifest)
     try:
-        bound = BOUNDS[manifest.decoder.dtype]
+        bound = COSINES[manifest.decoder.dtype]
         found = {order: last_logits(backend, *order) for order in ((0, 1), (1, 0))}
         for order, ours in found.items():
             assert compare(ours, last_logits(reference, *order)).cosine >= bound, order

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 from fastvlm_edge.backends.verification.conversation import MOST_ROWS, SINGLE, TAIL, Passage
 from fastvlm_edge.generation.session import PREFILL_CHUNK
@@ -49,57 +50,62 @@ class Case:
 
 def all_cases(passage: Passage, context: int) -> list[Case]:
     """Every case, in the order in which the cache of a backend grows."""
-    end, turn, border = len(passage.ids), passage.turn, passage.border
-    first = max(border - SINGLE, 0)
-    singles = [*range(first, min(border + SINGLE, end))]
-    stops = sorted({0, min(turn, first), first, *(index + 1 for index in singles), end})
-    one_by_one = [*_feed(passage, stops)]
-    other = Call(0, passage.ids[:turn], (SECOND,))
+    end, turn = len(passage.ids), passage.turn
     back = max(turn - MOST_ROWS, 0)
-    hole = Call(turn, _filler(passage, min(3 * TAIL, context - turn)), (FIRST,)) if turn < context else None
-    cases = [
-        Case("single ids where the cache grows", one_by_one),
-        Case(f"chunks of {PREFILL_CHUNK}", [*_feed(passage, _steps(0, end, PREFILL_CHUNK))]),
-        Case("after a question about another picture", [other, *_feed(passage, [0, turn]), *_feed(passage, [turn, end])]),
+    whole = _feed(passage, [0, turn, end])
+    return [
+        Case("single ids where the cache grows", _singles_at_border(passage)),
+        Case(f"chunks of {PREFILL_CHUNK}", _feed(passage, [0, end])),
+        Case("after a question about another picture", [Call(0, passage.ids[: min(turn, PREFILL_CHUNK)], (SECOND,)), *whole]),
         Case(
             "a cache with a hole",
-            [*_feed(passage, [0, turn]), *([] if hole is None else [hole]), *_feed(passage, [back, *range(back + 1, turn + 1), end])],
+            [*_feed(passage, [0, turn]), *_other_ids(passage, context), *_feed(passage, [*range(back, turn), turn, end])],
         ),
+        *(Case(f"chunks of {size}", _feed(passage, _last_chunks(end, size))) for size in CHUNKS),
+        Case("the whole context in the cache", [*_fill(passage, context), *_singles_at_border(passage)], fills=True),
     ]
-    for size in CHUNKS:
-        start = max(end - CALLS * size, 0)
-        stops = [*_steps(0, start, PREFILL_CHUNK)[:-1], *_steps(start, end, size)]
-        cases.append(Case(f"chunks of {size}", [*_feed(passage, stops)]))
-    return [*cases, _full_context(passage, context)]
 
 
-def _full_context(passage: Passage, context: int) -> Case:
-    """Fill the context, compute its end again in small chunks, and then the passage before all that was left behind."""
-    ids, turn, border = _filler(passage, context), passage.turn, passage.border
-    calls = [Call(start, ids[start : start + PREFILL_CHUNK], (FIRST, SECOND)) for start in range(0, context, PREFILL_CHUNK)]
-    last = calls[-1]
-    compared = [*range(last.at, context)][-MOST_ROWS:]
-    calls[-1] = replace(last, compared=compared, text=FILLER)
-    back = max(context - 2 * MOST_ROWS, 0)
-    for start in range(back, context, 7):
-        part = ids[start : min(start + 7, context)]
-        again = [position for position in compared if start <= position < start + len(part)]
-        calls.append(Call(start, part, (FIRST, SECOND), again, FILLER))
-    first = max(border - SINGLE, turn)
-    stops = sorted({0, turn, first, *range(first, min(border + SINGLE, len(passage.ids))), len(passage.ids)})
-    return Case("the whole context in the cache", [*calls, *_feed(passage, stops)], fills=True)
+def _singles_at_border(passage: Passage) -> list[Call]:
+    """The passage, with ids fed one by one on both sides of the border of the cache."""
+    first, end = max(passage.border - SINGLE, 0), len(passage.ids)
+    singles = range(first, min(passage.border + SINGLE, end))
+    return _feed(passage, sorted({0, min(passage.turn, first), *singles, singles.stop, end}))
 
 
-def _feed(passage: Passage, stops: Sequence[int]) -> Iterator[Call]:
-    """The passage from the first to the last of `stops`, with a call between each two of them."""
-    for start, stop in zip(stops, stops[1:], strict=False):
-        pictures = (FIRST,) if stop <= passage.turn else (FIRST, SECOND)
-        compared = [position for position in passage.positions if start <= position < stop][-MOST_ROWS:]
-        yield Call(start, passage.ids[start:stop], pictures, compared)
+def _other_ids(passage: Passage, context: int) -> list[Call]:
+    """Ids after the first turn that do not belong there. The next call forgets them."""
+    ids = _filler(passage, min(3 * TAIL, context - passage.turn))
+    return [Call(passage.turn, ids, (FIRST, SECOND))] if ids else []
 
 
-def _steps(start: int, stop: int, size: int) -> list[int]:
-    return [*range(start, stop, size), stop]
+def _last_chunks(end: int, size: int) -> list[int]:
+    """Where calls begin and end if at most CALLS chunks of `size` follow a prefill."""
+    return sorted({0, *range(max(end - CALLS * size, 0), end, size), end})
+
+
+def _fill(passage: Passage, context: int) -> list[Call]:
+    """Fill the context, and compute its end again in small chunks: the rows have to be the same."""
+    ids, pictures = _filler(passage, context), (FIRST, SECOND)
+    end = range(max(context - MOST_ROWS, 0), context)
+    starts = [*range(0, context - 1, PREFILL_CHUNK), context]
+    chunks = [*pairwise(starts)]
+    chunks += [(start, min(start + 7, context)) for start in range(max(context - 2 * MOST_ROWS, 0), context, 7)]
+    return [
+        Call(start, ids[start:stop], pictures, [position for position in end if start <= position < stop], FILLER) for start, stop in chunks
+    ]
+
+
+def _feed(passage: Passage, stops: Sequence[int]) -> list[Call]:
+    """The passage from the first to the last of `stops`, with calls that end there or after PREFILL_CHUNK ids."""
+    calls = []
+    for first, last in pairwise(stops):
+        for start in range(first, last, PREFILL_CHUNK):
+            stop = min(start + PREFILL_CHUNK, last)
+            pictures = (FIRST,) if stop <= passage.turn else (FIRST, SECOND)
+            compared = [position for position in passage.positions if start <= position < stop][-MOST_ROWS:]
+            calls.append(Call(start, passage.ids[start:stop], pictures, compared))
+    return calls
 
 
 def _filler(passage: Passage, length: int) -> list[int]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.backends.protocol import Backend, ImageFeatures, StepOutput
 from fastvlm_edge.backends.verification.cases import PASSAGE, Call, Case, all_cases
-from fastvlm_edge.backends.verification.compare import Rows, candidates_fault, cosines, divergence, regret, top_rows
+from fastvlm_edge.backends.verification.compare import Rows, cache_errors, candidates_fault, cosines, divergence, regret, top_rows
 from fastvlm_edge.backends.verification.conversation import PICTURES, stored_pictures
 from fastvlm_edge.backends.verification.reference import Reference
 from fastvlm_edge.model_dir.manifest import Manifest
@@ -35,24 +35,29 @@ class Bounds:
     """Largest KL divergence of a row of logits, in nats."""
     steps: float
     """A row may prefer another id if the reference's preference is at most this many steps of the type."""
+    cache: float
+    """Largest relative error of the keys or values of a position in one layer, between two ways to compute them."""
 
 
 BOUNDS = {
-    "float32": Bounds(token=0.999, median=0.9999, divergence=0.01, steps=8),
-    "float16": Bounds(token=0.99, median=0.999, divergence=0.02, steps=8),
-    "bfloat16": Bounds(token=0.95, median=0.99, divergence=0.2, steps=8),
+    "float32": Bounds(token=0.999, median=0.9999, divergence=0.01, steps=8, cache=0.25),
+    "float16": Bounds(token=0.99, median=0.999, divergence=0.02, steps=8, cache=0.25),
+    "bfloat16": Bounds(token=0.95, median=0.99, divergence=0.2, steps=8, cache=0.25),
 }
 """By the decoder's type. TensorRT computes float32 products in TF32, which has the mantissa of float16."""
-NOISY = Bounds(token=0.95, median=0.99, divergence=0.5, steps=64)
-"""For a reference that is itself rounded: onnxruntime on a CPU quantises the inputs of integer weights to INT8."""
+NOISY = Bounds(token=0.95, median=0.99, divergence=0.5, steps=64, cache=0.25)
+"""Where one side quantises the inputs of integer weights to INT8: onnxruntime on a CPU as the reference, or a calibrated encoder."""
 MANTISSA = {"float32": 10, "float16": 10, "bfloat16": 7}
 
 
 class Checked(Backend, Protocol):
-    """A backend that also takes image features that it did not compute itself."""
+    """A backend that also takes image features that it did not compute itself, and shows its cache."""
 
     def upload(self, features: Float32) -> ImageFeatures:
         """Image features [rows, hidden] for `step`."""
+
+    def cached(self, length: int) -> Float32:
+        """Keys and values of the first `length` positions in the cache: [layers, 2, kv_heads, length, head_dim]."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,8 @@ def check(backend: Checked, reference: Reference, manifest: Manifest, progress: 
     own = BOUNDS[dtype]
     bounds = NOISY if reference.noisy else own
     findings = Findings({"reference": reference.program, "bounds": asdict(bounds)})
-    _check_vision(backend, reference, manifest, bounds, findings)
+    quantized_inputs = "image_features_w8a8" in manifest.parity
+    _check_vision(backend, reference, manifest, NOISY if quantized_inputs else bounds, findings)
     decoder = _DecoderCheck(backend, reference, bounds, own, 2.0 ** -MANTISSA[dtype])
     findings.figures["cases"] = []
     for case in cases:
@@ -153,6 +159,9 @@ class _DecoderCheck:
         self._index = {position: index for index, position in enumerate(reference.passage.positions)}
         self._before: dict[tuple[str, int], tuple[str, Rows]] = {}
         """(text, position) -> the case that computed its row first, and the row."""
+        self._cache: Float32 | None = None
+        """Keys and values of the whole passage, as the first case left them."""
+        self._cache_errors: dict[str, float] = {}
         self._rows: list[_Row] = []
         self._logits: Float32 | None = None
         """The whole first faulty row."""
@@ -171,6 +180,22 @@ class _DecoderCheck:
             for index, position in enumerate(call.compared):
                 self._compare(case, call, position, output, index)
             progress.advance(len(call.ids))
+        self._compare_cache(case)
+
+    def _compare_cache(self, case: Case) -> None:
+        """Every case ends with the passage in the cache: its keys and values have to be those of the first case."""
+        cache = self._backend.cached(len(self._reference.passage.ids))
+        if self._cache is None:
+            self._cache = cache
+        errors = np.where(np.square(cache).sum(axis=(2, 4)).all(axis=(0, 1)), cache_errors(cache, self._cache), 1.0)
+        worst = int(errors.argmax())
+        self._cache_errors[case.name] = float(errors[worst])
+        if not errors[worst] <= self._own.cache:
+            text = (
+                f"in the case '{case.name}', keys or values of position {worst} are {errors[worst]:.2g} of their size away from those in "
+                f"the case '{next(iter(self._cache_errors))}', at most {self._own.cache:g} is accepted"
+            )
+            self.faults.append(Fault("decoder", text))
 
     def _compare(self, case: Case, call: Call, position: int, output: StepOutput, index: int) -> None:
         assert output.logits is not None
@@ -217,6 +242,7 @@ class _DecoderCheck:
             "position": worst.position,
             "drift": max(row.drift for row in rows),
             "steps": max(row.steps for row in rows),
+            "cache": self._cache_errors[case.name],
             "greedy_agreement": sum(row.steps == 0 for row in rows) / len(rows),
         }
 

@@ -71,7 +71,8 @@ def log_sum_exp(logits: Float32) -> NDArray[np.float64]:
     """log(sum(exp(logits))) of each row [rows, vocab], in double precision."""
     wide = logits.astype(np.float64)
     largest = wide.max(axis=1, keepdims=True)
-    normalizer: NDArray[np.float64] = np.log(np.exp(wide - largest).sum(axis=1)) + largest[:, 0]
+    with np.errstate(invalid="ignore"):  # of infinities
+        normalizer: NDArray[np.float64] = np.log(np.exp(wide - largest).sum(axis=1)) + largest[:, 0]
     return normalizer
 
 
@@ -92,6 +93,18 @@ def regret(found: Float32, expected: Rows) -> float:
     ids, values = expected.ids[0], expected.values[0]
     where = np.flatnonzero(ids == int(found.argmax()))
     return float(values[0] - values[where[0] if len(where) else -1])
+
+
+def cache_errors(found: Float32, expected: Float32) -> Float32:
+    """How far the keys and values of each position [layers, 2, kv_heads, positions, head_dim] are from those expected: [positions].
+
+    For each layer, and for keys and values apart: the norm of the difference, divided by the larger norm of both. Of these the largest,
+    which is 1 where one of both is empty.
+    """
+    size = np.maximum(*(np.square(array).sum(axis=(2, 4)) for array in (found, expected)))
+    error = np.square(found - expected).sum(axis=(2, 4)) / np.maximum(size, 1e-30)
+    worst: Float32 = np.sqrt(error.max(axis=(0, 1)))
+    return worst
 
 
 def cosines(found: Float32, expected: Float32) -> NDArray[np.float64]:

@@ -57,7 +57,7 @@ class Passage:
 
     @property
     def border(self) -> int:
-        """The last border of the cache that `SINGLE` ids lie behind: at this length it has to grow. The length of `ids` if there is none."""
+        """The last length at which the cache has to grow, with at least SINGLE ids after it. The length of `ids` if there is none."""
         return _border(len(self.ids))
 
 
@@ -72,40 +72,16 @@ def stored_passage(tokenizer: TextTokenizer, manifest: Manifest) -> Passage:
         ids += answer
     ids = ids[:context]
     turn = min(turn, len(ids))
-    border, end = _border(len(ids)), len(ids)
-    windows = ((turn - MOST_ROWS, turn), (border - MOST_ROWS, border + SINGLE), (end - TAIL, end))
-    positions = {position for start, stop in windows for position in range(max(start, 0), min(stop, end))}
-    return Passage(ids, turn, sorted(positions))
+    return Passage(ids, turn, compared_positions(len(ids), turn))
+
+
+def compared_positions(length: int, turn: int) -> list[int]:
+    """The positions of a passage whose logits are compared: the end of the first turn, around the border of the cache, and the end."""
+    border = _border(length)
+    windows = ((turn - MOST_ROWS, turn), (border - MOST_ROWS, border + SINGLE), (length - TAIL, length))
+    return sorted({position for start, stop in windows for position in range(max(start, 0), min(stop, length))})
 
 
 def _border(length: int) -> int:
     borders = [size for size in range(1, length - SINGLE + 1) if next_capacity(size) == size]
     return borders[-1] if borders else length
-
-
-LOGITS_PER_CALL, DECODED = 8, 12
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Old."""
-
-    features: Float32
-    logits: Float32
-
-
-def answer(backend, tokenizer, manifest):  # type: ignore
-    """Old."""
-    vision = manifest.vision
-    encoded = [backend.encode(pixels) for pixels in stored_pictures(vision.image_size, vision.geometry)]
-    image_features = (encoded[0],)
-    ids = stored_conversation(tokenizer, manifest, encoded[0].rows)
-    middle, end = len(ids) // 2, len(ids) - DECODED
-    backend.reset()
-    rows = []
-    for start, stop in ((0, middle), (middle, end), *((i, i + 1) for i in range(end, len(ids)))):
-        positions = range(max(stop - start - LOGITS_PER_CALL, 0), stop - start)
-        output = backend.step(ids[start:stop], image_features, logit_positions=positions, want_logits=True)
-        rows.append(output.logits.copy())
-    backend.reset()
-    return Answers(np.stack([features.numpy() for features in encoded]), np.concatenate(rows))

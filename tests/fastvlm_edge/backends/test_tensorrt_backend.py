@@ -22,18 +22,21 @@ from skimage import data
 
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends import load_engines as module
-from fastvlm_edge.backends.device_memory import aligned
-from fastvlm_edge.backends.kv_cache import next_capacity
-from fastvlm_edge.backends.load_engines import BOUNDS, load_engines
+from fastvlm_edge.backends import tensorrt as tensorrt_module
+from fastvlm_edge.backends.device_memory import DeviceCache, aligned
+from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY, next_capacity
+from fastvlm_edge.backends.load_engines import load_engines
 from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.select import select
 from fastvlm_edge.backends.tensorrt import TensorRTBackend
-from fastvlm_edge.backends.verification.compare import compare
+from fastvlm_edge.backends.verification import reference as reference_module
+from fastvlm_edge.backends.verification.compare import cosines, divergence
+from fastvlm_edge.backends.verification.reference import compute_reference, read_reference
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.engine_record import RECORD_NAME, EngineRecord, find_records, read_record
 from fastvlm_edge.model_dir.manifest import read_manifest
-from fastvlm_edge.nvidia.cuda import CudaError
-from fastvlm_edge.progress import stderr_progress
+from fastvlm_edge.nvidia.cuda import CudaError, OutOfDeviceMemory
+from fastvlm_edge.progress import SilentProgress, stderr_progress
 from tests.support import fake_engine
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_engine import CHUNK, POSITIONS, FakeContext, build_engines, fake_gpu
@@ -444,51 +447,161 @@ def test_kernels_that_were_compiled_are_kept_for_the_next_start(directory: Path,
 # Verification -------------------------------------------------------------------------------------------------------------------
 
 
-def test_unverified_engines_are_compared_once_and_then_believed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = build_engines(directory, verified=False)
+@pytest.fixture
+def referenced(directory: Path) -> Path:
+    """A model directory with unverified engines and stored reference answers."""
+    compute_reference(directory, read_manifest(directory), SilentProgress()).write(directory)
+    build_engines(directory, verified=False, profiles=2)
+    return directory
+
+
+def fault_in(directory: Path) -> str:
+    """The error with which the engines are refused."""
+    cuda = FakeCuda()
+    with pytest.raises(FastVLMError) as caught:
+        load(directory, cuda)
+    gc.collect()
+    assert not any(cuda.live().values())
+    assert not read_record(directory / "engines" / "sm87").verified
+    assert "(the results of both are in" in str(caught.value)
+    return str(caught.value)
+
+
+def test_unverified_engines_are_compared_once_and_then_believed(referenced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = referenced / "engines" / "sm87"
     assert not read_record(folder).verified
-    backend = load(directory, FakeCuda())
-    assert backend.length == 0
+    monkeypatch.setattr(reference_module, "OrtBackend", None)  # the stored answers are enough
+    backend = load(referenced, FakeCuda())
+    assert backend.length == 0 and backend._decoder.cache.capacity == FIRST_CAPACITY
     record = read_record(folder)
-    assert record.verified
-    assert record.parity["logits"]["cosine"] == pytest.approx(1)
-    assert record.parity["device"] == "Fake GPU"
+    assert record.verified and record.parity["device"] == "Fake GPU"
+    assert len(record.parity["cases"]) == 9
+    assert all(case["divergence"] < 1e-4 and case["greedy_agreement"] == 1 for case in record.parity["cases"])
+    assert all(figures["worst"] > 0.9999 for figures in record.parity["image_features"].values())
     monkeypatch.setattr(module, "verify_engines", None)
-    load(directory, FakeCuda()).close()
+    load(referenced, FakeCuda()).close()
+
+
+def test_without_stored_answers_onnxruntime_computes_them_and_that_is_said(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = build_engines(directory, verified=False)
+    with fake_gpu(FakeCuda()):
+        load_engines(directory, read_manifest(directory), progress=stderr_progress())
+    assert "was converted before reference answers were stored" in capsys.readouterr().err
+    assert read_record(folder).parity["reference"].startswith("onnxruntime")
+
+
+def test_a_damaged_reference_is_refused_and_the_gpu_released(referenced: Path) -> None:
+    (referenced / "reference.npz").write_bytes(b"no zip")
+    cuda = FakeCuda()
+    with pytest.raises(FastVLMError, match=r"reference\.npz is damaged"):
+        load(referenced, cuda)
+    gc.collect()
+    assert not any(cuda.live().values())
 
 
 @pytest.mark.parametrize("part", ["vision", "decoder"])
 def test_an_engine_that_computes_something_else_is_refused_and_the_evidence_kept(
-    directory: Path, part: str, monkeypatch: pytest.MonkeyPatch
+    referenced: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = build_engines(directory, verified=False)
+    name, values = ("image_features", TOKENS * HIDDEN) if part == "vision" else ("logits", VOCAB)
+    spoil_output(monkeypatch, part, name, values, lambda found: found[::-1].copy())
+    error = fault_in(referenced)
+    assert f"{part}.engine disagrees with onnxruntime" in error
+    folder = referenced / "engines" / "sm87.mismatch"
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["faults"][0]["part"] == part and figures["faults"][0]["text"] in error
+    evidence, reference = np.load(folder / "answers.npz"), read_reference(folder)
+    assert reference is not None and reference.passage == read_reference(referenced).passage  # type: ignore[union-attr]
+    if part == "vision":
+        assert cosines(evidence["features"][0], reference.features[0]).min() < 0.9
+    else:
+        row = list(reference.passage.positions).index(int(evidence["position"][0]))
+        assert divergence(evidence["first_faulty_logits"], reference.rows[row]) > 0.1
+
+
+def spoil_output(monkeypatch: pytest.MonkeyPatch, part: str, name: str, values: int, change: Any) -> None:
+    """Every run of an engine changes the first `values` numbers of an output."""
     enqueue = FakeContext.enqueue
 
-    def garbage(self: FakeContext, stream: int) -> None:
+    def spoiled(self: FakeContext, stream: int) -> None:
         enqueue(self, stream)
         if self.engine.path.stem == part:
-            name = "image_features" if part == "vision" else "logits"
-            values = TOKENS * HIDDEN if part == "vision" else VOCAB
             address, cuda = self.addresses[name], self.engine.cuda
 
             def spoil() -> None:
                 found = cuda.memory(address, 4 * values).view(np.float32)
-                found[:] = found[::-1].copy()
+                found[:] = change(found)
 
             cuda.enqueue(stream, spoil, uses=[(address, 4 * values)])
 
-    monkeypatch.setattr(FakeContext, "enqueue", garbage)
-    cuda = FakeCuda()
-    with pytest.raises(FastVLMError, match=rf"{part}\.engine disagrees with onnxruntime: .* \(the results of both are in .*mismatch"):
-        load(directory, cuda)
-    gc.collect()
-    assert not any(cuda.live().values())
-    assert not read_record(folder).verified
-    evidence = np.load(folder.parent / "sm87.mismatch" / "answers.npz")
-    name = "features" if part == "vision" else "logits"
-    assert compare(evidence[f"engine_{name}"], evidence[f"onnxruntime_{name}"]).cosine < BOUNDS["float32"]
-    with pytest.raises(FastVLMError, match="disagrees with onnxruntime"):
-        load(directory, FakeCuda())
+    monkeypatch.setattr(FakeContext, "enqueue", spoiled)
+
+
+def test_one_wrong_visual_token_is_enough(referenced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_output(monkeypatch, "vision", "image_features", HIDDEN, lambda found: np.roll(found, 1))
+    assert "visual token 0 of astronaut.jpg" in fault_in(referenced)
+
+
+def test_one_wrong_row_of_logits_is_enough(referenced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one row of a prefill of 512 ids is wrong, in the two cases that have one: it has the logits of the row before."""
+    step = TensorRTBackend.step
+
+    def wrong(self: TensorRTBackend, input_ids: Any, *given: Any, **options: Any) -> Any:
+        output = step(self, input_ids, *given, **options)
+        if self.length == 512 and len(input_ids) == 512 and output.logits is not None:
+            output.logits[7] = output.logits[6]
+        return output
+
+    monkeypatch.setattr(TensorRTBackend, "step", wrong)
+    error = fault_in(referenced)
+    assert "'chunks of 512', the row of position 503 has a KL divergence" in error
+    assert "2 figures in all are out of bounds" in error
+
+
+def test_a_position_that_the_cache_loses_when_it_grows_is_found(referenced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_cache = DeviceCache._replace
+
+    def losing(self: DeviceCache, capacity: int) -> None:
+        self.length = max(self.length - 1, 0)
+        replace_cache(self, capacity)
+        self.length += 1 if self.length else 0
+
+    monkeypatch.setattr(DeviceCache, "_replace", losing)
+    assert "decoder.engine disagrees" in fault_in(referenced)
+
+
+def test_features_that_stay_from_another_picture_are_found(referenced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of rows is the same, so nothing but the answer tells them apart."""
+    features = tensorrt_module._Decoder.set_image_features
+
+    def stale(self: Any, pictures: Any, store: Any) -> None:
+        if sum(picture.rows for picture in pictures) != self._rows or not self._image_features:
+            features(self, pictures, store)
+
+    monkeypatch.setattr(tensorrt_module._Decoder, "set_image_features", stale)
+    assert "'after a question about another picture'" in fault_in(referenced)
+
+
+def test_other_candidates_than_the_logits_say_are_found(referenced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_output(monkeypatch, "decoder", "top_values", 1, lambda found: found + 1)
+    assert "top_values are not the 64 largest logits" in fault_in(referenced)
+
+
+def test_a_gpu_without_memory_for_the_whole_context_is_verified_up_to_there(
+    referenced: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow = DeviceCache.grow
+
+    def short(self: DeviceCache, needed: int) -> None:
+        if needed > 1024:
+            raise OutOfDeviceMemory(1 << 30, 1 << 20)
+        grow(self, needed)
+
+    monkeypatch.setattr(DeviceCache, "grow", short)
+    with fake_gpu(FakeCuda()):
+        load_engines(referenced, read_manifest(referenced), progress=stderr_progress())
+    assert "warning: not verified with the whole context in the cache: " in capsys.readouterr().err
+    assert len(read_record(referenced / "engines" / "sm87").parity["cases"]) == 8
 
 
 def test_a_read_only_model_directory_is_compared_each_time(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
