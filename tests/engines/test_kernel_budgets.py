@@ -1,0 +1,148 @@
+"""What TensorRT for RTX makes of the decoder graph with the profiles of `build`: kernels, fused attentions, matrices written out, scratch.
+
+The real builder, without a GPU; random weights. Nothing is stubbed, no engine runs. A budget is what the graph needs, with nothing to spare.
+An edit of the graph, or another version of the builder, that costs a kernel has to change it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from examples.checkpoints.random_decoder import write_decoder
+from fastvlm_edge.engines.layers import parse_listing
+from fastvlm_edge.engines.profiles import decoder_profiles
+from fastvlm_edge.model_dir.manifest import Manifest
+from fastvlm_edge.nvidia.tensorrt_library import BuildSettings, Profile, find_library
+
+pytest.importorskip("tensorrt_rtx")
+
+LAYERS = 2
+VOCABULARY = 8704
+"""Enough for candidates in several parts."""
+PRECISIONS = ("int4", "int8", "fp16", "bf16", "fp32")
+GPUS = {"sm86": (8, 6), "sm89": (8, 9), "sm120": (12, 0)}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Kernels of one profile; two profiles have twice as many. Scratch memory in MB, for a context of 4,096."""
+
+    layer: int
+    ends: int
+    """Embedding, mask, rotary embedding, head and candidates."""
+    prefill_mb: int
+    decode_mb: int
+    attentions: int = 1
+    """Fused attentions per layer."""
+
+
+INTEGERS = Budget(layer=10, ends=10, prefill_mb=89, decode_mb=12)
+HALVES = Budget(layer=10, ends=9, prefill_mb=90, decode_mb=12)
+BUDGETS = {
+    "int4": INTEGERS,
+    "int8": INTEGERS,
+    "fp16": HALVES,
+    "bf16": HALVES,
+    "fp32": Budget(layer=15, ends=10, prefill_mb=340, decode_mb=19, attentions=0),
+}
+"""Two layers of the 0.5B's width. TensorRT for RTX fuses no attention in FP32."""
+WIDE_LAYER = 4
+"""Kernels that FP32 scores add to a layer: two products and a softmax take the place of the fused attention."""
+WIDE_PREFILL_MB, WIDE_DECODE_MB = 271, 17
+
+Write = Callable[..., tuple[Path, Manifest]]
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
+    """Write a graph once for all tests."""
+
+    @cache
+    def written(
+        precision: str, wide: tuple[int, ...] = (), size: str = "0.5b", layers: int = LAYERS, vocab: int = VOCABULARY
+    ) -> tuple[Path, Manifest]:
+        folder = tmp_path_factory.mktemp(f"{size}-{precision}")
+        manifest = write_decoder(folder, precision, size=size, layers=layers, vocab=vocab, wide_scores=wide)
+        return folder / "decoder.onnx", manifest
+
+    return written
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the builder reports about an engine."""
+
+    kernels: int
+    attentions: int
+    written_out: tuple[str, ...]
+    """Nodes of the kernels that do nothing but write an integer matrix out as floats, at every run."""
+    scratch_mb: float
+
+
+def count(graph: Path, profiles: tuple[Profile, ...], gpu: str = "sm86") -> Counts:
+    """Build an engine and count what runs on the GPU."""
+    built = find_library(("tensorrt_rtx",)).build(graph, BuildSettings(profiles=profiles, compute_capabilities=(GPUS[gpu],)))
+    kernels = [layer for layer in parse_listing(built.listing) if layer.kind not in ("shape_call", "signal", "wait")]
+    written_out = tuple(node for layer in kernels if layer.widens_weights for node in layer.nodes)
+    assert built.scratch_bytes > 0, "the log of the builder no longer says how much scratch memory an engine needs"
+    return Counts(len(kernels), sum("mha" in layer.name for layer in kernels), written_out, built.scratch_bytes / 1e6)
+
+
+def check(found: Counts, budget: Budget, profiles: int, layers: int = LAYERS, mb: float | None = None) -> None:
+    assert found.kernels <= profiles * (budget.ends + layers * budget.layer)
+    assert found.attentions == profiles * layers * budget.attentions
+    assert found.written_out == ()
+    assert found.scratch_mb <= (budget.prefill_mb if mb is None else mb)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_two_profiles_are_within_the_budget(write: Write, precision: str, gpu: str) -> None:
+    graph, manifest = write(precision)
+    check(count(graph, decoder_profiles(manifest, separate=True), gpu), BUDGETS[precision], profiles=2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_profile_is_within_the_budget(write: Write, precision: str) -> None:
+    graph, manifest = write(precision)
+    check(count(graph, decoder_profiles(manifest, separate=False)), BUDGETS[precision], profiles=1)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_decoding_alone_needs_little_scratch_memory(write: Write, precision: str) -> None:
+    graph, manifest = write(precision)
+    budget = BUDGETS[precision]
+    check(count(graph, decoder_profiles(manifest, separate=True)[1:]), budget, profiles=1, mb=budget.decode_mb)
+
+
+@pytest.mark.parametrize("precision", ["int4", "bf16"])
+@pytest.mark.parametrize("decoding", [False, True], ids=["both", "decoding"])
+def test_a_layer_with_scores_in_fp32_has_a_budget_of_its_own(write: Write, precision: str, decoding: bool) -> None:
+    graph, manifest = write(precision, (0,))
+    budget = BUDGETS[precision]
+    found = count(graph, decoder_profiles(manifest, separate=True)[1 if decoding else 0 :])
+    profiles = 1 if decoding else 2
+    assert found.kernels <= profiles * (budget.ends + LAYERS * budget.layer + WIDE_LAYER)
+    assert found.attentions == profiles * (LAYERS - 1)
+    assert found.written_out == ()
+    assert found.scratch_mb <= (WIDE_DECODE_MB if decoding else WIDE_PREFILL_MB)
+
+
+def one_row(profile: Profile) -> Profile:
+    """The profile with one id and one position of logits at most."""
+    single = ("input_ids", "position_ids", "logit_positions")
+    return {name: ((1, 1), (1, 1), (1, 1)) if name in single else shapes for name, shapes in profile.items()}
+
+
+def test_a_profile_of_one_row_writes_every_integer_matrix_out(write: Write) -> None:
+    """Why the decode profile takes several rows; and that the count above can fail."""
+    graph, manifest = write("int8")
+    decode = decoder_profiles(manifest, separate=True)[1]
+    found = count(graph, (one_row(decode),))
+    assert len(found.written_out) >= 4 * LAYERS + 1
+    assert found.scratch_mb > 2 * BUDGETS["int8"].decode_mb
