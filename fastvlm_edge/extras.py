@@ -72,9 +72,11 @@ def install_advice(extra: str = "") -> str:
 
 def gpu_extra(jetson: bool | None = None) -> str:
     """The extra with the GPU packages: `tensorrt` on a Jetson, whose TensorRT is JetPack's, `rtx` elsewhere. None: ask this machine."""
+    from fastvlm_edge.machine.host import read_jetson
+    from fastvlm_edge.machine.probe import Probe
+
     if jetson is None:
-        family = Path("/sys/devices/soc0/family")  # in a container without the files of Jetson Linux, too
-        jetson = Path("/etc/nv_tegra_release").is_file() or (family.is_file() and family.read_text().strip() == "Tegra")
+        jetson = read_jetson(Probe()) is not None
     return "tensorrt" if jetson else "rtx"
 
 

@@ -27,7 +27,8 @@ MATRIX_SIZE = 8192
 
 def describe() -> dict[str, Any]:
     """The GPU with its driver, the versions that its figures depend on, and its measured limits. Raises FastVLMError without a GPU."""
-    from fastvlm_edge.machine.description import describe_gpu, gpu_versions, package_version
+    from fastvlm_edge.machine.description import gpu_versions, package_version
+    from fastvlm_edge.nvidia.description import describe_gpu
     from fastvlm_edge.nvidia.drivers import open_cuda
 
     open_cuda().close()  # raises

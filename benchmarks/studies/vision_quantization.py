@@ -259,7 +259,7 @@ def describe(search: VisionSearch, result: VisionQuantization, heldout: Sequence
         unit.use("wide")
     row = {
         "bound": result.bound,
-        "predicted_loss": round_digits(result.predicted_loss),
+        "predicted_loss": round_digits(sum(unit.loss[unit.decision] for unit in search.units)),
         "loss_on_measured": round_digits(result.loss),
         "heldout": found,
         "share_of_macs": {kind: round(result.share(kind), 4) for kind in ("w8a8", "weights", "wide")},  # type: ignore[arg-type]

@@ -73,8 +73,6 @@ class VisionQuantization(VisionIntegers):
     records: list[LayerRecord]
     bound: float
     """Largest accepted 1 - cosine of the image features."""
-    predicted_loss: float
-    """Sum of the groups' 1 - cosine."""
     loss: float
     """1 - cosine of the image features with the whole plan, of the worst measured picture."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -324,8 +322,7 @@ class VisionSearch:
                 for part in ("weight", "bias"):
                     floats[f"{name}.{part}"] = getattr(module, part).numpy()
         records = [self._record(unit, layer) for unit in self.units for layer in unit.layers] + self._fixed()
-        predicted = sum(unit.loss[unit.decision] for unit in self.units)
-        return VisionQuantization(layers, floats, records, bound, predicted, loss, dict(self.seconds))
+        return VisionQuantization(layers, floats, records, bound, loss, dict(self.seconds))
 
     def _record(self, unit: Unit, layer: Layer) -> LayerRecord:
         assert layer.histogram is not None

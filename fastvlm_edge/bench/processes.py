@@ -16,10 +16,11 @@ from fastvlm_edge.bench.measure import Line, Plan, Settings, plan_for
 from fastvlm_edge.bench.record import Samples, document_of
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
-from fastvlm_edge.machine.description import describe, describe_gpu, gpu_versions
+from fastvlm_edge.machine.description import describe, gpu_versions
 from fastvlm_edge.machine.state import hottest, read_state
 from fastvlm_edge.model_dir.engine_record import find_records
 from fastvlm_edge.model_dir.manifest import read_manifest, verify_files
+from fastvlm_edge.nvidia.description import describe_gpu
 from fastvlm_edge.progress import Progress
 
 CHILD = "--process"

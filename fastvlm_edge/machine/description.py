@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import datetime
 import platform
-import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.memory import total_bytes
 from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.machine.processor import read_cpuinfo
@@ -50,35 +48,6 @@ def gpu_versions() -> dict[str, str]:
     """Version of each installed package that the figures of a GPU depend on."""
     names = {(each.metadata["Name"] or "").lower(): each.version for each in distributions()}
     return {name: names[name] for name in GPU_PACKAGES if name in names}
-
-
-def describe_gpu() -> dict[str, Any]:
-    """The GPU and its driver, as CUDA reports them; `{"missing": why}` if there is no GPU. Opens a CUDA context and closes it."""
-    from fastvlm_edge.nvidia.drivers import open_cuda
-
-    try:
-        cuda = open_cuda()
-    except FastVLMError as error:
-        return {"missing": str(error)}
-    device = cuda.device
-    cuda.close()
-    return {
-        "name": device.name,
-        "compute_capability": list(device.compute_capability),
-        "memory_mib": device.total_bytes >> 20,
-        "integrated": device.integrated,
-        "driver": driver_version(),
-        "cuda_of_driver": device.driver,
-    }
-
-
-def driver_version() -> str | None:
-    """Version that nvidia-smi prints; None if there is no nvidia-smi, as on some Jetsons."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def package_version(name: str) -> str | None:

@@ -81,10 +81,11 @@ def read_jetson(probe: Probe) -> Jetson | None:
     """None if this is not a Jetson. Docker hides the device tree, but the number of the chip can still be read."""
     compatible = (probe.text("proc/device-tree/compatible") or "").replace("\0", " ").split()
     chips = [name.partition(",")[2] for name in compatible if name.partition(",")[2] in CHIPS]
-    if not chips and probe.text("sys/devices/soc0/family") == "Tegra":
+    tegra = probe.text("sys/devices/soc0/family") == "Tegra"
+    if not chips and tegra:
         chips = [name for name, number in SOC_IDS.items() if probe.text("sys/devices/soc0/soc_id") == number]
     release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", probe.text("etc/nv_tegra_release") or "")
-    if not chips and release is None:
+    if not chips and release is None and not tegra:
         return None
     l4t = (int(release.group(1)), *(int(part) for part in release.group(2).split(".") if part)) if release else None
     parts = re.findall(r"p\d{4}-\d{4}", " ".join(compatible))

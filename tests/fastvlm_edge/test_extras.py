@@ -17,6 +17,9 @@ from fastvlm_edge.cli import _explain
 from fastvlm_edge.commands import convert
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import DISTRIBUTIONS, NEEDED_BY, gpu_extra, install_command, missing_package
+from fastvlm_edge.machine import probe
+from fastvlm_edge.machine.host import read_jetson
+from fastvlm_edge.machine.probe import Probe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,6 +79,27 @@ def test_the_extra_installs_the_module(module: str, project: dict[str, Any]) -> 
 
 def test_the_gpu_packages_of_a_jetson_leave_out_tensorrt_for_rtx() -> None:
     assert (gpu_extra(jetson=True), gpu_extra(jetson=False)) == ("tensorrt", "rtx")
+
+
+@pytest.mark.parametrize(
+    ("files", "jetson"),
+    [
+        ({}, False),
+        ({"etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic"}, True),
+        ({"sys/devices/soc0/family": "Tegra\n", "sys/devices/soc0/soc_id": "35\n"}, True),
+        ({"sys/devices/soc0/family": "Tegra\n", "sys/devices/soc0/soc_id": "999\n"}, True),  # newer than our table of chips
+        ({"sys/devices/soc0/family": "i.MX8\n"}, False),
+    ],
+)
+def test_the_gpu_packages_and_the_doctor_agree_on_what_a_jetson_is(
+    files: dict[str, str], jetson: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    here = Probe(tmp_path)
+    monkeypatch.setattr(probe, "Probe", lambda: here)
+    assert (read_jetson(here) is not None, gpu_extra()) == (jetson, "tensorrt" if jetson else "rtx")
 
 
 def test_a_package_of_nobody_is_not_explained() -> None:

@@ -25,13 +25,14 @@ from fastvlm_edge.bench.workload import Pictures, question, question_near
 from fastvlm_edge.cli import main
 from fastvlm_edge.inputs.image_input import load_rgb
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
-from fastvlm_edge.machine.description import IDENTITY, describe, describe_gpu
+from fastvlm_edge.machine.description import IDENTITY, describe
 from fastvlm_edge.machine.peak_memory import DeviceMemory, peak_host_mib
 from fastvlm_edge.machine.power import NoSensor, PowerFigures
 from fastvlm_edge.machine.state import busy, hottest, read_state
 from fastvlm_edge.model_dir.engine_record import EngineRecord, onnx_hashes
 from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.nvidia import drivers
+from fastvlm_edge.nvidia.description import describe_gpu
 from fastvlm_edge.progress import SilentProgress
 from tests.support.fake_cuda import FakeCuda
 

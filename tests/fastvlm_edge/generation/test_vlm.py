@@ -520,6 +520,33 @@ def test_a_prefill_that_fails_in_its_second_chunk_keeps_the_first(vlm: FastVLM, 
     np.testing.assert_allclose(output.top_values, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fails", ["before", "after"])
+def test_an_id_whose_step_failed_is_no_part_of_the_conversation(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    """The caller may decode another id in its place; later questions reuse that one and not the failed one."""
+    backend, session = vlm._backend, Session(vlm._backend, vocab=VOCAB)
+    ids, failed, instead, following = [1 + position % (VOCAB - 1) for position in range(30)], 5, 9, 7
+    expected = {token: session.prefill([*ids, token, following], ())[1].top_values.copy() for token in (failed, instead)}
+    ticket = session.prefill(ids, ())[0]
+    step = backend.step
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if fails == "after":
+            step(*arguments, **options)
+            backend.truncate(len(ids))
+        raise FastVLMError("the GPU failed")
+
+    monkeypatch.setattr(backend, "step", failing)
+    with pytest.raises(FastVLMError, match="the GPU failed"):
+        session.decode(ticket, failed)
+    monkeypatch.undo()
+    session.decode(ticket, instead)
+    assert backend.length == len(ids) + 1
+    for token, left in ((instead, 1), (failed, 2)):
+        _, output, computed = session.prefill([*ids, token, following], (), reuse=True)
+        assert computed == left, token
+        np.testing.assert_allclose(output.top_values, expected[token], rtol=1e-4, atol=1e-5)
+
+
 def test_a_newer_question_ends_an_open_stream_with_an_error(vlm: FastVLM) -> None:
     stream = vlm.stream(PROMPT, data.coffee(), max_new_tokens=40)
     next(stream)
