@@ -3,7 +3,7 @@
 One call has `seq` new positions and a read-only cache; the runtime writes `kv_new` into it afterwards. Inside the graph, keys and values
 are joined with the cache before one product each. This costs a copy of the cache at every call, but TensorRT then computes the attention
 of a layer in one kernel (docs/tensorrt.md).
-More graphs, for onnxruntime's CPU provider and for its CUDA provider, use the provider's own attention, which appends to the cache in place.
+More graphs, for onnxruntime's CPU and CUDA providers, use their own attention, which appends to the cache in place.
 
 In a plan with a narrow float type (FP16, BF16), a Cast to FP32 before a product and a Cast back after it ask for sums in FP32. Mask,
 softmax, rotation and the residual stream are FP32, and the scores of a layer where they are large (docs/precision.md).

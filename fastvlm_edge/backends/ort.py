@@ -1,4 +1,4 @@
-"""onnxruntime backend, on the CPU (the reference) or, with onnxruntime-gpu, on an NVIDIA GPU (`ort-cuda`, not yet run on hardware).
+"""onnxruntime backend. Its decoder on the CPU, the reference, is here; `ort_device.py` has the one for an NVIDIA GPU.
 
 Every tensor is bound once (IOBinding): the decoder reads the cache in place and writes into buffers that are kept between steps, so that
 Python only does a few small writes and one strided copy in a decode step.
@@ -6,11 +6,11 @@ Python only does a few small writes and one strided copy in a decode step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from fastvlm_edge.backends.kv_cache import KVCache
 from fastvlm_edge.backends.ort_session import DTYPES, Setup, check_tensors, on_device, ort_value, run
 from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput, check_pixels
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.model_dir.manifest import Manifest
+from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest
 from fastvlm_edge.progress import Progress, SilentProgress
 
 _KEPT_SEQ = 16
@@ -82,6 +82,37 @@ class OrtVision:
         return HostFeatures(features[0], dtype)
 
 
+def check_decoder(path: Path, session: Any, spec: DecoderSpec) -> tuple[bool, dict[str, str]]:
+    """Compare inputs and outputs of a decoder graph with the manifest.
+
+    Returns whether the graph appends to the cache itself, as those for a provider of onnxruntime do (docs/graphs.md), and the type of each
+    output. Raises FastVLMError for the first difference.
+    """
+    past = {f"past_key_values.{layer}.{part}": spec.dtype for layer in range(spec.layers) for part in ("key", "value")}
+    wanted = {"input_ids": "int64", "position_ids": "int64", "logit_positions": "int64", "image_features": spec.dtype, **past}
+    check_tensors(path, session.get_inputs(), wanted)
+    outputs = session.get_outputs()
+    found = {tensor.name: DTYPES.get(tensor.type, tensor.type) for tensor in outputs}
+    appends = "kv_new" not in found
+    present = {name.replace("past_key_values", "present"): kind for name, kind in past.items()}
+    floats = ("top_values", "log_normalizer", "logits")
+    types = {name: found.get(name, "float32") for name in floats} | {"top_ids": "int64"}
+    types |= present if appends else {"kv_new": spec.dtype}
+    check_tensors(path, outputs, types)
+    return appends, types
+
+
+def join_features(image_features: Sequence[ImageFeatures], spec: DecoderSpec) -> NDArray[Any]:
+    """The features of all pictures [rows, hidden], one after another; one row of zeros if there is none.
+
+    Raises FastVLMError if they come from another model or backend.
+    """
+    hosts = [picture for picture in image_features if isinstance(picture, HostFeatures)]
+    if len(hosts) < len(image_features) or any((host.dtype, host.data.shape[1]) != (spec.dtype, spec.hidden) for host in hosts):
+        raise FastVLMError("the image features come from another model or backend", "encode the picture again with this one")
+    return np.concatenate([host.data for host in hosts]) if hosts else np.zeros((1, spec.hidden), storage(spec.dtype))
+
+
 class OrtDecoder:
     """`decoder.onnx` and the KV cache that it reads."""
 
@@ -89,22 +120,10 @@ class OrtDecoder:
         """Load the graph. Raises FastVLMError if onnxruntime refuses it or it does not match the manifest."""
         path, self._session = setup.load("decoder")
         spec = self._spec = setup.manifest.decoder
-        past = {f"past_key_values.{layer}.{part}": spec.dtype for layer in range(spec.layers) for part in ("key", "value")}
-        wanted = {"input_ids": "int64", "position_ids": "int64", "logit_positions": "int64", "image_features": spec.dtype, **past}
-        check_tensors(path, self._session.get_inputs(), wanted)
-        outputs = self._session.get_outputs()
-        found = {tensor.name: DTYPES.get(tensor.type, tensor.type) for tensor in outputs}
-        self._appends = "kv_new" not in found
-        """Whether the graph is the one for the CPU, which appends to the cache itself (docs/graphs.md)."""
-        present = {name.replace("past_key_values", "present"): kind for name, kind in past.items()}
-        floats = ("top_values", "log_normalizer", "logits")
-        self._output_types = {name: found.get(name, "float32") for name in floats} | {"top_ids": "int64"}
-        self._output_types |= present if self._appends else {"kv_new": spec.dtype}
-        check_tensors(path, outputs, self._output_types)
+        self._appends, self._output_types = check_decoder(path, self._session, spec)
         self.cache = KVCache(layers=spec.layers, kv_heads=spec.kv_heads, head_dim=spec.head_dim, context=spec.context, dtype=spec.dtype)
-        self._no_picture = np.zeros((1, spec.hidden), dtype=storage(spec.dtype))
         self._image_features: tuple[ImageFeatures, ...] = ()
-        self._features = self._no_picture
+        self._features = join_features((), spec)
         self._shared_inputs: list[tuple[str, Any]] | None = None
         self._calls: dict[tuple[int, int, bool], _Call] = {}
 
@@ -141,6 +160,11 @@ class OrtDecoder:
             logits=None if call.logits is None else to_float32(call.logits[0], types["logits"]),
         )
 
+    def cached(self, length: int) -> NDArray[np.float32]:
+        """Keys and values of the first `length` positions in the cache: [layers, 2, kv_heads, length, head_dim]."""
+        stored: NDArray[Any] = self.cache.buffer[:, :, 0, :, :length]
+        return np.array(to_float32(stored, self._spec.dtype))
+
     def reset(self) -> None:
         """Forget all positions, and release the memory of a long conversation."""
         if self.cache.reset():
@@ -152,11 +176,7 @@ class OrtDecoder:
             new is old for new, old in zip(image_features, self._image_features, strict=True)
         ):
             return
-        spec = self._spec
-        hosts = [picture for picture in image_features if isinstance(picture, HostFeatures)]
-        if len(hosts) < len(image_features) or any((host.dtype, host.data.shape[1]) != (spec.dtype, spec.hidden) for host in hosts):
-            raise FastVLMError("the image features come from another model or backend", "encode the picture again with this one")
-        self._features = np.concatenate([host.data for host in hosts]) if hosts else self._no_picture
+        self._features = join_features(image_features, self._spec)
         self._image_features = image_features
         self._forget_bindings()
 
@@ -202,13 +222,50 @@ class OrtDecoder:
         return call
 
 
+class Cache(Protocol):
+    """How much of the cache is valid."""
+
+    length: int
+    revision: int
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from `length` on."""
+
+
+class Decoder(Protocol):
+    """A decoder with its cache, on the host or on a device; see OrtDecoder."""
+
+    @property
+    def cache(self) -> Cache: ...
+
+    def step(
+        self,
+        input_ids: Sequence[int],
+        image_features: tuple[ImageFeatures, ...] = (),
+        *,
+        logit_positions: Sequence[int] | None = None,
+        want_logits: bool = False,
+    ) -> StepOutput: ...
+
+    def cached(self, length: int) -> NDArray[np.float32]: ...
+
+    def reset(self) -> None: ...
+
+
 class OrtBackend:
     """Implements `backends.protocol.Backend` with onnxruntime."""
 
     def __init__(
-        self, directory: Path, manifest: Manifest, *, cuda: bool = False, threads: int | None = None, progress: Progress | None = None
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        progress: Progress | None = None,
+        cuda: bool = False,
+        load_decoder: Callable[[Setup], Decoder] = OrtDecoder,
     ) -> None:
-        """Load both graphs in parallel. Raises FastVLMError if onnxruntime refuses one."""
+        """Load both graphs in parallel. `cuda` needs a decoder on the device. Raises FastVLMError if onnxruntime refuses a graph."""
         progress = progress or SilentProgress()
         setup = on_device(directory, manifest, cuda=cuda, threads=threads)
         self.name = "ort-cuda" if cuda else "ort"
@@ -216,7 +273,7 @@ class OrtBackend:
         self._dtype = setup.manifest.decoder.dtype
         progress.stage(f"loading {manifest.name} ({manifest.precision})", 2)
         with ThreadPoolExecutor(2) as pool:
-            vision, decoder = pool.submit(OrtVision, setup), pool.submit(OrtDecoder, setup)
+            vision, decoder = pool.submit(OrtVision, setup), pool.submit(load_decoder, setup)
             self._vision = vision.result()
             progress.advance()
             self._decoder = decoder.result()
@@ -243,7 +300,7 @@ class OrtBackend:
 
     def cached(self, length: int) -> NDArray[np.float32]:
         """Keys and values of the first `length` positions in the cache: [layers, 2, kv_heads, length, head_dim]."""
-        return to_float32(self._decoder.cache.buffer[:, :, 0, :, :length], self._dtype).copy()
+        return self._decoder.cached(length)
 
     def step(
         self,

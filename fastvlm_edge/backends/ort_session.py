@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,19 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.probe import usable_cores
 from fastvlm_edge.model_dir.manifest import Manifest
 
-_ONNX_BFLOAT16 = 16
+ONNX_BFLOAT16 = 16
+Provider = str | tuple[str, dict[str, str]]
+"""Name of an execution provider, or name and options."""
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
 _CPU_GRAPH = ".cpu.onnx"
+CUDA_DECODER = "decoder.cuda.onnx"
+CUDA_OPTIONS = {
+    "device_id": "0",
+    "arena_extend_strategy": "kSameAsRequested",
+    "cudnn_conv_algo_search": "HEURISTIC",
+}
+"""Options of the CUDA provider. Its arena would grow by powers of two, and it would time every algorithm of every convolution at the first
+picture, which takes long and needs the largest of their workspaces."""
 SPIN_MICROSECONDS = 500
 """How long an idle thread spins before it sleeps. It is longer than the pause between two calls of the decoder, so that decoding need not
 wake threads. With onnxruntime's default (-1, tens of milliseconds), the threads of one graph take the cores from those of the other.
@@ -100,25 +111,49 @@ class Setup:
 
 
 def on_device(directory: Path, manifest: Manifest, *, cuda: bool = False, threads: int | None = None) -> Setup:
-    """Choose the graphs to run. On the CPU these are `*.cpu.onnx`, which compute in FP32, if the model directory has them."""
+    """Choose the graphs to run. On the CPU these are `*.cpu.onnx`, which compute in FP32, if the model directory has them.
+
+    Raises FastVLMError if it has no decoder for the CUDA provider.
+    """
+    if cuda and CUDA_DECODER not in manifest.files:
+        what = f"{directory} has no {CUDA_DECODER}, which --backend ort-cuda needs: it was converted with --precision {manifest.precision}"
+        raise FastVLMError(what, "convert the checkpoint again with this version and --precision int4, int8, fp16 or bf16")
     if graph_name("decoder", manifest, cuda).endswith(_CPU_GRAPH):
         manifest = replace(manifest, decoder=replace(manifest.decoder, dtype="float32"))
     return Setup(directory, manifest, threads or available_threads(), cuda)
 
 
 def graph_name(part: str, manifest: Manifest, cuda: bool) -> str:
-    """Name of the graph file for `vision` or `decoder`: on the CPU the one made for it, if there is one."""
-    twin = part + _CPU_GRAPH
-    return twin if twin in manifest.files and not cuda else f"{part}.onnx"
+    """Name of the graph file for `vision` or `decoder`: the one made for the provider, if there is one.
+
+    The CUDA provider has no INT8 convolutions, so it takes the encoder without quantised activations.
+    """
+    preferred = (CUDA_DECODER, "vision.float-inputs.onnx") if cuda else (part + _CPU_GRAPH,)
+    return next((name for name in preferred if name.startswith(part) and name in manifest.files), f"{part}.onnx")
 
 
-def providers(cuda: bool) -> list[str]:
+def has_cuda() -> bool:
+    """Whether the installed onnxruntime has the CUDA provider; a GPU may still be missing."""
+    return "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+def providers(cuda: bool) -> list[Provider]:
     """Execution providers in order of preference. Raises FastVLMError if CUDA is requested and this onnxruntime lacks it."""
     if not cuda:
         return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise FastVLMError("the installed onnxruntime has no CUDA support", "install onnxruntime-gpu, or use --backend ort")
-    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    if not has_cuda():
+        raise FastVLMError(
+            "the installed onnxruntime has no CUDA support", "run: fastvlm-edge doctor, which says how to install it, or use --backend ort"
+        )
+    _load_cuda_libraries()
+    return [("CUDAExecutionProvider", CUDA_OPTIONS), "CPUExecutionProvider"]
+
+
+def _load_cuda_libraries() -> None:
+    """Load cuBLAS and cuDNN where pip has installed them; onnxruntime finds only those of the system. It prints what it does not find."""
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
 
 
 def ort_value(array: NDArray[Any], dtype: str) -> Any:
@@ -126,11 +161,11 @@ def ort_value(array: NDArray[Any], dtype: str) -> Any:
     if not array.flags.c_contiguous:
         raise ValueError("the array is not contiguous, so onnxruntime would copy it")
     if dtype == "bfloat16":
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BFLOAT16)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX_BFLOAT16)
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def load(path: Path, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
+def load(path: Path, options: ort.SessionOptions, providers: list[Provider]) -> ort.InferenceSession:
     """Create a session for the graph at `path`. Raises FastVLMError if onnxruntime refuses it."""
     if not path.is_file():
         raise FastVLMError(f"{path} is missing", "copy the whole model directory, or convert the checkpoint again")
@@ -138,8 +173,9 @@ def load(path: Path, options: ort.SessionOptions, providers: list[str]) -> ort.I
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
         _refuse(error, f"{path} could not be loaded", "copy the model directory again, or convert the checkpoint again")
-    if session.get_providers()[0] != providers[0]:
-        raise FastVLMError(f"onnxruntime could not start {providers[0]}", "check the GPU driver and CUDA libraries, or use --backend ort")
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if session.get_providers()[0] != wanted:
+        raise FastVLMError(f"onnxruntime could not start {wanted}", "check the GPU driver and CUDA libraries, or use --backend ort")
     return session
 
 

@@ -28,8 +28,9 @@ def select(
     """Load the model directory into a backend.
 
     `tensorrt` runs the engines that `fastvlm-edge build` made, `ort` is onnxruntime on the CPU, `ort-cuda` is onnxruntime on an NVIDIA GPU.
-    `auto` takes `tensorrt` if there are engines that run on this machine, and `ort` otherwise; the backend's description then says why.
-    `auto` never takes `ort-cuda`, which was not yet run on hardware and whose results are not verified: it has to be named.
+    Engines and `ort-cuda` are checked at their first load on a GPU, and refused if their answers are not those of the conversion.
+    `auto` takes the first that runs on this machine: `tensorrt` if there are engines, `ort-cuda` if onnxruntime has the CUDA provider, and
+    `ort`; the backend's description then says why not the others.
     `tune_process` changes two settings of the whole process until it ends: the thresholds of the C heap (`malloc.loading`), and one memory
     arena for all onnxruntime sessions (`ort_session.share_arena`). Both save memory, and results are the same. Without it, the load changes
     neither.
@@ -57,23 +58,37 @@ def _load(name: str, directory: Path, manifest: Manifest, threads: int | None, p
         from fastvlm_edge.backends.load_engines import load_engines
 
         return load_engines(directory, manifest, threads=threads, progress=progress)
+    if name == "ort-cuda":
+        from fastvlm_edge.backends.load_ort_cuda import load_ort_cuda
+
+        return load_ort_cuda(directory, manifest, threads=threads, progress=progress)
     from fastvlm_edge.backends.ort import OrtBackend
 
-    return OrtBackend(directory, manifest, cuda=name == "ort-cuda", threads=threads, progress=progress)
+    return OrtBackend(directory, manifest, threads=threads, progress=progress)
 
 
 def _first_that_runs(directory: Path, manifest: Manifest, threads: int | None, progress: Progress) -> Backend:
-    if not (directory / ENGINES).is_dir():
-        why = "auto: no TensorRT engines"
-    else:
+    engines = (directory / ENGINES).is_dir()
+    reasons = [] if engines else ["no TensorRT engines"]
+    for name in ("tensorrt", "ort-cuda"):
+        if not (engines if name == "tensorrt" else _runs_on_cuda(manifest)):
+            continue
         try:
-            backend = _load("tensorrt", directory, manifest, threads, progress)
-            backend.description += " (auto)"
-            return backend
-        except FastVLMError as error:  # the user expects the engines to run, so say why they do not
+            backend = _load(name, directory, manifest, threads, progress)
+        except FastVLMError as error:  # the user expects it to run, so say why it does not
             progress.done()
-            progress.note(f"not using tensorrt: {error}")
-            why = f"auto: {error}"
-    backend = _load("ort", directory, manifest, threads, progress)
-    backend.description += f" ({why})"
+            progress.note(f"not using {name}: {error}")
+            reasons.append(str(error))
+        else:
+            break
+    else:
+        backend = _load("ort", directory, manifest, threads, progress)
+    backend.description += f" (auto: {'; '.join(reasons)})" if reasons else " (auto)"
     return backend
+
+
+def _runs_on_cuda(manifest: Manifest) -> bool:
+    """Whether onnxruntime has the CUDA provider, and the model directory a decoder for it."""
+    from fastvlm_edge.backends.ort_session import CUDA_DECODER, has_cuda
+
+    return CUDA_DECODER in manifest.files and has_cuda()

@@ -91,8 +91,8 @@ def build_vision(path: Path, dtype: str) -> None:
     )
 
 
-def build_decoder(path: Path, dtype: str) -> None:
-    """The decoder that the docstring of this module describes."""
+def build_decoder(path: Path, dtype: str, *, appends: bool = False) -> None:
+    """The decoder that the docstring of this module describes. With `appends` it writes into the cache itself, like decoder.cuda.onnx."""
     g = _Graph(seed=2)
     features = g.add("Cast", "image_features", to=TensorProto.FLOAT)
     table = g.add("Concat", g.weight(VOCAB, HIDDEN), features, axis=0)
@@ -120,8 +120,14 @@ def build_decoder(path: Path, dtype: str) -> None:
             flat = g.add("Reshape", g.add("Transpose", state, perm=[0, 2, 1, 3]), g.ints(0, 0, KV_HEADS * HEAD_DIM))
             mixed = g.add("MatMul", flat, g.weight(KV_HEADS * HEAD_DIM, HIDDEN))
             total = mixed if total is None else g.add("Add", total, mixed)
-        layers.append(g.add("Concat", *[g.add("Unsqueeze", tensor, g.ints(0)) for tensor in pair], axis=0))
-    g.add("Concat", *[g.add("Unsqueeze", layer, g.ints(0)) for layer in layers], output="kv_new", axis=0)
+        if appends:
+            for part, stored in zip(("key", "value"), pair, strict=True):
+                at = g.add("Expand", g.add("Unsqueeze", "position_ids", g.ints(1, 3)), g.add("Shape", stored))
+                g.add("ScatterElements", f"past_key_values.{layer}.{part}", at, stored, output=f"present.{layer}.{part}", axis=2)
+        else:
+            layers.append(g.add("Concat", *[g.add("Unsqueeze", tensor, g.ints(0)) for tensor in pair], axis=0))
+    if not appends:
+        g.add("Concat", *[g.add("Unsqueeze", layer, g.ints(0)) for layer in layers], output="kv_new", axis=0)
     assert total is not None
     # The sine keeps the sums of a long conversation from always pointing at the same few ids.
     hidden = g.add("Sin", total)
@@ -145,7 +151,8 @@ def build_decoder(path: Path, dtype: str) -> None:
             info("logit_positions", int64, ["batch", "m"]),
         ],
         [
-            info("kv_new", _TYPES[dtype], [LAYERS, 2, "batch", KV_HEADS, "seq", HEAD_DIM]),
+            *([info(value.name.replace("past_key_values", "present"), _TYPES[dtype], cache) for value in cached] if appends else []),
+            *([] if appends else [info("kv_new", _TYPES[dtype], [LAYERS, 2, "batch", KV_HEADS, "seq", HEAD_DIM])]),
             info("logits", TensorProto.FLOAT, ["batch", "m", VOCAB]),
             info("top_values", TensorProto.FLOAT, ["batch", "m", CANDIDATES]),
             info("top_ids", int64, ["batch", "m", CANDIDATES]),
@@ -161,7 +168,8 @@ def build_model(directory: Path, *, context: int = 2048, dtype: str = "float32")
     tokenizer.save(str(directory / "tokenizer.json"))
     build_vision(directory / "vision.onnx", dtype)
     build_decoder(directory / "decoder.onnx", dtype)
-    names = ("tokenizer.json", "vision.onnx", "decoder.onnx")
+    build_decoder(directory / "decoder.cuda.onnx", dtype, appends=True)
+    names = ("tokenizer.json", "vision.onnx", "decoder.onnx", "decoder.cuda.onnx")
     stop_ids = [token_id for name in ("<|im_end|>", "<|endoftext|>") if (token_id := tokenizer.token_to_id(name)) is not None]
     Manifest(
         name="fake",
