@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
-from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY, next_capacity
+from fastvlm_edge.backends.kv_cache import next_capacity
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import DecoderSpec
 from fastvlm_edge.nvidia.cuda import Cuda, PinnedMemory
@@ -52,8 +53,9 @@ class Arena:
 
     def free(self) -> None:
         """Release everything. No work may be in progress."""
-        while self._owned:
-            self._owned.pop().free()
+        with contextlib.ExitStack() as rest:  # an error does not keep the rest from being released
+            while self._owned:
+                rest.callback(self._owned.pop(0).free)
 
 
 class Freeable(Protocol):
@@ -81,16 +83,17 @@ class Buffer:
 
     def free(self) -> None:
         """Release the memory."""
-        if self.address:
-            self._cuda.free(self.address)
-        self.address = self.nbytes = 0
+        address, self.address, self.nbytes = self.address, 0, 0  # before CUDA may raise, so that nothing is freed twice
+        if address:
+            self._cuda.free(address)
 
 
 class DeviceCache:
     """The KV cache as one buffer [layers, 2, 1, kv_heads, capacity, head_dim] on the device; `KVCache` is the same in host memory."""
 
-    def __init__(self, cuda: Cuda, spec: DecoderSpec, stream: int) -> None:
-        self._cuda, self._stream = cuda, stream
+    def __init__(self, cuda: Cuda, spec: DecoderSpec, stream: int, capacity_for: Callable[[int], int] = next_capacity) -> None:
+        """`capacity_for` tells which capacity holds a number of positions."""
+        self._cuda, self._stream, self._capacity_for = cuda, stream, capacity_for
         self._parts = spec.layers * 2
         self._rows = spec.kv_heads
         self._dtype = spec.dtype
@@ -101,7 +104,7 @@ class DeviceCache:
         """Counts every change of the contents."""
         self.capacity = 0
         self.address = 0
-        self._replace(FIRST_CAPACITY)
+        self._replace(capacity_for(1))
 
     def part(self, layer: int, value: int) -> int:
         """Address of the keys (0) or values (1) of a layer: [1, kv_heads, capacity, head_dim]."""
@@ -111,20 +114,20 @@ class DeviceCache:
         """Size of a buffer for `capacity` positions, in bytes."""
         return self._parts * self._rows * capacity * self._position_bytes
 
-    def append(self, kv_new: int, position: int, seq: int) -> None:
-        """Enqueue the copy of `kv_new` [layers, 2, 1, kv_heads, seq, head_dim] to `position`, and forget all positions after it.
+    def append(self, kv_new: int, position: int, seq: int, width: int) -> None:
+        """Enqueue the copy of the first `seq` of `kv_new` [layers, 2, 1, kv_heads, width, head_dim] to `position`; forget all after it.
 
         `grow` must have made room before.
         """
         end, size = position + seq, self._position_bytes
         height = self._parts * self._rows
-        self._cuda.copy_2d(self.address + position * size, self.capacity * size, kv_new, seq * size, seq * size, height, self._stream)
+        self._cuda.copy_2d(self.address + position * size, self.capacity * size, kv_new, width * size, seq * size, height, self._stream)
         self.length = end
         self.revision += 1
 
     def grow(self, needed: int) -> None:
         """Make room for `needed` positions, after all work that uses the cache. If it raises OutOfDeviceMemory, nothing has changed."""
-        self._replace(next_capacity(needed))
+        self._replace(self._capacity_for(needed))
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
@@ -155,26 +158,33 @@ class DeviceCache:
     def shrink(self) -> None:
         """Forget all positions, and release the memory of a long conversation. No work may be in progress."""
         self.reset()
-        if self.capacity > FIRST_CAPACITY:
-            self._replace(FIRST_CAPACITY)
+        if self.capacity > (first := self._capacity_for(1)):
+            self._replace(first)
 
     def free(self) -> None:
         """Release the memory."""
-        if self.address:
-            self._cuda.free(self.address)
-            self.address = 0
+        address, self.address = self.address, 0
+        if address:
+            self._cuda.free(address)
 
     def _replace(self, capacity: int) -> None:
         """Move to a larger buffer. Positions never written are zero: the graph masks them, but a mask does not stop a NaN."""
         cuda, size = self._cuda, self._position_bytes
         address = cuda.allocate(aligned(self.bytes_at(capacity)))
-        cuda.zero(address, self.bytes_at(capacity), self._stream)
-        if self.length:
-            height = self._parts * self._rows
-            cuda.copy_2d(address, capacity * size, self.address, self.capacity * size, self.length * size, height, self._stream)
-        cuda.synchronize(self._stream)
-        self.free()
-        self.address, self.capacity = address, capacity
+        try:
+            cuda.zero(address, self.bytes_at(capacity), self._stream)
+            if self.length:
+                height = self._parts * self._rows
+                cuda.copy_2d(address, capacity * size, self.address, self.capacity * size, self.length * size, height, self._stream)
+            cuda.synchronize(self._stream)
+        except BaseException:
+            with contextlib.suppress(FastVLMError):
+                cuda.synchronize(self._stream)
+            cuda.free(address)
+            raise
+        old, self.address, self.capacity = self.address, address, capacity
+        if old:
+            cuda.free(old)
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,9 +264,9 @@ class FeatureStore:
 
     def free(self) -> None:
         """Release all memory, also that of features that are still referred to."""
-        for address in self._live:
-            self._cuda.free(address)
-        self._live.clear()
+        with contextlib.ExitStack() as rest:
+            while self._live:
+                rest.callback(self._cuda.free, self._live.pop())
 
 
 def cache_addresses(cache: DeviceCache, layers: int) -> Iterator[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 A call copies ids to the device and 64 candidates per requested position back, and appends to the cache with one strided copy. Decoding one
 id and encoding a picture have fixed shapes, so they become CUDA graphs: the first call with a shape runs normally, the second is captured.
+TensorRT for RTX makes its graphs itself.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastvlm_edge.backends.decoder_contexts import Calls, Contexts, DynamicContexts, StaticContexts
 from fastvlm_edge.backends.device_memory import Arena, Buffer, DeviceCache, DeviceFeatures, FeatureStore, aligned, cache_addresses
 from fastvlm_edge.backends.dtypes import storage
+from fastvlm_edge.backends.engine_files import EngineFiles
 from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput, check_pixels
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.model_dir.atomic import whole_file
-from fastvlm_edge.model_dir.engine_record import PARTS
+from fastvlm_edge.extras import gpu_extra, install_advice
 from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest, VisionSpec
 from fastvlm_edge.nvidia.cuda import Cuda, OutOfDeviceMemory
-from fastvlm_edge.nvidia.tensorrt_library import Context, LoadedEngine
+from fastvlm_edge.nvidia.tensorrt_library import LoadedEngine
 from fastvlm_edge.progress import Progress, SilentProgress
 
 _INT64, _FLOAT32 = 8, 4
@@ -49,9 +51,10 @@ class _Graph:
     TensorRT does not promise that all of its work can be captured. If it cannot, the work runs normally, and `note` gets one warning.
     """
 
-    def __init__(self, cuda: Cuda, stream: int, work: Callable[[], None], note: Callable[[str], None]) -> None:
+    def __init__(self, cuda: Cuda, stream: int, work: Callable[[], None], note: Callable[[str], None], *, capture: bool) -> None:
+        """Without `capture` the work always runs normally, because the library makes graphs itself."""
         self._cuda, self._stream, self._work, self._note = cuda, stream, work, note
-        self._recordable = cuda.supports_graphs
+        self._recordable = capture and cuda.supports_graphs
         self._calls = 0
         self._graph: int | None = None
 
@@ -72,9 +75,9 @@ class _Graph:
     def forget(self) -> None:
         """Drop the graph, because shapes or addresses change."""
         self._calls = 0
-        if self._graph is not None:
-            self._cuda.destroy_graph(self._graph)
-            self._graph = None
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            self._cuda.destroy_graph(graph)
 
 
 class _Vision:
@@ -102,7 +105,7 @@ class _Vision:
         self._context.set_shape("pixel_values", shape)
         self._context.set_address("pixel_values", self._device.address)
         self._context.set_address("image_features", self.features.address)
-        self._graph = _Graph(cuda, stream, self._work, note)
+        self._graph = _Graph(cuda, stream, self._work, note, capture=not engine.captures_itself)
 
     def enqueue(self, pixel_values: NDArray[np.float32]) -> None:
         """Enqueue the encoding of a picture; its result is in `features`."""
@@ -120,16 +123,14 @@ class _Vision:
 
 
 class _Decoder:
-    """`decoder.engine` and its KV cache. All inputs are in one block and all outputs in another, so that each takes one copy."""
+    """The decoder and its KV cache. All inputs are in one block and all outputs in another, so that each takes one copy."""
 
     def __init__(
-        self, cuda: Cuda, arena: Arena, stream: int, engine: LoadedEngine, spec: DecoderSpec, scratch: Buffer, note: Callable[[str], None]
+        self, cuda: Cuda, arena: Arena, stream: int, contexts: Contexts, spec: DecoderSpec, note: Callable[[str], None], *, capture: bool
     ) -> None:
-        self._cuda, self._stream, self._spec = cuda, stream, spec
-        self.chunk = engine.largest("input_ids")[1]
-        self.most_positions = engine.largest("logit_positions")[1]
-        self._largest_rows = engine.largest("image_features")[0]
-        self.cache = DeviceCache(cuda, spec, stream)
+        self._cuda, self._stream, self._spec, self._contexts = cuda, stream, spec, contexts
+        self.chunk, self.most_positions = contexts.chunk, contexts.most_positions
+        self.cache = DeviceCache(cuda, spec, stream, contexts.capacity_for)
         arena.own(self.cache)
         m, k = self.most_positions, spec.candidates
 
@@ -153,38 +154,45 @@ class _Decoder:
 
         self._row_bytes = spec.hidden * storage(spec.dtype).itemsize
         sizes = (self._input_bytes, self._output_bytes, logit_bytes, self.cache.bytes_at(self.chunk), self._row_bytes)
-        self._in, self._out, self._device_logits, self._kv_new, self._features = map(arena.buffer, sizes)
+        self._in, self._out, self._device_logits, self._kv_new, self._no_features = map(arena.buffer, sizes)
+        self._features = arena.buffer(contexts.padded_rows * self._row_bytes)
+        for buffer in (self._no_features, self._features):
+            if buffer.nbytes:
+                cuda.zero(buffer.address, buffer.nbytes, stream)
+        cuda.synchronize(stream)
         self._image_features: tuple[ImageFeatures, ...] = ()
-        self._rows = 1
-        self._clear_features()
-        # Two contexts, because calls with other shapes must not change the context that a graph has captured.
-        self._prefill = engine.context(0, scratch.address, scratch.nbytes, stream, captured=False)
-        self._decode = engine.context(engine.profiles - 1, scratch.address, scratch.nbytes, stream, captured=True)
-        self._decode_graph = _Graph(cuda, stream, self._decode_work, note)
-        self._decode_rows = 0
-        """Number of image_features rows that the decode context is bound to; 0 if it must be bound again."""
+        self._rows = 0
+        self._decode_graph = _Graph(cuda, stream, self._decode_work, note, capture=capture)
+        self._decode_bound = False
+        """Whether the decode context has its shapes and addresses."""
 
     def step(self, ids: Sequence[int], positions: Sequence[int], want_logits: bool) -> StepOutput:
-        """Call the engine once, with at most `chunk` ids and `most_positions` positions, and wait for the result."""
-        seq, m, start = len(ids), len(positions), self.cache.length
+        """Call an engine once, with at most `chunk` ids and `most_positions` positions, and wait for the result."""
+        contexts, seq, m, start = self._contexts, len(ids), len(positions), self.cache.length
+        contexts.use(self.cache.capacity)
+        text = max(ids) < self._spec.vocab
+        decoding = text and seq == 1 and m == 1
+        calls = contexts.decode if decoding else contexts.short(seq) if text else contexts.prefill
+        width, asked = calls.ids or seq, calls.positions or m
+        self._ids[:width] = 0  # an id that no other sees, where a call is filled up
         self._ids[:seq] = ids
-        self._positions[:seq] = range(start, start + seq)
+        self._positions[:width] = np.minimum(np.arange(start, start + width), self._spec.context - 1)
+        self._logit_positions[:asked] = 0
         self._logit_positions[:m] = positions
-        if seq == 1 and m == 1:
-            if self._rows != self._decode_rows:
-                self._unbind()
-                self._bind(self._decode, 1, 1)
-                self._decode_rows = self._rows
+        if decoding:
+            if not self._decode_bound:
+                self._bind(calls, width, asked)
+                self._decode_bound = True
             self._decode_graph.run()
         else:
-            self._bind(self._prefill, seq, m)
-            self._work(self._prefill)
+            self._bind(calls, width, asked)
+            self._work(calls)
         if want_logits:
             self._cuda.copy(self._host_logits.address, self._device_logits.address, m * self._spec.vocab * _FLOAT32, self._stream)
         if start + seq > self.cache.capacity:
             self._unbind()
             self.cache.grow(start + seq)
-        self.cache.append(self._kv_new.address, start, seq)
+        self.cache.append(self._kv_new.address, start, seq, width)
         self._cuda.synchronize(self._stream)
         logits = self._logits[:m] if want_logits else None
         return StepOutput(self._top_values[:m], self._top_ids[:m], self._log_normalizer[:m], logits)
@@ -199,25 +207,16 @@ class _Decoder:
         if len(own) < len(image_features):
             raise FastVLMError("the image features come from another model or backend", "encode the picture again with this one")
         rows = sum(picture.rows for picture in own)
-        if rows > self._largest_rows:
+        if rows > self._contexts.most_rows:
             what = f"{len(own)} pictures have {rows} visual tokens, more than the context of {self._spec.context}"
             raise FastVLMError(what, "use fewer pictures")
-        self._image_features, self._rows = (), 1  # in case the allocation below fails
-        if rows * self._row_bytes > self._features.nbytes:
-            self._unbind()
-            try:
-                self._features.reserve(rows * self._row_bytes)
-            except OutOfDeviceMemory:
-                self._features.reserve(self._row_bytes)  # it was larger before, so this fits: a question without a picture needs one row
-                self._clear_features()
-                raise
-        if not rows:
-            self._clear_features()
+        self._image_features, self._rows = (), 0  # in case the allocation fails
+        self._features.reserve(rows * self._row_bytes)
         at = self._features.address
         for picture in own:
             self._cuda.copy(at, picture.address, picture.rows * self._row_bytes, self._stream)
             at += picture.rows * self._row_bytes
-        self._image_features, self._rows = image_features, max(rows, 1)
+        self._image_features, self._rows = image_features, rows
 
     def shrink(self) -> None:
         """Forget all positions, and release the memory of a long conversation."""
@@ -225,29 +224,25 @@ class _Decoder:
         self.cache.shrink()
 
     def release(self) -> None:
-        """Release the contexts and their graph."""
+        """Release the graph. The contexts can be closed after that."""
         self._unbind()
-        self._prefill.close()
-        self._decode.close()
 
     def _unbind(self) -> None:
-        """Call this before an address that the decode context is bound to changes."""
+        """Call this before the decode context, or an address that it is bound to, changes."""
         self._decode_graph.forget()
-        self._decode_rows = 0
+        self._decode_bound = False
 
-    def _clear_features(self) -> None:
-        self._cuda.zero(self._features.address, self._row_bytes, self._stream)
-        self._cuda.synchronize(self._stream)
-
-    def _bind(self, context: Context, seq: int, m: int) -> None:
-        """Set the shapes and addresses of every input and output."""
-        spec, cache = self._spec, self.cache
-        block = self._in.address
+    def _bind(self, calls: Calls, width: int, asked: int) -> None:
+        """Set the shapes and addresses of every input and output, for `width` ids and `asked` positions."""
+        spec, cache, context = self._spec, self.cache, calls.context
+        block, rows, features = self._in.address, 1, self._no_features
+        if calls.rows != 1 and (self._rows or calls.rows):
+            rows, features = calls.rows or self._rows, self._features
         for name, shape, address in (
-            ("input_ids", (1, seq), block + self._ids_at),
-            ("position_ids", (1, seq), block + self._positions_at),
-            ("logit_positions", (1, m), block + self._logit_positions_at),
-            ("image_features", (self._rows, spec.hidden), self._features.address),
+            ("input_ids", (1, width), block + self._ids_at),
+            ("position_ids", (1, width), block + self._positions_at),
+            ("logit_positions", (1, asked), block + self._logit_positions_at),
+            ("image_features", (rows, spec.hidden), features.address),
         ):
             context.set_shape(name, shape)
             context.set_address(name, address)
@@ -261,11 +256,11 @@ class _Decoder:
         context.set_address("kv_new", self._kv_new.address)
 
     def _decode_work(self) -> None:
-        self._work(self._decode)
+        self._work(self._contexts.decode)
 
-    def _work(self, context: Context) -> None:
+    def _work(self, calls: Calls) -> None:
         self._cuda.copy(self._in.address, self._host_in.address, self._input_bytes, self._stream)
-        context.enqueue(self._stream)
+        calls.context.enqueue(self._stream)
         self._cuda.copy(self._host_out.address, self._out.address, self._output_bytes, self._stream)
 
 
@@ -275,25 +270,31 @@ class TensorRTBackend:
     name = "tensorrt"
 
     def __init__(self, directory: Path, manifest: Manifest, platform: Platform, *, progress: Progress | None = None) -> None:
-        """Load `vision.engine` and `decoder.engine` of `directory` and allocate all the memory that they need.
+        """Load the engines of `directory` and allocate the memory that they need.
 
         Takes over `platform.cuda` and closes it. Raises FastVLMError if TensorRT refuses an engine or if memory is short.
         """
         progress = progress or SilentProgress()
-        self._directory, self._manifest, self._cuda = directory, manifest, platform.cuda
+        self._manifest, self._cuda = manifest, platform.cuda
+        self._files = EngineFiles(directory, manifest, platform.cuda, platform.load)
         self._lock = threading.RLock()
         self._closed = False
         self._undo = contextlib.ExitStack()
         weakref.finalize(self, self._undo.close).atexit = False  # for callers that forget to close; at exit the driver cleans up
         device = platform.cuda.device
         self.description = f"{platform.library} {platform.version}, {device.name}"
-        progress.stage(f"loading {manifest.name} ({manifest.precision})", len(PARTS) + 1)
+        if not platform.cuda.supports_graphs:
+            self.description += ", no CUDA graphs"
+            what = f"{platform.cuda.binding} has no CUDA graphs, so the host launches hundreds of kernels per token, which is slower"
+            progress.note(f"warning: {what}; cuda-python has them; {install_advice(gpu_extra())}")
+        progress.stage(f"loading {manifest.name} ({manifest.precision})", 3)
         try:
             self._load(platform, progress)
         except OutOfDeviceMemory as error:
             self._undo.close()
-            weights = sum((directory / f"{part}.engine").stat().st_size for part in PARTS)
-            what = f"{manifest.name} does not fit on {device.name}: in addition to its engines of {weights >> 20:,} MiB, {error.what}"
+            size = f"engines of {self._files.largest_bytes() >> 20:,} MiB"
+            more = f"loading its {size} ran out of memory" if error.free is None else f"in addition to its {size}, {error.what}"
+            what = f"{manifest.name} does not fit on {device.name}: {more}"
             raise FastVLMError(what, error.mend) from None
         except BaseException:
             self._undo.close()
@@ -308,23 +309,30 @@ class TensorRTBackend:
         arena = Arena(cuda)
         undo.callback(arena.free)
         undo.callback(cuda.synchronize, stream)  # before anything is freed
-        self._engines: dict[str, LoadedEngine] = {}
-        for part in PARTS:
-            path = self._directory / f"{part}.engine"
-            engine = platform.load(path)
-            undo.callback(engine.close)
-            check_engine(path, engine, part, manifest)
-            engine.restore_kernels(read_kernels(kernels_path(self._directory, part, cuda)))
-            self._engines[part] = engine
-            progress.advance()
-        vision, decoder = self._engines["vision"], self._engines["decoder"]
-        self._store = FeatureStore(cuda, manifest.decoder, stream, self._lock)
+        spec, files = manifest.decoder, self._files
+        self._store = FeatureStore(cuda, spec, stream, self._lock)
         arena.own(self._store)
-        scratch = arena.buffer(max(vision.scratch_bytes, decoder.scratch_bytes, 1))  # the engines run one after the other, so they share it
-        self._vision = _Vision(cuda, arena, stream, vision, manifest.vision, manifest.decoder.dtype, scratch, progress.note)
-        undo.callback(self._vision.release)
-        self._decoder = _Decoder(cuda, arena, stream, decoder, manifest.decoder, scratch, progress.note)
+        self._vision_engine = vision = files.load("vision")
+        undo.callback(vision.close)
+        progress.advance()
+        contexts: Contexts
+        if files.capacities:
+            scratch = arena.buffer(max(vision.scratch_bytes, 1))
+            contexts = StaticContexts(files, spec, arena, stream)
+        else:
+            decoder = files.load("decoder")
+            undo.callback(decoder.close)
+            # The engines run one after the other, so they share it.
+            scratch = arena.buffer(max(vision.scratch_bytes, decoder.scratch_bytes, 1))
+            contexts = DynamicContexts(decoder, scratch, stream)
+        self._contexts = contexts
+        undo.callback(contexts.release)
+        progress.advance()
+        capture = not vision.captures_itself
+        self._decoder = _Decoder(cuda, arena, stream, contexts, spec, progress.note, capture=capture)
         undo.callback(self._decoder.release)
+        self._vision = _Vision(cuda, arena, stream, vision, manifest.vision, spec.dtype, scratch, progress.note)
+        undo.callback(self._vision.release)
         progress.advance()
 
     @property
@@ -339,13 +347,8 @@ class TensorRTBackend:
 
     def save_kernels(self) -> None:
         """Save the kernels that TensorRT for RTX has compiled for this GPU. TensorRT itself compiles at build time and has none."""
-        for part, engine in self._engines.items():
-            kernels = engine.compiled_kernels()
-            path = kernels_path(self._directory, part, self._cuda)
-            if kernels and kernels != read_kernels(path):
-                # on a full or read-only disk, the next load only takes longer
-                with contextlib.suppress(OSError), whole_file(path) as partial:
-                    partial.write_bytes(kernels)
+        for part, engine in {"vision": self._vision_engine, **self._contexts.engines()}.items():
+            self._files.save_kernels(part, engine)
 
     def encode(self, pixel_values: NDArray[np.float32]) -> DeviceFeatures:
         """pixel_values [1, 3, S, S] -> features [tokens, hidden], which stay on the device."""
@@ -451,34 +454,3 @@ class TensorRTBackend:
                 with contextlib.suppress(FastVLMError):  # the first error is the one to report
                     self._cuda.synchronize(self._stream)
                 raise
-
-
-def kernels_path(directory: Path, part: str, cuda: Cuda) -> Path:
-    """File with the compiled kernels of an engine for this kind of GPU; other GPUs cannot use them."""
-    major, minor = cuda.device.compute_capability
-    return directory / f"{part}.sm{major}{minor}.kernels"
-
-
-def read_kernels(path: Path) -> bytes:
-    """The kernels that `save_kernels` wrote, or no bytes."""
-    return path.read_bytes() if path.is_file() else b""
-
-
-def check_engine(path: Path, engine: LoadedEngine, part: str, manifest: Manifest) -> None:
-    """Compare names and types of the inputs and outputs of an engine with the manifest. Raises FastVLMError for the first difference."""
-    dtype, layers = manifest.decoder.dtype, range(manifest.decoder.layers)
-    past = {f"past_key_values.{layer}.{kind}": dtype for layer in layers for kind in ("key", "value")}
-    int64 = dict.fromkeys(("input_ids", "position_ids", "logit_positions"), "int64")
-    if part == "vision":
-        inputs, outputs = {"pixel_values": "float32"}, {"image_features": dtype}
-    else:
-        inputs = {**int64, "image_features": dtype, **past}
-        outputs = {"kv_new": dtype, "logits": "float32", "top_values": "float32", "top_ids": "int64", "log_normalizer": "float32"}
-    for found, wanted in ((engine.inputs, inputs), (engine.outputs, outputs)):
-        for name in sorted(set(wanted) | set(found)):
-            if wanted.get(name) != found.get(name):
-                raise FastVLMError(
-                    f"{path} does not match its manifest: tensor {name} is {found.get(name, 'missing')}, expected "
-                    f"{wanted.get(name, 'no such tensor')}",
-                    f"run: fastvlm-edge build {path.parents[2]} --force",
-                )

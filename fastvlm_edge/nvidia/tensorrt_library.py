@@ -8,6 +8,7 @@
 | caller allocates all scratch memory, as CUDA graphs need | no flag | no flag | `REQUIRE_USER_ALLOCATION` |
 | timing cache | yes | yes | no effect |
 | compiled by the first run | nothing | nothing | kernels, kept in an `IRuntimeCache` |
+| CUDA graphs | captured by the caller | captured by the caller | `CudaGraphStrategy.WHOLE_GRAPH_CAPTURE` |
 
 Sources, call by call: docs/tensorrt-versions.md.
 """
@@ -18,6 +19,7 @@ import functools
 import importlib
 import mmap
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +30,7 @@ from typing import Any
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import install_command
+from fastvlm_edge.nvidia.cuda import OutOfDeviceMemory
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 OLDEST = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 2)}
@@ -39,7 +42,15 @@ Profile = Mapping[str, tuple[Shape, Shape, Shape]]
 Monitor = Callable[[float], None]
 """Called often with the finished share of the build, 0 to 1. An exception that it raises, such as KeyboardInterrupt, ends the build."""
 
+_NO_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|MemoryAllocation", re.IGNORECASE)
+_REQUESTED = re.compile(r"insufficient memory on requested size of (\d+)")
+_SCRATCH = re.compile(r"Total Activation Memory: (\d+)")
+
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
+
+
+class GraphRefusedError(FastVLMError):
+    """The library does not accept a graph, or finds no kernels for it, although it has enough memory."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Built:
     """Timings for later builds; empty with TensorRT for RTX."""
     listing: str
     """The builder's list of the layers of the engine, empty if its log has none."""
+    scratch_bytes: int
+    """Device memory that a run needs in addition to weights, inputs and outputs: the largest of all profiles. 0 if the log does not say."""
 
 
 class Library:
@@ -111,7 +124,7 @@ class Library:
         network = builder.create_network(self._network_flags(settings))
         parser = trt.OnnxParser(network, self.logger)
         if not parser.parse_from_file(str(graph)):
-            raise FastVLMError(f"{self.name} {self.version} does not accept {graph}: {self._parser_errors(parser)}")
+            raise GraphRefusedError(f"{self.name} {self.version} does not accept {graph}: {self._parser_errors(parser)}")
         config = builder.create_builder_config()
         if settings.weakly_typed:
             self._constrain(network, config)
@@ -120,8 +133,10 @@ class Library:
         if settings.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        # Side streams only dequantise weights ahead of time: they wait for each other, and hold several times the scratch memory.
+        config.max_aux_streams = 0
         self._set_targets(config, settings.compute_capabilities)
-        for ranges in settings.profiles:
+        for ranges in () if self._fix_shapes(network, settings.profiles) else settings.profiles:
             profile = builder.create_optimization_profile()
             for name, (smallest, optimal, largest) in ranges.items():
                 try:
@@ -135,8 +150,19 @@ class Library:
         config.progress_monitor = watch
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise FastVLMError(f"{self.name} {self.version} could not build {graph.name}: {self._reason()}")
-        return Built(plan, b"" if cache is None else _bytes(cache.serialize()), self.log.listing)
+            raise self._build_error(graph.name, settings.workspace)
+        return Built(plan, b"" if cache is None else _bytes(cache.serialize()), self.log.listing, self.log.scratch)
+
+    def _fix_shapes(self, network: Any, profiles: Sequence[Profile]) -> bool:
+        """If there is one profile, and all its inputs have one shape, make these the shapes of the network, which then needs no profile."""
+        if len(profiles) != 1 or any(len({*shapes}) > 1 for shapes in profiles[0].values()):
+            return False
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            if tensor.name not in profiles[0]:
+                return False
+            tensor.shape = profiles[0][tensor.name][0]
+        return True
 
     def _start(self, kind: Any) -> Any:
         """Create a Builder or a Runtime. Their constructors raise TypeError if the GPU driver is missing or too old."""
@@ -145,6 +171,18 @@ class Library:
         except TypeError:
             what = f"{self.name} {self.version} does not start: {self._reason()}"
             raise FastVLMError(what, "check whether nvidia-smi sees the GPU") from None
+
+    def _build_error(self, graph: str, workspace: int | None) -> FastVLMError:
+        what = f"{self.name} {self.version} could not build {graph}: {self._reason()}"
+        if any(_NO_MEMORY.search(words) for words in self.log.errors):
+            return FastVLMError(
+                what,
+                "close other programs; on a Jetson also drop the file cache (sync; echo 3 | sudo tee /proc/sys/vm/drop_caches), and reboot "
+                "if that does not help, because GPU memory can be too fragmented (NvMap error 12)",
+            )
+        if workspace is not None and self.log.requested > workspace:  # tactics that need more are only skipped, with a warning
+            return GraphRefusedError(what, f"allow more scratch memory: --workspace {-(-self.log.requested // (1 << 20))}")
+        return GraphRefusedError(what)
 
     def _use_timings(self, config: Any, timings: bytes) -> Any:
         """Give the builder a timing cache to add to. TensorRT refuses timings of another version or GPU; then start with an empty one."""
@@ -227,6 +265,8 @@ class Library:
         except (OSError, ValueError) as error:
             raise FastVLMError(f"{path} could not be read ({error})", again) from None
         if engine is None:
+            if any(_NO_MEMORY.search(words) for words in self.log.errors):
+                raise OutOfDeviceMemory(path.stat().st_size)
             raise FastVLMError(f"{self.name} {self.version} could not load {path}: {self._reason()}", again)
         return LoadedEngine(self, runtime, engine, path)
 
@@ -237,6 +277,8 @@ class _Tensors:
 
     inputs: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
+    on_host: list[str] = field(default_factory=list)
+    """Those whose values the library reads or writes in host memory."""
 
 
 class LoadedEngine:
@@ -251,7 +293,9 @@ class LoadedEngine:
             kind = engine.get_tensor_dtype(name).name
             borders = tensors.inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else tensors.outputs
             borders[name] = DTYPES.get(kind, kind)
-        self.inputs, self.outputs = tensors.inputs, tensors.outputs
+            if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE or engine.is_shape_inference_io(name):
+                tensors.on_host.append(name)
+        self.inputs, self.outputs, self.on_host = tensors.inputs, tensors.outputs, tensors.on_host
         self._config: Any = None
         self._kernels: Any = None
 
@@ -261,10 +305,11 @@ class LoadedEngine:
         return int(self._engine.num_optimization_profiles)
 
     def largest(self, name: str, profile: int = 0) -> Shape:
-        """The largest shape of an input in a profile."""
+        """The largest shape of an input in a profile, or its only one."""
         if name not in self.inputs:
             raise FastVLMError(f"{self.path} has no input {name}; it has {', '.join(self.inputs)}")
-        return tuple(self._engine.get_tensor_profile_shape(name, profile)[2])
+        shape = tuple(self._engine.get_tensor_shape(name))
+        return tuple(self._engine.get_tensor_profile_shape(name, profile)[2]) if -1 in shape else shape
 
     @property
     def scratch_bytes(self) -> int:
@@ -273,6 +318,11 @@ class LoadedEngine:
         Contexts that run one after the other on the same stream may share this memory, also those of different engines.
         """
         return int(self._engine.device_memory_size_v2)
+
+    @property
+    def captures_itself(self) -> bool:
+        """Whether the library makes CUDA graphs itself, so that its work must not be captured."""
+        return self._library.is_rtx
 
     def restore_kernels(self, cache: bytes) -> None:
         """TensorRT for RTX: restore the kernels of earlier runs, see `compiled_kernels`. The library ignores those that do not fit."""
@@ -291,8 +341,9 @@ class LoadedEngine:
     def context(self, profile: int, scratch: int, scratch_bytes: int, stream: int, *, captured: bool) -> Context:
         """Create an execution context for one profile. Its scratch memory is at the device address `scratch`, a multiple of 256.
 
-        `captured` says that its work will be captured in CUDA graphs. TensorRT for RTX then compiles the kernels for a new shape before the
-        run instead of in the background: a graph would keep the slower kernels that are used until then.
+        `captured` says that calls of the same shape repeat, so that CUDA graphs pay. TensorRT for RTX then makes them itself
+        (`captures_itself`). It compiles the kernels for a new shape in the background, runs slower ones until they are ready, and captures
+        a graph after that: so the first calls of a shape do not wait.
         """
         if not 0 <= profile < self.profiles:  # checked here, because 10.3 raises its error without holding the GIL
             raise FastVLMError(f"{self.path} has no profile {profile}; it has {self.profiles}")
@@ -300,8 +351,10 @@ class LoadedEngine:
         strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._config is not None:
             self._config.set_execution_context_allocation_strategy(strategy)
-            when = self._library.module.DynamicShapesKernelSpecializationStrategy
-            self._config.dynamic_shapes_kernel_specialization_strategy = when.EAGER if captured else when.LAZY
+            trt = self._library.module
+            self._config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
+            graphs = trt.CudaGraphStrategy
+            self._config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if captured else graphs.DISABLED
         context = self._engine.create_execution_context(strategy if self._config is None else self._config)
         if context is None:
             raise FastVLMError(f"{self.path} could not be prepared for execution: {self._library._reason()}")
@@ -365,7 +418,7 @@ def find_library(names: Sequence[str] = LIBRARIES) -> Library:
 
 
 class _Log:
-    """Errors and layers that a library logged since the last `clear`."""
+    """What a library logged since the last `clear`: errors, layers, and bytes of scratch memory that the engine needs."""
 
     def __init__(self) -> None:
         self.clear()
@@ -373,6 +426,9 @@ class _Log:
     def clear(self) -> None:
         self.errors: list[str] = []
         self.listing = ""
+        self.scratch = 0
+        self.requested = 0
+        """The most scratch memory that a kernel asked for in vain."""
 
 
 def _bytes(memory: Any) -> bytes:
@@ -396,7 +452,11 @@ def _make_logger(trt: Any) -> tuple[Any, _Log]:
         def log(self, severity: Any, message: str) -> None:
             if severity in (severities.ERROR, severities.INTERNAL_ERROR):
                 log.errors.append(" ".join(message.split())[:400])
-            elif severity == severities.VERBOSE:
+            if found := _SCRATCH.match(message):
+                log.scratch = max(log.scratch, int(found[1]))
+            if found := _REQUESTED.search(message[:400]):
+                log.requested = max(log.requested, int(found[1]))
+            if severity == severities.VERBOSE:
                 if message.startswith("Layers:"):
                     log.listing = message
                 return

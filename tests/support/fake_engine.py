@@ -1,56 +1,85 @@
-"""A stand-in for a TensorRT engine: it computes with onnxruntime in the memory of `FakeCuda`, so that the backend runs without a GPU.
+"""A stand-in for a TensorRT engine: it computes with onnxruntime in the memory of `FakeCuda` or of the stand-in for libcuda.so.1.
 
-The file of a fake engine is JSON: the ONNX graph that it runs, and the largest shapes of its profiles.
+The file of a fake engine is JSON: the ONNX graph that it runs, and the smallest and largest shapes of its profiles. A context asserts what
+NVIDIA documents: nothing runs before shapes and addresses are set, shapes are within the profile in use, addresses are aligned, a shape runs
+once before it is captured, and neither is used after it was closed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from fastvlm_edge.backends import load_engines
 from fastvlm_edge.backends.dtypes import storage
+from fastvlm_edge.backends.engine_files import static_part
 from fastvlm_edge.backends.ort_session import DTYPES, ort_value
 from fastvlm_edge.backends.tensorrt import Platform
 from fastvlm_edge.model_dir.engine_record import ENGINES, EngineRecord, onnx_hashes
 from fastvlm_edge.model_dir.manifest import FileRecord, read_manifest, sha256
 from fastvlm_edge.nvidia.tensorrt_library import Context, LoadedEngine
-from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_cuda import FakeCuda, Range
 
 VERSION = "10.3.0"
-CHUNK, POSITIONS = 48, 16
+CHUNK, POSITIONS, SHORT = 48, 16, 16
+Sizes = tuple[int, int]
+"""Smallest and largest."""
+
+
+class Device(Protocol):
+    """What fake engines need of CUDA; `FakeCuda` describes the methods."""
+
+    def allocate(self, nbytes: int) -> int: ...
+
+    def free(self, address: int) -> None: ...
+
+    def memory(self, address: int, nbytes: int) -> NDArray[np.uint8]: ...
+
+    def enqueue(self, stream: int, run: Callable[[], object], *, name: str = ..., uses: Sequence[Range] = ...) -> None: ...
+
+    def is_capturing(self, stream: int) -> bool: ...
 
 
 class FakeEngine(LoadedEngine):
     """Overrides everything of `LoadedEngine`."""
 
-    def __init__(self, path: Path, cuda: FakeCuda) -> None:
+    def __init__(self, path: Path, cuda: Device) -> None:
         document = json.loads(path.read_text())
         self.cuda, self.path, self.document = cuda, path, document
-        self.session = ort.InferenceSession(path.parents[2] / document["onnx"], providers=["CPUExecutionProvider"])
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1  # more only wait, and the graphs are tiny
+        self.session = ort.InferenceSession(path.parents[2] / document["onnx"], options, providers=["CPUExecutionProvider"])
         self.inputs = {tensor.name: DTYPES[tensor.type] for tensor in self.session.get_inputs()}
         self.outputs = {tensor.name: DTYPES[tensor.type] for tensor in self.session.get_outputs()}
         self.weights = cuda.allocate(max(document["weights"], 1))
         self.restored: bytes | None = None
+        self.on_host: list[str] = []
+        self.open = True
+        self.contexts: list[FakeContext] = []
 
     @property
     def profiles(self) -> int:
-        return len(self.document["largest"])
+        return len(self.document["shapes"])
 
     @property
     def scratch_bytes(self) -> int:
         return int(self.document["scratch"])
 
     def largest(self, name: str, profile: int = 0) -> tuple[int, ...]:
-        return tuple(self.document["largest"][profile][name])
+        return tuple(self.document["shapes"][profile][name][1])
+
+    @property
+    def captures_itself(self) -> bool:
+        return bool(self.document["rtx"])
 
     def restore_kernels(self, cache: bytes) -> None:
         self.restored = cache
@@ -59,11 +88,16 @@ class FakeEngine(LoadedEngine):
         return b"kernels of " + self.document["onnx"].encode() if self.document["kernels"] else b""
 
     def context(self, profile: int, scratch: int, scratch_bytes: int, stream: int, *, captured: bool) -> FakeContext:
-        assert 0 <= profile < self.profiles
-        assert scratch_bytes >= self.scratch_bytes
-        return FakeContext(self, profile, scratch, captured)
+        assert self.open, "the engine was closed"
+        assert 0 <= profile < self.profiles, f"there is no profile {profile}"
+        assert scratch_bytes >= self.scratch_bytes, f"{scratch_bytes} bytes of scratch memory, {self.scratch_bytes} are needed"
+        assert scratch % 256 == 0, f"scratch memory at {scratch:#x} is not aligned"
+        self.contexts.append(FakeContext(self, profile, scratch, captured))
+        return self.contexts[-1]
 
     def close(self) -> None:
+        assert all(context.closed for context in self.contexts), "the engine was closed before its contexts"
+        self.open = False
         self.cuda.free(self.weights)
 
 
@@ -75,34 +109,48 @@ class FakeContext(Context):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.changes = 0
+        self.has_run = False
+        """Whether a run followed the last change of a shape."""
+        self.closed = False
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        largest = self.engine.largest(name, self.profile)
-        assert len(shape) == len(largest) and all(0 < size <= most for size, most in zip(shape, largest, strict=True)), (name, shape)
+        assert not self.closed, "the context was closed"
+        least, most = self.engine.document["shapes"][self.profile][name]
+        fits = len(shape) == len(most) and all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+        assert fits, f"{name} of shape {list(shape)} is outside profile {self.profile}: {least} to {most}"
         self.changes += 1
+        if self.shapes.get(name) != tuple(shape):
+            self.has_run = False
         self.shapes[name] = tuple(shape)
 
     def set_address(self, name: str, address: int) -> None:
+        assert not self.closed, "the context was closed"
         assert name in self.engine.inputs or name in self.engine.outputs, name
         assert address % 256 == 0, f"{name} at {address:#x} is not aligned"
         self.changes += 1
         self.addresses[name] = address
 
     def close(self) -> None:
+        self.closed = True
         self.addresses.clear()
 
     def enqueue(self, stream: int) -> None:
         """Queue the run with the shapes and addresses of now."""
         engine, cuda = self.engine, self.engine.cuda
+        assert not self.closed, "the context was closed"
+        assert set(self.shapes) == set(engine.inputs), "an input has no shape"
+        assert set(self.addresses) == {*engine.inputs, *engine.outputs}, "a tensor has no address"
+        if cuda.is_capturing(stream):
+            assert self.captured, "this context was not made for graphs"
+            assert not engine.captures_itself, "the library captures this work itself"
+            assert self.has_run, "a new shape was captured before it ran once"
+        self.has_run = True
         shapes, addresses, changes = dict(self.shapes), dict(self.addresses), self.changes
         outputs = self._output_shapes(shapes)
         spans = {name: self._nbytes(name, shape) for name, shape in {**shapes, **outputs}.items()}
-        assert set(shapes) == set(engine.inputs), "an input has no shape"
-        assert set(addresses) == {*engine.inputs, *engine.outputs}, "a tensor has no address"
-
-        assert self.captured or not cuda.is_capturing(stream), "this context was not made for graphs"
 
         def run() -> None:
+            assert not self.closed, "a graph was replayed after its context was closed"
             assert self.changes == changes, "a graph was replayed after its context had changed"
             feeds = {name: self._value(name, addresses[name], shape) for name, shape in shapes.items()}
             fetched = {name: self._value(name, addresses[name], shape) for name, shape in outputs.items()}
@@ -151,24 +199,49 @@ def fake_gpu(cuda: FakeCuda, *, library: str = "tensorrt", version: str = VERSIO
 
 
 def build_engines(
-    model: Path, *, target: str = "sm87", profiles: int = 1, verified: bool = True, kernels: bool = False, weights: int = 1, **changes: Any
+    model: Path,
+    *,
+    target: str = "sm87",
+    profiles: int = 1,
+    static: Sequence[int] = (),
+    verified: bool = True,
+    kernels: bool = False,
+    weights: int = 1,
+    **changes: Any,
 ) -> Path:
-    """Write `engines/<target>/` of fake engines into a model directory and return it; `changes` are fields of the record."""
+    """Write `engines/<target>/` of fake engines into a model directory and return it.
+
+    `static` are the capacities of static engines. `changes` are fields of the record.
+    """
     manifest = read_manifest(model)
     decoder, vision = manifest.decoder, manifest.vision
-    capacity = -(-decoder.context // 512) * 512
-    cache = (1, decoder.kv_heads, capacity, decoder.head_dim)
-    past = {f"past_key_values.{n}.{part}": cache for n in range(decoder.layers) for part in ("key", "value")}
-    prefill = {"input_ids": (1, CHUNK), "position_ids": (1, CHUNK), "logit_positions": (1, POSITIONS), **past}
-    prefill["image_features"] = (decoder.context, decoder.hidden)
-    decode = {**prefill, "input_ids": (1, 1), "position_ids": (1, 1), "logit_positions": (1, 1)}
-    pixels = {"pixel_values": (1, 3, vision.image_size, vision.image_size)}
+    pixels = (1, 3, vision.image_size, vision.image_size)
+
+    def shapes(ids: Sizes, positions: Sizes, rows: Sizes, capacities: Sizes) -> dict[str, Any]:
+        cache = [(1, decoder.kv_heads, capacity, decoder.head_dim) for capacity in capacities]
+        return {
+            **dict.fromkeys(("input_ids", "position_ids"), [(1, count) for count in ids]),
+            "logit_positions": [(1, count) for count in positions],
+            "image_features": [(count, decoder.hidden) for count in rows],
+            **{f"past_key_values.{n}.{part}": cache for n in range(decoder.layers) for part in ("key", "value")},
+        }
+
+    engines: dict[str, list[dict[str, Any]]] = {"vision": [{"pixel_values": [pixels, pixels]}]}
+    for capacity in static:
+        sizes = (capacity, capacity)
+        engines[static_part("prefill", capacity)] = [shapes((CHUNK, CHUNK), (POSITIONS, POSITIONS), (decoder.context,) * 2, sizes)]
+        engines[static_part("decode", capacity)] = [shapes((2, 2), (2, 2), (1, 1), sizes)]
+    if not static:
+        sizes = (128, -(-decoder.context // 512) * 512)
+        both = [shapes((1, CHUNK), (1, POSITIONS), (1, decoder.context), sizes), shapes((1, SHORT), (1, POSITIONS), (1, 1), sizes)]
+        engines["decoder"] = both[:profiles]
     directory = model / ENGINES / target
     directory.mkdir(parents=True)
     files = {}
-    for part, largest in (("vision", [pixels]), ("decoder", [prefill, decode][:profiles])):
+    for part, ranges in engines.items():
         path = directory / f"{part}.engine"
-        path.write_text(json.dumps({"onnx": f"{part}.onnx", "largest": largest, "scratch": 4096, "kernels": kernels, "weights": weights}))
+        document = {"onnx": f"{part.partition('.')[0]}.onnx", "shapes": ranges, "scratch": 4096, "kernels": kernels, "weights": weights}
+        path.write_text(json.dumps({**document, "rtx": changes.get("library") == "tensorrt_rtx"}))
         files[path.name] = FileRecord(sha256(path), path.stat().st_size)
     record = EngineRecord(
         target=target,

@@ -123,6 +123,21 @@ def test_without_cuda_graphs_it_computes_the_same(directory: Path, ort: OrtBacke
     assert "launch" not in cuda.log
 
 
+def test_a_binding_without_cuda_graphs_says_once_what_that_costs(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_engines(directory)
+    cuda = FakeCuda(supports_graphs=False)
+    with fake_gpu(cuda):
+        backend = load_engines(directory, read_manifest(directory), progress=stderr_progress())
+    backend.step(IDS[:20])
+    for token in IDS[20:24]:
+        backend.step([token])
+    said = capsys.readouterr().err
+    assert (
+        said.count("warning: fake has no CUDA graphs, so the host launches hundreds of kernels per token") == said.count("CUDA graphs") == 1
+    )
+    assert backend.description.endswith(", no CUDA graphs")
+
+
 def test_work_that_cannot_be_recorded_runs_as_it_is(
     directory: Path, cuda: FakeCuda, ort: OrtBackend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,7 +161,8 @@ def test_work_that_cannot_be_recorded_runs_as_it_is(
 def test_decoding_takes_the_last_profile_and_prefill_the_first(directory: Path, cuda: FakeCuda, ort: OrtBackend, profiles: int) -> None:
     build_engines(directory, profiles=profiles)
     backend = load(directory, cuda)
-    assert (backend._decoder._prefill.profile, backend._decoder._decode.profile) == (0, profiles - 1)  # type: ignore[attr-defined]
+    contexts = (backend._contexts.prefill.context, backend._contexts.decode.context)
+    assert [context.profile for context in contexts] == [0, profiles - 1]  # type: ignore[attr-defined]
     for step in ([*IDS[:30]], [IDS[30]], [IDS[31]], [IDS[32]]):
         assert np.array_equal(logits(backend, step), logits(ort, step))
 
@@ -217,12 +233,12 @@ def test_features_stay_on_the_device_until_nobody_holds_them(backend: TensorRTBa
     del features[1:]
     gc.collect()
     backend.step([VOCAB, 3], (features[0],))
-    assert cuda.live()["allocations"] == before + 1
+    assert cuda.live()["allocations"] == before + 2  # the picture, and the input with the features of all pictures
     features.clear()
     gc.collect()
     backend.step([3])  # no pictures: the backend forgets them too
     backend.step([3])
-    assert cuda.live()["allocations"] == before
+    assert cuda.live()["allocations"] == before + 1
 
 
 def test_features_of_another_backend_are_refused(backend: TensorRTBackend, ort: OrtBackend, directory: Path) -> None:
@@ -289,7 +305,6 @@ def test_a_question_without_a_picture_survives_a_picture_that_did_not_fit(direct
     allocate, cuda.allocate = cuda.allocate, lambda nbytes: allocate(1 << 40 if nbytes > aligned(4 * HIDDEN) else nbytes)  # type: ignore[method-assign]
     with pytest.raises(FastVLMError, match="MiB of GPU memory are needed"):
         backend.step(IDS[:9], (picture,))
-    assert backend._decoder._features.address
     assert np.allclose(logits(backend, IDS[:9]), logits(ort, IDS[:9]), atol=ROUNDING)
 
 
@@ -379,13 +394,13 @@ def test_the_pair_that_runs_here_is_found_among_several(directory: Path, cuda: F
     build_engines(directory, target="rtx", library="tensorrt_rtx", compute_capabilities=[[8, 6]])
     build_engines(directory, target="orin")
     backend = load(directory, cuda)
-    assert backend._directory.name == "orin"
+    assert backend._files._directory.name == "orin"
 
 
 def test_a_damaged_record_does_not_hide_another_pair(directory: Path, cuda: FakeCuda) -> None:
     (build_engines(directory, target="agx") / RECORD_NAME).write_text("{")
     build_engines(directory, target="orin")
-    assert load(directory, cuda)._directory.name == "orin"
+    assert load(directory, cuda)._files._directory.name == "orin"
     assert [record.target for record in find_records(directory)] == ["orin"]
 
 
@@ -433,11 +448,11 @@ def test_an_engine_of_other_tensors_is_refused(directory: Path, cuda: FakeCuda) 
 def test_kernels_that_were_compiled_are_kept_for_the_next_start(directory: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = build_engines(directory, kernels=True)
     first = load(directory, cuda)
-    assert first._engines["decoder"].restored == b""  # type: ignore[attr-defined]
+    assert first._contexts.engines()["decoder"].restored == b""  # type: ignore[attr-defined]
     first.close()
     second = load(directory, FakeCuda())
     kept = (folder / "vision.sm87.kernels").read_bytes()
-    assert second._engines["vision"].restored == kept == b"kernels of vision.onnx"  # type: ignore[attr-defined]
+    assert second._vision_engine.restored == kept == b"kernels of vision.onnx"  # type: ignore[attr-defined]
     monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     (folder / "decoder.sm87.kernels").unlink()
     second.close()

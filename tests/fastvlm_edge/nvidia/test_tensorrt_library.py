@@ -23,7 +23,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.nvidia.tensorrt_library import DTYPES, BuildSettings, Library, _make_monitor, find_library
+from fastvlm_edge.nvidia.cuda import OutOfDeviceMemory
+from fastvlm_edge.nvidia.tensorrt_library import DTYPES, BuildSettings, GraphRefusedError, Library, _make_monitor, find_library
 
 # --- What each generation has -------------------------------------------------------------------------------------------------------------
 
@@ -57,9 +58,12 @@ def stub_of(generation: str) -> Any:
     trt.layers, trt.parser_errors, trt.listing = [], [], ""
     trt.runs = []  # profile, address of the scratch memory and stream of each run
     trt.profiles, trt.scratch = 2, [4096, 8192]  # bytes of scratch memory of each profile
+    trt.on_host, trt.shape_tensors, trt.fixed = set(), set(), {}
+    trt.network_inputs = [SimpleNamespace(name="x", shape=(-1, 8))]
     trt.steps = [("Building", None, 2), ("Tactics", "Building", 3)]
 
     trt.DataType = enum("DataType", "FLOAT", "HALF", "BF16", "INT8", "INT32", "INT64", "BOOL")
+    trt.TensorLocation = enum("TensorLocation", "DEVICE", "HOST")
     trt.TensorIOMode = enum("TensorIOMode", "NONE", "INPUT", "OUTPUT")
     trt.LayerType = enum("LayerType", "MATRIX_MULTIPLY", "SOFTMAX", "CONSTANT", "SHAPE", "ASSERTION", "TOPK")
     trt.MemoryPoolType = enum("MemoryPoolType", "WORKSPACE", "TACTIC_DRAM")
@@ -71,6 +75,7 @@ def stub_of(generation: str) -> Any:
         "BuilderFlag", "TF32", *(["FP16", "OBEY_PRECISION_CONSTRAINTS"] if weak else []), *(["REQUIRE_USER_ALLOCATION"] if rtx else [])
     )
     if rtx:
+        trt.CudaGraphStrategy = enum("CudaGraphStrategy", "DISABLED", "WHOLE_GRAPH_CAPTURE")
         trt.DynamicShapesKernelSpecializationStrategy = enum("DynamicShapesKernelSpecializationStrategy", "LAZY", "EAGER", "NONE")
         trt.ComputeCapability = enum("ComputeCapability", "NONE", "CURRENT", "SM75", "SM86", "SM89", "SM120")
     trt.tensors = {
@@ -125,7 +130,7 @@ def stub_of(generation: str) -> Any:
             return None if fail("ITimingCache.serialize") else IHostMemory(self._known + b"+new")
 
     class IBuilderConfig(Strict):
-        settable = ("progress_monitor", "profiling_verbosity", *(["num_compute_capabilities"] if rtx else []))
+        settable = ("progress_monitor", "profiling_verbosity", "max_aux_streams", *(["num_compute_capabilities"] if rtx else []))
         num_compute_capabilities: int
 
         def __init__(self) -> None:
@@ -162,7 +167,8 @@ def stub_of(generation: str) -> Any:
 
         def create_network(self, flags: int = 0) -> Any:
             trt.calls.append(("create_network", flags))
-            return SimpleNamespace(num_layers=len(trt.layers), get_layer=lambda index: trt.layers[index])
+            inputs = {"num_inputs": len(trt.network_inputs), "get_input": lambda index: trt.network_inputs[index]}
+            return SimpleNamespace(num_layers=len(trt.layers), get_layer=lambda index: trt.layers[index], **inputs)
 
         def create_builder_config(self) -> IBuilderConfig:
             return IBuilderConfig()
@@ -171,7 +177,7 @@ def stub_of(generation: str) -> Any:
             return IOptimizationProfile()
 
         def build_serialized_network(self, network: Any, config: Any) -> IHostMemory | None:
-            assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+            assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED and config.max_aux_streams == 0
             monitor = config.progress_monitor
             for name, parent, count in trt.steps:
                 monitor.phase_start(name, parent, count)
@@ -182,6 +188,8 @@ def stub_of(generation: str) -> Any:
                 say("ERROR", "Build canceled by user")
             if fail("build_serialized_network") or not going:
                 return None
+            for size in trt.scratch:
+                say("INFO", f"Total Activation Memory: {size} bytes")
             say("VERBOSE", f"Layers:\n{trt.listing}")
             return IHostMemory(MAGIC + b" plan")
 
@@ -206,7 +214,7 @@ def stub_of(generation: str) -> Any:
             self._seen["strategy"] = strategy
 
         if rtx:
-            settable = ("dynamic_shapes_kernel_specialization_strategy",)
+            settable = ("dynamic_shapes_kernel_specialization_strategy", "cuda_graph_strategy")
 
             def create_runtime_cache(self) -> Any:
                 return IRuntimeCache()
@@ -229,11 +237,14 @@ def stub_of(generation: str) -> Any:
     class IExecutionContext(Strict):
         def __init__(self, how: Any) -> None:
             if isinstance(how, IRuntimeConfig):
-                how = {**how._seen, "when": getattr(how, "dynamic_shapes_kernel_specialization_strategy", None)}
+                chosen = {"when": "dynamic_shapes_kernel_specialization_strategy", "graphs": "cuda_graph_strategy"}
+                how = {**how._seen, **{key: getattr(how, name, None) for key, name in chosen.items()}}
             trt.calls.append(("create_execution_context", how))
 
             self._scratch: int | None = None
             self._profile = 0
+            self._shapes: dict[str, Any] = {}
+            self._addresses: dict[str, int] = {}
 
         def set_device_memory(self, memory: int, size: int) -> None:
             assert memory % 256 == 0 and size >= max(trt.scratch)
@@ -245,17 +256,30 @@ def stub_of(generation: str) -> Any:
             if fail("set_optimization_profile_async"):
                 raise RuntimeError("Error in set optimization profile async.")
             self._profile = profile_index
+            self._shapes.clear()  # "will invalidate all dynamic bindings"
             trt.calls.append(("set_optimization_profile_async", profile_index, stream_handle))
             return True
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-            return not fail("set_input_shape")
+            known = trt.tensors.get(name, (None, ""))[1] == "INPUT"
+            least, _, most = ICudaEngine().get_tensor_profile_shape(name, self._profile)
+            fits = known and len(shape) == 2 and all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+            if fail("set_input_shape") or not fits:
+                return False
+            self._shapes[name] = shape
+            return True
 
         def set_tensor_address(self, name: str, memory: int) -> bool:
-            return not fail("set_tensor_address")
+            assert memory % 256 == 0, f"{name} at {memory:#x} is not aligned"
+            if fail("set_tensor_address") or name not in trt.tensors:
+                return False
+            self._addresses[name] = memory
+            return True
 
         def execute_async_v3(self, stream_handle: int) -> bool:
             assert self._scratch is not None, "set_device_memory was not called"
+            assert {*self._shapes} == {name for name, (_, mode) in trt.tensors.items() if mode == "INPUT"}, "an input has no shape"
+            assert {*self._addresses} == {*trt.tensors}, "a tensor has no address"
             trt.runs.append((self._profile, self._scratch, stream_handle))
             return not fail("execute_async_v3")
 
@@ -275,6 +299,15 @@ def stub_of(generation: str) -> Any:
 
         def get_tensor_mode(self, name: str) -> Any:
             return trt.TensorIOMode[trt.tensors[name][1]]
+
+        def get_tensor_location(self, name: str) -> Any:
+            return trt.TensorLocation.HOST if name in trt.on_host else trt.TensorLocation.DEVICE
+
+        def is_shape_inference_io(self, name: str) -> bool:
+            return name in trt.shape_tensors
+
+        def get_tensor_shape(self, name: str) -> list[int]:
+            return trt.fixed.get(name, [1, -1])
 
         def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Any]:
             return [[1, 1], [1, 2 + profile_index], [1, 48 + profile_index]]
@@ -414,6 +447,54 @@ def test_a_process_has_one_logger(oldest: Any) -> None:
 
 SHAPES = ({"x": ((1, 8), (2, 8), (4, 8))},)
 GRAPH = Path("models/decoder.onnx")
+
+
+def test_a_build_says_how_much_scratch_memory_the_engine_needs(trt: Any) -> None:
+    assert find_library().build(GRAPH, BuildSettings(SHAPES)).scratch_bytes == max(trt.scratch)
+
+
+def test_a_graph_that_is_refused_is_told_from_memory_that_is_short(oldest: Any) -> None:
+    library = find_library()
+    for call, words in (("parse_from_file", "No importer for Foo"), ("build_serialized_network", "No matching rules for dequantize")):
+        oldest.fails, oldest.words = {call}, [words]
+        with pytest.raises(GraphRefusedError, match=words):
+            library.build(GRAPH, BuildSettings(SHAPES))
+    oldest.words = ["Error Code 1: Cuda Runtime (out of memory)"]
+    says = r"out of memory\)[^;]*; close other programs; on a Jetson .*drop_caches\), and reboot .*NvMap error 12"
+    with pytest.raises(FastVLMError, match=says) as caught:
+        library.build(GRAPH, BuildSettings(SHAPES))
+    assert not isinstance(caught.value, GraphRefusedError)
+
+
+def test_a_workspace_that_is_too_small_is_named(oldest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = find_library()
+    oldest.fails, oldest.words = {"build_serialized_network"}, ["Could not find any implementation for node {{ForeignNode[a...b]}}"]
+    start = oldest.Builder.create_network
+
+    def warn(self: Any, flags: int = 0) -> Any:
+        oldest.loggers[0].log(
+            oldest.ILogger.Severity.WARNING, "Skipping tactic 0 due to insufficient memory on requested size of 2598728448 detected"
+        )
+        return start(self, flags)
+
+    monkeypatch.setattr(oldest.Builder, "create_network", warn)
+    with pytest.raises(GraphRefusedError, match=r"Could not find any implementation .*; allow more scratch memory: --workspace 2479$"):
+        library.build(GRAPH, BuildSettings(SHAPES, workspace=1 << 30))
+    with pytest.raises(GraphRefusedError, match=r"a\.\.\.b\]\}$"):
+        library.build(GRAPH, BuildSettings(SHAPES))
+
+
+def test_a_profile_of_one_shape_makes_a_network_of_fixed_shapes(trt: Any) -> None:
+    one = (2, 8)
+    find_library().build(GRAPH, BuildSettings(({"x": (one, one, one)},)))
+    assert trt.network_inputs[0].shape == one and "set_shape" not in trt.calls and "add_optimization_profile" not in trt.calls
+
+
+@pytest.mark.parametrize("profiles", [SHAPES, ({"x": ((2, 8),) * 3},) * 2])
+def test_other_profiles_leave_the_network_as_it_is(oldest: Any, profiles: Any) -> None:
+    find_library().build(GRAPH, BuildSettings(profiles))
+    assert oldest.network_inputs[0].shape == (-1, 8)
+    assert oldest.calls.count("add_optimization_profile") == len(profiles)
 
 
 def test_a_strongly_typed_network_is_asked_for_by_a_flag(trt: Any) -> None:
@@ -665,6 +746,17 @@ def test_borders_have_names_and_types(trt: Any, engine_file: Path) -> None:
         engine.largest("logits")
 
 
+def test_the_largest_shape_of_a_static_input_is_its_own(trt: Any, engine_file: Path) -> None:
+    trt.fixed = {"input_ids": [1, 512]}
+    assert find_library().load(engine_file).largest("input_ids") == (1, 512)
+
+
+def test_tensors_on_the_host_are_known(trt: Any, engine_file: Path) -> None:
+    assert find_library().load(engine_file).on_host == []
+    trt.on_host, trt.shape_tensors = {"mask"}, {"input_ids"}
+    assert find_library().load(engine_file).on_host == ["input_ids", "mask"]
+
+
 def test_the_scratch_memory_is_that_of_the_largest_profile(trt: Any, engine_file: Path) -> None:
     trt.scratch = [4096, 12288]
     assert find_library().load(engine_file).scratch_bytes == 12288
@@ -694,6 +786,13 @@ def test_a_runtime_that_does_not_start_is_explained(oldest: Any, engine_file: Pa
         find_library().load(engine_file)
 
 
+def test_an_engine_that_does_not_fit_into_the_gpu_is_told_from_a_wrong_one(oldest: Any, engine_file: Path) -> None:
+    oldest.fails, oldest.words = {"deserialize_cuda_engine"}, ["Error Code 2: OutOfMemory (Requested size was 497 MiB)"]
+    with pytest.raises(OutOfDeviceMemory, match=r"^1 MiB of GPU memory are needed and fewer are free; choose") as caught:
+        find_library().load(engine_file)
+    assert (caught.value.needed, caught.value.free) == (engine_file.stat().st_size, None)
+
+
 def test_a_mapped_file_is_let_go_after_loading(oldest: Any, engine_file: Path) -> None:
     engine = find_library().load(engine_file)
     engine_file.write_bytes(b"")
@@ -707,7 +806,7 @@ def test_tensorrt_proper_compiles_nothing_at_its_first_run(install: Callable[...
     engine.restore_kernels(b"of another library")
     engine.context(0, 0x1000, 8192, 0x51, captured=True)
     assert ("create_execution_context", trt.ExecutionContextAllocationStrategy.USER_MANAGED) in trt.calls
-    assert engine.compiled_kernels() == b""
+    assert engine.compiled_kernels() == b"" and not engine.captures_itself
 
 
 @pytest.mark.parametrize(("kept", "now"), [(b"", b"+jit"), (b"kernels", b"kernels+jit")])
@@ -719,7 +818,9 @@ def test_rtx_keeps_what_its_first_run_compiled(install: Callable[..., Any], engi
         engine.context(profile, 0x1000, 8192, 0x51, captured=profile == 1)
     configs = [call[1] for call in trt.calls if isinstance(call, tuple) and call[0] == "create_execution_context"]
     assert [each["strategy"].name for each in configs] == ["USER_MANAGED"] * 2
-    assert [each["when"].name for each in configs] == ["LAZY", "EAGER"]  # a graph would keep the kernels that fill in
+    assert [each["when"].name for each in configs] == ["LAZY"] * 2
+    assert [each["graphs"].name for each in configs] == ["DISABLED", "WHOLE_GRAPH_CAPTURE"]
+    assert engine.captures_itself
     assert configs[0]["cache"] is configs[1]["cache"]
     assert engine.compiled_kernels() == now
     trt.fails = {"IRuntimeCache.serialize"}
@@ -728,15 +829,25 @@ def test_rtx_keeps_what_its_first_run_compiled(install: Callable[..., Any], engi
     assert engine.compiled_kernels() == b""
 
 
+def bound(engine: Any, profile: int, scratch: int = 0) -> Any:
+    """A context with every shape and address."""
+    context = engine.context(profile, scratch, 8192, 0x51, captured=True)
+    for name in engine.inputs:
+        context.set_shape(name, (1, 9))
+    for name in (*engine.inputs, *engine.outputs):
+        context.set_address(name, 256)
+    return context
+
+
 CONTEXT_FAILURES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "create_execution_context": (lambda engine: engine.context(0, 0, 8192, 1, captured=True), "could not be prepared for execution"),
     "set_optimization_profile_async": (lambda engine: engine.context(1, 0, 8192, 1, captured=True), "could not be set to profile 1"),
     "set_input_shape": (
-        lambda engine: engine.context(0, 0, 8192, 1, captured=True).set_shape("x", (1, 9)),
-        r"does not take x of shape \[1, 9\]",
+        lambda engine: engine.context(0, 0, 8192, 1, captured=True).set_shape("input_ids", (1, 9)),
+        r"does not take input_ids of shape \[1, 9\]",
     ),
     "set_tensor_address": (lambda engine: engine.context(0, 0, 8192, 1, captured=True).set_address("x", 256), "has no tensor x"),
-    "execute_async_v3": (lambda engine: engine.context(0, 0, 8192, 1, captured=True).enqueue(1), "failed to run"),
+    "execute_async_v3": (lambda engine: bound(engine, 0).enqueue(1), "failed to run"),
 }
 
 
@@ -773,11 +884,38 @@ def test_a_context_gets_the_scratch_memory_and_its_profile(trt: Any, engine_file
 
 def test_a_context_runs_on_the_stream_of_the_call(trt: Any, engine_file: Path) -> None:
     engine = find_library().load(engine_file)
-    prefill, decode = (engine.context(profile, 0x1000, 8192, 0x51, captured=profile == 1) for profile in (0, 1))
+    prefill, decode = (bound(engine, profile, 0x1000) for profile in (0, 1))
     prefill.enqueue(0x51)
     decode.enqueue(0x51)
     decode.enqueue(0x52)
     assert trt.runs == [(0, 0x1000, 0x51), (1, 0x1000, 0x51), (1, 0x1000, 0x52)]
+
+
+def test_a_shape_outside_the_profile_in_use_is_refused(trt: Any, engine_file: Path) -> None:
+    engine = find_library().load(engine_file)
+    for profile, most in ((0, 48), (1, 49)):
+        context = engine.context(profile, 0x1000, 8192, 0x51, captured=True)
+        context.set_shape("input_ids", (1, most))
+        for size in (0, most + 1):
+            with pytest.raises(FastVLMError, match=rf"does not take input_ids of shape \[1, {size}\]"):
+                context.set_shape("input_ids", (1, size))
+
+
+@pytest.mark.parametrize("missing", ["memory", "shape", "address", "shape after the profile"])
+def test_the_stub_catches_a_run_that_nobody_prepared(trt: Any, engine_file: Path, missing: str) -> None:
+    context = bound(find_library().load(engine_file), 1)
+    inner = context._context
+    if missing == "memory":
+        inner._scratch = None
+    elif missing == "shape":
+        del inner._shapes["input_ids"]
+    elif missing == "address":
+        del inner._addresses["kv_new"]
+    else:
+        inner.set_optimization_profile_async(0, 0x51)
+    with pytest.raises(AssertionError, match="was not called|has no shape|has no address"):
+        context.enqueue(0x51)
+    assert not trt.runs
 
 
 # --- TensorRT for RTX itself, which builds without a GPU ----------------------------------------------------------------------------------
@@ -801,6 +939,13 @@ def write_graph(folder: Path, op: str = "MatMul") -> Path:
     path = folder / "graph.onnx"
     onnx.save(model, path, save_as_external_data=True, location="graph.weights", size_threshold=0)
     return path
+
+
+def test_rtx_builds_a_network_of_fixed_shapes(rtx: Library, tmp_path: Path) -> None:
+    listings = [
+        rtx.build(write_graph(tmp_path), BuildSettings(({"x": shapes},), ((8, 6),))).listing for shapes in (((4, 64),) * 3, ROWS[0]["x"])
+    ]
+    assert "Dimensions: [4,64]" in listings[0] and "Dimensions: [4,64]" not in listings[1]
 
 
 @pytest.mark.parametrize("capabilities", [((8, 6),), ((8, 9),), ((12, 0),), ((8, 6), (8, 9), (12, 0))])
