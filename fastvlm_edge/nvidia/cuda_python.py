@@ -115,7 +115,8 @@ class CudaPython:
         try:
             return int(self._call("cuGraphInstantiate", template, 0))
         finally:
-            self._destroy_template(template)
+            with suppress(CudaError):  # or the executable graph would be lost
+                self._destroy_template(template)
 
     def launch(self, graph: int, stream: int) -> None:
         """Enqueue the captured work."""

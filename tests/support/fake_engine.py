@@ -1,12 +1,13 @@
 """A stand-in for a TensorRT engine: it computes with onnxruntime in the memory of `FakeCuda` or of the stand-in for libcuda.so.1.
 
 The file of a fake engine is JSON: the ONNX graph that it runs, and the smallest and largest shapes of its profiles. A context asserts what
-NVIDIA documents: nothing runs before shapes and addresses are set, shapes are within the profile in use, addresses are aligned, a shape runs
-once before it is captured, and neither is used after it was closed.
+NVIDIA documents: nothing runs before shapes and addresses are set, shapes are within the profile in use, addresses are aligned, a new shape
+runs once before it is captured, and nothing is used after it was closed.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,15 +50,21 @@ class Device(Protocol):
     def is_capturing(self, stream: int) -> bool: ...
 
 
+@functools.lru_cache(maxsize=16)
+def _session(graph: Path, _modified: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1  # more only wait, because the graphs are tiny
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
 class FakeEngine(LoadedEngine):
     """Overrides everything of `LoadedEngine`."""
 
     def __init__(self, path: Path, cuda: Device) -> None:
         document = json.loads(path.read_text())
         self.cuda, self.path, self.document = cuda, path, document
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1  # more only wait, and the graphs are tiny
-        self.session = ort.InferenceSession(path.parents[2] / document["onnx"], options, providers=["CPUExecutionProvider"])
+        graph = path.parents[2] / document["onnx"]
+        self.session = _session(graph, graph.stat().st_mtime_ns)
         self.inputs = {tensor.name: DTYPES[tensor.type] for tensor in self.session.get_inputs()}
         self.outputs = {tensor.name: DTYPES[tensor.type] for tensor in self.session.get_outputs()}
         self.weights = cuda.allocate(max(document["weights"], 1))
@@ -220,7 +227,8 @@ def build_engines(
     def shapes(ids: Sizes, positions: Sizes, rows: Sizes, capacities: Sizes) -> dict[str, Any]:
         cache = [(1, decoder.kv_heads, capacity, decoder.head_dim) for capacity in capacities]
         return {
-            **dict.fromkeys(("input_ids", "position_ids"), [(1, count) for count in ids]),
+            "input_ids": [(1, count) for count in ids],
+            "position_ids": [(1, count) for count in ids],
             "logit_positions": [(1, count) for count in positions],
             "image_features": [(count, decoder.hidden) for count in rows],
             **{f"past_key_values.{n}.{part}": cache for n in range(decoder.layers) for part in ("key", "value")},

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.nvidia.cuda import Cuda, CudaError, OutOfDeviceMemory
+from fastvlm_edge.nvidia.cuda import Cuda, CudaError, OutOfDeviceMemory, host_bytes
 from fastvlm_edge.nvidia.drivers import open_cuda
 from tests.support.fake_libcuda import Libcuda
 from tests.support.fake_libcuda.books import Books
@@ -321,7 +321,7 @@ def mistakes() -> None:
 
     def written_beside() -> None:
         memory = cuda.allocate(60)
-        np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint8 * 64).from_address(memory))[60] = 1
+        np.ctypeslib.as_array(host_bytes(memory, 64))[60] = 1
         cuda.free(memory)
 
     def freed_twice() -> None:

@@ -22,7 +22,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static _Thread_local int thread_number;
 static int threads, calls, mistakes, fail_at, fail_with, lost;
 static bool fails_for_good;
-static char last_mistake[400];
+static char last_mistake[400], failed[48];
 static FILE *trace;
 
 /* Nothing leaves these lists, so that a handle or an address that is no longer alive is recognised. */
@@ -45,10 +45,13 @@ long setting(const char *name, long usual) {
 /* For tests, through ctypes: fail at the n-th call from now on (0: never); `for_good` as after an illegal address. */
 void fake_fail_at(int call, int error, bool for_good) {
     pthread_mutex_lock(&lock);
-    calls = lost = 0;
+    calls = lost = *failed = 0;
     fail_at = call, fail_with = error, fails_for_good = for_good;
     pthread_mutex_unlock(&lock);
 }
+
+/* The name of the call that failed because `fake_fail_at` asked for it. */
+const char *fake_failed(void) { return failed; }
 
 int fake_calls(void) { return calls; }
 
@@ -108,6 +111,7 @@ void enter(Call *call, const char *name, int needs, const char *format, ...) {
     va_end(arguments);
     calls++;
     if (calls == fail_at || lost) {
+        if (!lost) snprintf(failed, sizeof failed, "%s", name);
         if (needs & COMPLETES && !lost) call->late_error = fail_with;
         else call->error = fail_with;
         lost = fails_for_good;

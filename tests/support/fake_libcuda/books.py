@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import traceback
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.backends.tensorrt import Platform
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.nvidia.cuda import Cuda, host_bytes
+from fastvlm_edge.nvidia.cuda import Cuda, CudaError, host_bytes
 from tests.support.fake_engine import VERSION, FakeEngine
 
 OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
@@ -29,7 +30,7 @@ class Books:
 
     def __init__(self) -> None:
         self.library = ctypes.CDLL("libcuda.so.1")
-        self.library.fake_last_mistake.restype = ctypes.c_char_p
+        self.library.fake_last_mistake.restype = self.library.fake_failed.restype = ctypes.c_char_p
         self.library.fake_fail_at.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_bool)
         self.library.fake_enqueue.argtypes = (
             ctypes.c_void_p,
@@ -43,6 +44,10 @@ class Books:
     def fail_at(self, call: int, error: int = OUT_OF_MEMORY, *, for_good: bool = False) -> None:
         """Fail at that call from now on, counted from 1; 0 means never. `for_good`: at all later ones too, as after an illegal address."""
         self.library.fake_fail_at(call, error, for_good)
+
+    def failed(self) -> str:
+        """Name of the call that failed because `fail_at` asked for it."""
+        return str(self.library.fake_failed().decode())
 
     def calls(self) -> int:
         """Calls since `fail_at`."""
@@ -81,7 +86,8 @@ class EngineMemory:
         return self._cuda.allocate(nbytes)
 
     def free(self, address: int) -> None:
-        self._cuda.free(address)
+        with contextlib.suppress(CudaError):  # TensorRT releases weights without a word
+            self._cuda.free(address)
 
     def memory(self, address: int, nbytes: int) -> NDArray[np.uint8]:
         return np.ctypeslib.as_array(host_bytes(address, nbytes))

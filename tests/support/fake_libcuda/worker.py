@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -36,6 +37,8 @@ def main() -> None:
     """Read requests, one a line, and answer each with the exit status and the output of its process."""
     for module in PRELOADED:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # so that gc.collect() in a function only looks at what that function made
     for line in sys.stdin:
         with tempfile.TemporaryFile() as output:
             child = os.fork()
