@@ -48,6 +48,7 @@ from fastvlm_edge.convert.weights.vision import write_vision_weights
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.atomic import written_beside
+from fastvlm_edge.model_dir.engine_record import VISION_GRAPHS
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, STRIDE, DecoderSpec, FileRecord, Manifest, Source, TextSpec, VisionSpec, sha256
 from fastvlm_edge.progress import Progress, SilentProgress
 from fastvlm_edge.version import __version__
@@ -218,7 +219,12 @@ def write_vision(conversion: Conversion, encoder: FastViTHD, projector: nn.Seque
     integers = None if calibration is None else calibration.vision
     with _weights(conversion.directory / "vision.weights") as weights:
         write_vision_weights(encoder, projector, plan, weights, progress.advance, integers)
-    _save_vision(conversion, weights, "vision.onnx", plan, scales={} if integers is None else integers.activation_scales)
+    scales = {} if integers is None else integers.activation_scales
+    preferred, fp32_scales, float_inputs = VISION_GRAPHS
+    _save_vision(conversion, weights, preferred, plan, scales=scales)
+    if scales:
+        _save_vision(conversion, weights, fp32_scales, plan, scales=scales, fp32_scales=True)
+        _save_vision(conversion, weights, float_inputs, plan)
     if _needs_cpu_graph("vision", plan):
         _save_vision(conversion, weights, "vision.cpu.onnx", on_cpu(plan))
     return weights
@@ -232,10 +238,11 @@ def _save_vision(
     *,
     scales: Mapping[str, float] | None = None,
     integer_inputs: frozenset[str] = frozenset(),
+    fp32_scales: bool = False,
 ) -> None:
     graph = GraphBuilder("vision", weights)
     spec = conversion.manifest.vision
-    build_vision(graph, conversion.source.vision, spec.hidden, spec.image_size, plan, scales, integer_inputs)
+    build_vision(graph, conversion.source.vision, spec.hidden, spec.image_size, plan, scales, integer_inputs, fp32_scales=fp32_scales)
     graph.save(conversion.directory / file)
 
 

@@ -102,7 +102,8 @@ def _separate(listed: Iterable[_Listed], engine_inputs: Collection[str]) -> list
     for each in listed:
         layer = each.layer
         if not each.apart:
-            inputs, constants = [], list(layer.constants)
+            inputs = list[Tensor]()
+            constants = list(layer.constants)
             for name, tensor in zip(each.inputs, layer.inputs, strict=True):
                 (inputs if varies(name) else constants).append(tensor)
             layer = replace(layer, inputs=tuple(inputs), constants=tuple(constants))
@@ -152,8 +153,11 @@ def _from_json(document: dict[str, Any]) -> _Listed:
         outputs=tuple(map(_inspected, outputs)),
         nodes=tuple(_NODE.findall(str(document.get("Metadata", "")))),
     )
-    names = (tuple(str(tensor.get("Name", "")) for tensor in tensors) for tensors in (inputs, outputs))
-    return _Listed(layer, *names, apart="Constants" in document)
+    return _Listed(layer, _names(inputs), _names(outputs), "Constants" in document)
+
+
+def _names(tensors: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    return tuple(str(tensor.get("Name", "")) for tensor in tensors)
 
 
 def _inspected(tensor: dict[str, Any]) -> Tensor:

@@ -17,7 +17,7 @@ from fastvlm_edge import cli
 from fastvlm_edge.bundling import unit
 from fastvlm_edge.bundling.start import Bundle, BundleError, ensure, state_folder, unpacked
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.model_dir.engine_record import find_records, mismatch
+from fastvlm_edge.model_dir.engine_record import find_records, gpu_of, mismatch
 from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.nvidia.drivers import open_cuda
 from fastvlm_edge.nvidia.tensorrt_library import find_library
@@ -106,8 +106,8 @@ def build_missing_engines(bundle: Bundle, model: Path) -> bool:
     finally:
         cuda.close()
     manifest = read_manifest(model)
-    here = library.name, library.version, device.name, device.compute_capability
-    if any(mismatch(record, manifest, *here) is None for record in find_records(model)):
+    here = gpu_of(device)
+    if any(mismatch(record, manifest, library.name, library.version, here) is None for record in find_records(model)):
         return True
     progress = stderr_progress()
     failed = model.parent / f"{model.name}.failed"
@@ -123,7 +123,7 @@ def build_missing_engines(bundle: Bundle, model: Path) -> bool:
     from fastvlm_edge.backends.ort_session import share_arena
     from fastvlm_edge.engines.build import build
 
-    share_arena()  # for the comparison with onnxruntime
+    share_arena()  # for a comparison with onnxruntime
     try:
         build(model, progress=progress)
     except FastVLMError as error:

@@ -86,8 +86,15 @@ class WeightsFile:
             tensor.external_data.add(key=key, value=value)
         return tensor
 
+    def read(self, name: str) -> Array:
+        """A tensor of the finished file, except INT4, whose values share bytes."""
+        entry = self.entries[name]
+        with self.path.open("rb") as file:
+            file.seek(entry.offset)
+            return np.frombuffer(file.read(entry.bytes), entry.dtype).reshape(entry.shape)
+
     def close(self) -> None:
-        """Finish the file; `entries` and `proto` still work."""
+        """Finish the file; `entries`, `proto` and `read` still work."""
         self._file.close()
 
 

@@ -24,6 +24,8 @@ def build_vision(
     plan: PrecisionPlan,
     activation_scales: Mapping[str, float] | None = None,
     integer_inputs: Collection[str] = (),
+    *,
+    fp32_scales: bool = False,
 ) -> None:
     """Add encoder and projector to `graph`, whose weights file holds what `write_vision_weights` wrote.
 
@@ -34,8 +36,9 @@ def build_vision(
     the Conv or MatMul, and TensorRT turns the three into one INT8 product. On a CPU that would only take time.
     `integer_inputs` is for CPUs: these layers have INT8 weights, and their inputs are quantised by the range of each picture at run time;
     onnxruntime turns that and the product into one kernel.
+    With `fp32_scales` all scales are FP32 constants in the graph, and casts follow, for a TensorRT that refuses FP16 scales.
     """
-    _Vision(graph, config, plan, activation_scales or {}, integer_inputs).build(hidden, image_size)
+    _Vision(graph, config, plan, activation_scales or {}, integer_inputs, fp32_scales=fp32_scales).build(hidden, image_size)
 
 
 class _Vision:
@@ -48,12 +51,15 @@ class _Vision:
         plan: PrecisionPlan,
         activation_scales: Mapping[str, float],
         integer_inputs: Collection[str],
+        *,
+        fp32_scales: bool,
     ) -> None:
         self.graph = graph
         self.config = config
         self.plan = plan
         self.activation_scales = activation_scales
         self.integer_inputs = integer_inputs
+        self.fp32_scales = fp32_scales
         self.dtype: np.dtype[np.generic] = np.dtype(np.float32)
 
     def build(self, hidden: int, image_size: int) -> None:
@@ -243,9 +249,13 @@ class _Vision:
         if f"{name}.factor" in graph.weights.entries:
             factor, offset = (self._weight(f"{name}.{part}", path) for part in ("factor", "offset"))
             x = graph.node("Add", [graph.node("Mul", [x, factor], path), offset], path)
+        narrow = self.dtype
+        if self.fp32_scales:
+            x = self._cast(x, np.dtype(np.float32), f"{path}/wide")
         scale, zero = graph.constant(self.activation_scales[name], self.dtype), graph.constant(0, np.int8)
         x = graph.node("QuantizeLinear", [x, scale, zero], path)
-        return graph.node("DequantizeLinear", [x, scale, zero], path)
+        x = graph.node("DequantizeLinear", [x, scale, zero], path)
+        return self._cast(x, narrow, f"{path}/narrow")
 
     # Types ----------------------------------------------------------------------------------------------------------------------
 
@@ -264,7 +274,14 @@ class _Vision:
         """A weight as a float value of the current type; its outputs are along `axis`."""
         graph = self.graph
         if graph.is_quantized(name):
-            return graph.dequantized(name, path, self.dtype, axis)
+            return self._dequantized(name, path, axis) if self.fp32_scales else graph.dequantized(name, path, self.dtype, axis)
         if graph.dtype(name) == self.dtype:
             return graph.weight(name)
         return graph.node("Cast", [graph.weight(name)], f"{path}/{name.rpartition('.')[2]}", to=element_type(self.dtype))
+
+    def _dequantized(self, name: str, path: str, axis: int) -> str:
+        """An INT8 weight with FP32 scales, cast to the current type."""
+        graph, wide = self.graph, np.dtype(np.float32)
+        scale = graph.constant(graph.weights.read(f"{name}.scale"), wide)
+        weight = graph.node("DequantizeLinear", [graph.weight(name), scale], path, axis=axis)
+        return weight if self.dtype == wide else graph.node("Cast", [weight], f"{path}/weight/narrow", to=element_type(self.dtype))

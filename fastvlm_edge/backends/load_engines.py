@@ -11,7 +11,7 @@ from fastvlm_edge.backends.tensorrt import Platform, TensorRTBackend
 from fastvlm_edge.backends.verification.check import Findings, check
 from fastvlm_edge.backends.verification.reference import Reference, compute_reference, read_reference
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.model_dir.engine_record import EngineRecord, engine_folders, mismatch, read_record
+from fastvlm_edge.model_dir.engine_record import EngineRecord, engine_folders, gpu_of, mismatch, read_record
 from fastvlm_edge.model_dir.manifest import Manifest
 from fastvlm_edge.nvidia.drivers import open_cuda
 from fastvlm_edge.nvidia.tensorrt_library import find_library
@@ -61,8 +61,7 @@ def _choose(directory: Path, manifest: Manifest) -> tuple[Path, EngineRecord, Pl
         except FastVLMError as error:
             errors.append(error)
             continue
-        device = platform.cuda.device
-        reason = mismatch(record, manifest, platform.library, platform.version, device.name, device.compute_capability)
+        reason = mismatch(record, manifest, platform.library, platform.version, gpu_of(platform.cuda.device))
         if reason is None:
             return folder, record, platform
         platform.cuda.close()

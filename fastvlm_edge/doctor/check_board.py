@@ -94,6 +94,8 @@ def _memory(facts: Facts) -> Finding:
     if memory.available >= LOW_MEMORY:
         return ok("memory", text)
     shrink = "sudo systemctl isolate multi-user.target (stops the desktop)"
+    if memory.total and memory.total <= SMALL_BOARD:
+        shrink += "; against NvMap error 12, fragmented memory: echo 3 | sudo tee /proc/sys/vm/drop_caches, or sudo reboot"
     mend = shrink if facts.jetson else "ps aux --sort=-rss | head (shows what uses it)"
     return warning("memory", f"{text}; loading or building a model may fail", mend)
 

@@ -8,7 +8,7 @@ from fastvlm_edge.doctor.check_board import gib
 from fastvlm_edge.doctor.facts import Facts
 from fastvlm_edge.doctor.findings import Finding, ok, problem, warning
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.model_dir.engine_record import EngineRecord, engine_folders, mismatch, read_record
+from fastvlm_edge.model_dir.engine_record import EngineRecord, Gpu, engine_folders, mismatch, read_record
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
 
 _COPY_AGAIN = "copy the model directory again, or convert the checkpoint again"
@@ -47,7 +47,7 @@ def _engines(directory: Path, manifest: Manifest, facts: Facts) -> list[Finding]
             continue
         reason = _damage(folder, record) or _unfit(record, manifest, facts)
         if reason is None:
-            compared = "compared with onnxruntime" if record.verified else "will be compared with onnxruntime at their first run"
+            compared = "verified" if record.verified else "will be verified at their first run"
             findings.append(ok(f"engines ({folder.name})", f"fit this machine; {compared}"))
         elif facts.has_gpu:
             findings.append(warning(f"engines ({folder.name})", f"do not run on this machine: {reason}", f"{build} --force"))
@@ -82,5 +82,8 @@ def _unfit(record: EngineRecord, manifest: Manifest, facts: Facts) -> str | None
     capability = facts.compute_capability
     if capability is None:
         return "this machine has no GPU"
-    device = facts.driver.cards[0].name if facts.jetson is None and facts.driver.cards else "this board"
-    return mismatch(record, manifest, record.library, version, device, capability)
+    if facts.jetson is not None:
+        gpu = Gpu("this board", capability, memory_bytes=facts.memory.total, board=facts.jetson.name)
+    else:
+        gpu = Gpu(facts.driver.cards[0].name if facts.driver.cards else "this GPU", capability)
+    return mismatch(record, manifest, record.library, version, gpu)

@@ -6,6 +6,7 @@ from fastvlm_edge.doctor.check_board import FLASH, HOT, OLDEST_TENSORRT
 from fastvlm_edge.doctor.facts import Facts
 from fastvlm_edge.doctor.findings import Finding, ok, problem, warning
 from fastvlm_edge.extras import gpu_extra, install_command, place_of_install
+from fastvlm_edge.machine.boards.faults import find_faults
 from fastvlm_edge.machine.libraries import PACKAGES, Card
 
 OLDEST_PYTHON = (3, 10)
@@ -89,7 +90,7 @@ def _tensorrt(facts: Facts) -> Finding:
         return problem("tensorrt", text, "pip install --upgrade tensorrt-rtx")
     listed = capability is None or capability in RTX_GPUS
     if found.module or (found.rtx and listed):
-        return ok("tensorrt", _versions(facts))
+        return _with_faults(_versions(facts), found.module, capability)
     unused = "models run on the CPU, and the GPU is unused"
     if listed:
         return warning("tensorrt", f"{_versions(facts)}: {unused}{_place()}", install_command("rtx"))
@@ -97,6 +98,15 @@ def _tensorrt(facts: Facts) -> Finding:
     return warning(
         "tensorrt", f"{_versions(facts)}, and {unlisted}: {unused}{_place()}", f"{install_command('tensorrt')} && pip install tensorrt"
     )
+
+
+def _with_faults(text: str, version: str | None, capability: tuple[int, int] | None) -> Finding:
+    """TensorRT itself is well, unless this version has known faults."""
+    faults = find_faults("tensorrt", version or "", capability)
+    if not faults:
+        return ok("tensorrt", text)
+    said = "; ".join(f"{fault.what} ({fault.sources})" for fault in faults)
+    return warning("tensorrt", f"{text}; {said}", faults[0].mend)
 
 
 def _place() -> str:
@@ -117,7 +127,8 @@ def _jetson_tensorrt(facts: Facts) -> Finding:
         version = found.module if found.module != "unknown" else found.library
         if version and _numbers(version) < OLDEST_TENSORRT:
             return problem("tensorrt", f"tensorrt {version}; {_dotted(OLDEST_TENSORRT)} or newer is needed", FLASH)
-        return ok("tensorrt", f"tensorrt {version}{f', libnvinfer {found.library}' if found.library else ''}")
+        text = f"tensorrt {version}{f', libnvinfer {found.library}' if found.library else ''}"
+        return _with_faults(text, version, facts.compute_capability)
     if ours in found.system_pythons and python.environment:
         text = "this virtual environment does not see JetPack's tensorrt, which is a package of the system"
         return problem("tensorrt", text, f"python{ours} -m venv --system-site-packages {python.environment}")

@@ -10,6 +10,7 @@ from fastvlm_edge.machine.boards.jetpacks import JetPack, find_jetpack
 from fastvlm_edge.machine.probe import Probe
 
 _EMC = "sys/kernel/debug/bpmp/debug/clk/emc"
+_UNKNOWN_MODEL = "a Jetson"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,13 @@ class Jetson:
     l4t: tuple[int, ...] | None
     """Such as (36, 4, 3)."""
     jetpack: JetPack | None
+
+    @property
+    def name(self) -> str:
+        """The module, such as "Orin NX 16 GB", or else the board; empty if neither is visible, as in Docker."""
+        if self.module is not None:
+            return self.module.partition(" (")[0]
+        return "" if self.model == _UNKNOWN_MODEL else self.model
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ def read_jetson(probe: Probe) -> Jetson | None:
     parts = re.findall(r"p\d{4}-\d{4}", " ".join(compatible))
     chip = chips[0] if chips else "unknown"
     return Jetson(
-        model=probe.text("proc/device-tree/model") or "a Jetson",
+        model=probe.text("proc/device-tree/model") or _UNKNOWN_MODEL,
         chip=chip,
         module=next((MODULES[part] for part in parts if part in MODULES), None),
         compute_capability=CHIPS[chip][1] if chip in CHIPS else None,

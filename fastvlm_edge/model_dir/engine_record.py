@@ -1,4 +1,4 @@
-"""`engines/<target>/build.json`: the record of a pair of engines: inputs, library, GPUs, and the comparison with onnxruntime."""
+"""`engines/<target>/build.json`: the record of a pair of engines: inputs, library, GPUs, and the comparison with the reference."""
 
 from __future__ import annotations
 
@@ -7,17 +7,49 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.machine.host import read_jetson
+from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.model_dir.atomic import whole_file
 from fastvlm_edge.model_dir.json_record import from_json
 from fastvlm_edge.model_dir.manifest import FileRecord, Manifest
+
+if TYPE_CHECKING:
+    from fastvlm_edge.nvidia.cuda import DeviceInfo
 
 RECORD_NAME = "build.json"
 ENGINES = "engines"
 PARTS = ("vision", "decoder")
 SCHEMA = 1
+VISION_GRAPHS = {
+    "vision.onnx": "as converted",
+    "vision.fp32-scales.onnx": "with FP32 scales",
+    "vision.float-inputs.onnx": "without INT8 activations",
+}
+"""Graphs that vision.engine can be built from, the preferred one first. A calibrated model directory has all three: TensorRT 10.16 is
+reported to refuse INT8 activations with FP16 scales on Orin (NVIDIA/TensorRT#4832). All of them use vision.weights."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that engines are built on or run on. What is unknown is 0 or empty."""
+
+    name: str
+    """As CUDA calls it, which is "Orin" for every Orin."""
+    compute_capability: tuple[int, int]
+    multiprocessors: int = 0
+    memory_bytes: int = 0
+    board: str = ""
+    """Name of the Jetson module or board."""
+
+
+def gpu_of(device: DeviceInfo) -> Gpu:
+    """The GPU of this machine, with the name of its board."""
+    jetson = read_jetson(Probe())
+    name = jetson.name if jetson is not None else ""
+    return Gpu(device.name, device.compute_capability, device.multiprocessors, device.total_bytes, name)
 
 
 @dataclass(frozen=True)
@@ -43,12 +75,16 @@ class EngineRecord:
     build: dict[str, Any]
     """Date, duration and peak memory of the build, per part."""
     parity: dict[str, Any] = field(default_factory=dict)
-    """Figures of the comparison with onnxruntime; empty until a GPU has run the engines."""
+    """Figures of the comparison with the reference; empty until a GPU has run the engines."""
+    multiprocessors: int = 0
+    """Of the GPU on which they were built, like the two fields below: 0 or empty without one, and in older records."""
+    memory_bytes: int = 0
+    board: str = ""
     schema: int = SCHEMA
 
     @property
     def verified(self) -> bool:
-        """Whether the engines ran on a GPU and agreed with onnxruntime."""
+        """Whether the engines ran on a GPU and agreed with their reference."""
         return bool(self.parity)
 
     def write(self, directory: Path) -> None:
@@ -97,9 +133,7 @@ def capability(numbers: tuple[int, ...] | list[int]) -> str:
     return ".".join(map(str, numbers))
 
 
-def mismatch(
-    record: EngineRecord, manifest: Manifest, library: str, version: str, device: str, compute_capability: tuple[int, int]
-) -> str | None:
+def mismatch(record: EngineRecord, manifest: Manifest, library: str, version: str, gpu: Gpu) -> str | None:
     """Why engines cannot run on this machine, as a clause that begins with "they were built"; None if they can."""
     if record.onnx != onnx_hashes(manifest):
         return "they were built from another conversion of the model"
@@ -107,7 +141,23 @@ def mismatch(
         return f"they were built with {record.library}, but this machine has {library}"
     if record.version != version:
         return f"they were built with {record.library} {record.version}, but this machine has {version}"
-    if list(compute_capability) not in record.compute_capabilities:
+    if list(gpu.compute_capability) not in record.compute_capabilities:
         built = ", ".join(capability(numbers) for numbers in record.compute_capabilities)
-        return f"they were built for compute capability {built}, but {device} has {capability(compute_capability)}"
+        return f"they were built for compute capability {built}, but {gpu.name} has {capability(gpu.compute_capability)}"
+    if record.library == "tensorrt" and _is_other_model(record, gpu):  # TensorRT for RTX adapts its kernels when it runs
+        built = _describe(record.board or record.device, record.multiprocessors, record.memory_bytes)
+        return f"they were built on {built}, but this is {_describe(gpu.board or gpu.name, gpu.multiprocessors, gpu.memory_bytes)}"
     return None
+
+
+def _is_other_model(record: EngineRecord, gpu: Gpu) -> bool:
+    """Whether engines come from another model of GPU. TensorRT chooses their kernels by measuring, with all the memory that is there."""
+    pairs = ((record.multiprocessors, gpu.multiprocessors), (record.board, gpu.board))
+    known = record.memory_bytes and gpu.memory_bytes
+    return any(there and here and there != here for there, here in pairs) or bool(known and gpu.memory_bytes < 0.9 * record.memory_bytes)
+
+
+def _describe(name: str, multiprocessors: int, memory_bytes: int) -> str:
+    details = [f"{multiprocessors} multiprocessors"] if multiprocessors else []
+    details += [f"{memory_bytes / (1 << 30):.1f} GiB"] if memory_bytes else []
+    return f"{name} ({', '.join(details)})" if details else name

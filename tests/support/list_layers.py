@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,7 +27,8 @@ def write_graph(path: Path) -> None:
     initializers = [numpy_helper.from_array(value, f"{name}.scale") for name, value in scales.items()]
     initializers += [numpy_helper.from_array(random.integers(-127, 128, (WIDTH, WIDTH), np.int8), name) for name in scales]
     nodes, x = [], "x"
-    for name, attributes in (("columns", {"axis": 1}), ("blocks", {"axis": 0, "block_size": BLOCK})):
+    forms: dict[str, dict[str, Any]] = {"columns": {"axis": 1}, "blocks": {"axis": 0, "block_size": BLOCK}}
+    for name, attributes in forms.items():
         nodes.append(
             helper.make_node("DequantizeLinear", [name, f"{name}.scale"], [f"{name}.wide"], f"/{name}/DequantizeLinear", **attributes)
         )

@@ -4,6 +4,8 @@ A Jetson's name may end in its JetPack, `orin-nano-jp6`: `bundle` needs it, and 
 
 Sources: NVIDIA's CUDA GPU list (compute capabilities), the TensorRT support matrix (precisions by compute capability; INT4 is weight-only),
 the TensorRT for RTX support matrix, the JetPack release notes (TensorRT of each), the Jetson module data sheets (memory).
+TensorRT 10.7 on JetPack 6: NVIDIA/TensorRT#4347 (10.8 has no package for it) and `faults.py`. TensorRT 11.4 on JetPack 7.2.2: the migration
+guide of 11.4.1 for Jetson, which names AGX Orin and Thor, but neither Orin Nano nor Orin NX.
 """
 
 from __future__ import annotations
@@ -54,17 +56,17 @@ class Target:
 _RTX, _TENSORRT, _EITHER = ("tensorrt_rtx",), ("tensorrt",), ("tensorrt", "tensorrt_rtx")
 _GIB = 1 << 30
 _ORIN, _THOR = (CHIPS["tegra234"][1],), (CHIPS["tegra264"][1],)
-_ORIN_TENSORRT = "10.3 (JetPack 6.1, 6.2), 10.16 (7.2)"
+_ORIN_TENSORRT = "10.3, better 10.7 (JetPack 6.1, 6.2), 10.16 (7.2)"
 _ORIN_SYSTEMS, _THOR_SYSTEMS = ("orin-jp6", "orin-jp7"), ("thor",)
 
 
-def _jetson_orin(name: str, title: str, memory: int) -> Target:
+def _jetson_orin(name: str, title: str, memory: int, versions: str = _ORIN_TENSORRT) -> Target:
     return Target(
         name,
         title,
         _ORIN,
         _TENSORRT,
-        _ORIN_TENSORRT,
+        versions,
         memory=memory * _GIB,
         board=BOARDS[name],
         systems=_ORIN_SYSTEMS,
@@ -77,13 +79,13 @@ TARGETS = {
         Target("rtx", "any GeForce RTX 30, 40 or 50", ((8, 6), (8, 9), (12, 0)), _RTX, "RTX 1.2 or newer"),
         _jetson_orin("orin-nano", "Jetson Orin Nano 8 GB", memory=8),
         _jetson_orin("orin-nx", "Jetson Orin NX 16 GB", memory=16),
-        _jetson_orin("orin", "Jetson AGX Orin 32 or 64 GB", memory=32),
+        _jetson_orin("orin", "Jetson AGX Orin 32 or 64 GB", memory=32, versions=f"{_ORIN_TENSORRT}, 11.4 (7.2.2)"),
         Target(
             "thor",
             "Jetson AGX Thor 128 GB",
             _THOR,
             _TENSORRT,
-            "10.13 (JetPack 7.0, 7.1), 10.16 (7.2)",
+            "10.13 (JetPack 7.0, 7.1), 10.16 (7.2), 11.4 (7.2.2)",
             memory=128 * _GIB,
             board=BOARDS["thor"],
             systems=_THOR_SYSTEMS,

@@ -22,6 +22,7 @@ from fastvlm_edge.doctor.facts import read_facts
 from fastvlm_edge.doctor.findings import STATUSES
 from fastvlm_edge.extras import install_command
 from fastvlm_edge.machine.boards.chips import CHIPS, SUPPORTED
+from fastvlm_edge.machine.boards.faults import find_faults
 from fastvlm_edge.machine.boards.jetpacks import JETPACKS, find_jetpack
 from fastvlm_edge.machine.boards.targets import TARGETS
 from fastvlm_edge.machine.libraries import PACKAGES
@@ -77,11 +78,14 @@ def test_an_orin_nano_out_of_the_box(examine: Callable[..., Report]) -> None:
         "cma": r"sudo sed -i 's/ cma=[^ ]*//; /^ *APPEND/ s/$/ cma=950M/' /boot/extlinux/extlinux.conf && sudo reboot",
         "swap": "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && sudo swapon /swapfile",
         "power mode": "sudo nvpmodel -m 2",
+        "tensorrt": "fastvlm-edge build MODEL --static (or install TensorRT 10.7 for L4T, see docs/jetpack-6.md)",
     }
     texts = {topic: finding["text"] for topic, finding in report.findings.items()}
     assert "Orin Nano 8 GB" in texts["board"] and "compute capability 8.7" in texts["board"]
     assert texts["jetpack"] == "Jetson Linux 36.4.3, JetPack 6.2 with TensorRT 10.3 and CUDA 12.6"
-    assert texts["tensorrt"] == "tensorrt 10.3.0, libnvinfer 10.3.0"
+    assert texts["tensorrt"] == (
+        "tensorrt 10.3.0, libnvinfer 10.3.0; reported to compute transformers with dynamic shapes wrongly (NVIDIA/TensorRT#4419, #4330)"
+    )
     assert texts["gpu clock"].startswith("306 MHz, 306 to 625") and report.findings["gpu clock"]["mend"].startswith("sudo jetson_clocks")
     assert texts["heat"] == "tj-thermal at 52 °C, not throttling"
     assert report.machine["memory"]["cma_total"] == 256 << 20 and report.machine["power_mode"]["current"] == 0
@@ -100,7 +104,11 @@ def test_an_agx_orin_that_is_ready(examine: Callable[..., Report]) -> None:
 
 def test_a_thor(examine: Callable[..., Report]) -> None:
     report = examine(thor())
-    assert report.bad == {"power mode": "sudo nvpmodel -m 0"}
+    assert report.bad == {
+        "power mode": "sudo nvpmodel -m 0",
+        "tensorrt": "sdkmanager (on another computer, the board in recovery mode): JetPack 7.2, which has TensorRT 10.16",
+    }
+    assert "products that share their input wrongly on Thor" in report.findings["tensorrt"]["text"]
     assert "compute capability 11.0" in report.findings["board"]["text"] and "Thor T5000" in report.findings["board"]["text"]
     assert report.findings["emc clock"]["text"].startswith("666 MHz, 666 to 4266")
     assert report.findings["cma"]["status"] == "ok" and "i8mm" in report.findings["processor"]["text"]
@@ -293,7 +301,7 @@ def test_what_is_wrong_is_found_with_the_command_that_mends_it(name: str, examin
 
 def test_each_fault_above_is_the_board_s_only_new_one(examine: Callable[..., Report]) -> None:
     """A fault that drags unrelated findings along would send people the wrong way."""
-    usual = {"cma", "swap", "power mode"}
+    usual = {"cma", "swap", "power mode", "tensorrt"}
     for name in ("a user without rights", "a binding of the next CUDA", "a weak supply", "throttling", "no bindings"):
         report = examine(BROKEN[name][0])
         assert set(report.bad) <= usual | {BROKEN[name][1]}, name
@@ -369,6 +377,11 @@ def test_engines_that_fit_the_board(examine: Callable[..., Report], model: Path)
     record.write_text(json.dumps(document | {"compute_capabilities": [[8, 7]]}))
     assert examine(board, str(model)).findings[topic]["status"] == "ok"
 
+    nano = {"compute_capabilities": [[8, 7]], "board": "Orin Nano 8 GB", "multiprocessors": 8, "memory_bytes": 7 << 30}
+    record.write_text(json.dumps(document | nano))
+    report = examine(board, str(model))
+    assert "built on Orin Nano 8 GB (8 multiprocessors, 7.0 GiB), but this is AGX Orin 64 GB (" in report.findings[topic]["text"]
+
     record.write_text(json.dumps(document | {"compute_capabilities": [[11, 0]]}))
     report = examine(board, str(model))
     assert "built for compute capability 11.0, but this board has 8.7" in report.findings[topic]["text"]
@@ -403,7 +416,7 @@ def test_text_has_a_line_a_finding_and_its_command_below(tmp_path: Path, capsys:
     lines = out.splitlines()
     at = next(index for index, line in enumerate(lines) if re.match("warning  power mode +15W; MAXN_SUPER is the fastest", line))
     assert lines[at + 1].strip() == "-> sudo nvpmodel -m 2"
-    assert lines[-1] == "14 ok, 3 warnings, 0 problems"
+    assert lines[-1] == "13 ok, 4 warnings, 0 problems"
 
 
 def test_the_report_in_the_documentation_is_the_one_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -519,6 +532,27 @@ def test_the_table_of_jetpacks_is_in_order_and_agrees_with_the_targets() -> None
         if row.tensorrt >= OLDEST_TENSORRT:
             named = " ".join(TARGETS[name].versions for name in ("orin", "thor"))
             assert ".".join(map(str, row.tensorrt)) in named
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "faults"),
+    [
+        ("10.3.0.30", (8, 7), 1),
+        ("10.3.0", None, 1),
+        ("10.5.0", (8, 7), 0),
+        ("10.7.0.23", (8, 7), 0),
+        ("10.13.3.9", (11, 0), 1),
+        ("10.13.3.9", (8, 9), 0),
+        ("10.15.1", (11, 0), 0),
+        ("11.2.0.113", (8, 7), 1),
+        ("11.4.1", (8, 7), 0),
+        ("unknown", (8, 7), 0),
+    ],
+)
+def test_faults_are_those_of_the_version_and_the_gpu(version: str, capability: tuple[int, int] | None, faults: int) -> None:
+    found = find_faults("tensorrt", version, capability)
+    assert len(found) == faults and find_faults("tensorrt_rtx", version, capability) == []
+    assert all("#" in fault.sources and fault.mend for fault in found)
 
 
 def test_facts_are_read_quickly(tmp_path: Path) -> None:
