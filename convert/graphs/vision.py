@@ -1,6 +1,7 @@
 """The vision graph: FastViTHD and projector as standard ONNX operators, pixel_values -> image_features.
 
-The image size is fixed at conversion, the batch size is dynamic. There is a Cast only where the plan changes the type between two stages.
+The image size is fixed at conversion, the batch size is dynamic. Where the plan changes the type between two stages, there is a Cast. In a
+narrow float type, the dense products of stage 4 have a Cast to FP32 before and a Cast back after them, which asks for sums in FP32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 from fastvlm_edge.convert.fastvithd import HEAD_DIM, LAYER_NORM_EPS, FastViTHDConfig
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, element_type
-from fastvlm_edge.convert.precision import FLOAT_TYPES, VISION_STAGES, PrecisionPlan
+from fastvlm_edge.convert.precision import FLOAT_TYPES, VISION_STAGES, PrecisionPlan, vision_stage
 from fastvlm_edge.model_dir.manifest import STRIDE
 
 
@@ -169,22 +170,41 @@ class _Vision:
         elif f"{name}.factor" in self.graph.weights.entries:  # applied to the weights, because they are fewer than the inputs
             weight = self.graph.node("Mul", [weight, self._weight(f"{name}.factor", path)], f"{path}/weight")
             bias = f"{name}.plain_bias"
-        return self.graph.node(
+        operands = [x, weight, self._weight(bias, path)]
+        wide = groups == 1 and self._sums_in_fp32(name)
+        x = self.graph.node(
             "Conv",
-            [x, weight, self._weight(bias, path)],
+            self._widened(operands, path) if wide else operands,
             path,
             group=groups,
             kernel_shape=[kernel, kernel],
             pads=[kernel // 2] * 4,
             strides=[stride, stride],
         )
+        return self._narrowed(x, path) if wide else x
 
     def _product(self, x: str, name: str, path: str) -> str:
         if name in self.integer_inputs:
             return self._integer_product(x, name, path)
         if name in self.activation_scales:
             x = self._input(x, name, path)
-        return self.graph.node("MatMul", [x, self._weight(f"{name}.weight", path, axis=1)], path)
+        operands = [x, self._weight(f"{name}.weight", path, axis=1)]
+        if self._sums_in_fp32(name):
+            return self._narrowed(self.graph.node("MatMul", self._widened(operands, path), path), path)
+        return self.graph.node("MatMul", operands, path)
+
+    def _sums_in_fp32(self, name: str) -> bool:
+        """Whether the sums of a dense product may exceed the type that it computes in: stage 4 has the largest activations below FP32."""
+        return self.dtype != np.float32 and vision_stage(name) == "stage4"
+
+    def _widened(self, operands: list[str], path: str) -> list[str]:
+        """The operands of a product, cast to FP32 without a change of the current type."""
+        names = ("input", "matrix", "bias")
+        wide = element_type(np.float32)
+        return [self.graph.node("Cast", [value], f"{path}/sums/{name}", to=wide) for value, name in zip(operands, names, strict=False)]
+
+    def _narrowed(self, x: str, path: str) -> str:
+        return self.graph.node("Cast", [x], f"{path}/sums", to=element_type(self.dtype))
 
     # DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul by both scales -> Add; onnxruntime fuses them into one DynamicQuantizeMatMul
     def _integer_product(self, x: str, name: str, path: str) -> str:

@@ -13,6 +13,7 @@ from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.precision import on_cpu, precision_plan
 from fastvlm_edge.convert.weights.vision import write_vision_weights
+from tests.support.graph_interpreter import Interpreter
 
 TINY = FastViTHDConfig((1, 2, 2, 1, 1), (16, 32, 64, 64, 128), out_dim=256, se_dim=16)
 HIDDEN = 48
@@ -92,3 +93,29 @@ def test_channels_far_from_zero_survive_the_norm_in_fp16(tmp_path: Path) -> None
     (found,) = session.run(None, {"pixel_values": pixels.numpy()})
     expected = projector(image_tokens(encoder(pixels))).numpy()
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 2e-2
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["asked", "ignored"])
+def test_sums_of_stage_4_may_exceed_fp16_on_the_way(tmp_path: Path, ignored: bool) -> None:
+    """Two channels of 6,000 cancel in a product whose terms reach 120,000; a library that ignores the casts to FP32 gets no number."""
+    encoder = random_encoder()
+    block = "stages.3.blocks.0"
+    with torch.no_grad():
+        encoder.get_parameter(f"{block}.mlp.fc1.weight")[[0, 100]] = 0
+        encoder.get_parameter(f"{block}.mlp.fc1.bias")[[0, 100]] = 6000
+        down, gamma = encoder.get_parameter(f"{block}.mlp.fc2.weight"), encoder.get_parameter(f"{block}.layer_scale_2.gamma")
+        down[:, [0, 100]] = 0
+        down[3, [0, 100], 0, 0] = torch.tensor([20, -20 + 2**-6]) / gamma[3, 0, 0]
+    projector = nn.Sequential(nn.Linear(256, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN)).requires_grad_(False)
+    weights = WeightsFile(tmp_path / "vision.weights")
+    write_vision_weights(encoder, projector, precision_plan("fp16"), weights, lambda: None)
+    weights.close()
+    graph = GraphBuilder("vision", weights)
+    build_vision(graph, TINY, HIDDEN, 64, precision_plan("fp16"))
+    graph.save(tmp_path / "vision.onnx")
+    pixels = {"pixel_values": np.random.default_rng(0).random((1, 3, 64, 64), np.float32)}
+    exact = Interpreter(tmp_path / "vision.onnx", exact=True).run(pixels)["image_features"]
+    narrow_sums = "all" if ignored else "declared"  # in FP16 wherever the graph does not ask for more
+    found = Interpreter(tmp_path / "vision.onnx", narrow_sums=narrow_sums).run(pixels)["image_features"].astype(np.float64)
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert np.isnan(error) if ignored else error < 1e-2
