@@ -7,10 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define POISON 0xA5
 #define ALIGNMENT 256
-#define PAGE 4096
 #define ROUND(number, step) (((number) + (step) - 1) / (step) * (step))
 
 bool initialized;
@@ -22,6 +22,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static _Thread_local int thread_number;
 static int threads, calls, mistakes, fail_at, fail_with, lost;
 static bool fails_for_good;
+static size_t page;
 static char last_mistake[400], failed[48];
 static FILE *trace;
 
@@ -71,6 +72,7 @@ int fake_alive(void) {
 
 static void __attribute__((constructor)) start(void) {
     const char *file = getenv("FAKE_LIBCUDA_TRACE"), *failure = getenv("FAKE_LIBCUDA_FAIL");
+    page = sysconf(_SC_PAGESIZE);
     if (file && *file) trace = fopen(file, "w");
     if (failure) sscanf(failure, "%d:%d", &fail_at, &fail_with);
 }
@@ -198,16 +200,16 @@ Block *new_block(Call *call, Kind kind, size_t nbytes) {
     }
     int number = 1;
     for (int i = 0; i < block_count; i++) number += blocks[i]->kind == kind;
-    size_t size = ROUND(nbytes, ALIGNMENT), mapped = ROUND(size, PAGE) + PAGE;
+    size_t size = ROUND(nbytes, ALIGNMENT), mapped = ROUND(size, page) + page;
     char *pages = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (pages == MAP_FAILED) {
         call->error = OUT_OF_MEMORY;
         return NULL;
     }
-    mprotect(pages + mapped - PAGE, PAGE, PROT_NONE);
-    memset(pages, POISON, mapped - PAGE);
+    mprotect(pages + mapped - page, page, PROT_NONE);
+    memset(pages, POISON, mapped - page);
     Block *block = malloc(sizeof *block);
-    *block = (Block){kind, number, true, (uintptr_t)(pages + mapped - PAGE - size), nbytes, pages, mapped};
+    *block = (Block){kind, number, true, (uintptr_t)(pages + mapped - page - size), nbytes, pages, mapped};
     ADD(blocks, block_count, block);
     return block;
 }
@@ -243,7 +245,7 @@ void free_block(Call *call, Kind kind, uintptr_t address) {
         const Operation *recorded = graphs[i]->live && graphs[i]->letter == 'x' ? user(&graphs[i]->operations, block) : NULL;
         if (recorded) mistake(call, SUCCESS, "%s of %s, which %s in x%d uses", call->name, symbol(address), recorded->name, graphs[i]->number);
     }
-    for (const unsigned char *byte = (unsigned char *)block->pages; byte < (unsigned char *)(block->pages + block->mapped - PAGE); byte++) {
+    for (const unsigned char *byte = (unsigned char *)block->pages; byte < (unsigned char *)(block->pages + block->mapped - page); byte++) {
         bool inside = (uintptr_t)byte >= block->address && (uintptr_t)byte < block->address + block->nbytes;
         if (inside) byte = (unsigned char *)(block->address + block->nbytes) - 1;
         else if (*byte != POISON) {
