@@ -128,7 +128,8 @@ def build(model: Path, target: str = "auto", options: Options | None = None, *, 
             for fault in find_faults(plan.library.name, plan.library.version, plan.cuda.device.compute_capability):
                 progress.note(f"warning: {plan.library.name} {plan.library.version}: {fault.what}; {fault.mend} ({fault.sources})")
         if options.check_memory:
-            check_memory(model, manifest, plan.library.name, plan.cuda)
+            # Static engines of one capacity are a pair: prefill and decoding.
+            check_memory(model, manifest, plan.library.name, plan.cuda, decoders=2 if options.static else 1)
         _check_disk(model, plan)
         with written_beside(folder, replace=True, elsewhere="move the model directory to another disk") as partial:
             record = _build_both(_Job(model, manifest, plan, options, partial, progress))

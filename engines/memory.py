@@ -36,8 +36,8 @@ def predicted_scratch(manifest: Manifest) -> int:
         shape = shape_of(manifest)
     except FastVLMError:
         return 0
-    wide = 2 if manifest.decoder.dtype == "float32" else 1
-    return int(wide * activation_bytes(shape, manifest.vision.image_size))
+    fused = manifest.decoder.dtype != "float32"
+    return int(activation_bytes(shape, manifest.vision.image_size, manifest.decoder.context, fused=fused))
 
 
 def available_memory() -> tuple[int, int] | None:
@@ -46,13 +46,17 @@ def available_memory() -> tuple[int, int] | None:
     return (memory.available, memory.swap_free) if memory.total else None
 
 
-def check_memory(model: Path, manifest: Manifest, library: str, cuda: Cuda | None) -> None:
-    """Raise FastVLMError if a build would run out of memory, with the figures and what to do. `cuda` is the GPU of this machine."""
+def check_memory(model: Path, manifest: Manifest, library: str, cuda: Cuda | None, *, decoders: int = 1) -> None:
+    """Raise FastVLMError if a build would run out of memory, with the figures and what to do.
+
+    `cuda` is the GPU of this machine, and `decoders` the number of engines of the decoder that run on it at the same time.
+    """
     free = available_memory()
     weights = {part: (model / f"{part}.weights").stat().st_size for part in PARTS}
     part = max(PARTS, key=weights.__getitem__)
     if cuda is not None:
-        _check_gpu(part, weights, predicted_scratch(manifest), cuda, free)
+        loaded = weights["vision"] + decoders * weights["decoder"]
+        _check_gpu(part, weights[part], loaded, predicted_scratch(manifest), cuda, free)
     if free is None:
         return
     needed = predicted_peak(weights[part], library)
@@ -66,17 +70,17 @@ def check_memory(model: Path, manifest: Manifest, library: str, cuda: Cuda | Non
         )
 
 
-def _check_gpu(part: str, weights: dict[str, int], scratch: int, cuda: Cuda, free: tuple[int, int] | None) -> None:
-    """Compare with the memory of the GPU. An engine has about the size of its weights."""
+def _check_gpu(part: str, largest: int, loaded: int, scratch: int, cuda: Cuda, free: tuple[int, int] | None) -> None:
+    """Compare with the memory of the GPU. An engine has about the size of its weights: `largest` of `part`, `loaded` of all that run."""
     if not cuda.device.integrated:
-        needed, there = sum(weights.values()) + scratch, cuda.free_bytes()
-        what = f"both engines need about {needed // _MIB:,} MiB of GPU memory, but only {there // _MIB:,} MiB are free"
+        needed, there = loaded + scratch, cuda.free_bytes()
+        what = f"the engines need about {needed // _MIB:,} MiB of GPU memory, but only {there // _MIB:,} MiB are free"
         mend = "close other programs that use the GPU"
     elif free is not None:
-        # Shared with the host: the finished plan in the builder, and its weights on the GPU.
-        needed, there = 2 * weights[part] + scratch, free[0]
+        # Shared with the host: first the finished plan in the builder and its weights on the GPU, then all engines.
+        needed, there = max(2 * largest, loaded) + scratch, free[0]
         what = (
-            f"{part}.engine and its copy in the builder need about {needed // _MIB:,} MiB that the GPU can use, but only "
+            f"{part}.engine and its copy in the builder, or all engines, need about {needed // _MIB:,} MiB that the GPU can use, but only "
             f"{there // _MIB:,} MiB of memory are free, and swap does not count"
         )
         mend = f"close other programs (also the desktop: sudo systemctl isolate multi-user), {_CACHES}"

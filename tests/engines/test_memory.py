@@ -44,7 +44,7 @@ def test_swap_is_memory_for_the_builder_but_not_for_the_gpu(model: Path, manifes
     with pytest.raises(FastVLMError, match=r"building decoder\.engine needs about 4,396 MiB .* 3,072 MiB of memory and 0 MiB of swap"):
         check_memory(model, manifest, "tensorrt", board)
     free(monkeypatch, GIB, 64 * GIB)
-    says = r"decoder\.engine and its copy in the builder need about 2,\d\d\d MiB that the GPU can use, but only 1,024 MiB .* swap does not"
+    says = r"decoder\.engine and its copy in the builder, or all engines, need about 2,\d\d\d MiB .* 1,024 MiB .* swap does not"
     with pytest.raises(FastVLMError, match=says + r".*drop_caches.*--no-memory-check"):
         check_memory(model, manifest, "tensorrt", board)
 
@@ -57,8 +57,16 @@ def test_without_a_gpu_only_the_builder_counts(model: Path, manifest: Manifest, 
 def test_a_graphics_card_has_memory_of_its_own(model: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 64 * GIB, 0)
     check_memory(model, manifest, "tensorrt", FakeCuda(memory_limit=2 * GIB))
-    with pytest.raises(FastVLMError, match=r"both engines need about 1,[23]\d\d MiB of GPU memory, but only 1,024 MiB are"):
+    with pytest.raises(FastVLMError, match=r"the engines need about 1,[23]\d\d MiB of GPU memory, but only 1,024 MiB are"):
         check_memory(model, manifest, "tensorrt", FakeCuda(memory_limit=GIB))
+
+
+def test_static_engines_of_the_decoder_are_a_pair(model: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, 64 * GIB, 0)
+    card = FakeCuda(memory_limit=2 * GIB)
+    check_memory(model, manifest, "tensorrt", card)
+    with pytest.raises(FastVLMError, match=r"the engines need about 2,3\d\d MiB of GPU memory"):
+        check_memory(model, manifest, "tensorrt", card, decoders=2)
 
 
 def test_where_memory_is_not_reported_nothing_is_refused(model: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
