@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from fastvlm_edge.backends.protocol import PREFILL_CHUNK
 from fastvlm_edge.backends.verification.conversation import MOST_ROWS, SINGLE, TAIL, Passage
-from fastvlm_edge.generation.session import PREFILL_CHUNK
 
 CHUNKS = (1, 7, 16, 150)
 """The end of the passage is prefilled in chunks of these sizes."""

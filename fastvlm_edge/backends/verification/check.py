@@ -40,12 +40,12 @@ class Bounds:
 
 
 BOUNDS = {
-    "float32": Bounds(token=0.999, median=0.9999, divergence=0.01, steps=8, cache=0.25),
-    "float16": Bounds(token=0.99, median=0.999, divergence=0.02, steps=8, cache=0.25),
-    "bfloat16": Bounds(token=0.95, median=0.99, divergence=0.2, steps=8, cache=0.25),
+    "float32": Bounds(token=0.998, median=0.9995, divergence=0.01, steps=32, cache=0.25),
+    "float16": Bounds(token=0.998, median=0.9995, divergence=0.01, steps=32, cache=0.25),
+    "bfloat16": Bounds(token=0.98, median=0.995, divergence=0.1, steps=32, cache=0.25),
 }
 """By the decoder's type. TensorRT computes float32 products in TF32, which has the mantissa of float16."""
-NOISY = Bounds(token=0.95, median=0.99, divergence=0.5, steps=64, cache=0.25)
+NOISY = Bounds(token=0.95, median=0.99, divergence=0.2, steps=256, cache=0.25)
 """Where one side quantises the inputs of integer weights to INT8: onnxruntime on a CPU as the reference, or a calibrated encoder."""
 MANTISSA = {"float32": 10, "float16": 10, "bfloat16": 7}
 

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_edge.backends.ort import OrtBackend
+from fastvlm_edge.backends.protocol import PREFILL_CHUNK
 from fastvlm_edge.backends.verification.compare import Rows, top_rows
 from fastvlm_edge.backends.verification.conversation import Passage, stored_passage, stored_pictures
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.generation.session import PREFILL_CHUNK
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import Manifest
 from fastvlm_edge.progress import Progress
