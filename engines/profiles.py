@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fastvlm_edge.backends.engine_files import static_part
 from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY, next_capacity
-from fastvlm_edge.generation.session import LOGIT_POSITIONS, PREFILL_CHUNK
+from fastvlm_edge.backends.protocol import LOGIT_POSITIONS, PREFILL_CHUNK
 from fastvlm_edge.model_dir.manifest import Manifest
 from fastvlm_edge.nvidia.tensorrt_library import Profile
 

@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import VisionSpec
 
+PREFILL_CHUNK = 512
+"""Largest number of ids per call. Longer prompts are several calls."""
+LOGIT_POSITIONS = 16
+"""Largest number of positions per call for which every backend gives logits: TensorRT engines are built for 16 (engines/profiles.py)."""
+
 
 class ImageFeatures(Protocol):
     """The visual tokens of one picture, in host or device memory as the backend chooses."""

@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from fastvlm_edge.backends.protocol import ImageFeatures
+from fastvlm_edge.backends.protocol import PREFILL_CHUNK, ImageFeatures
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.sampling import Sampler, SamplingParams
-from fastvlm_edge.generation.session import PREFILL_CHUNK, Session
+from fastvlm_edge.generation.session import Session
 from fastvlm_edge.inputs.detokenize import Detokenizer
 from fastvlm_edge.inputs.stop_strings import StopStrings
 from fastvlm_edge.inputs.tokenizer import TextTokenizer

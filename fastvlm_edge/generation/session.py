@@ -8,12 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvlm_edge.backends.protocol import Backend, ImageFeatures, StepOutput
+from fastvlm_edge.backends.protocol import PREFILL_CHUNK, Backend, ImageFeatures, StepOutput
 from fastvlm_edge.errors import FastVLMError
-
-PREFILL_CHUNK = 512
-LOGIT_POSITIONS = 16
-"""Largest number of positions per call for which every backend gives logits: TensorRT engines are built for 16 (engines/profiles.py)."""
 
 
 class Session:

@@ -14,13 +14,13 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvlm_edge.backends.protocol import Backend, ImageFeatures
+from fastvlm_edge.backends.protocol import LOGIT_POSITIONS, PREFILL_CHUNK, Backend, ImageFeatures
 from fastvlm_edge.backends.select import select
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.generate import Generation, check_room
 from fastvlm_edge.generation.reply import Reply, Timings
 from fastvlm_edge.generation.sampling import SamplingParams
-from fastvlm_edge.generation.session import LOGIT_POSITIONS, PREFILL_CHUNK, Session
+from fastvlm_edge.generation.session import Session
 from fastvlm_edge.inputs.image_input import ImageInput
 from fastvlm_edge.inputs.preprocess import GEOMETRIES, preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate

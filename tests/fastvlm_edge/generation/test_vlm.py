@@ -18,8 +18,9 @@ from skimage import data
 
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
+from fastvlm_edge.backends.protocol import LOGIT_POSITIONS
 from fastvlm_edge.backends.select import select
-from fastvlm_edge.generation.session import LOGIT_POSITIONS, Session
+from fastvlm_edge.generation.session import Session
 from fastvlm_edge.inputs.preprocess import preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
