@@ -10,16 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from examples.checkpoints.random_checkpoint import SIZES, RandomWeights
+from examples.checkpoints.random_checkpoint import POOL, SIZES, RandomWeights
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, TextConfig
 from fastvlm_edge.convert.checkpoint.structure import expected_shapes
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.decoder import CANDIDATES, build_decoder
-from fastvlm_edge.convert.precision import NUMPY_NAMES, precision_plan
+from fastvlm_edge.convert.precision import FLOAT_TYPES, NUMPY_NAMES, PrecisionPlan, precision_plan
 from fastvlm_edge.convert.weights.decoder import write_decoder_weights
+from fastvlm_edge.convert.weights.round_to_nearest import Quantized, stored_type
 from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest, Source, TextSpec, VisionSpec
 
 CONTEXT = 4096
@@ -44,6 +46,31 @@ class RandomTensors:
         return np.resize(self.weights.pool, (rows, hidden)) / np.float32(hidden**0.5)
 
 
+class RandomIntegers:
+    """Integers for the matrices that a plan does not store as floats, instead of rounding each of them: `QuantizedMatrices`."""
+
+    def __init__(self, text: TextConfig, plan: PrecisionPlan) -> None:
+        queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+        self.scale_type = np.dtype(FLOAT_TYPES[plan.decoder])
+        self.plan = plan
+        self.shapes = {
+            "qkv": (text.hidden, queries + 2 * keys),
+            "o_proj": (queries, text.hidden),
+            "gate_up": (text.hidden, 2 * text.intermediate),
+            "down": (text.intermediate, text.hidden),
+            "head": (text.hidden, text.vocab),
+        }
+
+    def matrix(self, name: str) -> Quantized:
+        """Integers [inputs, outputs] and scales of a matrix."""
+        part = name.rpartition(".")[2]
+        inputs, outputs = self.shapes[part]
+        kind = stored_type(self.plan.head if part == "head" else self.plan.body, inputs)
+        values = np.resize(np.random.default_rng(0).integers(-7, 8, POOL, dtype=np.int8), (inputs, outputs))
+        scales = np.full((inputs // kind.block, outputs) if kind.block else outputs, inputs**-0.5 / 4, np.float32)
+        return Quantized(values.astype(ml_dtypes.int4) if kind.bits == 4 else values, scales)
+
+
 def write_decoder(
     directory: Path, precision: str, *, size: str = "0.5b", layers: int = 0, vocab: int = 0, wide_scores: Collection[int] = ()
 ) -> Manifest:
@@ -58,7 +85,7 @@ def write_decoder(
     directory.mkdir(parents=True, exist_ok=True)
     weights = WeightsFile(directory / "decoder.weights")
     source = cast(Checkpoint, RandomTensors(size, text))
-    write_decoder_weights(source, plan, weights, lambda: None, context=CONTEXT)
+    write_decoder_weights(source, plan, weights, lambda: None, RandomIntegers(text, plan) if plan.body.bits else None, context=CONTEXT)
     weights.close()
     graph = GraphBuilder("decoder", weights)
     build_decoder(graph, text, plan)

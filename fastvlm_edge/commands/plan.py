@@ -96,7 +96,8 @@ def _table(shape: Shape, board: Board, mode: Mode, predictions: list[Prediction]
         f"{shape.name} on {board.title}, power mode {mode.name}: {first.image_size} px, context {first.context}, "
         f"{first.available_bytes / 1e9:.1f} GB of memory. A prediction, not yet run on hardware.",
         *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
-        "Ranges in parentheses cover 80 % of the models that were not in the fit (docs/plan.md).",
+        "Ranges in parentheses cover 80 % of the models that were not in the fit (docs/plan.md). tokens/s assumes kernels like those of",
+        "the programs in the fit, which were written by hand; its lower end assumes that TensorRT reads integer weights as FP16.",
     ]
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """What TensorRT for RTX makes of the decoder graph with the profiles of `build`: kernels, fused attentions, matrices written out, scratch.
 
-The real builder, without a GPU; random weights. Nothing is stubbed, no engine runs. A budget is what the graph needs, with nothing to spare.
-An edit of the graph, or another version of the builder, that costs a kernel has to change it here.
+The real builder, without a GPU; random weights. Nothing is stubbed, no engine runs. A budget is what the graph needs, with nothing to
+spare. An edit of the graph, or another version of the builder, that costs a kernel has to change it here.
 """
 
 from __future__ import annotations

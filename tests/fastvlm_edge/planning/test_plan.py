@@ -65,8 +65,16 @@ def test_predictions_follow_from_work_and_board() -> None:
         assert more.run_bytes > less.run_bytes and more.build_bytes > less.build_bytes
         assert more.joules_per_token > less.joules_per_token
     long = predict_one(shape, nano, nano.mode(None), "int4", 1024, 32768)
-    assert long.run_bytes - by_precision[2].run_bytes == 12_288 * (32768 - 2048)
+    assert long.cache_bytes - by_precision[2].cache_bytes == 12_288 * (32768 - 2048)
+    assert long.run_bytes - by_precision[2].run_bytes > 12_288 * (32768 - 2048), "the mask grows too"
     assert predict_one(shape, nano, nano.mode(None), "int4", 1536, 2048).ttft_ms > fast.ttft_ms
+
+
+def test_the_range_of_integers_reaches_down_to_fp16() -> None:
+    board = BOARDS["orin-nano"]
+    fp16, int4 = (predict_one(SIZES["0.5b"], board, board.mode(None), name, 1024, 2048) for name in ("fp16", "int4"))
+    assert int4.tokens_per_second_range[0] == pytest.approx(fp16.tokens_per_second_range[0])
+    assert int4.tokens_per_second_range[1] > int4.tokens_per_second > fp16.tokens_per_second
 
 
 def test_the_recommendation_is_the_most_accurate_that_is_quick_and_fits() -> None:
@@ -85,7 +93,7 @@ def test_what_does_not_fit_says_what_to_change() -> None:
     nano = BOARDS["orin-nano"]
     chosen, why = recommend([predict_one(SIZES["7b"], nano, nano.mode(None), "fp16", 1024, 4096)])
     assert chosen is None
-    assert "17.1 GB" in why and "--context" not in why, "the weights alone are too much"
+    assert "17.2 GB" in why and "--context" not in why, "the weights alone are too much"
     chosen, why = recommend([predict_one(SIZES["7b"], nano, nano.mode(None), "int4", 1024, 65536)])
     assert chosen is None and "a smaller --context" in why
 
@@ -109,7 +117,7 @@ def test_the_command_prints_a_table_or_one_object(capsys: pytest.CaptureFixture[
 
 def test_a_model_that_fits_nowhere_ends_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "7b", "--target", "orin-nano", "--precision", "fp16"]) == 1
-    assert "fp16 does not fit; --precision int4 fits in 6.0 GB" in capsys.readouterr().out
+    assert "fp16 does not fit; --precision int4 fits in 6.1 GB" in capsys.readouterr().out
     assert main(["plan", "7b", "--target", "orin-nano", "--context", "65536"]) == 1
     assert "nothing fits: int4 needs" in capsys.readouterr().out
 
