@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from examples.checkpoints.random_decoder import write_decoder
 from fastvlm_edge import FastVLMError
 from fastvlm_edge.backends.engine_files import static_part
 from fastvlm_edge.cli import main
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.engines.build import Options, build, read_layers
-from fastvlm_edge.engines.profiles import STATIC_IDS, static_capacities
+from fastvlm_edge.engines.layers import parse_listing
+from fastvlm_edge.engines.profiles import STATIC_IDS, static_capacities, static_profiles
 from fastvlm_edge.model_dir.engine_record import EngineRecord, read_record
+from fastvlm_edge.nvidia.tensorrt_library import BuildSettings, find_library
 from tests.support.checkpoints import write_checkpoint
 
 pytest.importorskip("tensorrt_rtx")
@@ -55,6 +58,22 @@ def test_static_engines_have_no_dynamic_size(model: Path, tmp_path: Path) -> Non
         sizes = [tensor.shape for layer in layers for tensor in (*layer.inputs, *layer.outputs)]
         assert sizes and all(size > 0 for shape in sizes for size in shape), part
         assert part == "vision" or not any(layer.widens_weights for layer in layers), part
+
+
+def test_one_id_or_one_position_would_write_integer_matrices_out(tmp_path: Path) -> None:
+    """Why STATIC_IDS is 2, and why a decode profile takes more than one of each (docs/tensorrt.md)."""
+    manifest = write_decoder(tmp_path, "int8", size="0.5b", layers=2, vocab=8704)
+    (decode,) = static_profiles(manifest, (1024,))[static_part("decode", 1024)]
+    assert decode["input_ids"][0] == decode["logit_positions"][0] == (1, STATIC_IDS)
+
+    def written_out(ids: int, positions: int) -> int:
+        sizes = {"input_ids": ids, "position_ids": ids, "logit_positions": positions}
+        profile = {**decode, **{name: ((1, size),) * 3 for name, size in sizes.items()}}
+        built = find_library(("tensorrt_rtx",)).build(tmp_path / "decoder.onnx", BuildSettings((profile,), ((8, 6),)))
+        return sum(layer.widens_weights for layer in parse_listing(built.listing))
+
+    assert written_out(2, 2) == written_out(16, 16) == 0
+    assert written_out(1, 1) > written_out(2, 1) > 0
 
 
 def test_static_engines_are_up_to_date_until_their_shapes_change(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
