@@ -40,7 +40,7 @@ from fastvlm_edge.convert.parity import (
     files_under_way,
     probe_activations,
 )
-from fastvlm_edge.convert.precision import NUMPY_NAMES, PrecisionPlan, fit, on_cpu, precision_plan
+from fastvlm_edge.convert.precision import NUMPY_NAMES, Magnitudes, PrecisionPlan, fit, on_cpu, precision_plan
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder, StoredMatrices
 from fastvlm_edge.convert.request import GEOMETRIES, check_output, check_space, choose_context, choose_image_size
 from fastvlm_edge.convert.weights.decoder import write_decoder_weights
@@ -197,6 +197,7 @@ def probe(conversion: Conversion, encoder: FastViTHD, projector: nn.Sequential) 
     progress.stage("probe decoder", source.text.layers)
     conversation = converse(conversion.tokenizer, conversion.manifest, source, features[0][0], progress.advance)
     conversion.plan = fit(conversion.plan, largest, conversation.magnitudes)
+    progress.note(_largest_of_llm(conversation.magnitudes, conversion.plan))
     conversion.manifest = replace(
         conversion.manifest,
         plan=conversion.plan.describe(),
@@ -210,6 +211,18 @@ def probe(conversion: Conversion, encoder: FastViTHD, projector: nn.Sequential) 
         },
     )
     return Reference(features, conversation, noises)
+
+
+def _largest_of_llm(seen: Magnitudes, plan: PrecisionPlan) -> str:
+    """The largest attention score and residual stream with their layers, and what the plan does about large values."""
+    score, residual = max(seen.scores), max(seen.residual)
+    text = f"LLM: largest attention score {score:,.0f} (layer {seen.scores.index(score)})"
+    text += f", largest residual stream {residual:,.0f} (layer {seen.residual.index(residual)})"
+    if plan.wide_scores:
+        text += f"; scores in FP32 in {len(plan.wide_scores)} of {len(seen.scores)} layers"
+    if plan.up_shifts:
+        text += f"; MLP divided in layer{'s' * (len(plan.up_shifts) > 1)} {', '.join(map(str, plan.up_shifts))}"
+    return text
 
 
 def write_vision(conversion: Conversion, encoder: FastViTHD, projector: nn.Sequential, calibration: Calibration | None) -> WeightsFile:
@@ -270,9 +283,7 @@ def _needs_cpu_graph(part: str, plan: PrecisionPlan) -> bool:
     return on_cpu(plan) != plan or (part == "decoder" and plan.decoder == "fp32")
 
 
-def choose_cpu_int8(
-    conversion: Conversion, reference: Reference, weights: WeightsFile, calibration: Calibration | None
-) -> list[Float32]:
+def choose_cpu_int8(conversion: Conversion, reference: Reference, weights: WeightsFile, calibration: Calibration | None) -> list[Float32]:
     """Let the encoder's graph for a CPU compute as many blocks in INT8 as the image features allow; only if its weights are INT8.
 
     Returns the image features [tokens, hidden] of every picture as the graph for a GPU states them, computed in FP32.

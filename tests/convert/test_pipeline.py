@@ -30,6 +30,7 @@ from fastvlm_edge.convert.reference.decoder import reference_logits
 from fastvlm_edge.convert.request import estimated_bytes
 from fastvlm_edge.convert.weights import decoder
 from fastvlm_edge.model_dir.manifest import PRECISIONS, read_manifest, verify_files
+from fastvlm_edge.progress import SilentProgress
 from tests.support.checkpoints import write_checkpoint
 
 
@@ -311,7 +312,12 @@ def test_a_model_that_does_not_fit_fp16_gets_wider_types(
 
     monkeypatch.setattr(module, "probe_activations", probe)
     monkeypatch.setattr(parity, "reference_logits", large)
-    manifest = convert(str(checkpoint), tmp_path / "model", precision=precision)
+    progress, notes = SilentProgress(), list[str]()
+    monkeypatch.setattr(progress, "note", notes.append)
+    manifest = convert(str(checkpoint), tmp_path / "model", precision=precision, progress=progress)
+    (note,) = (note for note in notes if note.startswith("LLM: "))
+    assert "largest attention score 40 (layer 0), largest residual stream" in note
+    assert f"scores in FP32 in 1 of {manifest.decoder.layers} layers; MLP divided in layers 0, 1" in note
     assert manifest.plan["vision.stage2"].endswith("fp16")
     assert manifest.plan["vision.stage3"].endswith("fp32")
     assert manifest.decoder.dtype == "float16"
