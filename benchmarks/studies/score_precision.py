@@ -3,7 +3,7 @@
 Question: Up to which attention score may the decoder round scores to FP16 or BF16 before the softmax?
 Verdict: up to 32 in FP16 and 4 in BF16, where 0.2 % and 0.1 % of the attention are misplaced (convert/precision.py, LARGEST_SCORE). At 2,000
 it is 11 % and 60 %; with FP32 scores, 4 % and 39 % remain, from the rounding of keys and queries.
-Ran: 2026-11-28, at commit COMMIT (record: benchmarks/results/score_precision.json).
+Ran: 2026-11-28, at commit b1e1631 (record: benchmarks/results/score_precision.json).
 Command at that commit: python -m benchmarks.studies.score_precision
 
 Qwen2 has large biases on keys: they add nearly the same number to the scores of all keys, and what tells the keys apart is small beside it.
