@@ -19,6 +19,7 @@ from fastvlm_edge.backends.engine_files import EngineFiles
 from fastvlm_edge.backends.load_engines import load_engines
 from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.tensorrt import TensorRTBackend
+from fastvlm_edge.model_dir.engine_record import read_record
 from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.nvidia.cuda import OutOfDeviceMemory
 from tests.support.fake_cuda import FakeCuda
@@ -252,6 +253,13 @@ def test_every_failure_of_a_call_of_tensorrt_leaves_the_backend_usable(
     assert failures > 10
     backend.close()
     assert not any(cuda.live().values())
+
+
+def test_static_engines_are_verified_like_others(directory: Path) -> None:
+    folder = build_engines(directory, static=CAPACITIES, verified=False)
+    backend = load(directory, FakeCuda())
+    assert read_record(folder).verified and backend.length == 0
+    backend.close()
 
 
 def test_a_load_that_fails_leaves_no_static_engine(directory: Path) -> None:
