@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from fastvlm_edge import FastVLM, FastVLMError
+from fastvlm_edge.backends.verification.compare import compare
 from fastvlm_edge.calib import quantizer as module
 from fastvlm_edge.calib.accuracy import Question, Score, points_lost, score
 from fastvlm_edge.calib.decoder import calibrate_decoder
@@ -25,6 +29,7 @@ from fastvlm_edge.convert.graphs.placement import check_placement
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import precision_plan
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
+from fastvlm_edge.model_dir.engine_record import VISION_GRAPHS
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
 from tests.support.checkpoints import write_checkpoint
 from tests.support.parser_of_tensorrt_10_3 import check_graph
@@ -78,6 +83,27 @@ def test_the_encoder_for_a_gpu_computes_most_products_in_int8(model: Path) -> No
     }
     assert reasons == set()
     assert check_placement(model / "vision.cpu.onnx").share("INT8") == 0
+
+
+def test_the_other_graphs_of_the_encoder_compute_the_same(model: Path) -> None:
+    """They share vision.weights and are for a TensorRT that refuses the first. onnxruntime runs all of them."""
+    manifest = read_manifest(model)
+    assert set(VISION_GRAPHS) <= set(manifest.files)
+    size = manifest.vision.image_size
+    pixels = np.random.default_rng(0).random((1, 3, size, size), np.float32)
+
+    def features(name: str) -> NDArray[np.float32]:
+        session = onnxruntime.InferenceSession(model / name, providers=["CPUExecutionProvider"])
+        return np.asarray(session.run(None, {"pixel_values": pixels})[0], np.float32)
+
+    preferred, fp32_scales, float_inputs = map(features, VISION_GRAPHS)
+    assert compare(fp32_scales, preferred).cosine > 0.999
+    assert compare(float_inputs, features("vision.cpu.onnx")).cosine > 0.99, "a CPU computes some blocks in INT8"
+    graph = onnx.load(model / "vision.fp32-scales.onnx", load_external_data=False).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL}
+    scales = [types[node.input[1]] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(scales) > 20 and set(scales) == {onnx.TensorProto.FLOAT}
+    assert check_placement(model / "vision.float-inputs.onnx").share("INT8") == 0
 
 
 def test_the_figures_of_int8_activations_are_in_the_manifest(model: Path) -> None:
