@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from examples.checkpoints.random_checkpoint import BASE_TOKENS, SIZES, TINY_VISION, Size, write_checkpoint
-from fastvlm_edge.backends.verification import check as check_module
+from fastvlm_edge.backends.verification.cases import all_cases
 from fastvlm_edge.backends.verification.check import check
 from fastvlm_edge.backends.verification.reference import read_reference
 from fastvlm_edge.convert.pipeline import convert
@@ -29,8 +29,6 @@ CASES, CONTEXT = 2, 704
 
 
 def main(precisions: list[str]) -> None:
-    first = check_module.all_cases
-    check_module.all_cases = lambda passage, context: first(passage, context)[:CASES]
     SIZES["24 layers"] = DEEP
     with tempfile.TemporaryDirectory() as folder:
         deep = write_checkpoint(Path(folder) / "deep", layout="native", size="24 layers")
@@ -46,9 +44,10 @@ def measure(directory: Path) -> dict[str, float]:
     manifest, reference = read_manifest(directory), read_reference(directory)
     assert reference is not None
     manifest = replace(manifest, decoder=replace(manifest.decoder, context=CONTEXT))
-    figures = check(RoundedBackend(directory, manifest), reference, manifest, SilentProgress(), "the interpreter").figures
-    pictures, cases = figures["image_features"].values(), figures["cases"]
-    worst = {name: max(case[name] for case in cases) for name in ("divergence", "drift", "steps", "cache")}
+    backend, cases = RoundedBackend(directory, manifest), all_cases(reference.passage, CONTEXT)[:CASES]
+    figures = check(backend, reference, manifest, SilentProgress(), "the interpreter", cases=cases).figures
+    pictures = figures["image_features"].values()
+    worst = {name: max(case[name] for case in figures["cases"]) for name in ("divergence", "drift", "steps", "cache")}
     return {
         "token_loss": 1 - min(picture["worst"] for picture in pictures),
         "median_loss": 1 - min(picture["median"] for picture in pictures),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,15 +83,18 @@ class Findings:
     def save(self, folder: Path, reference: Reference) -> None:
         """Write figures, faults, and the results of both sides into `folder`, which is created. Raises OSError."""
         folder.mkdir(exist_ok=True)
-        np.savez_compressed(folder / "answers.npz", **self.arrays)
+        arrays: dict[str, Any] = self.arrays
+        np.savez_compressed(folder / "answers.npz", **arrays)
         reference.write(folder)
         document = {**self.figures, "faults": [asdict(fault) for fault in self.faults]}
         (folder / "figures.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def check(backend: Checked, reference: Reference, manifest: Manifest, progress: Progress, name: str) -> Findings:
-    """Run all cases on `backend` and compare. Leaves its cache empty. `name` is what is checked, as text for users."""
-    cases = all_cases(reference.passage, manifest.decoder.context)
+def check(
+    backend: Checked, reference: Reference, manifest: Manifest, progress: Progress, name: str, *, cases: Sequence[Case] | None = None
+) -> Findings:
+    """Run `cases`, by default all, on `backend` and compare. Leaves its cache empty. `name` is what is checked, as text for users."""
+    cases = all_cases(reference.passage, manifest.decoder.context) if cases is None else cases
     progress.stage(f"verifying {name}", sum(case.positions for case in cases))
     dtype = manifest.decoder.dtype
     own = BOUNDS[dtype]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +68,7 @@ def top_rows(logits: Float32) -> Rows:
     return Rows(ids.astype(np.int32), values.astype(np.float32), log_sum_exp(logits).astype(np.float32))
 
 
-def log_sum_exp(logits: Float32) -> NDArray[np.float64]:
+def log_sum_exp(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """log(sum(exp(logits))) of each row [rows, vocab], in double precision."""
     wide = logits.astype(np.float64)
     largest = wide.max(axis=1, keepdims=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 
 from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.protocol import StepOutput
-from fastvlm_edge.backends.verification import check as check_module
+from fastvlm_edge.backends.verification.cases import Case, all_cases
 from fastvlm_edge.backends.verification.check import BOUNDS, NOISY, Checked, Findings, check
 from fastvlm_edge.backends.verification.compare import cosines, divergence
 from fastvlm_edge.backends.verification.conversation import stored_pictures
@@ -60,11 +60,11 @@ def reference_of(directory: Path) -> Reference:
     return found
 
 
-def checked(directory: Path, backend: Checked, reference: Reference | None = None) -> Findings:
-    """The whole check, with a short context: the interpreter is slow."""
+def checked(directory: Path, backend: Checked, reference: Reference | None = None, cases: Sequence[Case] | None = None) -> Findings:
+    """The check, with a short context: the interpreter is slow."""
     manifest = read_manifest(directory)
     manifest = replace(manifest, decoder=replace(manifest.decoder, context=CONTEXT))
-    return check(backend, reference or reference_of(directory), manifest, SilentProgress(), "a test")
+    return check(backend, reference or reference_of(directory), manifest, SilentProgress(), "a test", cases=cases)
 
 
 def worst(findings: Findings, figure: str) -> float:
@@ -106,13 +106,12 @@ SLOW = [pytest.param(precision, marks=pytest.mark.slow) for precision in ("bf16"
 
 
 @pytest.mark.parametrize("precision", ["fp16", *SLOW])
-def test_a_healthy_engine_passes_with_a_margin(models: Callable[[str], Path], precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_healthy_engine_passes_with_a_margin(models: Callable[[str], Path], precision: str) -> None:
     """In the first cases: rounding does not depend on the chunks, and the interpreter takes a second for some hundred ids."""
-    first = check_module.all_cases
-    monkeypatch.setattr(check_module, "all_cases", lambda passage, context: first(passage, context)[:2])
     directory = models(precision)
     manifest = read_manifest(directory)
-    findings = checked(directory, RoundedBackend(directory, manifest))
+    cases = all_cases(reference_of(directory).passage, CONTEXT)[:2]
+    findings = checked(directory, RoundedBackend(directory, manifest), cases=cases)
     bounds = BOUNDS[manifest.decoder.dtype]
     assert not findings.faults
     assert max(worst(findings, "divergence"), worst(findings, "drift")) < bounds.divergence / MARGIN
@@ -213,13 +212,14 @@ def test_a_mask_that_hides_the_last_position_is_found(fp16: Path) -> None:
 
     class Hidden(OrtBackend):
         def step(self, input_ids: Any, *given: Any, **options: Any) -> StepOutput:
-            start, buffer = self.length, self._decoder.cache.buffer
+            cache: Any = self._decoder.cache
+            start, buffer = self.length, cache.buffer
             if not start:
                 return super().step(input_ids, *given, **options)
             kept = buffer[..., start - 1, :].copy()
             buffer[:, 0, ..., start - 1, :] = -1e4 * np.sign(kept[:, 0])  # keys that no query likes
             output = super().step(input_ids, *given, **options)
-            self._decoder.cache.buffer[..., start - 1, :] = kept
+            cache.buffer[..., start - 1, :] = kept
             return output
 
     findings = checked(fp16, Hidden(fp16, read_manifest(fp16), threads=2))
