@@ -5,6 +5,7 @@ A few layers of a released size take a second, the whole 0.5B some twenty. It se
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ class RandomTensors:
     def tensor_rows(self, name: str, start: int, end: int) -> npt.NDArray[Any]:
         """Rows of the embedding or head, float32. The same rows for every `start`: only their number matters here."""
         rows, hidden = end - start, self.shapes[name][1]
-        return np.resize(self.weights.pool, (rows, hidden)) / np.float32(hidden**0.5)
+        return np.resize(_turned(self.weights.pool, name), (rows, hidden)) / np.float32(hidden**0.5)
 
 
 class RandomIntegers:
@@ -53,6 +54,7 @@ class RandomIntegers:
         queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
         self.scale_type = np.dtype(FLOAT_TYPES[plan.decoder])
         self.plan = plan
+        self.pool = np.random.default_rng(0).integers(-7, 8, POOL, dtype=np.int8)
         self.shapes = {
             "qkv": (text.hidden, queries + 2 * keys),
             "o_proj": (queries, text.hidden),
@@ -66,9 +68,14 @@ class RandomIntegers:
         part = name.rpartition(".")[2]
         inputs, outputs = self.shapes[part]
         kind = stored_type(self.plan.head if part == "head" else self.plan.body, inputs)
-        values = np.resize(np.random.default_rng(0).integers(-7, 8, POOL, dtype=np.int8), (inputs, outputs))
+        values = np.resize(_turned(self.pool, name), (inputs, outputs))
         scales = np.full((inputs // kind.block, outputs) if kind.block else outputs, inputs**-0.5 / 4, np.float32)
         return Quantized(values.astype(ml_dtypes.int4) if kind.bits == 4 else values, scales)
+
+
+def _turned(pool: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+    """The pool from another start for each name: TensorRT stores equal matrices once."""
+    return np.roll(pool, zlib.crc32(name.encode()) % POOL)
 
 
 def write_decoder(

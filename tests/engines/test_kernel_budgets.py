@@ -55,6 +55,10 @@ WIDE_LAYER = 4
 """Kernels that FP32 scores add to a layer: two products and a softmax take the place of the fused attention."""
 WIDE_PREFILL_MB, WIDE_DECODE_MB = 271, 17
 
+KV_NEW_MB = 0.27
+"""What each further layer of the 0.5B adds to prefill in a 16-bit type: its new keys and values."""
+PREFILL_7B_MB = 151
+
 Write = Callable[..., tuple[Path, Manifest]]
 
 
@@ -146,3 +150,20 @@ def test_a_profile_of_one_row_writes_every_integer_matrix_out(write: Write) -> N
     found = count(graph, (one_row(decode),))
     assert len(found.written_out) >= 4 * LAYERS + 1
     assert found.scratch_mb > 2 * BUDGETS["int8"].decode_mb
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_whole_0_5b_is_within_the_budget(write: Write, precision: str) -> None:
+    graph, manifest = write(precision, layers=24, vocab=0)
+    budget = BUDGETS[precision]
+    more_mb = 22 * (2 if precision == "fp32" else 1) * KV_NEW_MB
+    check(count(graph, decoder_profiles(manifest, separate=True)), budget, 2, 24, budget.prefill_mb + more_mb)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int4", "int8", "fp16"])
+def test_layers_of_the_7b_are_within_the_budget(write: Write, precision: str) -> None:
+    """Two layers, and the true head: the rows of logits of a one-row profile would be the largest matrix that is written out."""
+    graph, manifest = write(precision, size="7b", vocab=0)
+    check(count(graph, decoder_profiles(manifest, separate=True)), BUDGETS[precision], 2, LAYERS, PREFILL_7B_MB)
