@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs the tests of the runtime with every Python from 3.10 on that this machine has, on PATH or in pyenv. Each gets a virtual environment
-# with the runtime, pytest, hypothesis, onnx (for the tiny models of the tests) and the packages that draw pictures, but without PyTorch.
+# with the runtime, pytest, hypothesis, onnx (for the tiny models of the tests), the packages that draw pictures and setuptools (to build a
+# wheel), but without PyTorch.
 # PYTHONS="3.10 3.12" names the versions to try; arguments go to pytest.
 set -eu
 cd "$(dirname "$0")/.."
@@ -11,7 +12,7 @@ for version in ${PYTHONS:-3.10 3.11 3.12 3.13 3.14}; do
     venv=build/pythons/$version
     echo "== $("$python" --version)"
     [ -x "$venv/bin/pytest" ] || "$python" -m venv --clear "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --editable . pytest hypothesis onnx ml_dtypes matplotlib scikit-image
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --editable . pytest hypothesis onnx ml_dtypes matplotlib scikit-image "setuptools>=77"
     "$venv/bin/python" -m pytest -p no:cacheprovider tests/fastvlm_edge "$@" || failed="$failed $version"
     found=$((found + 1))
     break
