@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastvlm_edge.doctor.check_board import check_board
 from fastvlm_edge.doctor.check_model import check_model
+from fastvlm_edge.doctor.check_onnxruntime import check_onnxruntime
 from fastvlm_edge.doctor.check_software import check_software
 from fastvlm_edge.doctor.facts import read_facts
 from fastvlm_edge.doctor.findings import worst
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str], probe: Probe | None = None) -> int:
     options = parser().parse_args(arguments)
     model = Path(options.model) if options.model else None
     facts = read_facts(probe or Probe(), model)
-    findings = check_board(facts) + check_software(facts)
+    findings = check_board(facts) + check_software(facts) + check_onnxruntime(facts)
     if model is not None:
         progress = SilentProgress() if options.json else stderr_progress()
         progress.stage("reading every file of the model")

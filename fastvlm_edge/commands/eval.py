@@ -110,7 +110,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--save", metavar="FILE.jsonl", type=Path, help="write each answer to this file as soon as it is known")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     group = parser.add_argument_group("backend")
-    group.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the model (default: %(default)s)")
+    group.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="what runs the model; auto takes the best that can (default: %(default)s)"
+    )
     group.add_argument("--reference-backend", choices=BACKENDS, help="what runs MODEL2 (default: as --backend)")
     group.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: all that this process may use)")
     return parser

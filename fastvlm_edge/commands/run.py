@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from fastvlm_edge.backends.protocol import PREFILL_CHUNK
 from fastvlm_edge.backends.select import BACKENDS
 from fastvlm_edge.commands.arguments import positive
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.sampling import SamplingParams
-from fastvlm_edge.generation.session import PREFILL_CHUNK
 from fastvlm_edge.generation.vlm import FastVLM
 from fastvlm_edge.inputs.preprocess import GEOMETRIES
 from fastvlm_edge.machine.power import NoSensor, PowerFigures, PowerRecorder, find_sensor, power_json
@@ -127,7 +127,9 @@ def parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end the reply before this text; may be repeated")
     group = parser.add_argument_group("how it runs")
-    group.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the model (default: %(default)s)")
+    group.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="what runs the model; auto takes the best that can (default: %(default)s)"
+    )
     group.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: all that this process may use)")
     group.add_argument("--geometry", choices=GEOMETRIES, help="how the image becomes a square (default: as converted)")
     group.add_argument(

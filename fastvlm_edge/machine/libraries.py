@@ -35,6 +35,10 @@ class Python:
     """Directory of the virtual environment; None outside one."""
     packages: dict[str, str | None]
     """Distribution -> version, for those in PACKAGES; None if it is not installed."""
+    onnxruntime_cpu: str | None = None
+    """Version of the distribution `onnxruntime`, which has no CUDA."""
+    onnxruntime_gpu: str | None = None
+    """Version of `onnxruntime-gpu`, which installs the same module."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +99,11 @@ class Driver:
 def read_python(probe: Probe) -> Python:
     """Version, virtual environment, and versions of the packages that the runtime needs."""
     packages = {}
+    cpu, gpu = probe.package_version("onnxruntime"), probe.package_version("onnxruntime-gpu")
     for module, (name, _) in PACKAGES.items():
-        version = probe.package_version(name) or (probe.package_version("onnxruntime-gpu") if name == "onnxruntime" else None)
+        version = cpu or gpu if name == "onnxruntime" else probe.package_version(name)
         packages[name] = (version or "unknown") if probe.has_module(module) else None
-    return Python(".".join(map(str, probe.python)), probe.environment, packages)
+    return Python(".".join(map(str, probe.python)), probe.environment, packages, cpu, gpu)
 
 
 def read_tensorrt(probe: Probe) -> TensorRT:

@@ -416,7 +416,7 @@ def test_text_has_a_line_a_finding_and_its_command_below(tmp_path: Path, capsys:
     lines = out.splitlines()
     at = next(index for index, line in enumerate(lines) if re.match("warning  power mode +15W; MAXN_SUPER is the fastest", line))
     assert lines[at + 1].strip() == "-> sudo nvpmodel -m 2"
-    assert lines[-1] == "13 ok, 4 warnings, 0 problems"
+    assert lines[-1] == "14 ok, 4 warnings, 0 problems"
 
 
 def test_the_report_in_the_documentation_is_the_one_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
