@@ -140,7 +140,7 @@ def judge(findings: Findings, reference: Reference, place: Path) -> None:
     kept = _keep(place.parent / f"{place.name}.{EVIDENCE}", findings, reference)
     raise FastVLMError(
         f"{place / fault.part}.engine disagrees with {reference.program}: {fault.text}{more} ({kept})",
-        "report this as a bug, and use --backend ort",
+        f"{'try fastvlm-edge build --static, ' if fault.part == 'decoder' else ''}report this as a bug, and use --backend ort",
     )
 
 
