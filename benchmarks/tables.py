@@ -154,25 +154,31 @@ def where() -> str:
     return "\n".join(lines)
 
 
-def profiles() -> str:
-    """The decoder's rows of `engine_builds.json`: megabytes of engine and of activations by layout of the profiles."""
-    rows = {
-        (row["precision"], row["layout"]): row
-        for row in load("engine_builds")["results"]
-        if row["group"] == "layout" and row["engine_bytes"] and not row["flags"]
-    }
-
-    def cell(precision: str, layout: str) -> str:
-        row = rows[precision, layout]
-        return f"{row['engine_bytes'] / 1e6:,.0f} / {row['activation_bytes'] / 1e6:,.0f}"
-
-    lines = [
-        "| engine MB / activation MB | one profile | two profiles | prefill alone | decoding alone |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for precision in ("int4", "int8", "fp16"):
-        cells = [cell(precision, layout) for layout in ("one profile", "two profiles", "prefill alone", "decode alone")]
-        lines.append(f"| `{precision}` | {' | '.join(cells)} |")
+def engine_builds() -> str:
+    """Decoders of `engine_builds.json`: what is in the engine and what the build cost, with the earlier graph in front of an arrow."""
+    one_row = "two profiles, the second for one row"
+    found = {(row["size"], row["precision"], row["profiles"], row["graph"]): row for row in load("engine_builds")["results"]}
+    columns: tuple[tuple[str, str, float], ...] = (
+        ("kernels", "kernels", 1),
+        ("fused attentions", "attentions", 1),
+        ("matrices written out", "written_out", 1),
+        ("scratch MB", "scratch_bytes", 1e6),
+        ("engine MB", "engine_bytes", 1e6),
+        ("CPU s", "cpu_seconds", 1),
+        ("builder MiB", "peak_anonymous_mib", 1),
+    )
+    lines = ["| | " + " | ".join(title for title, *_ in columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for (size, precision, profiles, graph), now in found.items():
+        if graph != "after" or profiles == one_row:
+            continue
+        earlier = found.get((size, precision, one_row if profiles == "two profiles" else profiles, "before"))
+        rows = [earlier, now] if earlier else [now]
+        cells = [" \u2192 ".join(f"{row[field] / unit:,.0f}" for row in rows) for _, field, unit in columns]
+        lines.append(f"| {size} `{precision}`, {profiles} | {' | '.join(cells)} |")
+    for (size, precision, profiles, graph), now in found.items():
+        if graph == "after" and profiles == one_row:
+            cells = [f"{now[field] / unit:,.0f}" for _, field, unit in columns]
+            lines.append(f"| {size} `{precision}`, {one_row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -392,7 +398,7 @@ SCRIPTS = (
     ("quantization", "What does quantisation cost the demo in size, accuracy and speed?", "quantization", 15),
     ("calibration", "What does calibrating a checkpoint of real size take?", "calibration", 45),
     ("plan_error", "How far is `fastvlm-edge plan` from published measurements?", "plan_error", 0),
-    ("engine_builds", "What does building TensorRT engines of real size cost?", "engine_builds", 10),
+    ("engine_builds", "What does TensorRT for RTX make of the decoder, and what does its build cost?", "engine_builds", 20),
     ("bundle_sizes", "How large is a bundle, and how fast does it start beside PEX? (needs a package index)", "bundle_sizes", 15),
 )
 """Module and options, the question it answers, its record, minutes that a run takes on two cores (0: under one)."""
@@ -414,6 +420,16 @@ def date_of(record: str) -> str:
     return max((part["machine"]["date"] for part in parts if "machine" in part), default="any day")
 
 
+def score_precision() -> str:
+    """`score_precision.json`: the attention that goes to the wrong keys."""
+    lines = ["| largest score | scores in FP16 | in BF16 | in FP32, keys and queries in FP16 | in FP32, keys and queries in BF16 |"]
+    lines.append("| --- " * 5 + "|")
+    for row in load("score_precision")["results"]:
+        cells = [f"{row[kind][what]:.2%}" for what in ("scores", "keys_and_queries") for kind in ("fp16", "bf16")]
+        lines.append(f"| {row['score']:,.0f} | " + " | ".join(cells).replace("%", " %") + " |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "benchmarks": benchmarks,
     "summary": summary,
@@ -422,7 +438,7 @@ TABLES = {
     "resolutions": resolutions,
     "accuracy": accuracy,
     "where": where,
-    "profiles": profiles,
+    "engine_builds": engine_builds,
     "tensorrt_types": tensorrt_types,
     "quantization": quantization,
     "plan_error": plan_error,
@@ -434,6 +450,7 @@ TABLES = {
     "calibration": calibration,
     "llm_libraries": llm_libraries,
     "bundle_sizes": bundle_sizes,
+    "score_precision": score_precision,
 }
 PAGES = ("README.md", "benchmarks/README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")))
 """Pages that may have tables; each table may stand on any of them."""

@@ -57,7 +57,7 @@ WIDE_PREFILL_MB, WIDE_DECODE_MB = 271, 17
 
 KV_NEW_MB = 0.27
 """What each further layer of the 0.5B adds to prefill in a 16-bit type: its new keys and values."""
-PREFILL_7B_MB = 151
+PREFILL_7B_MB = 142
 
 Write = Callable[..., tuple[Path, Manifest]]
 
@@ -162,7 +162,7 @@ def test_the_whole_0_5b_is_within_the_budget(write: Write, precision: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["int4", "int8", "fp16"])
+@pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_layers_of_the_7b_are_within_the_budget(write: Write, precision: str) -> None:
     """Two layers, and the true head: the rows of logits of a one-row profile would be the largest matrix that is written out."""
     graph, manifest = write(precision, size="7b", vocab=0)

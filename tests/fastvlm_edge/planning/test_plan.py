@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fastvlm_edge.cli import main
 from fastvlm_edge.commands.plan import predict_one
 from fastvlm_edge.extras import install_command
 from fastvlm_edge.machine.boards.rates import BOARDS
+from fastvlm_edge.planning.predict import activation_bytes
 from fastvlm_edge.planning.recommend import recommend
 from fastvlm_edge.planning.workload import FP16, INT4, INT8, PRECISIONS, SIZES, VisionShape, decode_bytes, prefill_macs, vision_work
 
@@ -68,6 +70,17 @@ def test_predictions_follow_from_work_and_board() -> None:
     assert long.cache_bytes - by_precision[2].cache_bytes == 12_288 * (32768 - 2048)
     assert long.run_bytes - by_precision[2].run_bytes > 12_288 * (32768 - 2048), "the mask grows too"
     assert predict_one(shape, nano, nano.mode(None), "int4", 1536, 2048).ttft_ms > fast.ttft_ms
+
+
+def test_scratch_memory_is_that_of_the_recorded_engines() -> None:
+    record = json.loads((Path(__file__).parents[3] / "benchmarks" / "results" / "engine_builds.json").read_text(encoding="utf-8"))
+    rows = [row for row in record["results"] if row["graph"] == "after" and row["profiles"] != "two profiles, the second for one row"]
+    assert len(rows) >= 10
+    for row in rows:
+        shape = SIZES[row["size"]]
+        built = replace(shape, text=replace(shape.text, layers=row["layers"]))
+        predicted = activation_bytes(built, 256, 4096, fused=row["precision"] != "fp32")
+        assert row["scratch_bytes"] == pytest.approx(predicted, rel=0.12), row
 
 
 def test_the_range_of_integers_reaches_down_to_fp16() -> None:
