@@ -94,7 +94,7 @@ def directories(workload: Workload, precision: str) -> tuple[Path, Path]:
 
 
 def build_engines(directory: Path) -> dict[str, Any]:
-    """Library, size, seconds and cosines of engines for the GPU of this machine; built only if they are not up to date."""
+    """Library, size, seconds and verification of engines for the GPU of this machine; built only if they are not up to date."""
     from fastvlm_edge.engines.build import build
     from fastvlm_edge.progress import stderr_progress
 
@@ -104,7 +104,7 @@ def build_engines(directory: Path) -> dict[str, Any]:
         "target": record.target,
         "mib": sum(entry.bytes for entry in record.files.values()) >> 20,
         "build_seconds": {part: record.build.get(part, {}).get("seconds") for part in ("vision", "decoder")},
-        "cosine": {name: record.parity[name]["cosine"] for name in ("image_features", "logits") if name in record.parity},
+        "verification": record.parity,
     }
 
 
