@@ -214,10 +214,9 @@ def probe(conversion: Conversion, encoder: FastViTHD, projector: nn.Sequential) 
 
 
 def _largest_of_llm(seen: Magnitudes, plan: PrecisionPlan) -> str:
-    """The largest attention score and residual stream with their layers, and what the plan does about large values."""
-    score, residual = max(seen.scores), max(seen.residual)
-    text = f"LLM: largest attention score {score:,.0f} (layer {seen.scores.index(score)})"
-    text += f", largest residual stream {residual:,.0f} (layer {seen.residual.index(residual)})"
+    """The largest attention score and residual stream of every layer, and what the plan does about large values."""
+    scores, residual = (" ".join(f"{value:,.0f}" for value in values) for values in (seen.scores, seen.residual))
+    text = f"LLM, largest attention score of each layer: {scores}; largest residual stream: {residual}"
     if plan.wide_scores:
         text += f"; scores in FP32 in {len(plan.wide_scores)} of {len(seen.scores)} layers"
     if plan.up_shifts:
