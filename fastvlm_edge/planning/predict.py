@@ -139,16 +139,19 @@ def predict(shape: Shape, board: Board, mode: Mode, precision: str, image_size: 
 def activation_bytes(shape: Shape, image_size: int, context: int, *, fused: bool = True) -> float:
     """Scratch memory of the engine that needs more, as TensorRT for RTX plans it (`benchmarks/results/engine_builds.json`).
 
-    The decoder's is that of a prefill chunk against the whole cache. `fused` is False for FP32, of which TensorRT for RTX fuses no
-    attention: scores and their softmax are then in memory.
+    The decoder's is that of a prefill chunk against the whole cache: the mask, the joined keys and values of a layer, and its attention
+    or its MLP. A fused attention needs nothing more. That of a layer with FP32 scores has these scores and their softmax in memory. One
+    mask does for both kinds of layers, unless there are at least two of each. `fused` is False for FP32, where no attention is fused.
     """
     vision, text = shape.vision, shape.text
     narrow = FP16 if fused else FP32
     widest = max(dim * (image_size // (4 << index)) ** 2 for index, dim in enumerate(vision.dims))
     keys = context + PREFILL_CHUNK
     pairs = PREFILL_CHUNK * keys
-    mask = FP32 * text.heads // text.kv_heads * pairs
-    scores = 0 if fused else 2 * FP32 * text.heads * pairs
+    wide = text.fp32_scores if fused else text.layers
+    masks = 2 if wide >= 2 and text.layers - wide >= 2 else 1
+    mask = masks * FP32 * text.heads // text.kv_heads * pairs
     joined = narrow * 2 * text.kv_heads * text.head_dim * (keys + text.layers * PREFILL_CHUNK)
-    hidden = PREFILL_CHUNK * (narrow * 3 * text.intermediate + FP32 * 2 * text.hidden)
-    return max(narrow * widest * (vision.mlp_ratio + 3), mask + scores + joined + hidden)
+    mlp = PREFILL_CHUNK * (narrow * 3 * text.intermediate + FP32 * 2 * text.hidden)
+    scores = (FP32 + narrow) * text.heads * pairs + PREFILL_CHUNK * (narrow + FP32) * text.hidden if wide else 0
+    return max(narrow * widest * (vision.mlp_ratio + 3), mask + joined + max(mlp, scores))

@@ -40,6 +40,8 @@ class TextShape:
     head_dim: int
     intermediate: int
     vocab: int
+    fp32_scores: int = 0
+    """Layers of a 16-bit decoder whose attention scores are FP32. A conversion chooses them; for the released sizes none is assumed."""
 
     @property
     def body(self) -> int:
@@ -102,7 +104,16 @@ def shape_of(manifest: Manifest) -> Shape:
             f"the manifest of {manifest.name} lacks some sizes, because an earlier version wrote it",
             f"convert the checkpoint again, or plan for one of: {', '.join(SIZES)}",
         )
-    text = TextShape(decoder.layers, decoder.hidden, decoder.heads, decoder.kv_heads, decoder.head_dim, decoder.intermediate, decoder.vocab)
+    text = TextShape(
+        decoder.layers,
+        decoder.hidden,
+        decoder.heads,
+        decoder.kv_heads,
+        decoder.head_dim,
+        decoder.intermediate,
+        decoder.vocab,
+        fp32_scores=len(manifest.activations.get("fp32_scores", ())),
+    )
     return Shape(manifest.name, text, VisionShape(tuple(vision.dims), tuple(vision.depths), vision.out_dim, vision.se_dim))
 
 

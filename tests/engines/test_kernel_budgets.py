@@ -7,7 +7,7 @@ spare. An edit of the graph, or another version of the builder, that costs a ker
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,9 +15,11 @@ import pytest
 
 from examples.checkpoints.random_decoder import write_decoder
 from fastvlm_edge.engines.layers import parse_listing
+from fastvlm_edge.engines.memory import predicted_scratch
 from fastvlm_edge.engines.profiles import decoder_profiles
 from fastvlm_edge.model_dir.manifest import Manifest
 from fastvlm_edge.nvidia.tensorrt_library import BuildSettings, Profile, find_library
+from fastvlm_edge.planning.workload import VisionShape
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -135,6 +137,15 @@ def test_a_layer_with_scores_in_fp32_has_a_budget_of_its_own(write: Write, preci
     assert found.attentions == profiles * (LAYERS - 1)
     assert found.written_out == ()
     assert found.scratch_mb <= (WIDE_DECODE_MB if decoding else WIDE_PREFILL_MB)
+
+
+@pytest.mark.parametrize(("size", "layers", "wide"), [("0.5b", 2, (0,)), ("0.5b", 4, (1, 3)), ("0.5b", 2, ()), ("7b", 2, (0,))])
+def test_scratch_memory_is_as_predicted(write: Write, size: str, layers: int, wide: tuple[int, ...]) -> None:
+    graph, manifest = write("fp16" if size == "0.5b" else "int4", wide, size=size, layers=layers)
+    found = count(graph, decoder_profiles(manifest, separate=False))
+    vision = replace(manifest.vision, image_size=256, dims=list(VisionShape().dims))  # a small picture: the decoder needs more
+    sized = replace(manifest, vision=vision, activations={"fp32_scores": list(wide)})
+    assert found.scratch_mb == pytest.approx(predicted_scratch(sized) / 1e6, rel=0.03)
 
 
 def one_row(profile: Profile) -> Profile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,17 @@ def test_the_prediction_covers_every_recorded_build_with_one_profile() -> None:
         assert row["peak_anonymous_mib"] <= predicted, row
         if row["size"] == "0.5b":  # the recorded 7B is mostly embedding and head, which need less than layers
             assert predicted <= 1.35 * row["peak_anonymous_mib"], row
+
+
+def test_layers_with_fp32_scores_in_the_manifest_need_scratch_memory(manifest: Manifest) -> None:
+    sized = replace(
+        manifest,
+        vision=replace(manifest.vision, dims=[8, 8]),
+        decoder=replace(manifest.decoder, heads=14, kv_heads=2, intermediate=64, layers=24, context=3584, dtype="float16"),
+    )
+    wide = replace(sized, activations={"fp32_scores": [3]})
+    scores = 14 * 512 * 4096  # heads, ids, positions
+    assert predicted_scratch(wide) - predicted_scratch(sized) == pytest.approx((4 + 2) * scores, rel=0.01)
 
 
 def test_an_early_manifest_has_no_prediction_of_scratch_memory(manifest: Manifest) -> None:

@@ -83,6 +83,26 @@ def test_scratch_memory_is_that_of_the_recorded_engines() -> None:
         assert row["scratch_bytes"] == pytest.approx(predicted, rel=0.12), row
 
 
+@pytest.mark.parametrize(
+    ("size", "layers", "wide", "context", "measured"),
+    [
+        ("0.5b", 2, 1, 4096, 270_270_464),
+        ("0.5b", 2, 1, 8192, 505_937_920),
+        ("0.5b", 4, 3, 4096, 272_499_200),
+        ("0.5b", 4, 2, 4096, 338_558_976),
+        ("0.5b", 24, 8, 4096, 343_540_224),
+        ("7b", 2, 1, 2048, 277_053_952),
+        ("7b", 2, 2, 4096, 484_475_392),
+        ("7b", 4, 2, 4096, 558_694_912),
+    ],
+)
+def test_scratch_memory_of_layers_with_fp32_scores(size: str, layers: int, wide: int, context: int, measured: int) -> None:
+    """Measured with TensorRT for RTX 1.7.1 for SM 8.6; tests/engines/test_kernel_budgets.py compares the prediction with the builder."""
+    shape = SIZES[size]
+    built = replace(shape, text=replace(shape.text, layers=layers, fp32_scores=wide))
+    assert activation_bytes(built, 256, context) == pytest.approx(measured, rel=0.02)
+
+
 def test_the_range_of_integers_reaches_down_to_fp16() -> None:
     board = BOARDS["orin-nano"]
     fp16, int4 = (predict_one(SIZES["0.5b"], board, board.mode(None), name, 1024, 2048) for name in ("fp16", "int4"))
