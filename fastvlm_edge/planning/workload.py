@@ -210,7 +210,7 @@ def decode_bytes(text: TextShape, body: float, head: float, positions: int) -> f
 
 
 def weight_bytes(shape: Shape, weights: Weights, image_size: int) -> dict[str, float]:
-    """Bytes of the weights of each graph, without norms and biases, which are less than a thousandth."""
+    """Bytes of the weights of each graph, without norms, biases and rotary tables, which are less than a hundredth."""
     vision = vision_work(shape.vision, shape.text.hidden, image_size)
     text = shape.text
     return {
