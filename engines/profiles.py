@@ -13,10 +13,6 @@ from fastvlm_edge.nvidia.tensorrt_library import Profile
 Range = tuple[int, int, int]
 """Smallest, optimal and largest size of a dimension."""
 
-SHORT = LOGIT_POSITIONS
-"""Most ids per call of the decode profile: one id, or a draft to verify. With 1 here, TensorRT for RTX writes integer matrices out as
-floats at every run (docs/tensorrt.md)."""
-
 STATIC_IDS = 2
 """Ids and positions of logits of a static decode step."""
 STATIC_CAPACITY = 1024
@@ -30,7 +26,10 @@ def vision_profiles(manifest: Manifest) -> tuple[Profile, ...]:
 
 
 def decoder_profiles(manifest: Manifest, *, separate: bool, max_batch: int = 1) -> tuple[Profile, ...]:
-    """One profile for prefill and decoding, or two if `separate`: the first for prefill, the second for 1 to SHORT ids of text.
+    """One profile for prefill and decoding, or two if `separate`: the first for prefill, the second for 1 to LOGIT_POSITIONS ids of text.
+
+    The second is for one id, or a draft to verify. If it took only one id, TensorRT for RTX would write integer matrices out as floats at
+    every run (docs/tensorrt.md).
 
     A single profile is optimised for decoding, which takes most of the time of an answer. If there are two, the first is optimised for the
     prefill of a question about one picture. Calls are for 1 to `max_batch` conversations, but a separate prefill is for one at a time.
@@ -45,7 +44,7 @@ def decoder_profiles(manifest: Manifest, *, separate: bool, max_batch: int = 1) 
 
     pictures = (1, tokens, spec.context)
     if separate:
-        return profile(1, (1, prompt, PREFILL_CHUNK), pictures), profile(max_batch, (1, 1, SHORT), (1, 1, 1))
+        return profile(1, (1, prompt, PREFILL_CHUNK), pictures), profile(max_batch, (1, 1, LOGIT_POSITIONS), (1, 1, 1))
     return (profile(max_batch, (1, 1, PREFILL_CHUNK), pictures),)
 
 

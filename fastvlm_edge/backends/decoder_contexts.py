@@ -42,7 +42,7 @@ class Contexts(Protocol):
         """The capacity of the cache that holds `needed` positions."""
 
     def use(self, capacity: int) -> None:
-        """Prepare for a cache of this capacity. No graph of `decode` may exist. Raises OutOfDeviceMemory."""
+        """Prepare for a cache of this capacity. No graph of `decode` may exist. Raises OutOfDeviceMemory; then nothing is prepared."""
 
     @property
     def prefill(self) -> Calls:
@@ -130,7 +130,11 @@ class StaticContexts:
     def use(self, capacity: int) -> None:
         if capacity == self._capacity:
             return
-        self.release()
+        try:
+            for part, engine in self._engines.items():
+                self._files.save_kernels(part, engine)
+        finally:
+            self.release()
         try:
             for kind in (PREFILL, DECODE):
                 part = static_part(kind, capacity)
@@ -158,7 +162,5 @@ class StaticContexts:
         self._capacity = 0
         while self._calls:
             self._calls.popitem()[1].context.close()
-        for part, engine in self._engines.items():
-            self._files.save_kernels(part, engine)
         while self._engines:
             self._engines.popitem()[1].close()

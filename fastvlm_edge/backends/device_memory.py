@@ -46,7 +46,7 @@ class Arena:
         return buffer
 
     def pinned(self, nbytes: int) -> PinnedMemory:
-        """Allocate page-locked host memory."""
+        """Allocate page-locked host memory. Raises OutOfDeviceMemory."""
         memory = self._cuda.allocate_pinned(nbytes)
         self.own(memory)
         return memory
@@ -125,9 +125,12 @@ class DeviceCache:
         self.length = end
         self.revision += 1
 
-    def grow(self, needed: int) -> None:
-        """Make room for `needed` positions, after all work that uses the cache. If it raises OutOfDeviceMemory, nothing has changed."""
-        self._replace(self._capacity_for(needed))
+    def resize(self, positions: int) -> None:
+        """Take the capacity for `positions`, at least `length`, after all work that uses the cache.
+
+        If it raises OutOfDeviceMemory, nothing has changed.
+        """
+        self._replace(self._capacity_for(positions))
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
@@ -137,7 +140,7 @@ class DeviceCache:
         self.revision += 1
 
     def reset(self) -> None:
-        """Forget all positions. The buffer stays: the next conversation is likely to be as long, and the CUDA graph for it exists."""
+        """Forget all positions. The buffer stays."""
         self.length = 0
         self.revision += 1
 
@@ -155,12 +158,6 @@ class DeviceCache:
         finally:
             pinned.free()
 
-    def shrink(self) -> None:
-        """Forget all positions, and release the memory of a long conversation. No work may be in progress."""
-        self.reset()
-        if self.capacity > (first := self._capacity_for(1)):
-            self._replace(first)
-
     def free(self) -> None:
         """Release the memory."""
         address, self.address = self.address, 0
@@ -168,7 +165,7 @@ class DeviceCache:
             self._cuda.free(address)
 
     def _replace(self, capacity: int) -> None:
-        """Move to a larger buffer. Positions never written are zero: the graph masks them, but a mask does not stop a NaN."""
+        """Move to a buffer of another capacity. Positions never written are zero: the graph masks them, but a mask does not stop a NaN."""
         cuda, size = self._cuda, self._position_bytes
         address = cuda.allocate(aligned(self.bytes_at(capacity)))
         try:

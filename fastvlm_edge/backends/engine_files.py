@@ -29,7 +29,7 @@ class EngineFiles:
 
     def __init__(self, directory: Path, manifest: Manifest, cuda: Cuda, load: Callable[[Path], LoadedEngine]) -> None:
         self._directory, self._manifest, self._cuda, self._load = directory, manifest, cuda, load
-        self.capacities = sorted(int(path.name.split(".")[2]) for path in directory.glob(f"{static_part(DECODE, 0)[:-1]}*.engine"))
+        self.capacities = sorted(int(path.name.split(".")[2]) for path in directory.glob("decoder.decode.*.engine"))
         """Of the static engines, in ascending order. Empty if the decoder is one engine."""
 
     def load(self, part: str) -> LoadedEngine:

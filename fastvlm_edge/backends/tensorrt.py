@@ -165,11 +165,13 @@ class _Decoder:
         self._decode_graph = _Graph(cuda, stream, self._decode_work, note, capture=capture)
         self._decode_bound = False
         """Whether the decode context has its shapes and addresses."""
+        self._prepared = False
+        """Whether the last call found its engines loaded, or could load them."""
 
     def step(self, ids: Sequence[int], positions: Sequence[int], want_logits: bool) -> StepOutput:
         """Call an engine once, with at most `chunk` ids and `most_positions` positions, and wait for the result."""
         contexts, seq, m, start = self._contexts, len(ids), len(positions), self.cache.length
-        contexts.use(self.cache.capacity)
+        self._prepare()
         text = max(ids) < self._spec.vocab
         decoding = text and seq == 1 and m == 1
         calls = contexts.decode if decoding else contexts.short(seq) if text else contexts.prefill
@@ -191,7 +193,7 @@ class _Decoder:
             self._cuda.copy(self._host_logits.address, self._device_logits.address, m * self._spec.vocab * _FLOAT32, self._stream)
         if start + seq > self.cache.capacity:
             self._unbind()
-            self.cache.grow(start + seq)
+            self.cache.resize(start + seq)
         self.cache.append(self._kv_new.address, start, seq, width)
         self._cuda.synchronize(self._stream)
         logits = self._logits[:m] if want_logits else None
@@ -218,14 +220,41 @@ class _Decoder:
             at += picture.rows * self._row_bytes
         self._image_features, self._rows = image_features, rows
 
+    def reset(self) -> None:
+        """Forget all positions, and keep only the capacity that they need; see `TensorRTBackend.reset`."""
+        positions = self.cache.length if self._prepared else 0
+        self.cache.reset()
+        with contextlib.suppress(OutOfDeviceMemory):  # the old buffer is larger than needed, but works
+            self._fit(positions)
+
     def shrink(self) -> None:
-        """Forget all positions, and release the memory of a long conversation."""
-        self._unbind()
-        self.cache.shrink()
+        """Forget all positions, and take the first capacity."""
+        self.cache.reset()
+        self._fit(0)
 
     def release(self) -> None:
         """Release the graph. The contexts can be closed after that."""
         self._unbind()
+
+    def _prepare(self) -> None:
+        """Load the engines for the capacity. If they do not fit on the GPU, go back to the capacity that the cached positions need."""
+        self._prepared = False
+        try:
+            self._contexts.use(self.cache.capacity)
+        except OutOfDeviceMemory:
+            if not self._fit(self.cache.length):
+                raise
+            self._contexts.use(self.cache.capacity)
+        self._prepared = True
+
+    def _fit(self, positions: int) -> bool:
+        """Release the memory beyond the capacity for `positions`, at least those in the cache. Returns whether there was any."""
+        needed = max(positions, 1)
+        if self._contexts.capacity_for(needed) >= self.cache.capacity:
+            return False
+        self._unbind()
+        self.cache.resize(needed)
+        return True
 
     def _unbind(self) -> None:
         """Call this before the decode context, or an address that it is bound to, changes."""
@@ -396,8 +425,13 @@ class TensorRTBackend:
         self._decoder.cache.truncate(length)
 
     def reset(self) -> None:
-        """Forget all positions."""
-        self._decoder.cache.reset()
+        """Forget all positions, and release the memory of a longer conversation.
+
+        The capacity becomes the one that the forgotten positions need. So a conversation like the last one needs no new memory, CUDA graph
+        or engines, and a long one slows only the next. If the engines of that capacity could not be loaded, it becomes the first one.
+        """
+        with self._working():
+            self._decoder.reset()
 
     def cached(self, length: int) -> NDArray[np.float32]:
         """Keys and values of the first `length` positions in the cache: [layers, 2, kv_heads, length, head_dim]."""
@@ -405,7 +439,7 @@ class TensorRTBackend:
             return self._decoder.cache.read(length)
 
     def shrink(self) -> None:
-        """Forget all positions, and release the memory of a long conversation."""
+        """Forget all positions, and take the first capacity."""
         with self._working():
             self._decoder.shrink()
 

@@ -217,6 +217,9 @@ class FastVLM:
         `input_ids`, `images` and errors are those of `logits`; the ids after `start` are text. The last id is not run, so it may be one
         more than the context holds. All rows of the embedding count, as in transformers, also padding rows.
         """
+        if not 0 <= start < len(input_ids) - 1:
+            what = f"start is {start}, and {len(input_ids)} ids were given: there is no id after start to score"
+            raise FastVLMError(what, "give at least two ids, and a start before the last of them")
         *ids, last = input_ids
         following = [*ids[start + 1 :], last]
         if wrong := [token_id for token_id in following if not 0 <= token_id < self.manifest.decoder.vocab]:

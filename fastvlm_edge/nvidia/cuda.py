@@ -55,15 +55,15 @@ class CudaError(FastVLMError):
 
 
 class OutOfDeviceMemory(FastVLMError):
-    """The GPU has less free memory than was requested."""
+    """There is less free memory than was requested: of the GPU, or of the host's memory that the GPU reads."""
 
-    def __init__(self, needed: int, free: int | None = None) -> None:
-        """Both in bytes; `free` is None if it is unknown."""
-        there = "fewer" if free is None else f"{free // _MIB:,} MiB"
-        super().__init__(
-            f"{-(-needed // _MIB):,} MiB of GPU memory are needed and {there} are free",
-            "choose a smaller context or image size, a lower precision, or close other programs",
-        )
+    def __init__(self, needed: int | None = None, free: int | None = None, *, kind: str = "GPU memory") -> None:
+        """`needed` and `free` in bytes, None if unknown."""
+        what = f"more {kind} is needed than is free"
+        if needed is not None:
+            there = "fewer" if free is None else f"{free // _MIB:,} MiB"
+            what = f"{-(-needed // _MIB):,} MiB of {kind} are needed and {there} are free"
+        super().__init__(what, "choose a smaller context or image size, a lower precision, or close other programs")
         self.needed, self.free = needed, free
 
 
@@ -127,7 +127,7 @@ class Cuda(Protocol):
         ...
 
     def allocate_pinned(self, nbytes: int) -> PinnedMemory:
-        """Allocate page-locked host memory."""
+        """Allocate page-locked host memory. Raises OutOfDeviceMemory."""
         ...
 
     def create_stream(self) -> int:

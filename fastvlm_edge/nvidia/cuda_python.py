@@ -68,7 +68,13 @@ class CudaPython:
 
     def allocate_pinned(self, nbytes: int) -> PinnedMemory:
         """Allocate page-locked host memory."""
-        return PinnedMemory(int(self._call("cuMemHostAlloc", nbytes, 0)), nbytes, lambda address: self._call("cuMemFreeHost", address))
+        try:
+            address = int(self._call("cuMemHostAlloc", nbytes, 0))
+        except CudaError as error:
+            if error.name != "CUDA_ERROR_OUT_OF_MEMORY":
+                raise
+            raise OutOfDeviceMemory(nbytes, kind="page-locked host memory") from None
+        return PinnedMemory(address, nbytes, lambda address: self._call("cuMemFreeHost", address))
 
     def create_stream(self) -> int:
         """Create a stream that does not wait for the default stream."""

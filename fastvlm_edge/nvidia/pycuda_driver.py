@@ -102,8 +102,13 @@ class PyCuda:
 
     def allocate_pinned(self, nbytes: int) -> PinnedMemory:
         """Allocate page-locked host memory."""
-        with self._entered():
-            array = self._driver.pagelocked_empty(nbytes, np.uint8)
+        try:
+            with self._entered():
+                array = self._driver.pagelocked_empty(nbytes, np.uint8)
+        except CudaError as error:
+            if error.name != "MemoryError":
+                raise
+            raise OutOfDeviceMemory(nbytes, kind="page-locked host memory") from None
         address = int(array.ctypes.data)
         self._pinned[address] = array
         return PinnedMemory(address, nbytes, self._free_pinned)

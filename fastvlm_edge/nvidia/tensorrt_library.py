@@ -155,12 +155,12 @@ class Library:
 
     def _fix_shapes(self, network: Any, profiles: Sequence[Profile]) -> bool:
         """If there is one profile, and all its inputs have one shape, make these the shapes of the network, which then needs no profile."""
+        inputs = [network.get_input(index) for index in range(network.num_inputs)]
         if len(profiles) != 1 or any(len({*shapes}) > 1 for shapes in profiles[0].values()):
             return False
-        for index in range(network.num_inputs):
-            tensor = network.get_input(index)
-            if tensor.name not in profiles[0]:
-                return False
+        if any(tensor.name not in profiles[0] for tensor in inputs):
+            return False
+        for tensor in inputs:
             tensor.shape = profiles[0][tensor.name][0]
         return True
 
@@ -174,7 +174,7 @@ class Library:
 
     def _build_error(self, graph: str, workspace: int | None) -> FastVLMError:
         what = f"{self.name} {self.version} could not build {graph}: {self._reason()}"
-        if any(_NO_MEMORY.search(words) for words in self.log.errors):
+        if self._lacks_memory():
             return FastVLMError(
                 what,
                 "close other programs; on a Jetson also drop the file cache (sync; echo 3 | sudo tee /proc/sys/vm/drop_caches), and reboot "
@@ -244,6 +244,10 @@ class Library:
         """The first error in the log; later ones follow from it, and without a GPU there is always one about CUDA."""
         return self.log.errors[0] if self.log.errors else "it gave no reason (FASTVLM_EDGE_DEBUG=1 shows its log)"
 
+    def _lacks_memory(self) -> bool:
+        """Whether the log says that memory was short."""
+        return any(_NO_MEMORY.search(words) for words in self.log.errors)
+
     # Running --------------------------------------------------------------------------------------------------------------------
 
     def inspect(self, plan: Any) -> str:
@@ -265,7 +269,7 @@ class Library:
         except (OSError, ValueError) as error:
             raise FastVLMError(f"{path} could not be read ({error})", again) from None
         if engine is None:
-            if any(_NO_MEMORY.search(words) for words in self.log.errors):
+            if self._lacks_memory():
                 raise OutOfDeviceMemory(path.stat().st_size)
             raise FastVLMError(f"{self.name} {self.version} could not load {path}: {self._reason()}", again)
         return LoadedEngine(self, runtime, engine, path)
@@ -357,6 +361,8 @@ class LoadedEngine:
             self._config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if captured else graphs.DISABLED
         context = self._engine.create_execution_context(strategy if self._config is None else self._config)
         if context is None:
+            if self._library._lacks_memory():
+                raise OutOfDeviceMemory()
             raise FastVLMError(f"{self.path} could not be prepared for execution: {self._library._reason()}")
         context.set_device_memory(scratch, scratch_bytes)
         try:

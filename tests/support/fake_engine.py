@@ -22,16 +22,19 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.backends import load_engines
 from fastvlm_edge.backends.dtypes import storage
-from fastvlm_edge.backends.engine_files import static_part
 from fastvlm_edge.backends.ort_session import DTYPES, ort_value
+from fastvlm_edge.backends.protocol import LOGIT_POSITIONS
 from fastvlm_edge.backends.tensorrt import Platform
+from fastvlm_edge.engines.profiles import static_profiles
 from fastvlm_edge.model_dir.engine_record import ENGINES, EngineRecord, onnx_hashes
 from fastvlm_edge.model_dir.manifest import FileRecord, read_manifest, sha256
 from fastvlm_edge.nvidia.tensorrt_library import Context, LoadedEngine
 from tests.support.fake_cuda import FakeCuda, Range
 
 VERSION = "10.3.0"
-CHUNK, POSITIONS, SHORT = 48, 16, 16
+CHUNK = 48
+"""Most ids per call of an engine that takes calls of any size: fewer than the product's, so that short tests have several calls."""
+POSITIONS = LOGIT_POSITIONS
 Sizes = tuple[int, int]
 """Smallest and largest."""
 
@@ -235,13 +238,11 @@ def build_engines(
         }
 
     engines: dict[str, list[dict[str, Any]]] = {"vision": [{"pixel_values": [pixels, pixels]}]}
-    for capacity in static:
-        sizes = (capacity, capacity)
-        engines[static_part("prefill", capacity)] = [shapes((CHUNK, CHUNK), (POSITIONS, POSITIONS), (decoder.context,) * 2, sizes)]
-        engines[static_part("decode", capacity)] = [shapes((2, 2), (2, 2), (1, 1), sizes)]
+    for part, (profile,) in static_profiles(manifest, static).items():
+        engines[part] = [{name: [smallest, largest] for name, (smallest, _, largest) in profile.items()}]
     if not static:
         sizes = (128, -(-decoder.context // 512) * 512)
-        both = [shapes((1, CHUNK), (1, POSITIONS), (1, decoder.context), sizes), shapes((1, SHORT), (1, POSITIONS), (1, 1), sizes)]
+        both = [shapes((1, CHUNK), (1, POSITIONS), (1, decoder.context), sizes), shapes((1, POSITIONS), (1, POSITIONS), (1, 1), sizes)]
         engines["decoder"] = both[:profiles]
     directory = model / ENGINES / target
     directory.mkdir(parents=True)

@@ -5,6 +5,7 @@ Stubbed: CUDA by `FakeCuda`, and TensorRT by engines that compute with onnxrunti
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -192,9 +193,11 @@ def test_static_engines_for_a_longer_conversation_that_do_not_fit_are_explained(
     for each in (backend, ort):
         each.step(IDS[:140])
     load_part = EngineFiles.load
+    tried: list[str] = []
 
     def refuse(self: EngineFiles, part: str) -> Any:
         if part.endswith(".512"):
+            tried.append(part)
             raise OutOfDeviceMemory(1 << 20, 0)
         return load_part(self, part)
 
@@ -203,12 +206,83 @@ def test_static_engines_for_a_longer_conversation_that_do_not_fit_are_explained(
         for _ in range(2):
             with pytest.raises(FastVLMError, match="MiB of GPU memory are needed"):
                 backend.step([5])
-        backend.shrink()
-        ort.reset()
-        assert_same(backend, ort, IDS[:30])
+        assert backend.length == 140
+        for each in (backend, ort):
+            each.truncate(100)  # as a chat whose last question did not fit
+        assert_same(backend, ort, [5])
+        for _ in range(3):
+            tried.clear()
+            for each in (backend, ort):
+                each.reset()
+            assert_same(backend, ort, IDS[:30])
+            assert not tried
+            backend.step(IDS[30:140])
+            with pytest.raises(FastVLMError, match="MiB of GPU memory are needed"):
+                backend.step([5])
     finally:
         EngineFiles.load = load_part  # type: ignore[method-assign]
     backend.close()
+    assert not any(cuda.live().values())
+
+
+def test_a_conversation_that_ends_where_the_next_static_engines_do_not_fit_blocks_no_other(
+    directory: Path, ort: OrtBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last call made the cache grow, and no call has tried the engines of that capacity yet."""
+    build_engines(directory, static=CAPACITIES)
+    backend = load(directory, FakeCuda())
+    backend.step(IDS[:140])
+    load_part = EngineFiles.load
+
+    def refuse(self: EngineFiles, part: str) -> Any:
+        if part.endswith(".512"):
+            raise OutOfDeviceMemory(1 << 20, 0)
+        return load_part(self, part)
+
+    monkeypatch.setattr(EngineFiles, "load", refuse)
+    backend.reset()
+    assert_same(backend, ort, IDS[:30])
+    backend.close()
+
+
+def test_a_long_conversation_leaves_its_static_engines_only_to_the_next_one(directory: Path) -> None:
+    build_engines(directory, static=CAPACITIES)
+    backend = load(directory, FakeCuda())
+    loaded = []
+    for length in (600, 600, 100, 100):
+        for ids in (IDS[:length], [5]):
+            backend.step(ids)
+        loaded.append(sorted(backend._contexts.engines())[0].rpartition(".")[2])
+        backend.reset()
+    assert loaded == ["2048", "2048", "2048", "128"]
+    backend.close()
+
+
+@pytest.mark.parametrize("fails", ["load", "kernels"])
+def test_engines_are_released_and_the_first_error_stays_whatever_the_library_raises_for_kernels(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """Kernels are saved where engines change, not while an error is handled."""
+    build_engines(directory, static=CAPACITIES, kernels=True)
+    cuda = FakeCuda()
+    backend = load(directory, cuda)
+    backend.step(IDS[:140])
+    load_part = EngineFiles.load
+
+    def refuse(self: EngineFiles, part: str) -> Any:
+        if fails == "load" and part == "decoder.decode.512":
+            monkeypatch.setattr(FakeEngine, "compiled_kernels", lambda _: 1 / 0)
+            raise FastVLMError("the engine failed")
+        return load_part(self, part)
+
+    monkeypatch.setattr(EngineFiles, "load", refuse)
+    if fails == "kernels":
+        monkeypatch.setattr(FakeEngine, "compiled_kernels", lambda _: 1 / 0)
+    with pytest.raises(FastVLMError if fails == "load" else ZeroDivisionError):
+        backend.step([5])
+    assert not backend._contexts.engines()
+    del backend
+    gc.collect()
     assert not any(cuda.live().values())
 
 

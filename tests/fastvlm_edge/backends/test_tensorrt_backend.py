@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -250,20 +251,6 @@ def test_features_of_another_backend_are_refused(backend: TensorRTBackend, ort: 
     twin.close()
 
 
-def test_more_pictures_need_a_larger_buffer_and_a_new_graph(backend: TensorRTBackend, ort: OrtBackend) -> None:
-    shares = (1.0, 0.5, 0.25)
-    mine, theirs = ([each.encode(PIXELS * share) for share in shares] for each in (backend, ort))
-    for count in (1, 2, 3, 1, 0, 2):
-        for each in (backend, ort):
-            each.reset()
-        ids = [VOCAB + row for row in range(count * TOKENS)] + IDS[:5]
-        first = (logits(backend, ids, tuple(mine[:count])), logits(ort, ids, tuple(theirs[:count])))
-        np.testing.assert_allclose(*first, atol=ROUNDING)
-        for token in IDS[5:9]:
-            steps = (logits(backend, [token], tuple(mine[:count])), logits(ort, [token], tuple(theirs[:count])))
-            np.testing.assert_allclose(*steps, atol=ROUNDING)
-
-
 def test_pixels_of_another_size_are_refused(backend: TensorRTBackend) -> None:
     with pytest.raises(FastVLMError, match=r"pixel_values have shape \[1, 3, 8, 8\], but this model takes \[1, 3, 256, 256\]"):
         backend.encode(np.zeros((1, 3, 8, 8), np.float32))
@@ -339,6 +326,48 @@ def test_a_cache_that_cannot_grow_stays_as_it_was(directory: Path, ort: OrtBacke
     assert np.array_equal(logits(backend, [9]), logits(ort, [9]))
     backend.close()
     assert not any(tight.live().values())
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_long_conversation_slows_only_the_next_one(directory: Path, ort: OrtBackend, short: bool) -> None:
+    """The cache follows the last conversation, also if no memory is free for the smaller buffer."""
+    build_engines(directory)
+    cuda = FakeCuda()
+    backend = load(directory, cuda)
+    capacities = []
+    for length in (900, 100, 100):
+        for each in (backend, ort):
+            each.step(IDS[:1] * length)
+        assert np.allclose(logits(backend, [9]), logits(ort, [9]), atol=ROUNDING)
+        capacities.append(backend._decoder.cache.capacity)
+        cuda._limit = cuda._limit - cuda.free_bytes() if short else cuda._limit
+        for each in (backend, ort):
+            each.reset()
+    assert capacities == [1024, 1024, 1024 if short else 128]
+    backend.close()
+    assert not any(cuda.live().values())
+
+
+def test_a_conversation_as_long_as_the_last_one_needs_no_new_memory_and_no_new_graph(backend: TensorRTBackend, cuda: FakeCuda) -> None:
+    for conversation in range(3):
+        backend.reset()
+        for ids in (IDS[:250], *([token] for token in IDS[:20])):
+            backend.step(ids)
+        if conversation == 0:
+            cuda.log.clear()
+    assert not {"allocate", "free", "capture"} & {*cuda.log}
+
+
+def test_reset_waits_for_a_call_of_another_thread(backend: TensorRTBackend) -> None:
+    """It may free the memory that the call uses."""
+    backend.step(IDS[:300])
+    other = threading.Thread(target=backend.reset)
+    with backend._working():
+        other.start()
+        other.join(0.2)
+        assert other.is_alive() and backend.length == 300
+    other.join()
+    assert backend.length == 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), FastVLMError("the engine failed")])
@@ -605,14 +634,14 @@ def test_other_candidates_than_the_logits_say_are_found(referenced: Path, monkey
 def test_a_gpu_without_memory_for_the_whole_context_is_verified_up_to_there(
     referenced: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grow = DeviceCache.grow
+    resize = DeviceCache.resize
 
-    def short(self: DeviceCache, needed: int) -> None:
-        if needed > 1024:
+    def short(self: DeviceCache, positions: int) -> None:
+        if positions > 1024:
             raise OutOfDeviceMemory(1 << 30, 1 << 20)
-        grow(self, needed)
+        resize(self, positions)
 
-    monkeypatch.setattr(DeviceCache, "grow", short)
+    monkeypatch.setattr(DeviceCache, "resize", short)
     with fake_gpu(FakeCuda()):
         load_engines(referenced, read_manifest(referenced), progress=stderr_progress())
     assert "warning: not verified with the whole context in the cache: " in capsys.readouterr().err

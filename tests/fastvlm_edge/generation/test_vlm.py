@@ -265,6 +265,20 @@ def test_log_probabilities_are_those_of_the_whole_row(vlm: FastVLM, reference: R
         vlm.log_probabilities([*ids, vlm.manifest.decoder.vocab], [image], start=len(ids) - 2)
 
 
+@pytest.mark.parametrize(
+    ("ids", "start", "says"),
+    [
+        ([], 0, "start is 0, and 0 ids were given: there is no id after start to score; give at least two ids"),
+        ([1], 0, "start is 0, and 1 ids were given"),
+        ([1, 2, 3], 2, "start is 2, and 3 ids were given"),
+        ([1, 2, 3], -1, "start is -1, and 3 ids were given"),
+    ],
+)
+def test_log_probabilities_need_an_id_after_start(vlm: FastVLM, ids: list[int], start: int, says: str) -> None:
+    with pytest.raises(FastVLMError, match=says):
+        vlm.log_probabilities(ids, start=start)
+
+
 def test_logits_continue_what_is_in_the_cache(vlm: FastVLM, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     image, ids = vlm.encode_image(data.coffee()), reference.ids(PROMPT)
     vlm.generate(PROMPT, image, max_new_tokens=4)

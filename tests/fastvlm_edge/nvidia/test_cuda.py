@@ -255,6 +255,15 @@ def test_out_of_device_memory_names_both_sizes_and_what_to_lower(cuda: Cuda, dri
     assert (caught.value.needed, caught.value.free) == ((4 << 20) + 1, 3 << 20)
 
 
+def test_out_of_pinned_memory_is_a_shortage_too(cuda: Cuda, driver: StubDriver) -> None:
+    driver.errors["cuMemHostAlloc"] = CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    with pytest.raises(OutOfDeviceMemory, match=r"^5 MiB of page-locked host memory are needed and fewer are free; choose"):
+        cuda.allocate_pinned((4 << 20) + 1)
+    driver.errors["cuMemHostAlloc"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(CudaError, match="cuMemHostAlloc failed"):
+        cuda.allocate_pinned(64)
+
+
 def test_an_error_that_ends_the_context_says_so(cuda: Cuda, driver: StubDriver) -> None:
     driver.errors["cuStreamSynchronize"] = CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
     with pytest.raises(CudaError, match="start the program again") as caught:
@@ -618,6 +627,13 @@ def test_pycuda_out_of_memory(pycuda: StubPyCuda) -> None:
     pycuda.failing["cuMemAlloc"] = StubPyCuda.MemoryError("cuMemAlloc failed: out of memory")
     with pytest.raises(OutOfDeviceMemory, match="4 MiB of GPU memory are needed and 3 MiB are free"):
         cuda.allocate(4 << 20)
+
+
+def test_pycuda_out_of_pinned_memory(pycuda: StubPyCuda) -> None:
+    cuda = open_cuda()
+    pycuda.failing["cuMemHostAlloc"] = StubPyCuda.MemoryError("cuMemHostAlloc failed: out of memory")
+    with pytest.raises(OutOfDeviceMemory, match="4 MiB of page-locked host memory are needed and fewer are free"):
+        cuda.allocate_pinned(4 << 20)
 
 
 def test_pycuda_cannot_capture(pycuda: StubPyCuda) -> None:

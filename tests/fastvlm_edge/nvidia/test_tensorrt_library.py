@@ -497,6 +497,13 @@ def test_other_profiles_leave_the_network_as_it_is(oldest: Any, profiles: Any) -
     assert oldest.calls.count("add_optimization_profile") == len(profiles)
 
 
+def test_an_input_that_the_profile_does_not_name_leaves_all_shapes_as_they_were(oldest: Any) -> None:
+    oldest.network_inputs.append(SimpleNamespace(name="y", shape=(-1, 8)))
+    one = (1, 8)
+    find_library().build(GRAPH, BuildSettings(({"x": (one, one, one)},)))
+    assert [tensor.shape for tensor in oldest.network_inputs] == [(-1, 8), (-1, 8)]
+
+
 def test_a_strongly_typed_network_is_asked_for_by_a_flag(trt: Any) -> None:
     built = find_library().build(GRAPH, BuildSettings(SHAPES, workspace=1 << 20))
     assert bytes(built.plan) == MAGIC + b" plan"
@@ -791,6 +798,17 @@ def test_an_engine_that_does_not_fit_into_the_gpu_is_told_from_a_wrong_one(oldes
     with pytest.raises(OutOfDeviceMemory, match=r"^1 MiB of GPU memory are needed and fewer are free; choose") as caught:
         find_library().load(engine_file)
     assert (caught.value.needed, caught.value.free) == (engine_file.stat().st_size, None)
+
+
+@pytest.mark.parametrize("generation", EVERY)
+def test_a_context_that_does_not_fit_into_the_gpu_is_told_from_a_wrong_one(
+    install: Callable[..., Any], engine_file: Path, generation: str
+) -> None:
+    trt = install(generation)
+    engine = find_library().load(engine_file)
+    trt.fails, trt.words = {"create_execution_context"}, ["Error Code 2: OutOfMemory (Requested size was 497 MiB)"]
+    with pytest.raises(OutOfDeviceMemory, match=r"^more GPU memory is needed than is free; choose a smaller context"):
+        engine.context(0, 0, 8192, 1, captured=True)
 
 
 def test_a_mapped_file_is_let_go_after_loading(oldest: Any, engine_file: Path) -> None:
