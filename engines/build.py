@@ -126,6 +126,8 @@ def build(model: Path, target: str = "auto", options: Options | None = None, *, 
             return found
         if plan.cuda is not None:
             for fault in find_faults(plan.library.name, plan.library.version, plan.cuda.device.compute_capability):
+                if fault.only_dynamic and options.static:
+                    continue
                 progress.note(f"warning: {plan.library.name} {plan.library.version}: {fault.what}; {fault.mend} ({fault.sources})")
         if options.check_memory:
             # Static engines of one capacity are a pair: prefill and decoding.

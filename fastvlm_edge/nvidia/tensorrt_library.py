@@ -181,7 +181,7 @@ class Library:
                 "if that does not help, because GPU memory can be too fragmented (NvMap error 12)",
             )
         if workspace is not None and self.log.requested > workspace:  # tactics that need more are only skipped, with a warning
-            return GraphRefusedError(what, f"allow more scratch memory: --workspace {-(-self.log.requested // (1 << 20))}")
+            return FastVLMError(what, f"allow more scratch memory: --workspace {-(-self.log.requested // (1 << 20))}")
         return GraphRefusedError(what)
 
     def _use_timings(self, config: Any, timings: bytes) -> Any:

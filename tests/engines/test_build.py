@@ -125,6 +125,9 @@ def test_engines_that_are_up_to_date_are_not_built_again(model: Path, monkeypatc
         patched.setattr(Library, "build", None)
         assert build(model, "sm86", progress=notes) == first
     assert any("is up to date" in note for note in notes.notes)
+    parity = {"device": "GPU", "faults": [{"part": "decoder", "text": "a row is wrong"}]}
+    replace(first, parity=parity).write(model / "engines" / "sm86")
+    assert not build(model, "sm86").faults, "refused engines are up to date"
     (model / "engines" / "sm86" / "vision.engine").write_bytes(b"short")
     again = build(model, "sm86")
     assert (model / "engines" / "sm86" / "vision.engine").stat().st_size == again.files["vision.engine"].bytes > 1e6
@@ -329,7 +332,13 @@ def test_known_faults_of_the_library_are_said(model: Path, seen: Seen, monkeypat
     monkeypatch.setitem(FAULTS, "tensorrt_rtx", (fault,))
     notes = Notes()
     build(model, "sm86", progress=notes)
-    assert any(re.match(r"warning: tensorrt_rtx 1\.[\d.]+: wrong on Mondays; wait a day \(issue 1\)$", note) for note in notes.notes)
+    says = re.compile(r"warning: tensorrt_rtx 1\.[\d.]+: wrong on Mondays; wait a day \(issue 1\)$")
+    assert any(says.match(note) for note in notes.notes)
+    monkeypatch.setitem(FAULTS, "tensorrt_rtx", (replace(fault, only_dynamic=True),))
+    for static in (False, True):
+        notes = Notes()
+        build(model, "sm86", Options(static=static), progress=notes)
+        assert any(says.match(note) for note in notes.notes) != static, "fixed shapes are the remedy"
 
 
 # INT8 activations that the builder refuses --------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ class Fault:
     """Public issues."""
     compute_capabilities: tuple[tuple[int, int], ...] = ()
     """GPUs that it is known of; empty for all."""
+    only_dynamic: bool = False
+    """Whether engines of fixed shapes do not have it."""
 
 
 _EDGE_LLM = "NVIDIA/TensorRT-Edge-LLM"
@@ -35,6 +37,15 @@ FAULTS = {
             "reported to compute transformers with dynamic shapes wrongly",
             "fastvlm-edge build MODEL --static (or install TensorRT 10.7 for L4T, see docs/jetpack-6.md)",
             "NVIDIA/TensorRT#4419, #4330",
+            only_dynamic=True,
+        ),
+        Fault(
+            (10, 3),
+            (10, 8),
+            "reported to compute other results with dynamic shapes than with fixed ones, and less exact ones with several profiles",
+            "fastvlm-edge build MODEL --static (--profiles 1 may be enough)",
+            "NVIDIA/TensorRT#4250",
+            only_dynamic=True,
         ),
         Fault(
             (10, 13),

@@ -84,7 +84,9 @@ def test_an_orin_nano_out_of_the_box(examine: Callable[..., Report]) -> None:
     assert "Orin Nano 8 GB" in texts["board"] and "compute capability 8.7" in texts["board"]
     assert texts["jetpack"] == "Jetson Linux 36.4.3, JetPack 6.2 with TensorRT 10.3 and CUDA 12.6"
     assert texts["tensorrt"] == (
-        "tensorrt 10.3.0, libnvinfer 10.3.0; reported to compute transformers with dynamic shapes wrongly (NVIDIA/TensorRT#4419, #4330)"
+        "tensorrt 10.3.0, libnvinfer 10.3.0; reported to compute transformers with dynamic shapes wrongly (NVIDIA/TensorRT#4419, #4330); "
+        "reported to compute other results with dynamic shapes than with fixed ones, and less exact ones with several profiles "
+        "(NVIDIA/TensorRT#4250)"
     )
     assert texts["gpu clock"].startswith("306 MHz, 306 to 625") and report.findings["gpu clock"]["mend"].startswith("sudo jetson_clocks")
     assert texts["heat"] == "tj-thermal at 52 °C, not throttling"
@@ -537,10 +539,12 @@ def test_the_table_of_jetpacks_is_in_order_and_agrees_with_the_targets() -> None
 @pytest.mark.parametrize(
     ("version", "capability", "faults"),
     [
-        ("10.3.0.30", (8, 7), 1),
-        ("10.3.0", None, 1),
-        ("10.5.0", (8, 7), 0),
-        ("10.7.0.23", (8, 7), 0),
+        ("10.3.0.30", (8, 7), 2),
+        ("10.3.0", None, 2),
+        ("10.4.0", (8, 7), 2),
+        ("10.5.0", (8, 7), 1),
+        ("10.7.0.23", (8, 7), 1),
+        ("10.8.0", (8, 7), 0),
         ("10.13.3.9", (11, 0), 1),
         ("10.13.3.9", (8, 9), 0),
         ("10.15.1", (11, 0), 0),
@@ -562,3 +566,9 @@ def test_facts_are_read_quickly(tmp_path: Path) -> None:
     began = time.thread_time()
     read_facts(probe)
     assert time.thread_time() - began < 0.5
+def test_tensorrt_10_7_is_not_given_a_clean_bill(examine: Callable[..., Report]) -> None:
+    report = examine(orin_nano().but(packages=RUNTIME | {"tensorrt": "10.7.0"}))
+    assert report.bad["tensorrt"] == "fastvlm-edge build MODEL --static (--profiles 1 may be enough)"
+    assert "with several profiles (NVIDIA/TensorRT#4250)" in report.findings["tensorrt"]["text"]
+
+
