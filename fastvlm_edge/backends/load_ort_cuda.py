@@ -17,6 +17,7 @@ from fastvlm_edge.backends.ort_session import graph_name
 from fastvlm_edge.backends.verification.check import Findings, check
 from fastvlm_edge.backends.verification.reference import Reference, compute_reference, read_reference
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.machine.host import read_jetson
 from fastvlm_edge.machine.libraries import read_driver
 from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.model_dir.atomic import whole_file
@@ -34,6 +35,8 @@ class Verdict:
     """`ort-cuda.json`: what the check of a model directory found, and with what."""
 
     device: str
+    driver: str
+    """Version of its driver, or of Jetson Linux; empty if the system does not report it."""
     onnxruntime: str
     files: dict[str, str]
     """Graph or weights -> sha256."""
@@ -42,8 +45,9 @@ class Verdict:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def concerns(self, other: Verdict) -> bool:
-        """Whether both are about the same GPU, version and files."""
-        return (self.device, self.onnxruntime, self.files) == (other.device, other.onnxruntime, other.files)
+        """Whether both are about the same GPU, driver, version and files."""
+        names = ("device", "driver", "onnxruntime", "files")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def write(self, directory: Path) -> None:
         """Write `ort-cuda.json`, completely or not at all."""
@@ -60,18 +64,25 @@ def read_verdict(directory: Path) -> Verdict | None:
     return verdict
 
 
-def describe_device(probe: Probe) -> str:
-    """The GPUs of this machine: those of nvidia-smi, or the board. CUDA_VISIBLE_DEVICES decides which one runs, so it belongs to them."""
-    cards = [f"{card.name} {'.'.join(map(str, card.compute_capability or ()))}".strip() for card in read_driver(probe).cards]
+def describe_device(probe: Probe) -> tuple[str, str]:
+    """The GPUs of this machine, those of nvidia-smi or the board, and the version of their driver, on a Jetson that of Jetson Linux.
+
+    CUDA_VISIBLE_DEVICES decides which GPU runs, so it belongs to them. The driver is empty if the system does not report it.
+    """
+    found, jetson = read_driver(probe), read_jetson(probe)
+    cards = [f"{card.name} {'.'.join(map(str, card.compute_capability or ()))}".strip() for card in found.cards]
+    linux = "" if jetson is None or jetson.l4t is None else f"Jetson Linux {'.'.join(map(str, jetson.l4t))}"
+    driver = linux or found.kernel_module or next((card.driver for card in found.cards), "")
     board = (probe.text("proc/device-tree/model") or "").strip("\0\n ")
     visible = probe.environ.get("CUDA_VISIBLE_DEVICES")
-    return ", ".join([*(cards or [board or "unknown GPU"]), *([] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"])])
+    gpus = ", ".join([*(cards or [board or "unknown GPU"]), *([] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"])])
+    return gpus, driver
 
 
 def load_ort_cuda(
     directory: Path, manifest: Manifest, *, threads: int | None = None, progress: Progress | None = None, probe: Probe | None = None
 ) -> OrtBackend:
-    """Load both graphs on the GPU. Where they never ran with this GPU, this onnxruntime and these files, check them first.
+    """Load both graphs on the GPU. Where they never ran with this GPU, driver, onnxruntime and these files, check them first.
 
     They are compared with the reference that `convert` stored, or with onnxruntime on the CPU, with `threads`, if there is none. Raises
     FastVLMError if onnxruntime cannot run the graphs on a GPU, or if they disagree, now or at an earlier load.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.backends.dtypes import storage, to_float32
 from fastvlm_edge.backends.ort import check_decoder, join_features
-from fastvlm_edge.backends.ort_session import ONNX_BFLOAT16, Setup, ort_value, run
+from fastvlm_edge.backends.ort_session import ONNX_BFLOAT16, Setup, lacks_memory, ort_value, refuse, run
 from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import DecoderSpec
@@ -35,14 +35,19 @@ class DeviceArray:
     """
 
     def __init__(self, shape: Sequence[int], dtype: str, device: str) -> None:
-        """`dtype` is the name that the manifest uses, `device` onnxruntime's name. Raises OutOfDeviceMemory."""
+        """`dtype` is the name that the manifest uses, `device` onnxruntime's name.
+
+        Raises OutOfDeviceMemory, and FastVLMError if onnxruntime has no such device or it fails.
+        """
         self.shape, self._device = list(shape), device
         self._element = ONNX_BFLOAT16 if dtype == "bfloat16" else storage(dtype).type
         zeros = np.zeros(self.shape, storage(dtype))
         try:
             self._value = ort.OrtValue.ortvalue_from_shape_and_type(self.shape, zeros.dtype.type, device, 0)
         except Exception as error:  # the classes of onnxruntime's exceptions have no common base
-            raise OutOfDeviceMemory(zeros.nbytes) from error
+            if lacks_memory(error):
+                raise OutOfDeviceMemory(zeros.nbytes) from error
+            refuse(error, f"onnxruntime cannot allocate memory on {device}", "run: fastvlm-edge doctor, or use --backend ort")
         self._value.update_inplace(zeros)
 
     def write(self, array: NDArray[Any]) -> None:

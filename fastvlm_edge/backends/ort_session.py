@@ -172,7 +172,7 @@ def load(path: Path, options: ort.SessionOptions, providers: list[Provider]) -> 
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
-        _refuse(error, f"{path} could not be loaded", "copy the model directory again, or convert the checkpoint again")
+        refuse(error, f"{path} could not be loaded", "copy the model directory again, or convert the checkpoint again")
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if session.get_providers()[0] != wanted:
         raise FastVLMError(f"onnxruntime could not start {wanted}", "check the GPU driver and CUDA libraries, or use --backend ort")
@@ -184,13 +184,19 @@ def run(session: ort.InferenceSession, binding: Any, graph: str) -> None:
     try:
         session.run_with_iobinding(binding)
     except Exception as error:
-        _refuse(error, f"onnxruntime failed in {graph}", "convert the checkpoint again, with another --precision if this repeats")
+        refuse(error, f"onnxruntime failed in {graph}", "convert the checkpoint again, with another --precision if this repeats")
 
 
-def _refuse(error: Exception, what: str, mend: str) -> NoReturn:
+def lacks_memory(error: Exception) -> bool:
+    """Whether an exception of onnxruntime says that memory was short, of the host or of the GPU."""
+    reason = str(error)
+    return isinstance(error, MemoryError) or any(words in reason for words in ("Failed to allocate memory", "bad_alloc", "out of memory"))
+
+
+def refuse(error: Exception, what: str, mend: str) -> NoReturn:
     """Turn an exception of onnxruntime, whose classes have no common base, into a FastVLMError."""
     reason = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "Failed to allocate memory" in reason or "bad_alloc" in reason:
+    if lacks_memory(error):
         raise FastVLMError(f"{what}: not enough memory", "close other programs, or convert with --precision int4") from error
     if type(error).__name__ == "NotImplemented":
         mend = "convert the checkpoint with --precision fp32, int8 or int4, or update onnxruntime"

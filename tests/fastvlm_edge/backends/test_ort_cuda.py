@@ -30,7 +30,7 @@ from fastvlm_edge.model_dir.manifest import Manifest, read_manifest
 from fastvlm_edge.nvidia.cuda import OutOfDeviceMemory
 from fastvlm_edge.progress import SilentProgress
 from tests.support.fake_model import build_model
-from tests.support.host_as_gpu import GPU, host_as_gpu
+from tests.support.host_as_gpu import DRIVER, GPU, host_as_gpu
 
 ROOT = Path(__file__).resolve().parents[3]
 CARD = "NVIDIA GeForce RTX 4060, 580.95.05, 8.9, 8188, 7000, 41\n"
@@ -65,8 +65,8 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def load(model: Path, gpu: str = GPU) -> OrtBackend:
-    with host_as_gpu(gpu):
+def load(model: Path, gpu: str = GPU, driver: str = DRIVER) -> OrtBackend:
+    with host_as_gpu(gpu, driver):
         return load_ort_cuda(model, read_manifest(model), threads=1)
 
 
@@ -90,14 +90,14 @@ def test_the_first_load_checks_and_the_next_ones_remember(model: Path, checks: l
     load(model).close()
     verdict = read_verdict(model)
     assert verdict is not None and not verdict.faults and verdict.figures["cases"]
-    assert (verdict.device, verdict.onnxruntime) == (GPU, ort.__version__)
+    assert (verdict.device, verdict.driver, verdict.onnxruntime) == (GPU, DRIVER, ort.__version__)
     assert set(verdict.files) == {"vision.onnx", "decoder.cuda.onnx"}
     load(model).close()
     assert checks == ["ort-cuda (first load only)"]
 
 
-@pytest.mark.parametrize("change", ["device", "version", "files", "damaged"])
-def test_another_gpu_version_or_conversion_is_checked_again(
+@pytest.mark.parametrize("change", ["device", "driver", "version", "files", "damaged", "without a driver"])
+def test_another_gpu_driver_version_or_conversion_is_checked_again(
     model: Path, checks: list[str], change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(model).close()
@@ -109,7 +109,11 @@ def test_another_gpu_version_or_conversion_is_checked_again(
         (model / "fastvlm.json").write_text(json.dumps(manifest))
     if change == "damaged":
         (model / VERDICT_NAME).write_text("{")
-    load(model, "NVIDIA A2 8.6" if change == "device" else GPU).close()
+    if change == "without a driver":  # of an earlier version
+        verdict = json.loads((model / VERDICT_NAME).read_text())
+        del verdict["driver"]
+        (model / VERDICT_NAME).write_text(json.dumps(verdict))
+    load(model, "NVIDIA A2 8.6" if change == "device" else GPU, "590.1" if change == "driver" else DRIVER).close()
     assert len(checks) == 2
 
 
@@ -192,6 +196,9 @@ def test_a_machine_without_a_gpu_is_an_error_and_not_a_slow_cpu(model: Path, mon
     with pytest.raises(FastVLMError, match="could not start CUDAExecutionProvider"):
         select("ort-cuda", model, read_manifest(model))
     assert given[0] == [("CUDAExecutionProvider", ort_session.CUDA_OPTIONS), "CPUExecutionProvider"]
+    backend, notes = auto(model)
+    assert backend.name == "ort" and "could not start CUDAExecutionProvider" in backend.description and len(notes) == 1
+    backend.close()
 
 
 # The device ---------------------------------------------------------------------------------------------------------------------
@@ -260,23 +267,43 @@ def test_bfloat16_is_bound_as_bfloat16_and_read_back_as_bits() -> None:
     np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], [[1, -2]])
 
 
-def test_a_cache_that_does_not_fit_says_how_much_is_needed(model: Path) -> None:
+@pytest.mark.parametrize("reason", ["Failed to allocate memory for requested buffer of size 4096", "CUDA failure 2: out of memory ; GPU=0"])
+def test_a_cache_that_does_not_fit_says_how_much_is_needed(model: Path, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    fail(monkeypatch, reason)
     with pytest.raises(OutOfDeviceMemory, match=r"MiB of GPU memory are needed.*choose a smaller context"):
-        DeviceCache(read_manifest(model).decoder, "cuda")  # this onnxruntime has no CUDA memory at all
+        DeviceCache(read_manifest(model).decoder, "cuda")
+
+
+def test_another_failure_on_the_device_is_not_called_a_lack_of_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail(monkeypatch, "CUDA failure 100: no CUDA-capable device is detected")
+    with pytest.raises(FastVLMError, match=r"onnxruntime cannot allocate memory on cuda: CUDA failure 100.*doctor") as caught:
+        DeviceCache(read_manifest(model).decoder, "cuda")
+    assert not isinstance(caught.value, OutOfDeviceMemory)
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """Let onnxruntime fail to allocate on a device."""
+
+    def allocate(*_: Any) -> None:
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", allocate)
 
 
 def test_the_gpu_is_named_by_nvidia_smi_or_the_board(tmp_path: Path) -> None:
     def smi(command: Sequence[str]) -> str | None:
         return CARD if any("--query-gpu" in word for word in command) else None
 
-    assert describe_device(Probe(tmp_path, run=smi, environ={})) == "NVIDIA GeForce RTX 4060 8.9"
+    assert describe_device(Probe(tmp_path, run=smi, environ={})) == ("NVIDIA GeForce RTX 4060 8.9", "580.95.05")
     visible = Probe(tmp_path, run=smi, environ={"CUDA_VISIBLE_DEVICES": "1"})
-    assert describe_device(visible) == "NVIDIA GeForce RTX 4060 8.9, CUDA_VISIBLE_DEVICES=1"
+    assert describe_device(visible)[0] == "NVIDIA GeForce RTX 4060 8.9, CUDA_VISIBLE_DEVICES=1"
     board = Probe(tmp_path, run=lambda command: None, environ={})
-    assert describe_device(board) == "unknown GPU"
+    assert describe_device(board) == ("unknown GPU", "")
     (tmp_path / "proc" / "device-tree").mkdir(parents=True)
     (tmp_path / "proc" / "device-tree" / "model").write_text("NVIDIA Jetson AGX Orin Developer Kit\0")
-    assert describe_device(board) == "NVIDIA Jetson AGX Orin Developer Kit"
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "nv_tegra_release").write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic\n")
+    assert describe_device(board) == ("NVIDIA Jetson AGX Orin Developer Kit", "Jetson Linux 36.4.3")
 
 
 # The demo model -----------------------------------------------------------------------------------------------------------------
