@@ -559,6 +559,12 @@ def test_faults_are_those_of_the_version_and_the_gpu(version: str, capability: t
     assert all("#" in fault.sources and fault.mend for fault in found)
 
 
+def test_tensorrt_10_7_is_not_given_a_clean_bill(examine: Callable[..., Report]) -> None:
+    report = examine(orin_nano().but(packages=RUNTIME | {"tensorrt": "10.7.0"}))
+    assert report.bad["tensorrt"] == "fastvlm-edge build MODEL --static (--profiles 1 may be enough)"
+    assert "with several profiles (NVIDIA/TensorRT#4250)" in report.findings["tensorrt"]["text"]
+
+
 def test_facts_are_read_quickly(tmp_path: Path) -> None:
     import time
 
@@ -566,9 +572,3 @@ def test_facts_are_read_quickly(tmp_path: Path) -> None:
     began = time.thread_time()
     read_facts(probe)
     assert time.thread_time() - began < 0.5
-def test_tensorrt_10_7_is_not_given_a_clean_bill(examine: Callable[..., Report]) -> None:
-    report = examine(orin_nano().but(packages=RUNTIME | {"tensorrt": "10.7.0"}))
-    assert report.bad["tensorrt"] == "fastvlm-edge build MODEL --static (--profiles 1 may be enough)"
-    assert "with several profiles (NVIDIA/TensorRT#4250)" in report.findings["tensorrt"]["text"]
-
-
