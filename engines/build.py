@@ -227,7 +227,7 @@ def _up_to_date(folder: Path, manifest: Manifest, plan: _Plan, *, report: bool) 
         and (not report or (folder / LAYERS_NAME).is_file())
         and all((folder / name).is_file() and (folder / name).stat().st_size == entry.bytes for name, entry in record.files.items())
     )
-    return record if same else None
+    return record if same and not record.faults else None
 
 
 def _as_lists(profiles: dict[str, tuple[Profile, ...]]) -> dict[str, list[dict[str, list[list[int]]]]]:

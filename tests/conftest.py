@@ -12,8 +12,10 @@ from hypothesis import settings
 
 from fastvlm_edge import FastVLM
 from fastvlm_edge.backends.load_engines import load_engines
+from fastvlm_edge.backends.verification.reference import compute_reference
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import read_manifest
+from fastvlm_edge.progress import SilentProgress
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_engine import build_engines, fake_gpu
 from tests.support.fake_libcuda import Libcuda, compiler, machine_with_libcuda
@@ -31,7 +33,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model directory; do not write to it."""
-    return build_model(tmp_path_factory.mktemp("fake") / "model")
+    directory = build_model(tmp_path_factory.mktemp("fake") / "model")
+    compute_reference(directory, read_manifest(directory), SilentProgress(), threads=1).write(directory)
+    return directory
 
 
 @pytest.fixture(scope="session", params=["ort", "ort-cuda", "tensorrt"])

@@ -144,16 +144,16 @@ class DeviceCache:
         self.length = 0
         self.revision += 1
 
-    def read(self, length: int) -> NDArray[np.float32]:
-        """A copy of the first `length` positions on the host: [layers, 2, kv_heads, length, head_dim]. No work may be in progress."""
-        cuda, size = self._cuda, self._position_bytes
-        parts, width = self._parts * self._rows, length * size
+    def read(self, length: int, first: int = 0) -> NDArray[np.float32]:
+        """Positions `first` to `length - 1` on the host: [layers, 2, kv_heads, positions, head_dim]. No work may be in progress."""
+        cuda, size, count = self._cuda, self._position_bytes, length - first
+        parts, width = self._parts * self._rows, count * size
         pinned = cuda.allocate_pinned(parts * width)
         try:
             for part in range(parts):
-                cuda.copy(pinned.address + part * width, self.address + part * self.capacity * size, width, self._stream)
+                cuda.copy(pinned.address + part * width, self.address + (part * self.capacity + first) * size, width, self._stream)
             cuda.synchronize(self._stream)
-            stored = pinned.view((self._parts // 2, 2, self._rows, length, size // storage(self._dtype).itemsize), storage(self._dtype))
+            stored = pinned.view((self._parts // 2, 2, self._rows, count, size // storage(self._dtype).itemsize), storage(self._dtype))
             return np.array(to_float32(stored, self._dtype))
         finally:
             pinned.free()

@@ -1,9 +1,10 @@
-"""Load the TensorRT backend: find the pair of engines that runs on this machine, and verify it if it never was."""
+"""Load the TensorRT backend: find the pair of engines that runs on this machine, and verify it if that never happened here."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,17 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.engine_record import EngineRecord, engine_folders, gpu_of, mismatch, read_record
 from fastvlm_edge.model_dir.manifest import Manifest
 from fastvlm_edge.nvidia.drivers import open_cuda
-from fastvlm_edge.nvidia.tensorrt_library import find_library
+from fastvlm_edge.nvidia.tensorrt_library import LoadedEngine, find_library
 from fastvlm_edge.progress import Progress, SilentProgress
 
 EVIDENCE = "mismatch"
 """Results of a rejected pair of engines are kept in `<target>.mismatch`, next to the directory of the engines."""
+
+
+class EnginesDisagreeError(FastVLMError):
+    """Engines compute something else than their reference. `figures` belong into their record."""
+
+    figures: dict[str, Any]
 
 
 def open_platform(library: str) -> Platform:
@@ -28,25 +35,43 @@ def open_platform(library: str) -> Platform:
     return Platform(cuda, found.name, found.version, found.load)
 
 
-def load_engines(directory: Path, manifest: Manifest, *, threads: int | None = None, progress: Progress | None = None) -> TensorRTBackend:
-    """Load the engines of a model directory that run on this machine. If they were never verified, do that first.
+def load_engines(directory: Path, manifest: Manifest, *, progress: Progress | None = None) -> TensorRTBackend:
+    """Load the engines of a model directory that run on this machine. If they were never verified here, do that first.
 
-    `threads` is for onnxruntime, which computes the reference of a model directory that has none. Raises FastVLMError, with the command to
-    run, if there are no engines or TensorRT refuses them, or if they disagree with the reference.
+    Raises FastVLMError, with the command to run, if there are no engines or TensorRT refuses them, or if they disagree with the reference,
+    now or at an earlier load on this GPU.
     """
     progress = progress or SilentProgress()
     folder, record, platform = _choose(directory, manifest)
+    device = platform.cuda.device
+    judged = record.judged_on(device.name, device.compute_capability)
     try:
         check_files(folder, record)
+        if judged and record.faults:
+            raise _disagreement(record.parity, folder)
     except BaseException:
         platform.cuda.close()
         raise
-    if record.verified:
+    if judged:
         return TensorRTBackend(folder, manifest, platform, progress=progress)
-    backend, figures = verify_engines(directory, folder, folder, manifest, platform, progress, threads)
+    try:
+        backend, figures = verify_engines(directory, folder, folder, manifest, platform, progress)
+    except EnginesDisagreeError as error:
+        _keep_figures(folder, record, error.figures)
+        raise
+    _keep_figures(folder, record, figures)
+    if record.library == "tensorrt":
+        return backend
+    try:
+        serving = open_platform(record.library)  # before the other is closed, so that the CUDA context stays
+    finally:
+        backend.close()
+    return TensorRTBackend(folder, manifest, serving, progress=progress)
+
+
+def _keep_figures(folder: Path, record: EngineRecord, figures: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # in a read-only directory they are verified at every load
         dataclasses.replace(record, parity=figures).write(folder)
-    return backend
 
 
 def _choose(directory: Path, manifest: Manifest) -> tuple[Path, EngineRecord, Platform]:
@@ -87,25 +112,31 @@ def verify_engines(
     manifest: Manifest,
     platform: Platform,
     progress: Progress,
-    threads: int | None = None,
     *,
     onnxruntime: bool = False,
 ) -> tuple[TensorRTBackend, dict[str, Any]]:
     """Load the engines in `folder` and check them. Returns the backend, which owns `platform`, and the figures for the record.
 
-    They are compared with the reference that `convert` stored; with `onnxruntime`, or if there is none, with onnxruntime on the CPU. That
-    runs first and is closed, so that the two never need memory at the same time. `place` is the directory where the engines are or will
-    be. If they disagree, this saves the results of both next to it and raises FastVLMError.
+    They are compared with the reference that `convert` stored; with `onnxruntime`, with onnxruntime on the CPU. That runs first and is
+    closed, so that the two never need memory at the same time. `place` is the directory where the engines are or will be. If they disagree,
+    this saves the results of both next to it and raises EnginesDisagreeError.
+
+    TensorRT for RTX would answer with other kernels until those for a new shape are compiled. Here it waits for them, so that they are the
+    ones that are verified, and the backend goes on like that.
     """
     try:
-        reference = find_reference(directory, manifest, progress, threads, onnxruntime=onnxruntime)
+        reference = compute_reference(directory, manifest, progress) if onnxruntime else read_reference(directory)
     except BaseException:
         platform.cuda.close()
         raise
-    backend = TensorRTBackend(folder, manifest, platform, progress=progress)
+    device = platform.cuda.device
+    backend = TensorRTBackend(folder, manifest, dataclasses.replace(platform, load=_waiting(platform.load)), progress=progress)
     try:
         findings = check(backend, reference, manifest, progress, f"the engines for {place.name} (first load only)")
-        judge(findings, reference, place)
+        figures = {**findings.figures, "device": device.name, "compute_capability": list(device.compute_capability)}
+        if findings.faults:
+            figures["faults"] = [dataclasses.asdict(fault) for fault in findings.faults]
+            raise _disagreement(figures, place, _keep(place.parent / f"{place.name}.{EVIDENCE}", findings, reference))
         backend.shrink()
         backend.save_kernels()
     except BaseException:
@@ -113,35 +144,31 @@ def verify_engines(
         raise
     finally:
         progress.done()
-    return backend, {**findings.figures, "device": platform.cuda.device.name}
+    return backend, figures
 
 
-def find_reference(
-    directory: Path, manifest: Manifest, progress: Progress, threads: int | None = None, *, onnxruntime: bool = False
-) -> Reference:
-    """The reference of a model directory, computed with onnxruntime if it has none or if `onnxruntime` asks for it."""
-    stored = None if onnxruntime else read_reference(directory)
-    if stored is not None:
-        return stored
-    if not onnxruntime:
-        progress.note(
-            f"{manifest.name} was converted before reference answers were stored, so onnxruntime computes them now, which needs the memory "
-            "of the whole model; convert the checkpoint again to avoid that"
-        )
-    return compute_reference(directory, manifest, progress, threads)
+def _waiting(load: Callable[[Path], LoadedEngine]) -> Callable[[Path], LoadedEngine]:
+    def loaded(path: Path) -> LoadedEngine:
+        engine = load(path)
+        engine.waits_for_kernels = True
+        return engine
+
+    return loaded
 
 
-def judge(findings: Findings, reference: Reference, place: Path) -> None:
-    """Raise FastVLMError if there are faults, and keep the results of both sides next to `place`."""
-    if not findings.faults:
-        return
-    fault = findings.faults[0]
-    more = f"; {len(findings.faults)} figures in all are out of bounds" if len(findings.faults) > 1 else ""
-    kept = _keep(place.parent / f"{place.name}.{EVIDENCE}", findings, reference)
-    raise FastVLMError(
-        f"{place / fault.part}.engine disagrees with {reference.program}: {fault.text}{more} ({kept})",
-        f"{'try fastvlm-edge build --static, ' if fault.part == 'decoder' else ''}report this as a bug, and use --backend ort",
+def _disagreement(figures: dict[str, Any], place: Path, kept: str = "at an earlier load") -> EnginesDisagreeError:
+    """The error for the figures of a record that has faults. `kept` is a clause that says where the results of both sides are."""
+    faults = figures["faults"]
+    part, text = faults[0]["part"], faults[0]["text"]
+    more = f"; {len(faults)} figures in all are out of bounds" if len(faults) > 1 else ""
+    again = f"run: fastvlm-edge build {place.parents[1]} --target {place.name} --force"
+    static = "try fastvlm-edge build --static, " if part == "decoder" else ""
+    error = EnginesDisagreeError(
+        f"{place / part}.engine disagrees with {figures['reference']}: {text}{more} ({kept})",
+        f"{static}report this as a bug, and use --backend ort; to verify again, {again}",
     )
+    error.figures = figures
+    return error
 
 
 def _keep(folder: Path, findings: Findings, reference: Reference) -> str:

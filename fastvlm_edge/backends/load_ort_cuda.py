@@ -15,7 +15,7 @@ from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.ort_device import DeviceDecoder
 from fastvlm_edge.backends.ort_session import graph_name
 from fastvlm_edge.backends.verification.check import Findings, check
-from fastvlm_edge.backends.verification.reference import Reference, compute_reference, read_reference
+from fastvlm_edge.backends.verification.reference import Reference, read_reference
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.host import read_jetson
 from fastvlm_edge.machine.libraries import read_driver
@@ -84,13 +84,13 @@ def load_ort_cuda(
 ) -> OrtBackend:
     """Load both graphs on the GPU. Where they never ran with this GPU, driver, onnxruntime and these files, check them first.
 
-    They are compared with the reference that `convert` stored, or with onnxruntime on the CPU, with `threads`, if there is none. Raises
-    FastVLMError if onnxruntime cannot run the graphs on a GPU, or if they disagree, now or at an earlier load.
+    They are compared with the reference that `convert` stored. Raises FastVLMError if onnxruntime cannot run the graphs on a GPU, or if
+    they disagree, now or at an earlier load.
     """
     progress = progress or SilentProgress()
     names = [graph_name(part, manifest, True) for part in ("vision", "decoder")] + ["vision.weights", "decoder.weights"]
     hashes = {name: manifest.files[name].sha256 for name in names if name in manifest.files}
-    now = Verdict(describe_device(probe or Probe()), ort.__version__, hashes)
+    now = Verdict(*describe_device(probe or Probe()), ort.__version__, hashes)
     known = read_verdict(directory)
     if known is not None and known.concerns(now):
         if known.faults:
@@ -98,7 +98,7 @@ def load_ort_cuda(
         return _load(directory, manifest, threads, progress)
     backend = _load(directory, manifest, threads, progress)
     try:
-        reference = read_reference(directory) or compute_reference(directory, manifest, progress, threads)
+        reference = read_reference(directory)
         findings = check(backend, reference, manifest, progress, "ort-cuda (first load only)")
         faults = [f"{fault.part}: {fault.text}" for fault in findings.faults]
         verdict = dataclasses.replace(now, faults=faults, figures=findings.figures)

@@ -160,9 +160,9 @@ class OrtDecoder:
             logits=None if call.logits is None else to_float32(call.logits[0], types["logits"]),
         )
 
-    def cached(self, length: int) -> NDArray[np.float32]:
-        """Keys and values of the first `length` positions in the cache: [layers, 2, kv_heads, length, head_dim]."""
-        stored: NDArray[Any] = self.cache.buffer[:, :, 0, :, :length]
+    def cached(self, length: int, first: int = 0) -> NDArray[np.float32]:
+        """Keys and values of the positions `first` to `length - 1` in the cache: [layers, 2, kv_heads, positions, head_dim]."""
+        stored: NDArray[Any] = self.cache.buffer[:, :, 0, :, first:length]
         return np.array(to_float32(stored, self._spec.dtype))
 
     def reset(self) -> None:
@@ -247,7 +247,7 @@ class Decoder(Protocol):
         want_logits: bool = False,
     ) -> StepOutput: ...
 
-    def cached(self, length: int) -> NDArray[np.float32]: ...
+    def cached(self, length: int, first: int = 0) -> NDArray[np.float32]: ...
 
     def reset(self) -> None: ...
 
@@ -298,9 +298,9 @@ class OrtBackend:
         """Image features [rows, hidden] that were computed elsewhere."""
         return HostFeatures(from_float32(features, self._dtype), self._dtype)
 
-    def cached(self, length: int) -> NDArray[np.float32]:
-        """Keys and values of the first `length` positions in the cache: [layers, 2, kv_heads, length, head_dim]."""
-        return self._decoder.cached(length)
+    def cached(self, length: int, first: int = 0) -> NDArray[np.float32]:
+        """Keys and values of the positions `first` to `length - 1` in the cache: [layers, 2, kv_heads, positions, head_dim]."""
+        return self._decoder.cached(length, first)
 
     def step(
         self,

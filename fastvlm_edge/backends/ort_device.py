@@ -95,9 +95,9 @@ class DeviceCache:
             raise ValueError(f"length {length} is outside the {self.length} positions of the cache")
         self.extend(length)
 
-    def read(self, length: int) -> NDArray[np.float32]:
-        """Keys and values of the first `length` positions: [layers, 2, kv_heads, length, head_dim]."""
-        stored = [[array.read()[0, :, :length] for array in pair] for pair in self.layers]
+    def read(self, length: int, first: int = 0) -> NDArray[np.float32]:
+        """Keys and values of the positions `first` to `length - 1`: [layers, 2, kv_heads, positions, head_dim]."""
+        stored = [[array.read()[0, :, first:length] for array in pair] for pair in self.layers]
         return to_float32(np.stack([np.stack(pair) for pair in stored]), self._dtype)
 
 
@@ -162,9 +162,9 @@ class DeviceDecoder:
             logits=to_float32(outputs["logits"][0], types["logits"]) if want_logits else None,
         )
 
-    def cached(self, length: int) -> NDArray[np.float32]:
-        """Keys and values of the first `length` positions in the cache: [layers, 2, kv_heads, length, head_dim]."""
-        return self.cache.read(length)
+    def cached(self, length: int, first: int = 0) -> NDArray[np.float32]:
+        """Keys and values of the positions `first` to `length - 1` in the cache: [layers, 2, kv_heads, positions, head_dim]."""
+        return self.cache.read(length, first)
 
     def reset(self) -> None:
         """Forget all positions. The memory is kept."""

@@ -57,7 +57,7 @@ def _load(name: str, directory: Path, manifest: Manifest, threads: int | None, p
     if name == "tensorrt":
         from fastvlm_edge.backends.load_engines import load_engines
 
-        return load_engines(directory, manifest, threads=threads, progress=progress)
+        return load_engines(directory, manifest, progress=progress)
     if name == "ort-cuda":
         from fastvlm_edge.backends.load_ort_cuda import load_ort_cuda
 

@@ -433,10 +433,10 @@ class TensorRTBackend:
         with self._working():
             self._decoder.reset()
 
-    def cached(self, length: int) -> NDArray[np.float32]:
-        """Keys and values of the first `length` positions in the cache: [layers, 2, kv_heads, length, head_dim]."""
+    def cached(self, length: int, first: int = 0) -> NDArray[np.float32]:
+        """Keys and values of the positions `first` to `length - 1` in the cache: [layers, 2, kv_heads, positions, head_dim]."""
         with self._working():
-            return self._decoder.cache.read(length)
+            return self._decoder.cache.read(length, first)
 
     def shrink(self) -> None:
         """Forget all positions, and take the first capacity."""

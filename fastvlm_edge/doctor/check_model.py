@@ -46,7 +46,10 @@ def _engines(directory: Path, manifest: Manifest, facts: Facts) -> list[Finding]
             findings.append(problem(f"engines ({folder.name})", error.what, error.mend or f"{build} --force"))
             continue
         reason = _damage(folder, record) or _unfit(record, manifest, facts)
-        if reason is None:
+        if reason is None and record.faults:
+            text = f"disagreed with their reference on {record.parity.get('device')}, which does not use them: {record.faults[0]['text']}"
+            findings.append(warning(f"engines ({folder.name})", text, f"{build} --target {record.target} --force"))
+        elif reason is None:
             compared = "verified" if record.verified else "will be verified at their first run"
             findings.append(ok(f"engines ({folder.name})", f"fit this machine; {compared}"))
         elif facts.has_gpu:

@@ -75,7 +75,8 @@ class EngineRecord:
     build: dict[str, Any]
     """Date, duration and peak memory of the build, per part."""
     parity: dict[str, Any] = field(default_factory=dict)
-    """Figures of the comparison with the reference; empty until a GPU has run the engines."""
+    """Figures of the comparison with the reference, its `faults`, and the `device` and `compute_capability` that ran the engines.
+    Empty until a GPU has run them."""
     multiprocessors: int = 0
     """Of the GPU on which they were built, like the two fields below: 0 or empty without one, and in older records."""
     memory_bytes: int = 0
@@ -85,7 +86,20 @@ class EngineRecord:
     @property
     def verified(self) -> bool:
         """Whether the engines ran on a GPU and agreed with their reference."""
-        return bool(self.parity)
+        return bool(self.parity) and not self.faults
+
+    @property
+    def faults(self) -> list[dict[str, str]]:
+        """What disagreed with the reference, each with its `part` and `text`: nothing loads these engines on that device."""
+        return list(self.parity.get("faults", ()))
+
+    def judged_on(self, name: str, compute_capability: tuple[int, int]) -> bool:
+        """Whether `verified` and `faults` hold on a GPU: if they were found on the same one, or if agreement holds on all.
+
+        TensorRT proper fixes the kernels at build time, and `mismatch` refuses other GPUs. TensorRT for RTX compiles them on each GPU.
+        """
+        same = (self.parity.get("device"), self.parity.get("compute_capability")) == (name, list(compute_capability))
+        return bool(self.parity) and (same or (self.library == "tensorrt" and not self.faults))
 
     def write(self, directory: Path) -> None:
         """Write `build.json` into `directory`, completely or not at all."""

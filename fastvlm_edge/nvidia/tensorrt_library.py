@@ -288,6 +288,9 @@ class _Tensors:
 class LoadedEngine:
     """An engine on the GPU. `context` creates an execution context, which runs it."""
 
+    waits_for_kernels = False
+    """TensorRT for RTX: whether contexts that are created from now on compile the kernels for a new shape before they run it."""
+
     def __init__(self, library: Library, runtime: Any, engine: Any, path: Path) -> None:
         self._library, self._runtime, self._engine = library, runtime, engine
         self.path = path
@@ -347,7 +350,9 @@ class LoadedEngine:
 
         `captured` says that calls of the same shape repeat, so that CUDA graphs pay. TensorRT for RTX then makes them itself
         (`captures_itself`). It compiles the kernels for a new shape in the background, runs slower ones until they are ready, and captures
-        a graph after that: so the first calls of a shape do not wait.
+        a graph after that: so the first calls of a shape do not wait, unless `waits_for_kernels` is set.
+
+        Raises OutOfDeviceMemory.
         """
         if not 0 <= profile < self.profiles:  # checked here, because 10.3 raises its error without holding the GIL
             raise FastVLMError(f"{self.path} has no profile {profile}; it has {self.profiles}")
@@ -356,7 +361,8 @@ class LoadedEngine:
         if self._config is not None:
             self._config.set_execution_context_allocation_strategy(strategy)
             trt = self._library.module
-            self._config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
+            when = trt.DynamicShapesKernelSpecializationStrategy
+            self._config.dynamic_shapes_kernel_specialization_strategy = when.EAGER if self.waits_for_kernels else when.LAZY
             graphs = trt.CudaGraphStrategy
             self._config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if captured else graphs.DISABLED
         context = self._engine.create_execution_context(strategy if self._config is None else self._config)

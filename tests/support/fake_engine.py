@@ -116,6 +116,7 @@ class FakeContext(Context):
 
     def __init__(self, engine: FakeEngine, profile: int, scratch: int, captured: bool) -> None:
         self.engine, self.profile, self.scratch, self.captured = engine, profile, scratch, captured
+        self.waits_for_kernels = engine.waits_for_kernels
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.changes = 0
@@ -263,7 +264,7 @@ def build_engines(
         files=files,
         profiles={},
         build={},
-        parity={"logits": {}} if verified else {},
+        parity={"device": "Fake GPU", "compute_capability": [8, 7]} if verified else {},
     )
     replace(record, **changes).write(directory)
     return directory

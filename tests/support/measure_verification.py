@@ -42,7 +42,6 @@ def main(precisions: list[str]) -> None:
 def measure(directory: Path) -> dict[str, float]:
     """The worst figures of the first cases."""
     manifest, reference = read_manifest(directory), read_reference(directory)
-    assert reference is not None
     manifest = replace(manifest, decoder=replace(manifest.decoder, context=CONTEXT))
     backend, cases = RoundedBackend(directory, manifest), all_cases(reference.passage, CONTEXT)[:CASES]
     figures = check(backend, reference, manifest, SilentProgress(), "the interpreter", cases=cases).figures

@@ -57,8 +57,8 @@ class RoundedBackend:
     def upload(self, features: NDArray[np.float32]) -> ImageFeatures:
         return HeldFeatures(features.astype(self.dtype))
 
-    def cached(self, length: int) -> NDArray[np.float32]:
-        return self.cache[:, :, 0, :, :length].astype(np.float32)
+    def cached(self, length: int, first: int = 0) -> NDArray[np.float32]:
+        return self.cache[:, :, 0, :, first:length].astype(np.float32)
 
     def step(
         self,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.backends.protocol import Backend, ImageFeatures, StepOutput
 from fastvlm_edge.backends.verification.cases import PASSAGE, Call, Case, all_cases
-from fastvlm_edge.backends.verification.compare import Rows, cache_errors, candidates_fault, cosines, divergence, regret, top_rows
+from fastvlm_edge.backends.verification.compare import Rows, cache_errors, candidates_fault, cosines, divergence, regret, spread, top_rows
 from fastvlm_edge.backends.verification.conversation import PICTURES, stored_pictures
 from fastvlm_edge.backends.verification.reference import Reference
 from fastvlm_edge.model_dir.manifest import Manifest
@@ -35,7 +35,7 @@ class Bounds:
     divergence: float
     """Largest KL divergence of a row of logits, in nats."""
     steps: float
-    """A row may prefer another id if the reference's preference is at most this many steps of the type."""
+    """A row may prefer another id if the reference's preference is at most this many steps of the type at the row's spread."""
     cache: float
     """Largest relative error of the keys or values of a position in one layer, between two ways to compute them."""
 
@@ -57,8 +57,8 @@ class Checked(Backend, Protocol):
     def upload(self, features: Float32) -> ImageFeatures:
         """Image features [rows, hidden] for `step`."""
 
-    def cached(self, length: int) -> Float32:
-        """Keys and values of the first `length` positions in the cache: [layers, 2, kv_heads, length, head_dim]."""
+    def cached(self, length: int, first: int = 0) -> Float32:
+        """Keys and values of the positions `first` to `length - 1` in the cache: [layers, 2, kv_heads, positions, head_dim]."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def check(
     quantized_inputs = "image_features_w8a8" in manifest.parity
     _check_vision(backend, reference, manifest, NOISY if quantized_inputs else bounds, findings)
     decoder = _DecoderCheck(backend, reference, bounds, own, 2.0 ** -MANTISSA[dtype])
+    findings.figures["positions"] = 0
     findings.figures["cases"] = []
     for case in cases:
         try:
@@ -115,6 +116,7 @@ def check(
         finally:
             backend.reset()
         findings.figures["cases"].append(decoder.summary(case))
+        findings.figures["positions"] = max(findings.figures["positions"], *(call.at + len(call.ids) for call in case.calls))
     findings.faults += decoder.faults
     findings.arrays.update(decoder.arrays())
     progress.done()
@@ -175,16 +177,35 @@ class _DecoderCheck:
         """Run the calls of a case. Raises FastVLMError if the backend fails."""
         backend = self._backend
         backend.reset()
+        written: list[tuple[int, int, Float32]] = []
         for call in case.calls:
             if backend.length > call.at:
+                self._compare_earlier(case, written)
+                written = []
                 backend.truncate(call.at)
             asked = [position - call.at for position in call.compared]
             pictures = tuple(self._pictures[index] for index in call.pictures)
             output = backend.step(call.ids, pictures, logit_positions=asked or None, want_logits=bool(asked))
             for index, position in enumerate(call.compared):
                 self._compare(case, call, position, output, index)
+            if case.fills:
+                written.append((call.at, backend.length, self._norms(call.at, backend.length)))
             progress.advance(len(call.ids))
         self._compare_cache(case)
+
+    def _norms(self, first: int, length: int) -> Float32:
+        """Squared norms of the keys and values of the positions `first` to `length - 1`: [layers, 2, kv_heads, positions]."""
+        norms: Float32 = np.square(self._backend.cached(length, first)).sum(axis=4)
+        return norms
+
+    def _compare_earlier(self, case: Case, written: Sequence[tuple[int, int, Float32]]) -> None:
+        """What calls have written, as (first, length, norms), has to be in the cache still, though it has grown since."""
+        for first, length, norms in written:
+            changed = np.flatnonzero((self._norms(first, length) != norms).any(axis=(0, 1, 2)))
+            if len(changed):
+                text = f"in the case '{case.name}', keys or values of position {first + changed[0]} changed while later ids were fed"
+                self.faults.append(Fault("decoder", text))
+                return
 
     def _compare_cache(self, case: Case) -> None:
         """Every case ends with the passage in the cache: its keys and values have to be those of the first case."""
@@ -209,8 +230,7 @@ class _DecoderCheck:
         expected = self._reference.rows[self._index[position]] if call.text == PASSAGE else None
         distance = 0.0 if expected is None else divergence(logits, expected)
         preferred = 0.0 if expected is None else regret(logits, expected)
-        size = 0.0 if expected is None else float(np.abs(expected.values[0, 0]))
-        steps = preferred / (self._step * 2.0 ** math.floor(math.log2(max(size, 1e-30))))
+        steps = 0.0 if expected is None else preferred / (self._step * 2.0 ** math.floor(math.log2(spread(expected))))
         row = _Row(case.name, call.text, position, found, distance, divergence(logits, before), steps)
         self._rows.append(row)
         where = f"in the case '{case.name}', the row of position {position}"

@@ -96,6 +96,14 @@ def regret(found: Float32, expected: Rows) -> float:
     return float(values[0] - values[where[0] if len(where) else -1])
 
 
+def spread(row: Rows) -> float:
+    """Size of the single row of logits, for its rounding errors: the largest logit that is kept less the smallest, at least 1.
+
+    A shift of the whole row, which the softmax ignores, does not change it.
+    """
+    return max(float(row.values[0, 0] - row.values[0, -1]), 1.0)
+
+
 def cache_errors(found: Float32, expected: Float32) -> Float32:
     """How far the keys and values of each position [layers, 2, kv_heads, positions, head_dim] are from those expected: [positions].
 

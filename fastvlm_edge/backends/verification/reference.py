@@ -20,7 +20,7 @@ from fastvlm_edge.progress import Progress
 
 REFERENCE_NAME = "reference.npz"
 FORMAT = 1
-"""Raise this if the stored pictures or the arrays change: files of other formats are ignored."""
+"""Raise this if the stored pictures or the arrays change: files of other formats are refused."""
 
 Float32 = NDArray[np.float32]
 
@@ -57,15 +57,16 @@ class Reference:
         )
 
 
-def read_reference(directory: Path) -> Reference | None:
-    """The reference in a model directory; None if there is none, or only one of another format. Raises FastVLMError if it is damaged."""
+def read_reference(directory: Path) -> Reference:
+    """The reference in a model directory. Raises FastVLMError if there is none, if it is damaged, or of another format."""
     path = directory / REFERENCE_NAME
     if not path.is_file():
-        return None
+        raise FastVLMError(f"{path} is missing, which answers on a GPU are compared with", "convert the checkpoint again")
     try:
         with np.load(path, allow_pickle=False) as stored:
             if int(stored["format"]) != FORMAT:
-                return None
+                what = f"{path} has format {int(stored['format'])}, but this toolkit reads format {FORMAT}"
+                raise FastVLMError(what, "convert the checkpoint again")
             return Reference(
                 program=str(stored["program"]),
                 passage=Passage(stored["ids"].tolist(), int(stored["turn"]), stored["positions"].tolist()),
@@ -78,7 +79,7 @@ def read_reference(directory: Path) -> Reference | None:
 
 
 def compute_reference(directory: Path, manifest: Manifest, progress: Progress, threads: int | None = None) -> Reference:
-    """The reference that onnxruntime computes on the CPU, for a model directory that has none. It needs the memory of the whole model."""
+    """The reference that onnxruntime computes on the CPU, for `build --reference ort`. It needs the memory of the whole model."""
     passage = stored_passage(TextTokenizer(directory / "tokenizer.json"), manifest)
     backend = OrtBackend(directory, manifest, threads=threads, progress=progress)
     try:

@@ -31,12 +31,12 @@ from fastvlm_edge.backends.select import select
 from fastvlm_edge.backends.tensorrt import TensorRTBackend
 from fastvlm_edge.backends.verification import reference as reference_module
 from fastvlm_edge.backends.verification.compare import cosines, divergence
-from fastvlm_edge.backends.verification.reference import compute_reference, read_reference
+from fastvlm_edge.backends.verification.reference import read_reference
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.engine_record import RECORD_NAME, EngineRecord, find_records, read_record
 from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.nvidia.cuda import CudaError, OutOfDeviceMemory
-from fastvlm_edge.progress import SilentProgress, stderr_progress
+from fastvlm_edge.progress import stderr_progress
 from tests.support import fake_engine
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_engine import CHUNK, POSITIONS, FakeContext, build_engines, fake_gpu
@@ -492,8 +492,7 @@ def test_kernels_that_were_compiled_are_kept_for_the_next_start(directory: Path,
 
 @pytest.fixture
 def referenced(directory: Path) -> Path:
-    """A model directory with unverified engines and stored reference answers."""
-    compute_reference(directory, read_manifest(directory), SilentProgress()).write(directory)
+    """A model directory with unverified engines."""
     build_engines(directory, verified=False, profiles=2)
     return directory
 
@@ -518,28 +517,111 @@ def test_unverified_engines_are_compared_once_and_then_believed(referenced: Path
     assert backend.length == 0 and backend._decoder.cache.capacity == FIRST_CAPACITY
     record = read_record(folder)
     assert record.verified and record.parity["device"] == "Fake GPU"
-    assert len(record.parity["cases"]) == 9
+    assert len(record.parity["cases"]) == 9 and record.parity["positions"] == 2048
     assert all(case["divergence"] < 1e-4 and case["greedy_agreement"] == 1 for case in record.parity["cases"])
     assert all(figures["worst"] > 0.9999 for figures in record.parity["image_features"].values())
     monkeypatch.setattr(module, "verify_engines", None)
     load(referenced, FakeCuda()).close()
 
 
-def test_without_stored_answers_onnxruntime_computes_them_and_that_is_said(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = build_engines(directory, verified=False)
-    with fake_gpu(FakeCuda()):
-        load_engines(directory, read_manifest(directory), progress=stderr_progress())
-    assert "was converted before reference answers were stored" in capsys.readouterr().err
-    assert read_record(folder).parity["reference"].startswith("onnxruntime")
-
-
-def test_a_damaged_reference_is_refused_and_the_gpu_released(referenced: Path) -> None:
-    (referenced / "reference.npz").write_bytes(b"no zip")
+@pytest.mark.parametrize("fault", ["is damaged", "is missing", "has format 9, but this toolkit reads format 1"])
+def test_a_reference_that_cannot_be_used_is_refused_and_the_gpu_released(referenced: Path, fault: str) -> None:
+    path = referenced / "reference.npz"
+    if "format" in fault:
+        with np.load(path) as stored:
+            np.savez(path, **{**stored, "format": np.int32(9)})
+    elif "damaged" in fault:
+        path.write_bytes(b"no zip")
+    else:
+        path.unlink()
     cuda = FakeCuda()
-    with pytest.raises(FastVLMError, match=r"reference\.npz is damaged"):
+    with pytest.raises(FastVLMError, match=rf"reference\.npz {fault}.*convert the checkpoint again$"):
         load(referenced, cuda)
     gc.collect()
     assert not any(cuda.live().values())
+
+
+def test_engines_of_tensorrt_for_rtx_are_verified_on_every_card(directory: Path) -> None:
+    """Their kernels are compiled on the card. Engines of TensorRT proper have theirs from the build."""
+
+    def verified_again(**another: Any) -> bool:
+        folder = directory / "engines" / "sm87"
+        before = read_record(folder)
+        cuda, serving = FakeCuda(), FakeCuda()
+        cuda.device = serving.device = replace(cuda.device, **another)
+        with pytest.MonkeyPatch.context() as patch:
+            platforms = iter(fake_engine.fake_platform(each, library=before.library) for each in (cuda, serving))
+            patch.setattr(module, "open_platform", lambda _: next(platforms))
+            load_engines(directory, read_manifest(directory)).close()
+        record = read_record(folder)
+        assert record.verified
+        assert not any({**cuda.live(), **serving.live()}.values())
+        if record != before:
+            assert (record.parity["device"], record.parity["compute_capability"]) == (
+                cuda.device.name,
+                list(cuda.device.compute_capability),
+            )
+        return record != before
+
+    cards: list[list[int]] = [[8, 7], [8, 9]]
+    build_engines(directory, library="tensorrt_rtx", compute_capabilities=cards)
+    assert not verified_again()
+    for another in ({"name": "Another GPU"}, {"name": "Another GPU", "compute_capability": (8, 9)}):
+        assert verified_again(**another)
+        assert not verified_again(**another)
+    shutil.rmtree(directory / "engines")
+    build_engines(directory, compute_capabilities=cards)
+    assert not verified_again(name="Another GPU")
+
+
+def test_tensorrt_for_rtx_is_verified_with_the_kernels_that_it_uses_later(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the verification it waits for the kernels of a shape; the backend that answers does not, and has them from there."""
+    folder = build_engines(directory, library="tensorrt_rtx", verified=False, kernels=True)
+    waited: list[bool] = []
+    enqueue = FakeContext.enqueue
+
+    def spy(self: FakeContext, stream: int) -> None:
+        waited.append(self.waits_for_kernels)
+        enqueue(self, stream)
+
+    monkeypatch.setattr(FakeContext, "enqueue", spy)
+    checking, serving = FakeCuda(), FakeCuda()
+    platforms = iter(fake_engine.fake_platform(each, library="tensorrt_rtx") for each in (checking, serving))
+    monkeypatch.setattr(module, "open_platform", lambda _: next(platforms))
+    backend = load_engines(directory, read_manifest(directory))
+    assert len(waited) > 100 and all(waited)
+    assert checking._closed and not any(checking.live().values())
+    waited.clear()
+    backend.encode(PIXELS)
+    backend.step(IDS[:20])
+    backend.step([5])
+    assert waited == [False] * 3
+    assert backend._vision_engine.restored == (folder / "vision.sm87.kernels").read_bytes()  # type: ignore[attr-defined]
+    backend.close()
+
+
+def test_refused_engines_are_refused_at_once_until_something_changes(referenced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        spoil_output(patch, "decoder", "top_values", 1, lambda found: found + 1)
+        first = fault_in(referenced)
+        folder = referenced / "engines" / "sm87"
+        kept = f"(the results of both are in {folder}.mismatch)"
+        assert kept in first and first.endswith(f"run: fastvlm-edge build {referenced} --target sm87 --force")
+        with monkeypatch.context() as unchecked:
+            unchecked.setattr(module, "verify_engines", None)
+            cuda = FakeCuda()
+            with pytest.raises(FastVLMError) as caught:
+                load(referenced, cuda)
+        assert str(caught.value) == first.replace(kept, "(at an earlier load)")
+        assert cuda._closed
+        fallback = select("auto", referenced, read_manifest(referenced))
+        assert fallback.name == "ort"
+    record = read_record(folder)
+    assert record.faults and record.parity["device"] == "Fake GPU" and not record.verified
+    another = FakeCuda()
+    another.device = replace(another.device, name="Another GPU")
+    load(referenced, another).close()
+    assert read_record(folder).verified, "it was not checked on another GPU"
 
 
 @pytest.mark.parametrize("part", ["vision", "decoder"])
@@ -554,7 +636,7 @@ def test_an_engine_that_computes_something_else_is_refused_and_the_evidence_kept
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["faults"][0]["part"] == part and figures["faults"][0]["text"] in error
     evidence, reference = np.load(folder / "answers.npz"), read_reference(folder)
-    assert reference is not None and reference.passage == read_reference(referenced).passage  # type: ignore[union-attr]
+    assert reference.passage == read_reference(referenced).passage
     if part == "vision":
         assert cosines(evidence["features"][0], reference.features[0]).min() < 0.9
     else:
@@ -613,6 +695,23 @@ def test_a_position_that_the_cache_loses_when_it_grows_is_found(referenced: Path
     assert "decoder.engine disagrees" in fault_in(referenced)
 
 
+@pytest.mark.parametrize("lost", [0, 700])
+def test_a_position_that_is_lost_where_only_a_long_conversation_grows_is_found(
+    referenced: Path, lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_cache = DeviceCache._replace
+
+    def losing(self: DeviceCache, capacity: int) -> None:
+        replace_cache(self, capacity)
+        if capacity == 1536:
+            at = self.address + lost * self._position_bytes
+            self._cuda.zero(at, self._position_bytes, self._stream)
+            self._cuda.synchronize(self._stream)
+
+    monkeypatch.setattr(DeviceCache, "_replace", losing)
+    assert f"'the whole context in the cache', keys or values of position {lost} changed while later ids were fed" in fault_in(referenced)
+
+
 def test_features_that_stay_from_another_picture_are_found(referenced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of rows is the same, so nothing but the answer tells them apart."""
     features = tensorrt_module._Decoder.set_image_features
@@ -644,7 +743,8 @@ def test_a_gpu_without_memory_for_the_whole_context_is_verified_up_to_there(
     with fake_gpu(FakeCuda()):
         load_engines(referenced, read_manifest(referenced), progress=stderr_progress())
     assert "warning: not verified with the whole context in the cache: " in capsys.readouterr().err
-    assert len(read_record(referenced / "engines" / "sm87").parity["cases"]) == 8
+    parity = read_record(referenced / "engines" / "sm87").parity
+    assert len(parity["cases"]) == 8 and 576 <= parity["positions"] <= 1024
 
 
 def test_a_read_only_model_directory_is_compared_each_time(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -400,6 +400,17 @@ def test_engines_that_fit_the_board(examine: Callable[..., Report], model: Path)
     assert "is damaged" in examine(board, str(model)).findings[topic]["text"]
 
 
+def test_engines_that_disagreed_with_their_reference_are_named(examine: Callable[..., Report], model: Path) -> None:
+    build_engines(model, compute_capabilities=[[8, 7]])
+    (record,) = (model / "engines").glob("*/build.json")
+    faults = [{"part": "decoder", "text": "a row is wrong"}]
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"parity": {"device": "Orin", "faults": faults}}))
+    board = agx_orin().but(packages=agx_orin().packages | {"tensorrt": VERSION})
+    finding = examine(board, str(model)).findings["engines (sm87)"]
+    assert finding["status"] == "warning" and "disagreed with their reference on Orin" in finding["text"]
+    assert "a row is wrong" in finding["text"]
+
+
 def test_where_only_the_library_tells_its_version_that_is_compared(examine: Callable[..., Report], model: Path) -> None:
     build_engines(model)
     (record,) = (model / "engines").glob("*/build.json")

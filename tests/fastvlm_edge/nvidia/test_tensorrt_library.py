@@ -848,6 +848,16 @@ def test_rtx_keeps_what_its_first_run_compiled(install: Callable[..., Any], engi
     assert engine.compiled_kernels() == b""
 
 
+def test_rtx_waits_for_its_kernels_if_asked(install: Callable[..., Any], engine_file: Path) -> None:
+    trt = install("rtx")
+    engine = find_library().load(engine_file)
+    engine.restore_kernels(b"")
+    engine.waits_for_kernels = True
+    engine.context(0, 0x1000, 8192, 0x51, captured=False)
+    (config,) = [call[1] for call in trt.calls if isinstance(call, tuple) and call[0] == "create_execution_context"]
+    assert config["when"].name == "EAGER"
+
+
 def bound(engine: Any, profile: int, scratch: int = 0) -> Any:
     """A context with every shape and address."""
     context = engine.context(profile, scratch, 8192, 0x51, captured=True)

@@ -54,17 +54,11 @@ def fp16(models: Callable[[str], Path]) -> Path:
     return models("fp16")
 
 
-def reference_of(directory: Path) -> Reference:
-    found = read_reference(directory)
-    assert found is not None
-    return found
-
-
 def checked(directory: Path, backend: Checked, reference: Reference | None = None, cases: Sequence[Case] | None = None) -> Findings:
     """The check, with a short context: the interpreter is slow."""
     manifest = read_manifest(directory)
     manifest = replace(manifest, decoder=replace(manifest.decoder, context=CONTEXT))
-    return check(backend, reference or reference_of(directory), manifest, SilentProgress(), "a test", cases=cases)
+    return check(backend, reference or read_reference(directory), manifest, SilentProgress(), "a test", cases=cases)
 
 
 def worst(findings: Findings, figure: str) -> float:
@@ -78,7 +72,7 @@ def test_the_reference_is_part_of_the_model_directory_and_small(fp16: Path) -> N
     manifest = read_manifest(fp16)
     assert manifest.files["reference.npz"].bytes < 200_000
     verify_files(fp16, manifest, hashes=True)
-    reference = reference_of(fp16)
+    reference = read_reference(fp16)
     assert reference.program == "PyTorch" and not reference.noisy
     assert len(reference.rows.ids) == len(reference.passage.positions) and len(reference.passage.ids) >= 576
 
@@ -87,7 +81,7 @@ def test_the_reference_is_part_of_the_model_directory_and_small(fp16: Path) -> N
 def test_the_reference_is_what_the_stored_weights_compute_without_rounding(models: Callable[[str], Path], precision: str) -> None:
     """With integers it is theirs and not the checkpoint's: computed in float64, the graphs for a GPU give the same."""
     directory = models(precision)
-    manifest, reference = read_manifest(directory), reference_of(directory)
+    manifest, reference = read_manifest(directory), read_reference(directory)
     exact = RoundedBackend(directory, manifest, exact=True)
     pixels = stored_pictures(manifest.vision.image_size, manifest.vision.geometry)
     for picture, expected in zip(pixels, reference.features, strict=True):
@@ -110,7 +104,7 @@ def test_a_healthy_engine_passes_with_a_margin(models: Callable[[str], Path], pr
     """In the first cases: rounding does not depend on the chunks, and the interpreter takes a second for some hundred ids."""
     directory = models(precision)
     manifest = read_manifest(directory)
-    cases = all_cases(reference_of(directory).passage, CONTEXT)[:2]
+    cases = all_cases(read_reference(directory).passage, CONTEXT)[:2]
     findings = checked(directory, RoundedBackend(directory, manifest), cases=cases)
     bounds = BOUNDS[manifest.decoder.dtype]
     assert not findings.faults
@@ -125,7 +119,7 @@ def test_the_reference_of_onnxruntime_is_within_its_own_bounds(models: Callable[
     manifest = read_manifest(directory)
     computed = compute_reference(directory, manifest, SilentProgress(), threads=2)
     assert computed.noisy and not compute_reference(models("fp16"), read_manifest(models("fp16")), SilentProgress(), threads=2).noisy
-    findings = checked(directory, OrtBackend(directory, manifest, threads=2), replace(reference_of(directory), noisy=True))
+    findings = checked(directory, OrtBackend(directory, manifest, threads=2), replace(read_reference(directory), noisy=True))
     assert not findings.faults and worst(findings, "divergence") < NOISY.divergence / MARGIN
 
 
@@ -193,6 +187,28 @@ def test_a_fault_is_found(fp16: Path, fault: Any, expected: str) -> None:
     backend = type("Spoiled", (Faulty,), {"spoil": staticmethod(fault)})(fp16, read_manifest(fp16), threads=2)
     faults = [found.text for found in checked(fp16, backend).faults]
     assert faults and re.search(expected, "\n".join(faults)), faults
+
+
+def test_a_shift_of_all_logits_changes_no_figure(fp16: Path) -> None:
+    """The softmax ignores it, and so do the steps by which a row prefers another id."""
+    manifest, reference = read_manifest(fp16), read_reference(fp16)
+    cases = all_cases(reference.passage, CONTEXT)[1:2]
+
+    def steps(shift: float) -> float:
+        def shifted(_: Any, before: int, count: int, output: StepOutput) -> StepOutput:
+            def change(logits: Any) -> None:
+                first, second = np.argsort(-logits[5])[:2]
+                logits[5, [first, second]] = logits[5, [second, first]]
+                logits += np.float32(shift)
+
+            return rows_changed(output, change)
+
+        rows = replace(reference.rows, values=reference.rows.values + np.float32(shift), normalizer=reference.rows.normalizer + shift)
+        backend = type("Shifted", (Faulty,), {"spoil": staticmethod(shifted)})(fp16, manifest, threads=2)
+        return worst(checked(fp16, backend, replace(reference, rows=rows), cases), "steps")
+
+    assert steps(0) > 1
+    assert steps(200) == pytest.approx(steps(0), rel=1e-2)
 
 
 @pytest.mark.parametrize(("node", "wrong", "case"), [("/mask/past", "LessOrEqual", "a cache with a hole"), ("/mask/new", "Less", "")])

@@ -15,6 +15,7 @@ from fastvlm_edge.backends.verification.compare import (
     divergence,
     log_sum_exp,
     regret,
+    spread,
     top_rows,
 )
 
@@ -60,6 +61,16 @@ def test_the_regret_is_what_the_reference_thinks_of_the_choice() -> None:
     assert regret(other, expected) == pytest.approx(float(expected.values[0, 0] - expected.values[0, 2]))
     other[int(LOGITS[0].argmin())] += 1000
     assert regret(other, expected) == pytest.approx(float(expected.values[0, 0] - expected.values[0, -1]))
+
+
+@pytest.mark.parametrize("shift", [-64, 0, 64, 1024])
+def test_the_size_of_a_row_does_not_depend_on_where_its_logits_lie(shift: float) -> None:
+    whole = np.sort(LOGITS[0])
+    assert spread(top_rows(LOGITS[:1] + np.float32(shift))) == pytest.approx(float(whole[-1] - whole[-TOP]), abs=1e-3)
+
+
+def test_a_flat_row_has_a_size_too() -> None:
+    assert spread(top_rows(np.full((1, 2000), 5, np.float32))) == 1
 
 
 def test_visual_tokens_are_compared_one_by_one_and_without_what_they_share() -> None:
