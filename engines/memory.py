@@ -6,15 +6,18 @@ There are two limits. What the GPU uses must be in memory: swap does not help. W
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.memory import read_memory
 from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.model_dir.engine_record import PARTS
 from fastvlm_edge.model_dir.manifest import Manifest
-from fastvlm_edge.nvidia.cuda import Cuda
 from fastvlm_edge.planning.predict import activation_bytes
 from fastvlm_edge.planning.workload import shape_of
+
+if TYPE_CHECKING:  # it needs numpy, which `plan` does not
+    from fastvlm_edge.nvidia.cuda import Cuda
 
 _MIB = 1 << 20
 _BASE = 300 * _MIB

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from hypothesis import settings
 
 from fastvlm_edge import FastVLM
 from fastvlm_edge.backends.load_engines import load_engines
-from fastvlm_edge.backends.verification.reference import compute_reference
+from fastvlm_edge.backends.verification.reference import REFERENCE_NAME, compute_reference
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
-from fastvlm_edge.model_dir.manifest import read_manifest
+from fastvlm_edge.model_dir.manifest import FileRecord, read_manifest, sha256
 from fastvlm_edge.progress import SilentProgress
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_engine import build_engines, fake_gpu
@@ -34,7 +35,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model directory; do not write to it."""
     directory = build_model(tmp_path_factory.mktemp("fake") / "model")
-    compute_reference(directory, read_manifest(directory), SilentProgress(), threads=1).write(directory)
+    manifest = read_manifest(directory)
+    compute_reference(directory, manifest, SilentProgress(), threads=1).write(directory)
+    path = directory / REFERENCE_NAME
+    files = {**manifest.files, path.name: FileRecord(sha256(path), path.stat().st_size)}
+    replace(manifest, files=files).write(directory)
     return directory
 
 

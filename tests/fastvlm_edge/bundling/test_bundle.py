@@ -426,7 +426,7 @@ class _FakeBuild:
         self.arenas = 0
         self.records: list[Any] = []
         self.error = error
-        device = SimpleNamespace(name="Orin", compute_capability=(8, 7))
+        device = SimpleNamespace(name="Orin", compute_capability=(8, 7), multiprocessors=8, total_bytes=8 << 30)
         monkeypatch.setattr(bundle_entry, "find_library", lambda: SimpleNamespace(name="tensorrt", version="10.3.0"))
         monkeypatch.setattr(bundle_entry, "open_cuda", lambda: SimpleNamespace(device=device, close=lambda: None))
         monkeypatch.setattr(bundle_entry, "find_records", lambda _model: self.records)
