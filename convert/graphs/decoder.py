@@ -156,7 +156,8 @@ class _Decoder:
         first = graph.node("Slice", [positions, graph.ints(0), graph.ints(1), graph.ints(1)], "/mask/first")  # [batch, 1]
         valid = graph.node("Less", [numbers(capacity, "/mask/slots"), first], "/mask/past")
         valid = graph.node("Unsqueeze", [valid, graph.ints(1)], "/mask/past")  # [batch, 1, capacity]
-        key = numbers(graph.node("Shape", [positions], "/mask/seq", start=1), "/mask/key")
+        seq = graph.node("Shape", [positions], "/mask/seq", start=1)
+        key = numbers(seq, "/mask/key")
         query = graph.node("Unsqueeze", [key, graph.ints(1)], "/mask/query")
         causal = graph.node("LessOrEqual", [key, query], "/mask/new")  # [seq, seq]
         visible, masked = graph.constant(0, np.float32), graph.constant(MASKED, np.float32)
@@ -164,7 +165,6 @@ class _Decoder:
         past = graph.node("Where", [valid, visible, masked], "/mask/past")
         past = graph.node("Expand", [past, graph.node("Concat", [shape, capacity], "/mask/past/shape", axis=0)], "/mask/past")
         new = graph.node("Where", [causal, visible, masked], "/mask/new")
-        seq = graph.node("Shape", [positions], "/mask/new/seq", start=1)
         new = graph.node("Expand", [new, graph.node("Concat", [shape, seq], "/mask/new/shape", axis=0)], "/mask/new")
         mask = graph.node("Unsqueeze", [graph.node("Concat", [past, new], "/mask", axis=-1), graph.ints(1)], "/mask")
         # The queries of one KV head are the rows of one matrix, query head after query head, so the mask repeats for each of them.
@@ -274,15 +274,18 @@ class _Decoder:
         return self._product(graph.node("Mul", [gate, up], f"{path}/product"), f"{weights}.down", f"{path}/down")
 
     def _product(self, x: str, name: str, path: str) -> str:
-        """x [..., inputs] times the matrix `name` [inputs, outputs]. The sums are FP32, the result has the plan's type.
+        """x [..., inputs] times the matrix `name` [inputs, outputs]."""
+        return self._multiply("MatMul", x, self._weight(name, path), path)
+
+    def _multiply(self, op: str, x: str, matrix: str, path: str, **attributes: int) -> str:
+        """MatMul or Gemm of two values of the plan's type. The sums are FP32, the result has the plan's type.
 
         onnxruntime joins DequantizeLinear and MatMul in one kernel (MatMulNBits) only if there is no Cast between them, so its graph for a
         GPU has none. Sums are then as wide as its kernels make them.
         """
-        matrix = self._weight(name, path)
         if self.provider == "cuda":
-            return self.graph.node("MatMul", [x, matrix], path)
-        product = self.graph.node("MatMul", [self._wide(x, f"{path}/input"), self._wide(matrix, f"{path}/matrix")], path)
+            return self.graph.node(op, [x, matrix], path, **attributes)
+        product = self.graph.node(op, [self._wide(x, f"{path}/input"), self._wide(matrix, f"{path}/matrix")], path, **attributes)
         return self._narrow(product, path)
 
     def _add(self, hidden: str, branch: str, path: str, factor: float = 1.0) -> str:
@@ -312,11 +315,7 @@ class _Decoder:
         else:
             table = self._weight("llm.embedding" if text.tied else "llm.head", "/head")  # [vocab, hidden]
             flat = graph.node("Reshape", [hidden, graph.ints(-1, text.hidden)], "/head/flat")
-            if self.provider == "cuda":
-                flat = graph.node("Gemm", [flat, table], "/head", transB=1)
-            else:
-                flat = graph.node("Gemm", [self._wide(flat, "/head/flat"), self._wide(table, "/head/table")], "/head", transB=1)
-                flat = self._narrow(flat, "/head")
+            flat = self._multiply("Gemm", flat, table, "/head", transB=1)
             shape = graph.node("Concat", [graph.node("Shape", [logit_positions], "/head"), graph.ints(text.vocab)], "/head/shape", axis=0)
             logits = graph.node("Reshape", [flat, shape], "/head/logits")
         logits = self._wide(logits, "/head/logits")

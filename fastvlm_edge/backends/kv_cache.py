@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_edge.backends.dtypes import storage
+from fastvlm_edge.backends.protocol import check_context
 from fastvlm_edge.errors import FastVLMError
 
 FIRST_CAPACITY = 128
@@ -92,8 +93,7 @@ class KVCache:
             yield f"past_key_values.{layer}.value", pair[1]
 
     def _grow(self, needed: int) -> bool:
-        if needed > self.context:
-            raise FastVLMError(f"{needed} positions do not fit into the context of {self.context}", "shorten the conversation")
+        check_context(needed, self.context)
         larger = self._allocate(min(next_capacity(needed), self.context))
         larger[:, :, :, :, : self.length] = self.buffer[:, :, :, :, : self.length]
         self.buffer = larger

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_edge.backends.tensorrt import Platform, TensorRTBackend
-from fastvlm_edge.backends.verification.check import Findings, check
-from fastvlm_edge.backends.verification.reference import Reference, compute_reference, read_reference
+from fastvlm_edge.backends.verification.check import check
+from fastvlm_edge.backends.verification.reference import compute_reference, read_reference
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.engine_record import EngineRecord, engine_folders, gpu_of, mismatch, read_record
 from fastvlm_edge.model_dir.manifest import Manifest
@@ -136,7 +136,7 @@ def verify_engines(
         figures = {**findings.figures, "device": device.name, "compute_capability": list(device.compute_capability)}
         if findings.faults:
             figures["faults"] = [dataclasses.asdict(fault) for fault in findings.faults]
-            raise _disagreement(figures, place, _keep(place.parent / f"{place.name}.{EVIDENCE}", findings, reference))
+            raise _disagreement(figures, place, findings.keep(place.parent / f"{place.name}.{EVIDENCE}", reference))
         backend.shrink()
         backend.save_kernels()
     except BaseException:
@@ -169,12 +169,3 @@ def _disagreement(figures: dict[str, Any], place: Path, kept: str = "at an earli
     )
     error.figures = figures
     return error
-
-
-def _keep(folder: Path, findings: Findings, reference: Reference) -> str:
-    """Save the results of both. Returns a clause that says where they are."""
-    try:
-        findings.save(folder, reference)
-    except OSError as error:
-        return f"the results could not be saved: {error.strerror}"
-    return f"the results of both are in {folder}"

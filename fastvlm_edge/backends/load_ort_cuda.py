@@ -14,8 +14,8 @@ import onnxruntime as ort
 from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.ort_device import DeviceDecoder
 from fastvlm_edge.backends.ort_session import graph_name
-from fastvlm_edge.backends.verification.check import Findings, check
-from fastvlm_edge.backends.verification.reference import Reference, read_reference
+from fastvlm_edge.backends.verification.check import check
+from fastvlm_edge.backends.verification.reference import read_reference
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.host import read_jetson
 from fastvlm_edge.machine.libraries import read_driver
@@ -105,7 +105,7 @@ def load_ort_cuda(
         with contextlib.suppress(OSError):  # in a read-only directory it is checked at every load
             verdict.write(directory)
         if faults:
-            raise _disagreement(verdict, directory, _keep(directory / EVIDENCE, findings, reference))
+            raise _disagreement(verdict, directory, findings.keep(directory / EVIDENCE, reference))
     except BaseException:
         backend.close()
         raise
@@ -125,12 +125,3 @@ def _disagreement(verdict: Verdict, directory: Path, when: str) -> FastVLMError:
         f"{what}: {verdict.faults[0]}{more} ({when})",
         f"report this as a bug, and use --backend ort; delete {directory / VERDICT_NAME} to check again",
     )
-
-
-def _keep(folder: Path, findings: Findings, reference: Reference) -> str:
-    """Save the results of both sides. Returns a clause that says where they are."""
-    try:
-        findings.save(folder, reference)
-    except OSError as error:
-        return f"the results could not be saved: {error.strerror}"
-    return f"the results of both are in {folder}"

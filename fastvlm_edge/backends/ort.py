@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
 from fastvlm_edge.backends.kv_cache import KVCache
 from fastvlm_edge.backends.ort_session import DTYPES, Setup, check_tensors, on_device, ort_value, run
-from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput, check_pixels
+from fastvlm_edge.backends.protocol import Decoder, ImageFeatures, StepOutput, check_context, check_pixels, same_pictures
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest
 from fastvlm_edge.progress import Progress, SilentProgress
@@ -137,8 +137,7 @@ class OrtDecoder:
     ) -> StepOutput:
         """Run the decoder on `input_ids` and append their keys and values to the cache; see `Backend.step`."""
         seq, start = len(input_ids), self.cache.length
-        if start + seq > self.cache.context:
-            raise FastVLMError(f"{start + seq} positions do not fit into the context of {self.cache.context}", "shorten the conversation")
+        check_context(start + seq, self.cache.context)
         positions = (seq - 1,) if logit_positions is None else logit_positions
         self._set_image_features(image_features)
         if self._appends and self.cache.reserve(start + seq):
@@ -172,9 +171,7 @@ class OrtDecoder:
 
     def _set_image_features(self, image_features: tuple[ImageFeatures, ...]) -> None:
         """Concatenate `image_features` into the graph input of that name, unless it holds them already."""
-        if len(image_features) == len(self._image_features) and all(
-            new is old for new, old in zip(image_features, self._image_features, strict=True)
-        ):
+        if same_pictures(image_features, self._image_features):
             return
         self._features = join_features(image_features, self._spec)
         self._image_features = image_features
@@ -232,24 +229,13 @@ class Cache(Protocol):
         """Forget every position from `length` on."""
 
 
-class Decoder(Protocol):
+class CachingDecoder(Decoder, Protocol):
     """A decoder with its cache, on the host or on a device; see OrtDecoder."""
 
     @property
     def cache(self) -> Cache: ...
 
-    def step(
-        self,
-        input_ids: Sequence[int],
-        image_features: tuple[ImageFeatures, ...] = (),
-        *,
-        logit_positions: Sequence[int] | None = None,
-        want_logits: bool = False,
-    ) -> StepOutput: ...
-
     def cached(self, length: int, first: int = 0) -> NDArray[np.float32]: ...
-
-    def reset(self) -> None: ...
 
 
 class OrtBackend:
@@ -263,7 +249,7 @@ class OrtBackend:
         threads: int | None = None,
         progress: Progress | None = None,
         cuda: bool = False,
-        load_decoder: Callable[[Setup], Decoder] = OrtDecoder,
+        load_decoder: Callable[[Setup], CachingDecoder] = OrtDecoder,
     ) -> None:
         """Load both graphs in parallel. `cuda` needs a decoder on the device. Raises FastVLMError if onnxruntime refuses a graph."""
         progress = progress or SilentProgress()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fastvlm_edge.backends.dtypes import storage, to_float32
 from fastvlm_edge.backends.ort import check_decoder, join_features
 from fastvlm_edge.backends.ort_session import ONNX_BFLOAT16, Setup, lacks_memory, ort_value, refuse, run
-from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput
+from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput, check_context, same_pictures
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import DecoderSpec
 from fastvlm_edge.nvidia.cuda import OutOfDeviceMemory
@@ -141,8 +141,7 @@ class DeviceDecoder:
     ) -> StepOutput:
         """Run the decoder on `input_ids` and append their keys and values to the cache; see `Backend.step`."""
         seq, start = len(input_ids), self.cache.length
-        if start + seq > self.cache.context:
-            raise FastVLMError(f"{start + seq} positions do not fit into the context of {self.cache.context}", "shorten the conversation")
+        check_context(start + seq, self.cache.context)
         asked = (seq - 1,) if logit_positions is None else tuple(logit_positions)
         self._set_image_features(image_features)
         call = self._call(seq, len(asked), want_logits)
@@ -172,12 +171,7 @@ class DeviceDecoder:
 
     def _set_image_features(self, image_features: tuple[ImageFeatures, ...]) -> None:
         """Copy the features of all pictures to the device, one after another, unless they are there already."""
-        known = self._image_features
-        if (
-            known is not None
-            and len(known) == len(image_features)
-            and all(new is old for new, old in zip(image_features, known, strict=True))
-        ):
+        if self._image_features is not None and same_pictures(image_features, self._image_features):
             return
         joined = join_features(image_features, self._spec)
         self._features = DeviceArray(joined.shape, self._spec.dtype, self._device)

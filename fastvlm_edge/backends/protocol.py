@@ -43,11 +43,32 @@ class StepOutput:
     """[m, vocab], or None if they were not requested."""
 
 
-class Backend(Protocol):
-    """Runs `vision.onnx` and `decoder.onnx` (docs/graphs.md) for one conversation at a time.
+class Decoder(Protocol):
+    """Runs the decoder for one conversation at a time.
 
-    Positions are implied: a step continues after the `length` positions that the cache holds.
+    Positions are implied: a step continues after the positions that the cache holds.
     """
+
+    def step(
+        self,
+        input_ids: Sequence[int],
+        image_features: tuple[ImageFeatures, ...] = (),
+        *,
+        logit_positions: Sequence[int] | None = None,
+        want_logits: bool = False,
+    ) -> StepOutput:
+        """Run the decoder on `input_ids` and append their keys and values to the cache.
+
+        An id below `vocab` is a text token; `vocab + k` is row k of all `image_features`, concatenated. `logit_positions` are indices into
+        `input_ids`; None means the last one. Raises FastVLMError if the context is full or the library fails; the cache is then unchanged.
+        """
+
+    def reset(self) -> None:
+        """Forget all positions."""
+
+
+class Backend(Decoder, Protocol):
+    """Runs `vision.onnx` and `decoder.onnx` (docs/graphs.md) for one conversation at a time."""
 
     name: str
     """A name that `select` takes, never `auto`."""
@@ -65,28 +86,22 @@ class Backend(Protocol):
     def encode(self, pixel_values: NDArray[np.float32]) -> ImageFeatures:
         """Run the vision encoder: pixel_values [1, 3, S, S] in 0..1 -> the features of that picture."""
 
-    def step(
-        self,
-        input_ids: Sequence[int],
-        image_features: tuple[ImageFeatures, ...] = (),
-        *,
-        logit_positions: Sequence[int] | None = None,
-        want_logits: bool = False,
-    ) -> StepOutput:
-        """Run the decoder on `input_ids` and append their keys and values to the cache.
-
-        An id below `vocab` is a text token; `vocab + k` is row k of all `image_features`, concatenated. `logit_positions` are indices into
-        `input_ids`; None means the last one. Raises FastVLMError if the context is full or the library fails; the cache is then unchanged.
-        """
-
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on, when a conversation branches or a draft was rejected."""
 
-    def reset(self) -> None:
-        """Forget all positions."""
-
     def close(self) -> None:
         """Release sessions and memory. The backend cannot be used afterwards."""
+
+
+def same_pictures(some: tuple[ImageFeatures, ...], others: tuple[ImageFeatures, ...]) -> bool:
+    """Whether both are the same objects in the same order. Equal features of two encodings are not the same."""
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
+def check_context(positions: int, context: int) -> None:
+    """Raise FastVLMError if the context does not hold that many positions."""
+    if positions > context:
+        raise FastVLMError(f"{positions} positions do not fit into the context of {context}", "shorten the conversation")
 
 
 def check_pixels(pixel_values: NDArray[np.float32], vision: VisionSpec) -> None:

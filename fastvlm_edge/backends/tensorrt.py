@@ -22,7 +22,7 @@ from fastvlm_edge.backends.decoder_contexts import Calls, Contexts, DynamicConte
 from fastvlm_edge.backends.device_memory import Arena, Buffer, DeviceCache, DeviceFeatures, FeatureStore, aligned, cache_addresses
 from fastvlm_edge.backends.dtypes import storage
 from fastvlm_edge.backends.engine_files import EngineFiles
-from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput, check_pixels
+from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput, check_context, check_pixels, same_pictures
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import gpu_extra, install_advice
 from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest, VisionSpec
@@ -201,9 +201,7 @@ class _Decoder:
 
     def set_image_features(self, image_features: tuple[ImageFeatures, ...], store: FeatureStore) -> None:
         """Concatenate `image_features` into the engine's input of that name, unless it holds them already."""
-        if len(image_features) == len(self._image_features) and all(
-            new is old for new, old in zip(image_features, self._image_features, strict=True)
-        ):
+        if same_pictures(image_features, self._image_features):
             return
         own = [picture for picture in image_features if isinstance(picture, DeviceFeatures) and store.holds(picture)]
         if len(own) < len(image_features):
@@ -406,9 +404,8 @@ class TensorRTBackend:
     ) -> StepOutput:
         """Run the decoder on `input_ids` and append their keys and values to the cache; see `Backend.step`."""
         decoder = self._decoder
-        seq, start, context = len(input_ids), decoder.cache.length, decoder.cache.context
-        if start + seq > context:
-            raise FastVLMError(f"{start + seq} positions do not fit into the context of {context}", "shorten the conversation")
+        seq, start = len(input_ids), decoder.cache.length
+        check_context(start + seq, decoder.cache.context)
         positions = [seq - 1] if logit_positions is None else list(logit_positions)
         if not 0 < len(positions) <= decoder.most_positions:
             raise FastVLMError(f"logits of {len(positions)} positions were requested; the engine computes 1 to {decoder.most_positions}")

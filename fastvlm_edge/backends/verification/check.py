@@ -80,6 +80,14 @@ class Findings:
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     """What was computed, as evidence."""
 
+    def keep(self, folder: Path, reference: Reference) -> str:
+        """Save the results of both sides as in `save`. Returns a clause that says where they are, or why they could not be saved."""
+        try:
+            self.save(folder, reference)
+        except OSError as error:
+            return f"the results could not be saved: {error.strerror}"
+        return f"the results of both are in {folder}"
+
     def save(self, folder: Path, reference: Reference) -> None:
         """Write figures, faults, and the results of both sides into `folder`, which is created. Raises OSError."""
         folder.mkdir(exist_ok=True)
