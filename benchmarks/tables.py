@@ -6,8 +6,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from fastvlm_edge.bench.record import title_of, unit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,9 +22,9 @@ def load(name: str) -> dict[str, Any]:
     return document
 
 
-def peers() -> str:
-    """`peers.json` as a table of medians: whole pipelines, then LLMs alone, then encoders alone."""
-    document = load("peers")
+def peers(record: str = "peers") -> str:
+    """A record of the peers as a table of medians: whole pipelines, then LLMs alone, then encoders alone."""
+    document = load(record)
     machine, limits = document["machine"], document["limits"]
     fields = ("ttft_ms", "vision_ms", "prefill_ms", "decode_tokens_per_second", "peak_memory_mib", "load_ms")
     lines = [
@@ -33,10 +36,10 @@ def peers() -> str:
     ]
     for part, title in (("all", "picture to text"), ("llm", "LLM alone, 290 positions of text"), ("vision", "encoder alone")):
         lines.append(f"| **{title}** |" + " |" * len(fields))
-        for name, record in document["results"].items():
-            if record["part"] == part:
-                cells = [rounded(record[field]["median"]) if field in record else "" for field in fields]
-                lines.append(f"| {contender(name, record)} | " + " | ".join(cells) + " |")
+        for name, found in document["results"].items():
+            if found["part"] == part:
+                cells = [rounded(found[field]["median"]) if field in found else "" for field in fields]
+                lines.append(f"| {contender(name, found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -66,8 +69,7 @@ def rounded(value: float) -> str:
 SUMMARY = {
     "fastvlm-edge:int4": "fastvlm-edge, INT4",
     "fastvlm-edge:int8": "fastvlm-edge, INT8",
-    "transformers:bfloat16-compile": "transformers, bfloat16, `torch.compile`",
-    "transformers:bfloat16": "transformers, bfloat16",
+    "transformers:float32": "transformers, float32",
 }
 """Contenders of `peers.json` that the README shows -> how it calls them."""
 
@@ -355,6 +357,23 @@ def verdicts() -> str:
     return table(load("peers"))
 
 
+def versions() -> str:
+    """`versions.json` as a table of medians, with the verdicts of `bench compare`."""
+    document = load("versions")
+    machine, (before, after) = document["machine"], (document["commits"][side] for side in ("before", "after"))
+    lines = [
+        f"{machine['cpu']}, {document['threads']} threads, {machine['date']}; {document['processes']} processes each:",
+        "",
+        f"| | {before} | {after} | |",
+        "| --- | --- | --- | --- |",
+    ]
+    for model, found in document["results"].items():
+        for field, verdict in found["verdicts"].items():
+            cells = [rounded(found[side][field]["median"]) for side in ("before", "after")]
+            lines.append(f"| {model}, {title_of(field).strip()}, {unit(field)} | {' | '.join(cells)} | {verdict} |")
+    return "\n".join(lines)
+
+
 def plan_error() -> str:
     """`plan_error.json` as two tables."""
     document = load("plan_error")
@@ -388,11 +407,13 @@ def bundle_sizes() -> str:
 
 SCRIPTS = (
     ("peers.run", "How fast is FastVLM-0.5B beside its peers on a CPU? (`make bench-peers`)", "peers", 120),
+    ("peers.run", "The same on a processor with AVX-512 and BF16 instructions, an earlier run", "peers-avx512", 90),
     ("peers.run --device gpu", "The same on one GPU. **Not yet run on hardware.** (`make bench-gpu`)", "", 10),
     ("verdicts", "Who is ahead, by the rule of `fastvlm-edge bench compare`?", "peers", 0),
     ("cpu", "Where does the time go, by operator? (`make bench`)", "cpu", 15),
     ("headline", "Is the paper's comparison with LLaVA-OneVision true here? What does the image size cost?", "headline", 60),
     ("precisions", "What does each precision cost in speed and accuracy? (draws the pictures of performance.md)", "bench", 20),
+    ("versions BEFORE", "Is this checkout as fast on a CPU as an earlier one?", "versions", 25),
     ("settings", "What does each setting of the runtime bring on a CPU?", "settings", 20),
     ("demo_accuracy", "How many questions does the demo answer correctly, by precision?", "demo_accuracy", 5),
     ("quantization", "What does quantisation cost the demo in size, accuracy and speed?", "quantization", 15),
@@ -434,6 +455,8 @@ TABLES = {
     "benchmarks": benchmarks,
     "summary": summary,
     "peers": peers,
+    "peers_avx512": partial(peers, "peers-avx512"),
+    "versions": versions,
     "headline": headline,
     "resolutions": resolutions,
     "accuracy": accuracy,
