@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine
+from benchmarks.peers.demo import DEMO
 from examples.demo_training.evaluate import score
 from examples.demo_training.scenes import make_scene
 from fastvlm_edge import FastVLM
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.model_dir.manifest import PRECISIONS, sha256
 
-ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT = ROOT / "examples" / "demo" / "fastvlm-demo"
 SEED = 2026
 """A seed that the checks during training do not use."""
 
@@ -30,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo_accuracy.json")
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--checkpoint", type=Path, default=DEMO)
     options = parser.parse_args()
     document = {
         "what": "exact match of the demo model, greedy, one question a picture, by the onnxruntime backend",

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.common import machine
 from benchmarks.common.rounds import figures, take_turns
+from benchmarks.peers.demo import DEMO
 from benchmarks.peers.protocol import Samples
 from examples.demo_training.scenes import SEED, scene_questions
 from fastvlm_edge import FastVLM
@@ -30,8 +31,6 @@ from fastvlm_edge.evaluation.evaluate import Evaluation, Subject
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, sha256
 from fastvlm_edge.progress import stderr_progress
 
-ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT = ROOT / "examples" / "demo" / "fastvlm-demo"
 CALIBRATION = 512
 ROUNDS, WARM_UP, TIMED = 5, 3, 10
 """Of every variant, for its speed: variants take turns, so that noise hits all of them alike."""
@@ -69,7 +68,7 @@ def main() -> int:
     """Measure every variant and write the record after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--checkpoint", type=Path, default=DEMO)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quantization.json")
     parser.add_argument("--speed", action="store_true")
     options = parser.parse_args()

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.common import machine
 from benchmarks.common.rounds import call, figures, take_turns
+from benchmarks.peers.demo import DEMO
 from benchmarks.peers.protocol import Samples
 from benchmarks.peers.runtimes.ours import samples_of
 from benchmarks.peers.workload import prepare
@@ -25,7 +26,6 @@ from fastvlm_edge.bench.record import write_json
 from fastvlm_edge.progress import stderr_progress
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-DEMO = Path(__file__).parent.parent / "examples" / "demo" / "fastvlm-demo"
 AS_SHIPPED, HEAP, SPINNING, HUGE = "as shipped", "heap left to glibc", "spinning left to onnxruntime", "weights in huge pages"
 WAYS = (AS_SHIPPED, HEAP, SPINNING, HUGE)
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastvlm_edge.bench.compare import judge
 from fastvlm_edge.bench.record import title_of, unit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -358,7 +359,7 @@ def verdicts() -> str:
 
 
 def versions() -> str:
-    """`versions.json` as a table of medians, with the verdicts of `bench compare`."""
+    """`versions.json` as a table of medians, with the verdicts of `bench compare`. A part of a figure stands behind its name."""
     document = load("versions")
     machine, (before, after) = document["machine"], (document["commits"][side] for side in ("before", "after"))
     lines = [
@@ -368,9 +369,13 @@ def versions() -> str:
         "| --- | --- | --- | --- |",
     ]
     for model, found in document["results"].items():
-        for field, verdict in found["verdicts"].items():
-            cells = [rounded(found[side][field]["median"]) for side in ("before", "after")]
-            lines.append(f"| {model}, {title_of(field).strip()}, {unit(field)} | {' | '.join(cells)} | {verdict} |")
+        whole = ""
+        for field in found["after"]:
+            sides, title = [found[side][field] for side in ("before", "after")], title_of(field)
+            whole = whole if title.startswith(" ") else title
+            named = title if title == whole else f"{whole}: {title.strip()}"
+            verdict = judge(field, *(side["samples"] for side in sides)).verdict
+            lines.append(f"| {model}, {named}, {unit(field)} | {' | '.join(rounded(side['median']) for side in sides)} | {verdict} |")
     return "\n".join(lines)
 
 

@@ -18,11 +18,10 @@ from typing import Any
 from benchmarks.common import machine
 from benchmarks.common.checkpoint import random_checkpoint
 from benchmarks.common.rounds import figures, take_turns
+from benchmarks.peers.demo import DEMO
 from benchmarks.peers.protocol import ROOT, Samples
-from fastvlm_edge.bench.compare import judge
 from fastvlm_edge.bench.record import figures_of, write_json
 
-DEMO = ROOT / "examples" / "demo" / "fastvlm-demo"
 BEFORE, AFTER = "before", "after"
 
 
@@ -48,10 +47,8 @@ def main() -> int:
 
         print(name, file=sys.stderr, flush=True)
         found = take_turns((BEFORE, AFTER), options.processes, measure, rotate=True)
-        sides = {side: figures(samples, [*samples[0]]) for side, samples in found.items()}
-        verdicts = {field: judge(field, sides[BEFORE][field]["samples"], sides[AFTER][field]["samples"]).verdict for field in sides[AFTER]}
-        results[name] = {**sides, "verdicts": verdicts}
-        print(name, verdicts)
+        results[name] = {side: figures(samples, [*samples[0]]) for side, samples in found.items()}
+        print(name, {side: {field: figure["median"] for field, figure in each.items()} for side, each in results[name].items()})
     document = {
         "what": f"FastVLM-0.5b with random weights at 1024 px, and the demo, {options.precision}: this checkout and an earlier one",
         "machine": machine.describe(),

@@ -18,6 +18,7 @@ from skimage import data
 
 from fastvlm_edge import FastVLM, FastVLMError, __version__
 from fastvlm_edge.cli import main
+from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.progress import TextProgress
 
 PROMPT = "What does the meter read?"
@@ -223,8 +224,6 @@ def test_the_machines_limits_are_no_bugs(
 def test_convert_passes_everything_on(model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import types
 
-    from fastvlm_edge.model_dir.manifest import read_manifest
-
     seen: dict[str, Any] = {}
 
     def convert(checkpoint: str, output: Path, **options: Any) -> Any:
@@ -251,8 +250,6 @@ def test_convert_passes_everything_on(model_dir: Path, monkeypatch: pytest.Monke
 
 
 def _size(directory: Path) -> float:
-    from fastvlm_edge.model_dir.manifest import read_manifest
-
     return sum((directory / name).stat().st_size for name in read_manifest(directory).files) / 1e6
 
 
