@@ -144,7 +144,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = work / "model"
-        convert(str(random_checkpoint(work, "tiny")), model)
+        convert(str(random_checkpoint(work, "tiny")), model, precision="fp32")
         rows = measure_sizes(work, model)
         starts = compare_starts(work, model)
     document = {"date": date.today().isoformat(), "machine": describe(), "limit_bytes": LIMIT, "targets": rows, "starts": starts}

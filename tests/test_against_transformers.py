@@ -59,7 +59,7 @@ def both(
     if request.param == "apple":
         source = write_checkpoint(tmp_path_factory.mktemp("apple") / "ck", layout="apple", tied=tied, image_size=256)
     output = tmp_path_factory.mktemp("model") / "model"
-    convert(str(source), output, context=512)
+    convert(str(source), output, precision="fp32", context=512)
     with FastVLM.load(output, threads=2) as vlm:
         yield model, vlm, Tokenizer.from_file(str(output / "tokenizer.json"))
 

@@ -135,7 +135,7 @@ def demo_scenes() -> Any:
 def asked(scenes: Iterable[Any]) -> tuple[npt.NDArray[np.uint8], list[Question], list[str]]:
     """Pictures [count, size, size, 3] with their first question and its answer, and the questions' kinds."""
     with tempfile.TemporaryDirectory() as folder:  # only for the chat template and the tokenizer
-        convert(str(DEMO), Path(folder) / "model")
+        convert(str(DEMO), Path(folder) / "model", precision="fp32")
         template = ChatTemplate(
             tokenizer := TextTokenizer(Path(folder) / "model" / "tokenizer.json"), manifest := read_manifest(Path(folder) / "model")
         )
