@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         threads=options.threads,
         verify=options.verify,
         geometry=options.geometry,
+        background=options.background,
         prefill_chunk=options.prefill_chunk,
         tune_process=True,
         progress=SilentProgress() if options.json else stderr_progress(),
@@ -132,6 +133,12 @@ def parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: all that this process may use)")
     group.add_argument("--geometry", choices=GEOMETRIES, help="how the image becomes a square (default: as converted)")
+    group.add_argument(
+        "--background",
+        metavar="COLOUR",
+        default="white",
+        help="what is behind transparent pixels: a name or #rrggbb (default: %(default)s)",
+    )
     group.add_argument(
         "--prefill-chunk",
         metavar="N",

@@ -24,6 +24,7 @@ from fastvlm_edge.generation.session import Session
 from fastvlm_edge.inputs.image_input import ImageInput
 from fastvlm_edge.inputs.preprocess import GEOMETRIES, preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
+from fastvlm_edge.inputs.rgb import Colour, to_colour
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
 from fastvlm_edge.progress import Progress
@@ -138,12 +139,14 @@ class FastVLM:
         backend: Backend,
         *,
         geometry: str | None = None,
+        background: Colour = "white",
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         """Use `FastVLM.load`."""
         self.manifest = manifest
         self.geometry = geometry or manifest.vision.geometry
-        _check_options(self.geometry, prefill_chunk)
+        self.background = background
+        _check_options(self.geometry, background, prefill_chunk)
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, manifest)
         self._backend = backend
@@ -160,6 +163,7 @@ class FastVLM:
         threads: int | None = None,
         verify: bool = False,
         geometry: str | None = None,
+        background: Colour = "white",
         prefill_chunk: int = PREFILL_CHUNK,
         tune_process: bool = False,
         progress: Progress | None = None,
@@ -167,14 +171,15 @@ class FastVLM:
         """Load a model directory.
 
         `threads` is the number of CPU threads; None means all that this process may use. `verify` compares the sha256 of every file with
-        the manifest. `geometry` (`pad` or `crop`) overrides that of the manifest. `prefill_chunk` is the number of tokens per prefill call;
-        a smaller one uses less memory. `tune_process` saves memory with two settings that affect the whole process until it ends
-        (`backends.select.select`): the commands of the toolkit turn it on, a program that embeds the model decides for itself. Replies are
-        the same either way. Raises FastVLMError if the directory is incomplete, damaged, or does not fit this machine.
+        the manifest. `geometry` (`pad` or `crop`) overrides that of the manifest. Transparent pictures are drawn over `background`, a name,
+        `#rrggbb` or (red, green, blue). `prefill_chunk` is the number of tokens per prefill call; a smaller one uses less memory.
+        `tune_process` saves memory with two settings that affect the whole process until it ends (`backends.select.select`): the commands
+        of the toolkit turn it on, a program that embeds the model decides for itself. Replies are the same either way. Raises FastVLMError
+        if the directory is incomplete, damaged, or does not fit this machine.
         """
-        _check_options(geometry, prefill_chunk)  # before minutes of loading
+        _check_options(geometry, background, prefill_chunk)  # before minutes of loading
         parts = load_parts(path, backend, threads=threads, verify=verify, tune_process=tune_process, progress=progress)
-        return cls(*parts, geometry=geometry, prefill_chunk=prefill_chunk)
+        return cls(*parts, geometry=geometry, background=background, prefill_chunk=prefill_chunk)
 
     @property
     def backend(self) -> BackendInfo:
@@ -199,7 +204,7 @@ class FastVLM:
     def encode_image(self, image: ImageInput) -> EncodedImage:
         """Run only the vision encoder. Raises FastVLMError if the image cannot be read."""
         self._check_open()
-        return EncodedImage(self._backend.encode(preprocess(image, self.manifest.vision.image_size, self.geometry)))
+        return EncodedImage(self._backend.encode(self._preprocess(image)))
 
     def logits(self, input_ids: Sequence[int], images: Sequence[EncodedImage] = (), *, start: int = 0) -> Iterator[NDArray[np.float32]]:
         """Logits after each of `input_ids[start:]`, to score a given text: blocks [up to 16, token_count] float32.
@@ -346,12 +351,15 @@ class FastVLM:
                 image_features.append(image.image_features)
                 continue
             start = time.perf_counter()
-            pixel_values = preprocess(image, self.manifest.vision.image_size, self.geometry)
+            pixel_values = self._preprocess(image)
             middle = time.perf_counter()
             image_features.append(self._backend.encode(pixel_values))
             preprocess_seconds += middle - start
             vision_seconds += time.perf_counter() - middle
         return image_features, preprocess_seconds, vision_seconds
+
+    def _preprocess(self, image: ImageInput) -> NDArray[np.float32]:
+        return preprocess(image, self.manifest.vision.image_size, self.geometry, self.background)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -399,7 +407,8 @@ def _as_list(image: Images) -> list[ImageInput | EncodedImage]:
     return list(image) if isinstance(image, (list, tuple)) else [cast("ImageInput | EncodedImage", image)]
 
 
-def _check_options(geometry: str | None, prefill_chunk: int) -> None:
+def _check_options(geometry: str | None, background: Colour, prefill_chunk: int) -> None:
+    to_colour(background)
     if geometry is not None and geometry not in GEOMETRIES:
         raise FastVLMError(f"unknown geometry {geometry!r}", f"use one of: {', '.join(GEOMETRIES)}")
     if prefill_chunk < 1:

@@ -1,7 +1,7 @@
 """Any image that a caller may pass -> an upright RGB `PIL.Image`. This is the first step from image to text, before `preprocess`.
 
-Colours follow `Image.convert("RGB")`, as in Apple's `predict.py`: an alpha channel is dropped, not composited, so the colour stored under
-transparent pixels becomes visible. 16-bit and float grey images, which Pillow would clip, are scaled to 8 bits instead.
+A picture can be small as a file and take gigabytes when it is decoded. So its size, the memory that its decoder takes and the time are
+limited, and a large one is reduced on the way. `rgb.py` does what follows after decoding.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ import io
 import os
 import re
 import stat
+import time
 import warnings
 from collections.abc import Sequence
-from typing import IO, Any, TypeAlias
+from importlib import import_module
+from typing import IO, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.inputs.rgb import RGB, Colour, array_to_rgb, picture_to_rgb, reduction, to_colour, transparent_colour
+from fastvlm_edge.machine.memory import read_memory
+from fastvlm_edge.machine.probe import Probe
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | NDArray[Any]"
 
@@ -26,38 +31,64 @@ MAX_PIXELS = 178_956_970
 """The size at which Pillow itself rejects an image as a decompression bomb (twice its default MAX_IMAGE_PIXELS)."""
 MAX_SIDE = 65_535
 """The longest side that a JPEG can have. It limits the working memory of padding."""
+MAX_ASPECT_RATIO = 50
+"""Above it, padding leaves only a few pixels of the short side, and cropping keeps less than 2 % of the image."""
 MAX_STREAM_BYTES = 1 << 29
 """How much is read from a pipe or socket, which may never end."""
+MAX_DECODE_BYTES = 1 << 30
+"""The most memory for decoding a picture, also where more is free."""
+MAX_SECONDS = 30.0
+"""After this time a decoder gets no more data. A JPEG of many scans, and formats that Pillow decodes in Python, could take hours."""
+SCAN_PIECE = 1 << 10
+"""Bytes of a progressive JPEG that its decoder gets at a time. A scan may be a few bytes, and the whole picture is decoded for each."""
+FREE_SHARE = 0.8
+"""The part of the free memory that decoding may take."""
 
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+://|data:)")
-_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+"""Bytes 8 to 11 of such a file (ISO/IEC 23008-12, annex B)."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the picture upright."""
+_ORIENTATION = 0x0112
+_WORKING_BYTES = {"WEBP": 13, "JPEG2000": 16, "AVIF": 8, "HEIF": 8}
+"""Format -> memory of its decoder in bytes per pixel, measured with 25 megapixels (Pillow 13.0, pillow-heif 1.8) and rounded up."""
 
 
-def load_rgb(source: ImageInput) -> Image.Image:
+def load_rgb(source: ImageInput, background: Colour = "white") -> Image.Image:
     """Open, decode and convert one image: mode RGB, EXIF orientation applied, first frame of an animation.
 
-    An array has the shape [height, width], [height, width, 1], [height, width, 3] or [height, width, 4] and the type uint8, uint16, bool,
-    or float in 0..1. A `PIL.Image` that the caller passes is not changed.
+    An array has the shape [height, width], [height, width, 1], [height, width, 3] (RGB) or [height, width, 4] (RGBA) and the type uint8,
+    uint16, bool, or float in 0..1. Transparent pixels are drawn over `background`. More than `rgb.LARGE` pixels are reduced. A `PIL.Image`
+    that the caller passes is not changed.
 
     Raises FastVLMError that names the image and says what is wrong with it.
     """
+    behind = to_colour(background)
     if isinstance(source, Image.Image):
-        return _decode(source, "the image")
+        return _decode(source, "the image", behind)
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _from_array(source, behind)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _from_stream(io.BytesIO(source), "the image")
+        return _from_stream(io.BytesIO(source), "the image", behind)
     if isinstance(source, (str, os.PathLike)):
-        return _from_path(source)
+        return _from_path(source, behind)
     if hasattr(source, "read"):
-        return _from_file_object(source)
+        return _from_file_object(source, behind)
     raise FastVLMError(
         f"an image cannot be of type {type(source).__name__}",
         "give a path, bytes, a file object, a PIL image or an array [height, width, 3]",
     )
 
 
-def _from_path(source: str | os.PathLike[str]) -> Image.Image:
+def _from_path(source: str | os.PathLike[str], background: RGB) -> Image.Image:
     path = os.fspath(source)
     if not path:
         raise FastVLMError("the path of the image is empty", "give the path of a file")
@@ -69,7 +100,7 @@ def _from_path(source: str | os.PathLike[str]) -> Image.Image:
         if stat.S_ISDIR(mode):
             raise FastVLMError(f"{path} is a directory", "give the path of one image")
         with open(path, "rb") as file:
-            return _from_stream(file if stat.S_ISREG(mode) else _read_all(file, path), path)
+            return _from_stream(file if stat.S_ISREG(mode) else _read_all(file, path), path, background)
     except FileNotFoundError:
         raise FastVLMError(f"{path} does not exist", "check the path of the image") from None
     except PermissionError:
@@ -78,14 +109,14 @@ def _from_path(source: str | os.PathLike[str]) -> Image.Image:
         raise FastVLMError(f"{path!r} cannot be read: {error}") from None
 
 
-def _from_file_object(file: IO[bytes]) -> Image.Image:
+def _from_file_object(file: IO[bytes], background: RGB) -> Image.Image:
     name = getattr(file, "name", None)
     name = name if isinstance(name, str) else "the image"
     try:
         seekable = file.seekable()
     except AttributeError:
         seekable = False
-    return _from_stream(file if seekable else _read_all(file, name), name)
+    return _from_stream(file if seekable else _read_all(file, name), name, background)
 
 
 def _read_all(file: IO[bytes], name: str) -> io.BytesIO:
@@ -98,7 +129,23 @@ def _read_all(file: IO[bytes], name: str) -> io.BytesIO:
     return io.BytesIO(data)
 
 
-def _from_stream(file: IO[bytes], name: str) -> Image.Image:
+class _Deadline:
+    """A file that gives no more data after MAX_SECONDS."""
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        self._file, self._name = file, name
+        self._end = time.monotonic() + MAX_SECONDS
+
+    def read(self, size: int = -1) -> bytes:
+        if time.monotonic() > self._end:
+            raise FastVLMError(f"{self._name} takes more than {MAX_SECONDS:g} seconds to decode", "save it again as PNG or JPEG")
+        return self._file.read(size)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._file, attribute)
+
+
+def _from_stream(file: IO[bytes], name: str, background: RGB) -> Image.Image:
     probe = file.read(1)
     if isinstance(probe, str):
         raise FastVLMError(f"{name} yields text, not bytes", "open it in binary mode")
@@ -108,75 +155,110 @@ def _from_stream(file: IO[bytes], name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(file)
-    except UnidentifiedImageError:
-        what = f"{name} is not an image in a format that Pillow reads (JPEG, PNG, WebP, GIF, TIFF, BMP, ...)"
-        raise FastVLMError(what, "convert it to PNG or JPEG") from None
+            image = _open(cast("IO[bytes]", _Deadline(file, name)), name)
     except Image.DecompressionBombError as error:
         raise FastVLMError(f"{name} is too large: {_one_line(error)}", "scale it down first") from None
-    except MemoryError:
+    except FastVLMError:
         raise
+    except MemoryError:
+        raise _no_memory(name) from None
     except Exception as error:
         raise FastVLMError(f"{name} is damaged or truncated: {_one_line(error)}", "copy or download it again") from None
     if image.format == "EPS":  # Pillow would start Ghostscript on it
         raise FastVLMError(f"{name} is a PostScript document, not an image", "convert it to PNG first")
-    return _decode(image, name)
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        _check_size(image.width, image.height, name)
+        if image.info.get("progressive"):
+            image.decodermaxblock = SCAN_PIECE
+        factor = reduction(image.width, image.height)
+        image.draft(None, (image.width // factor, image.height // factor))  # decodes to a smaller picture
+    return _decode(image, name, background)
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+def _open(file: IO[bytes], name: str) -> Image.Image:
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(12)
+        if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS:
+            file.seek(0)
+            return _open_heif(file, name)
+        what = f"{name} is not an image in a format that Pillow reads (JPEG, PNG, WebP, GIF, TIFF, BMP, ...)"
+        raise FastVLMError(what, "convert it to PNG or JPEG") from None
+
+
+def _open_heif(file: IO[bytes], name: str) -> Image.Image:
+    """Without registering pillow-heif in Pillow, which would change it for the whole process."""
+    try:
+        heif = import_module("pillow_heif")
+    except ModuleNotFoundError:
+        what = f"{name} is a HEIC picture, which Pillow reads only with the package pillow-heif"
+        raise FastVLMError(what, "convert it to JPEG, or run: pip install pillow-heif") from None
+    except Exception as error:
+        what = f"{name} is a HEIC picture, and the package pillow-heif is installed but cannot be loaded ({_one_line(error)})"
+        raise FastVLMError(what, "convert it to JPEG, or run: pip install --force-reinstall pillow-heif") from None
+    image: Image.Image = heif.HeifImageFile(file)
+    return image
+
+
+def _decode(image: Image.Image, name: str, background: RGB) -> Image.Image:
     _check_size(image.width, image.height, name)
+    if isinstance(image, ImageFile.ImageFile):
+        _check_memory(image, name)
+    clear = transparent_colour(image)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
-            return _to_rgb(_upright(image), name)
-    except (FastVLMError, MemoryError):
+            _check_size(image.width, image.height, name)  # an icon may contain a picture of another size
+            return _upright(picture_to_rgb(image, background, clear, name), image)
+    except FastVLMError:
         raise
+    except MemoryError:
+        raise _no_memory(name) from None
     except Exception as error:
         # Decoders raise OSError, SyntaxError, struct.error, ValueError and more on damaged files.
         raise FastVLMError(f"{name} is damaged or truncated: {_one_line(error)}", "copy or download it again") from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. Damaged EXIF data is ignored."""
+def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation of `image`. Damaged EXIF data is ignored."""
     try:
-        return ImageOps.exif_transpose(image)
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except MemoryError:
         raise
     except Exception:
-        return image
+        return rgb
+    return rgb if turn is None else rgb.transpose(turn)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode in _DEEP_MODES:
-        return Image.fromarray(_deep_grey_to_8_bit(np.asarray(image), name)).convert("RGB")
-    if image.mode == "P":
-        return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
-    if image.mode in ("La", "RGBa"):  # premultiplied; Pillow converts these only to LA and RGBA
-        return image.convert(image.mode.upper()).convert("RGB")
-    try:
-        return image.convert("RGB")
-    except ValueError:
-        raise FastVLMError(f"{name} has colour mode {image.mode}, which Pillow cannot convert to RGB", "convert it to RGB first") from None
+def _check_memory(image: ImageFile.ImageFile, name: str) -> None:
+    """Raise FastVLMError if decoding would take more than MAX_DECODE_BYTES or FREE_SHARE of the free memory."""
+    need = decode_bytes(image)
+    what = f"{name} has {image.width} x {image.height} pixels and takes {need >> 20} MiB while it is decoded"
+    if need > MAX_DECODE_BYTES:
+        raise FastVLMError(f"{what} (limit: {MAX_DECODE_BYTES >> 20} MiB)", "scale it down first, or save it as PNG or JPEG")
+    if need > 1 << 26 and 0 < (free := read_memory(Probe()).available) < need / FREE_SHARE:
+        raise FastVLMError(f"{what}, but only {free >> 20} MiB are free", "scale it down first, or close other programs")
 
 
-def _deep_grey_to_8_bit(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
-    """Grey values with more than 8 bits, scaled to 0..255.
+def decode_bytes(image: ImageFile.ImageFile) -> int:
+    """Memory that Pillow takes to decode an opened picture, and then to convert it to RGB."""
+    mode, pixels = image.mode, image.width * image.height
+    stored = 1 if mode in ("1", "L", "P") else 2 if mode.startswith("I;16") else 4
+    if image.format == "TIFF":  # a strip, which may be the whole picture, and a copy that is turned upright
+        bits: tuple[int, ...] = getattr(image, "tag_v2", {}).get(258, (8,))  # BitsPerSample
+        working = stored + sum(bits) // 8
+    elif image.format in ("JPEG", "MPO") and image.info.get("progressive"):
+        scale: int = (getattr(image, "decoderconfig", ()) or (1,))[0]  # the coefficients have the size before `draft`
+        working = 2 * len(image.getbands()) * scale**2
+    else:
+        working = _WORKING_BYTES.get(image.format or "", 0)
+    return pixels * stored + max(pixels * working, 4 * pixels // reduction(image.width, image.height) ** 2)
 
-    White is 65,535 for integers (a 16-bit PNG may open in the 32-bit mode I), and the first of 1, 255 and 65,535 that no value exceeds for
-    floats. If a value exceeds 65,535, the largest value is white.
-    """
-    if not np.isfinite(values).all():
-        raise FastVLMError(f"{name} contains values that are not finite", "give numbers from 0 to 1")
-    largest = float(values.max())
-    ranges = (1.0, 255.0, 65535.0) if np.issubdtype(values.dtype, np.floating) else (65535.0,)
-    white = next((bound for bound in ranges if largest <= bound), largest)
-    return np.rint(np.clip(values * (1.0 / white), 0, 1) * 255).astype(np.uint8)
 
-
-def _from_array(array: NDArray[Any]) -> Image.Image:
+def _from_array(array: NDArray[Any], background: RGB) -> Image.Image:
     shape: Sequence[int] = array.shape
     if array.ndim == 3 and shape[2] == 1:
         array = array[:, :, 0]
@@ -184,27 +266,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
         hint = "transpose it to [height, width, 3]" if array.ndim == 3 and shape[0] in (1, 3, 4) else None
         raise FastVLMError(f"the image array has shape {list(shape)}, not [height, width], [height, width, 3] or [height, width, 4]", hint)
     _check_size(shape[1], shape[0], "the image array")
-    if array.ndim == 3:
-        array = array[:, :, :3]
-    return Image.fromarray(np.ascontiguousarray(_array_to_8_bit(array))).convert("RGB")
-
-
-def _array_to_8_bit(array: NDArray[Any]) -> NDArray[np.uint8]:
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        black_white: NDArray[np.uint8] = array.astype(np.uint8) * np.uint8(255)
-        return black_white
-    if array.dtype == np.uint16:
-        return np.rint(array * (255 / 65535)).astype(np.uint8)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise FastVLMError(f"the image array has type {array.dtype}, not uint8, uint16, bool or float", "convert it first")
-    low, high = float(array.min()), float(array.max())
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # also true of NaN
-        raise FastVLMError(
-            f"the float image array has values from {low:g} to {high:g}, outside 0..1", "divide by the value of white, or use uint8"
-        )
-    return np.rint(np.clip(array.astype(np.float32), 0, 1) * 255).astype(np.uint8)
+    return array_to_rgb(array, background)
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -215,6 +277,13 @@ def _check_size(width: int, height: int, name: str) -> None:
             f"{name} is too large: {width} x {height} pixels (limits: {MAX_PIXELS // 1_000_000} megapixels, {MAX_SIDE} pixels per side)",
             "scale it down first",
         )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        what = f"{name} has {width} x {height} pixels; its aspect ratio is above {MAX_ASPECT_RATIO}"
+        raise FastVLMError(what, "cut it into shorter pieces")
+
+
+def _no_memory(name: str) -> FastVLMError:
+    return FastVLMError(f"there is not enough memory to decode {name}", "scale it down first, or close other programs")
 
 
 def _one_line(error: Exception) -> str:

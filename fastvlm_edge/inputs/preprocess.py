@@ -13,26 +13,20 @@ from PIL import Image
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.inputs.image_input import ImageInput, load_rgb
+from fastvlm_edge.inputs.rgb import Colour
 
 GEOMETRIES = ("pad", "crop")
-MAX_ASPECT_RATIO = 50
-"""Above it, `pad` leaves only a few pixels of the short side, and `crop` keeps less than 2 % of the image."""
 _BAND_PIXELS = 1 << 22
 
 
-def preprocess(image: ImageInput, image_size: int, geometry: str) -> NDArray[np.float32]:
-    """One image -> pixel_values [1, 3, image_size, image_size] float32 in 0..1.
+def preprocess(image: ImageInput, image_size: int, geometry: str, background: Colour = "white") -> NDArray[np.float32]:
+    """One image, drawn over `background` where it is transparent -> pixel_values [1, 3, image_size, image_size] float32 in 0..1.
 
-    Raises FastVLMError if the image cannot be read, is too large, or its aspect ratio is above MAX_ASPECT_RATIO.
+    Raises FastVLMError if the image cannot be read, is too large or too narrow, as `load_rgb` does.
     """
     if geometry not in GEOMETRIES:
         raise FastVLMError(f"unknown geometry {geometry!r}", f"use one of: {', '.join(GEOMETRIES)}")
-    rgb = load_rgb(image)
-    if max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
-        raise FastVLMError(
-            f"the image has {rgb.width} x {rgb.height} pixels; its aspect ratio is above {MAX_ASPECT_RATIO}",
-            "cut it into shorter pieces",
-        )
+    rgb = load_rgb(image, background)
     square = pad_and_resize(rgb, image_size) if geometry == "pad" else resize_and_crop(rgb, image_size)
     planes = np.asarray(square).transpose(2, 0, 1)[np.newaxis]  # [1, 3, S, S] uint8
     pixel_values: NDArray[np.float32] = np.divide(planes, np.float32(255), dtype=np.float32, order="C")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from PIL import Image
 from skimage import data
 
 from fastvlm_edge import FastVLM, FastVLMError
@@ -688,3 +689,12 @@ def test_features_of_another_model_are_refused(vlm: FastVLM, tmp_path: Path) -> 
     with pytest.raises(FastVLMError, match="another model or backend"):
         vlm.generate(PROMPT, encoded)
     assert vlm.generate(PROMPT, data.coffee(), max_new_tokens=3).token_ids
+
+
+def test_the_background_of_transparent_pictures(model_dir: Path) -> None:
+    for background in ("white", "#204060"):
+        with FastVLM.load(model_dir, threads=1, background=background) as vlm:
+            drawn = vlm.encode_image(Image.new("RGB", (64, 48), background)).numpy()
+            assert np.array_equal(vlm.encode_image(Image.new("RGBA", (64, 48), (0, 0, 0, 0))).numpy(), drawn)
+    with pytest.raises(FastVLMError, match="the background 'see-through' is not a colour"):
+        FastVLM.load("nowhere", background="see-through")

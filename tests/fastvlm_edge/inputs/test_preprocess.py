@@ -124,20 +124,18 @@ def test_damaged_exif_counts_as_none(tmp_path: Path) -> None:
     assert load_rgb(path).size == (64, 48)
 
 
-@pytest.mark.parametrize("transparency", [None, 0, b"\x00\x80\xff"])
-def test_palette(tmp_path: Path, transparency: Any) -> None:
-    image = quadrants().quantize(8)
-    options = {} if transparency is None else {"transparency": transparency}
-    rgb = load_rgb(saved(tmp_path, image, "palette.png", **options))
-    assert corner_colours(rgb) == ["red", "green", "blue", "white"]
+def test_palette(tmp_path: Path) -> None:
+    assert corner_colours(load_rgb(saved(tmp_path, quadrants().quantize(8), "palette.png"))) == ["red", "green", "blue", "white"]
 
 
-def test_alpha_is_dropped_as_apple_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["alpha.png", "alpha.webp", "alpha.gif"])
+def test_transparent_pixels_are_white_or_what_is_asked_for(tmp_path: Path, name: str) -> None:
     image = quadrants().convert("RGBA")
-    image.putalpha(0)
-    path = saved(tmp_path, image, "alpha.png")
-    assert corner_colours(load_rgb(path)) == ["red", "green", "blue", "white"]
-    assert same(load_rgb(path), Image.open(path).convert("RGB"))
+    image.paste((0, 0, 0, 0), (0, 0, 32, 48))
+    path = saved(tmp_path, image, name)
+    assert corner_colours(load_rgb(path)) == ["white", "green", "white", "white"]
+    assert corner_colours(load_rgb(path, "blue")) == ["blue", "green", "blue", "white"]
+    assert np.array_equal(preprocess(path, S, "crop", "red")[0, :, 9, 9], [1, 0, 0])
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1"])
