@@ -21,7 +21,7 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.evaluation.formats import ACCEPTED, Parsed, Row, Unusable, from_fields, parse_file
 from fastvlm_edge.inputs.image_input import ImageInput, load_rgb
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,15 @@ class Example:
     def load_image(self) -> Image.Image:
         """Open and decode the picture: mode RGB, upright. Raises FastVLMError, which names the picture."""
         if isinstance(self.image, Path):
+            if os.path.exists(self.image) and not os.path.isfile(self.image):  # a named pipe would be waited for
+                raise FastVLMError(f"{self.image} is not a file", "give the path of a picture")
             return load_rgb(self.image)
         try:
             return load_rgb(self.image.load())
         except FastVLMError as error:
             raise FastVLMError(f"{self.image.name}: {error.what}", error.mend) from None
+        except OSError as error:
+            raise FastVLMError(f"{self.image.name} cannot be read ({error})", "check the archive") from None
 
 
 class Dataset:
@@ -169,7 +173,7 @@ def _find_pictures(path: Path, parsed: Parsed, images: Path | None) -> list[Exam
         return [row for row in parsed.rows if isinstance(row, Unusable)]
     folder = path.parent if images is None else images
     layouts = [functools.partial(_place, folder / below, flat) for flat in (False, True) for below in ("", *parsed.folders)]
-    place = next((layout for layout in layouts if any(layout(name).is_file() for name in names)), None)
+    place = next((layout for layout in layouts if any(os.path.isfile(layout(name)) for name in names)), None)
     if place is None:
         mend = "give their folder with --images DIR" if images is None else "give another folder with --images DIR"
         raise FastVLMError(f"none of the pictures of {path}, such as {names[0]}, is in {folder}", mend)
@@ -223,7 +227,7 @@ def _sample(path: Path, archive: tarfile.TarFile, members: dict[str, tarfile.Tar
             fields = json.loads(_text_of(archive, members["json"]))
         if "txt" in members and isinstance(fields, dict) and not {"answer", "answers", "conversations"} & set(fields):
             fields["answer"] = _text_of(archive, members["txt"]).strip()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Unusable(first, f"its text cannot be read: {error}")
     if isinstance(fields, dict):
         fields["image"] = picture.name  # the picture of a sample is the one beside it

@@ -7,7 +7,8 @@ VQAv2 as their owners publish them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ ACCEPTED = (
     "a folder of pictures, JSON lines or a JSON list of {image, prompt, answer}, LLaVA conversations, a WebDataset .tar, "
     "or TextVQA, DocVQA, ChartQA or VQAv2 as published"
 )
+_PICTURE_KEYS = {"image", "images", "conversations"}
 _ONE_PER_LINE = 'write one object per line, such as {"image": "a.jpg", "prompt": "What does the meter read?", "answer": "042"}'
 
 
@@ -57,8 +59,8 @@ def parse_file(path: Path) -> Parsed:
     Raises FastVLMError if it is not JSON (with the line), has an unknown format, or its file of annotations is missing.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            first = next((line for line in file if line.strip()), "")
+        with open(path, "rb") as file:
+            first = next((line for line in file if line.strip()), b"").decode("utf-8-sig")
         if _is_json_lines(path, first):
             return _from_lines(path)
         document = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -87,21 +89,27 @@ def _is_json_lines(path: Path, first: str) -> bool:
 
 
 def _from_lines(path: Path) -> Parsed:
+    """The first line must be an object with known keys. A later one that cannot be read is one unusable row."""
     rows: list[Row | Unusable] = []
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+            where = f"line {number}"
             try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise FastVLMError(f"{path}, line {number}: not JSON ({error.msg})", _ONE_PER_LINE) from None
-            if not isinstance(fields, dict):
-                kind = type(fields).__name__
-                raise FastVLMError(f"{path}, line {number}: a {kind}, not an object", _ONE_PER_LINE)
-            if not rows and not {"image", "conversations"} & set(fields):
+                text = line.decode("utf-8-sig")
+                if not text.strip():
+                    continue
+                fields = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                why = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else f"not readable ({error})"
+                if not rows:
+                    raise FastVLMError(f"{path}, {where}: {why}", _ONE_PER_LINE) from None
+                rows.append(Unusable(where, why))
+                continue
+            if not rows and not isinstance(fields, dict):
+                raise FastVLMError(f"{path}, {where}: a {type(fields).__name__}, not an object", _ONE_PER_LINE)
+            if not rows and not _PICTURE_KEYS & set(fields):
                 raise _unknown(path, f"one object per line, the first with the keys {_keys(fields)}")
-            rows.append(from_fields(fields, f"line {number}"))
+            rows.append(from_fields(fields, where))
     return Parsed("jsonl", _not_empty(path, rows))
 
 
@@ -111,7 +119,7 @@ def _from_list(path: Path, document: list[Any]) -> Parsed:
         raise _unknown(path, "a list without objects")
     if {"imgname", "query"} <= set(first):
         return _chartqa(path, document)
-    if not {"image", "conversations"} & set(first):
+    if not _PICTURE_KEYS & set(first):
         raise _unknown(path, f"a list of objects with the keys {_keys(first)}")
     name = "llava" if "conversations" in first else "json"
     return Parsed(name, [from_fields(fields, f"number {number}") for number, fields in enumerate(document, start=1)])
@@ -136,11 +144,15 @@ def _from_object(path: Path, document: dict[str, Any]) -> Parsed:
 def from_fields(fields: Any, where: str) -> Row | Unusable:
     """One object of {image, prompt, answer}, or one LLaVA conversation; `where` is the id of an object without one."""
     if not isinstance(fields, dict):
-        return Unusable(where, f"a {type(fields).__name__}, not an object")
+        return Unusable(where, _no_object(fields))
     name = str(_first(fields, "id", "question_id", default=where))
-    picture = fields.get("image")
+    picture = _first(fields, "image", "images")
+    if isinstance(picture, list):
+        if len(picture) > 1:
+            return Unusable(name, f"{len(picture)} pictures, not one")
+        picture = next(iter(picture), None)
     if not isinstance(picture, str) or not picture:
-        return Unusable(name, "more than one picture" if isinstance(picture, list) else "no picture")
+        return Unusable(name, "no picture")
     kind = "" if fields.get("kind") is None else str(fields["kind"])
     if "conversations" in fields:
         turns = _first_turn(fields["conversations"])
@@ -170,16 +182,16 @@ def _textvqa(path: Path, data: list[Any]) -> Parsed:
     https://textvqa.org/dataset. LLaVA (llava/eval/eval_textvqa.py) and MMF read the same fields. The
     archive of pictures unpacks to train_images.
     """
-    rows = [
-        Row(
+    rows = _rows(
+        data,
+        lambda number, fields: Row(
             str(fields.get("question_id", number)),
-            f"{fields.get('image_id')}.jpg",
+            f"{fields['image_id']}.jpg",
             _text(fields, "question"),
             _texts(fields.get("answers")),
-        )
-        for number, fields in _objects(data)
-    ]
-    return Parsed("textvqa", [*rows], ("train_images", "train_val_images/train_images", "test_images"))
+        ),
+    )
+    return Parsed("textvqa", rows, ("train_images", "train_val_images/train_images", "test_images"))
 
 
 def _docvqa(path: Path, data: list[Any]) -> Parsed:
@@ -187,17 +199,17 @@ def _docvqa(path: Path, data: list[Any]) -> Parsed:
 
     https://rrc.cvc.uab.es/?ch=17 (task 1); the kind is the first question type, if the file has question types.
     """
-    rows = [
-        Row(
+    rows = _rows(
+        data,
+        lambda number, fields: Row(
             str(fields.get("questionId", number)),
-            str(fields.get("image")),
+            str(fields["image"]),
             _text(fields, "question"),
             _texts(fields.get("answers")),
             next(iter(_texts(fields.get("question_types"))), ""),
-        )
-        for number, fields in _objects(data)
-    ]
-    return Parsed("docvqa", [*rows], ("spdocvqa_images", "val", "train", "test"))
+        ),
+    )
+    return Parsed("docvqa", rows, ("spdocvqa_images", "val", "train", "test"))
 
 
 def _chartqa(path: Path, data: list[Any]) -> Parsed:
@@ -206,11 +218,11 @@ def _chartqa(path: Path, data: list[Any]) -> Parsed:
     https://github.com/vis-nlp/ChartQA ("ChartQA Dataset/test/test_human.json"); the kind is who wrote the questions.
     """
     kind = next((kind for kind in ("human", "augmented") if kind in path.stem), "")
-    rows = [
-        Row(str(number), str(fields.get("imgname")), _text(fields, "query"), _texts(fields.get("label")), kind)
-        for number, fields in _objects(data)
-    ]
-    return Parsed("chartqa", [*rows], ("png",))
+    rows = _rows(
+        data,
+        lambda number, fields: Row(str(number), str(fields["imgname"]), _text(fields, "query"), _texts(fields.get("label")), kind),
+    )
+    return Parsed("chartqa", rows, ("png",))
 
 
 def _vqav2(path: Path, document: dict[str, Any]) -> Parsed:
@@ -224,28 +236,46 @@ def _vqav2(path: Path, document: dict[str, Any]) -> Parsed:
         raise FastVLMError(f"{path} has questions of VQAv2, but their answers are not beside it", f"put {wanted} into {path.parent}")
     try:
         annotations = json.loads(beside.read_text(encoding="utf-8-sig"))["annotations"]
-        known = {int(fields["question_id"]): fields for fields in annotations}
+        known = {str(fields["question_id"]): fields for fields in annotations if isinstance(fields, dict) and "question_id" in fields}
+        if not known:
+            raise ValueError("no annotation")
     except json.JSONDecodeError as error:
         raise FastVLMError(f"{beside}, line {error.lineno}: not JSON ({error.msg})", "download it again") from None
     except (KeyError, TypeError, ValueError):
         what = f"{beside} is not an annotations file of VQAv2 (annotations with question_id and answers)"
         raise FastVLMError(what, "download it again") from None
     subset = str(document.get("data_subtype") or next((part for part in path.stem.split("_") if part[-4:].isdigit()), "val2014"))
-    rows: list[Row | Unusable] = []
-    for number, fields in _objects(document["questions"]):
+
+    def row(number: int, fields: dict[str, Any]) -> Row | Unusable:
         name = str(fields.get("question_id", number))
-        annotation = known.get(int(name)) if name.isdigit() else None
-        if annotation is None or not str(fields.get("image_id")).isdigit():
-            rows.append(Unusable(name, f"not in {beside.name}" if annotation is None else "no image_id"))
-            continue
+        annotation = known.get(name)
+        if annotation is None or not _is_number(fields["image_id"]):
+            return Unusable(name, f"not in {beside.name}" if annotation is None else "no image_id")
         picture = f"COCO_{subset}_{int(fields['image_id']):012}.jpg"
         kind = str(annotation.get("answer_type") or "")
-        rows.append(Row(name, picture, _text(fields, "question"), _texts(annotation.get("answers")), kind))
-    return Parsed("vqav2", rows, (subset,))
+        return Row(name, picture, _text(fields, "question"), _texts(annotation.get("answers")), kind)
+
+    return Parsed("vqav2", _rows(document["questions"], row), (subset,))
 
 
-def _objects(data: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    return ((number, fields) for number, fields in enumerate(data, start=1) if isinstance(fields, dict))
+def _rows(data: Iterable[Any], row: Callable[[int, dict[str, Any]], Row | Unusable]) -> list[Row | Unusable]:
+    """`row` of every object. What is not an object, or lacks a key that `row` needs, is a row that cannot be used."""
+    rows: list[Row | Unusable] = []
+    for number, fields in enumerate(data, start=1):
+        try:
+            rows.append(row(number, fields) if isinstance(fields, dict) else Unusable(f"number {number}", _no_object(fields)))
+        except KeyError as error:
+            rows.append(Unusable(f"number {number}", f"no {error.args[0]}"))
+    return rows
+
+
+def _no_object(fields: Any) -> str:
+    return f"a {type(fields).__name__}, not an object"
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a whole number, or its decimal digits."""
+    return re.fullmatch(r"[0-9]{1,18}", str(value)) is not None
 
 
 def _first(fields: dict[str, Any], *keys: str, default: Any = None) -> Any:

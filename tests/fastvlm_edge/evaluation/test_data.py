@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -209,8 +210,8 @@ def test_vqav2_needs_its_annotations_and_skips_questions_without(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", '{"image": "a.png"}\n\n{"image": \n', r"a\.jsonl, line 3: not JSON"),
-        ("a.jsonl", '{"image": "a.png"}\n[1]\n', "line 2: a list, not an object"),
+        ("a.jsonl", '\n\n{"image": \n', r"a\.jsonl, line 3: not JSON"),
+        ("a.jsonl", '[1]\n{"image": "a.png"}\n', "line 1: a list, not an object"),
         ("a.jsonl", '{"picture": "a.png", "text": "?"}\n', "the first with the keys picture, text, which is not a known format"),
         ("a.jsonl", "", "is empty"),
         ("a.json", '[\n{"image": "a.png",}\n]', r"a\.json, line 2: not JSON"),
@@ -246,6 +247,74 @@ def test_bad_pictures_are_counted_named_and_skipped(tmp_path: Path) -> None:
     assert len(read(dataset)) == 3
     assert [item.id for item in dataset.skipped] == ["b.png"]
     assert len(read(dataset)) == 3 and len(dataset.skipped) == 1  # reading again counts again
+
+
+def test_lines_that_cannot_be_read_are_named_and_skipped(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    good = b'{"image": "a.png", "prompt": "?", "answer": "1"}'
+    bad = {
+        b'{"image": "a.png"': "not JSON (",
+        b"[1]": "a list, not an object",
+        b'{"image": "\xff.png"}': "not readable ('utf-8' codec",
+        b"[" * 100_000: "not ",
+        b'{"image": "a.png", "answer": ' + b"1" * 5_000 + b"}": "not readable (Exceeds the limit",
+        b'{"image": ["a.png", "a.png"]}': "2 pictures, not one",
+        b'{"image": []}': "no picture",
+        b'{"image": "a\\u0000b.png"}': "cannot be read",
+        b'{"image": "' + b"a" * 5_000 + b'.png"}': "cannot be read",
+        b'{"image": "\\ud800.png"}': "cannot be read",
+    }
+    (tmp_path / "questions.jsonl").write_bytes(b"\r\n".join([good] * len(bad) + list(bad)))
+    dataset = open_data(str(tmp_path / "questions.jsonl"))
+    assert read(dataset) == [("?", ("1",), "")] * len(bad)
+    assert [item.id for item in dataset.skipped] == [f"line {number + len(bad) + 1}" for number in range(len(bad))]
+    for item, reason in zip(dataset.skipped, bad.values(), strict=True):
+        assert reason in item.reason
+
+
+@pytest.mark.parametrize("row", [{"image": ["a.png"]}, {"images": ["a.png"]}, {"images": "a.png"}])
+def test_a_list_of_one_picture_is_a_picture(tmp_path: Path, row: dict[str, Any]) -> None:
+    draw(tmp_path / "a.png")
+    row |= {"prompt": "?", "answer": "1"}
+    assert read(open_data(lines(tmp_path / "a.jsonl", row))) == [("?", ("1",), "")]
+    assert read(open_data(write(tmp_path / "a.json", [row]))) == [("?", ("1",), "")]
+
+
+def test_extreme_pictures_are_named_and_skipped(tmp_path: Path) -> None:
+    """What one picture can be: too narrow, too large, HEIC, a pipe that nobody writes to."""
+    for number in range(6):
+        draw(tmp_path / f"good{number}.png")
+    Image.new("1", (5_000, 50)).save(tmp_path / "strip.png")
+    Image.new("1", (14_000, 13_000)).save(tmp_path / "vast.png")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    os.mkfifo(tmp_path / "pipe.jpg")
+    dataset = open_data(str(tmp_path))
+    assert len(read(dataset)) == 6
+    reasons = {item.id: item.reason for item in dataset.skipped}
+    assert set(reasons) == {"strip.png", "vast.png", "phone.heic", "pipe.jpg"}
+    assert "aspect ratio is above 50" in reasons["strip.png"] and "is too large" in reasons["vast.png"]
+    assert "HEIC" in reasons["phone.heic"] or "damaged" in reasons["phone.heic"]
+    assert "is not a file" in reasons["pipe.jpg"]
+
+
+def test_an_archive_that_vanishes_is_named(tmp_path: Path) -> None:
+    source = Path(webdataset(tmp_path / "a.tar", draw(tmp_path / "a.png").read_bytes()))
+    dataset = open_data(str(source))
+    source.unlink()
+    with pytest.raises(FastVLMError, match=r"more than half .*a\.tar/shard/0001\.jpg cannot be read \(.*No such file"):
+        read(dataset)
+
+
+def test_rows_of_published_sets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    for make, picture in ((textvqa, "0054c91397f2fe05.jpg"), (docvqa, "documents/pybv0228_81.png")):
+        path = Path(make(tmp_path))
+        draw(tmp_path / picture)
+        document = json.loads(path.read_text())
+        document["data"] = [*document["data"] * 2, {"question": "?"}, 17]
+        dataset = open_data(write(path, document))
+        assert len(read(dataset)) == 2
+        assert [item.id for item in dataset.skipped] == ["number 3", "number 4"]
+        assert dataset.skipped[0].reason in ("no image_id", "no image") and dataset.skipped[1].reason == "a int, not an object"
 
 
 def test_too_few_or_more_than_half_bad_is_an_error(tmp_path: Path) -> None:

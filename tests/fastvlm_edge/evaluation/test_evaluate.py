@@ -296,6 +296,21 @@ def test_an_interruption_prints_what_there_is(
         assert "2 of 5 questions; partial: the run was stopped before the end" in out
 
 
+def test_extreme_examples_do_not_end_the_evaluation(
+    model_dir: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("1", (5_000, 50)).save(tmp_path / "strip.png")
+    good = {"image": [str(pictures / "a.png")], "prompt": QUESTION, "answer": "042"}
+    bad = [{"image": "strip.png"}, {"id": "\ud800", "prompt": "\ud800"}, {"id": "long", "prompt": "a " * 100_000}]
+    source = tmp_path / "questions.jsonl"
+    source.write_text("".join(json.dumps(good | row) + "\n" for row in [{}, *bad, {}, {}]))
+    assert main(arguments(model_dir, source, "--json")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["count"], report["skipped"], report["partial"]) == (3, 3, False)
+    assert [item["id"] for item in report["skipped_examples"]] == ["line 2", "?", "long"]
+    assert "strip.png has 5000 x 50 pixels; its aspect ratio" in report["skipped_examples"][0]["reason"]
+
+
 def test_an_error_on_the_way_prints_what_there_is(
     model_dir: Path, questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
