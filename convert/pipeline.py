@@ -50,6 +50,7 @@ from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.atomic import written_beside
 from fastvlm_edge.model_dir.engine_record import VISION_GRAPHS
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, STRIDE, DecoderSpec, FileRecord, Manifest, Source, TextSpec, VisionSpec, sha256
+from fastvlm_edge.model_dir.verified import remember
 from fastvlm_edge.progress import Progress, SilentProgress
 from fastvlm_edge.version import __version__
 
@@ -122,6 +123,7 @@ def convert(
         progress.stage("hash")
         manifest = _add_hashes(conversion.manifest, directory, source_hashes.result())
         manifest.write(directory)
+        remember(directory, manifest)
     progress.done()
     return manifest
 

@@ -36,7 +36,9 @@ from fastvlm_edge.model_dir.engine_record import (
     onnx_hashes,
     read_record,
 )
-from fastvlm_edge.model_dir.manifest import FileRecord, Manifest, read_manifest, sha256, verify_files
+from fastvlm_edge.model_dir.json_record import parse_json
+from fastvlm_edge.model_dir.manifest import FileRecord, Manifest, read_manifest, sha256
+from fastvlm_edge.model_dir.verified import verify
 from fastvlm_edge.nvidia.cuda import Cuda
 from fastvlm_edge.nvidia.drivers import open_cuda
 from fastvlm_edge.nvidia.tensorrt_library import (
@@ -115,7 +117,7 @@ def build(model: Path, target: str = "auto", options: Options | None = None, *, 
     options, progress = options or Options(), progress or SilentProgress()
     model = Path(os.path.abspath(model))
     manifest = read_manifest(model)
-    verify_files(model, manifest)
+    verify(model, manifest, progress=progress)
     plan = _plan(manifest, target, options)
     try:
         if not plan.target.listed:
@@ -419,9 +421,16 @@ def _list_layers(library: Library, built: Built, profiles: tuple[Profile, ...], 
 
 
 def read_layers(folder: Path) -> dict[str, list[Layer]]:
-    """Read `layers.json`, which a build with `report` writes: part -> layers. Empty for a part that TensorRT did not list."""
-    document = json.loads((folder / LAYERS_NAME).read_text(encoding="utf-8"))
-    return {part: [_layer(layer) for layer in layers] for part, layers in document.items()}
+    """Read `layers.json`, which a build with `report` writes: part -> layers. Empty for a part that TensorRT did not list.
+
+    Raises FastVLMError if it is damaged.
+    """
+    path = folder / LAYERS_NAME
+    try:
+        document = parse_json(path.read_text(encoding="utf-8"))
+        return {part: [_layer(layer) for layer in layers] for part, layers in document.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FastVLMError(f"{path} is damaged ({type(error).__name__}: {error})", "build again with --report --force") from None
 
 
 def _layer(document: dict[str, Any]) -> Layer:

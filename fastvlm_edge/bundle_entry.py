@@ -18,7 +18,9 @@ from fastvlm_edge.bundling import unit
 from fastvlm_edge.bundling.start import Bundle, BundleError, ensure, state_folder, unpacked
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.engine_record import find_records, gpu_of, mismatch
+from fastvlm_edge.model_dir.json_record import parse_json
 from fastvlm_edge.model_dir.manifest import read_manifest
+from fastvlm_edge.model_dir.verified import remember
 from fastvlm_edge.nvidia.drivers import open_cuda
 from fastvlm_edge.nvidia.tensorrt_library import find_library
 from fastvlm_edge.progress import stderr_progress
@@ -88,6 +90,7 @@ def unpack_model(bundle: Bundle, *, hashes: bool) -> Path:
         progress.stage("unpacking the model, once (MB)", total >> 20)
     folder = ensure(bundle, MODEL, hashes=hashes, advance=advance)
     progress.done()
+    remember(folder, read_manifest(folder))  # `ensure` has compared all files
     return folder
 
 
@@ -112,8 +115,8 @@ def build_missing_engines(bundle: Bundle, model: Path) -> bool:
     progress = stderr_progress()
     failed = model.parent / f"{model.name}.failed"
     machine = f"{library.name} {library.version}, {device.name}"
-    with contextlib.suppress(OSError, ValueError):
-        last = json.loads(failed.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        last = parse_json(failed.read_text(encoding="utf-8"))
         if last["machine"] == machine:
             progress.note(f"no engines: {last['error']}; to try again, run: {bundle.path} build")
             return False

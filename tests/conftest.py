@@ -16,6 +16,7 @@ from fastvlm_edge.backends.load_engines import load_engines
 from fastvlm_edge.backends.verification.reference import REFERENCE_NAME, compute_reference
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import FileRecord, read_manifest, sha256
+from fastvlm_edge.model_dir.verified import remember
 from fastvlm_edge.progress import SilentProgress
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_engine import build_engines, fake_gpu
@@ -39,7 +40,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compute_reference(directory, manifest, SilentProgress(), threads=1).write(directory)
     path = directory / REFERENCE_NAME
     files = {**manifest.files, path.name: FileRecord(sha256(path), path.stat().st_size)}
-    replace(manifest, files=files).write(directory)
+    manifest = replace(manifest, files=files)
+    manifest.write(directory)
+    remember(directory, manifest)
     return directory
 
 

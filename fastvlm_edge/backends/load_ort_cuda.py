@@ -21,7 +21,7 @@ from fastvlm_edge.machine.host import read_jetson
 from fastvlm_edge.machine.libraries import read_driver
 from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.model_dir.atomic import whole_file
-from fastvlm_edge.model_dir.json_record import from_json
+from fastvlm_edge.model_dir.json_record import from_json, parse_json
 from fastvlm_edge.model_dir.manifest import Manifest
 from fastvlm_edge.progress import Progress, SilentProgress
 
@@ -58,7 +58,7 @@ class Verdict:
 def read_verdict(directory: Path) -> Verdict | None:
     """The verdict in a model directory; None if there is none that can be read: then the check is repeated."""
     try:
-        verdict: Verdict = from_json(Verdict, json.loads((directory / VERDICT_NAME).read_text(encoding="utf-8")))
+        verdict: Verdict = from_json(Verdict, parse_json((directory / VERDICT_NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     return verdict

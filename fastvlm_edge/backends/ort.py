@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
 from fastvlm_edge.backends.kv_cache import KVCache
-from fastvlm_edge.backends.ort_session import DTYPES, Setup, check_tensors, on_device, ort_value, run
+from fastvlm_edge.backends.ort_session import DTYPES, Setup, check_shapes, check_tensors, on_device, ort_value, run
 from fastvlm_edge.backends.protocol import Decoder, ImageFeatures, StepOutput, check_context, check_pixels, same_pictures
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest
@@ -68,6 +68,9 @@ class OrtVision:
         self._manifest = setup.manifest
         check_tensors(path, self._session.get_inputs(), {"pixel_values": "float32"})
         check_tensors(path, self._session.get_outputs(), {"image_features": setup.manifest.decoder.dtype})
+        vision = setup.manifest.vision
+        check_shapes(path, self._session.get_inputs(), {"pixel_values": (None, 3, vision.image_size, vision.image_size)})
+        check_shapes(path, self._session.get_outputs(), {"image_features": (None, vision.tokens, vision.hidden)})
 
     def encode(self, pixel_values: NDArray[np.float32]) -> HostFeatures:
         """pixel_values [1, 3, S, S] -> features [tokens, hidden]."""
@@ -99,6 +102,15 @@ def check_decoder(path: Path, session: Any, spec: DecoderSpec) -> tuple[bool, di
     types = {name: found.get(name, "float32") for name in floats} | {"top_ids": "int64"}
     types |= present if appends else {"kv_new": spec.dtype}
     check_tensors(path, outputs, types)
+    cache = (None, spec.kv_heads, None, spec.head_dim)
+    check_shapes(path, session.get_inputs(), {"image_features": (None, spec.hidden), **dict.fromkeys(past, cache)})
+    rows: dict[str, tuple[int | None, ...]] = {
+        "kv_new": (spec.layers, 2, None, spec.kv_heads, None, spec.head_dim),
+        "logits": (None, None, spec.vocab),
+        "top_values": (None, None, spec.candidates),
+        "top_ids": (None, None, spec.candidates),
+    }
+    check_shapes(path, outputs, {**rows, **dict.fromkeys(present, cache)})
     return appends, types
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.probe import usable_cores
-from fastvlm_edge.model_dir.manifest import Manifest
+from fastvlm_edge.model_dir.manifest import Manifest, links_outside
 
 ONNX_BFLOAT16 = 16
 Provider = str | tuple[str, dict[str, str]]
@@ -172,7 +172,10 @@ def load(path: Path, options: ort.SessionOptions, providers: list[Provider]) -> 
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
-        refuse(error, f"{path} could not be loaded", "copy the model directory again, or convert the checkpoint again")
+        mend = "copy the model directory again, or convert the checkpoint again"
+        if links := links_outside(path.parent):
+            mend = f"{links[0].name} is a link to a file outside it, which some versions refuse: run: cp -rL {path.parent} NEW, and use NEW"
+        refuse(error, f"{path} could not be loaded", mend)
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if session.get_providers()[0] != wanted:
         raise FastVLMError(f"onnxruntime could not start {wanted}", "check the GPU driver and CUDA libraries, or use --backend ort")
@@ -202,6 +205,24 @@ def refuse(error: Exception, what: str, mend: str) -> NoReturn:
         mend = "convert the checkpoint with --precision fp32, int8 or int4, or update onnxruntime"
     shown = reason if len(reason) <= 300 else reason[:297] + "..."
     raise FastVLMError(f"{what}: {shown or type(error).__name__}", mend) from error
+
+
+def check_shapes(path: Path, tensors: Any, wanted: dict[str, tuple[int | None, ...]]) -> None:
+    """Compare shapes of inputs or outputs of a graph with the manifest; None is any size. Raises FastVLMError for the first difference.
+
+    A size that is not the graph's own would not always fail: with another `vocab`, ids stand for other tokens and visual tokens.
+    """
+    for tensor in tensors:
+        sizes = wanted.get(tensor.name)
+        if sizes is None:
+            continue
+        differ = any(size is not None and isinstance(own, int) and own != size for own, size in zip(tensor.shape, sizes))  # noqa: B905
+        if differ or len(tensor.shape) != len(sizes):
+            expected = ", ".join("any" if size is None else str(size) for size in sizes)
+            raise FastVLMError(
+                f"{path} does not match its manifest: tensor {tensor.name} has shape {tensor.shape}, expected [{expected}]",
+                "copy the model directory again, or convert the checkpoint again",
+            )
 
 
 def check_tensors(path: Path, tensors: Any, wanted: dict[str, str]) -> None:

@@ -68,7 +68,7 @@ def _load(name: str, directory: Path, manifest: Manifest, threads: int | None, p
 
 
 def _first_that_runs(directory: Path, manifest: Manifest, threads: int | None, progress: Progress) -> Backend:
-    engines = (directory / ENGINES).is_dir()
+    engines = any(not path.name.startswith(".") for path in (directory / ENGINES).glob("*"))
     reasons = [] if engines else ["no TensorRT engines"]
     for name in ("tensorrt", "ort-cuda"):
         if not (engines if name == "tensorrt" else _runs_on_cuda(manifest)):

@@ -14,6 +14,7 @@ from fastvlm_edge.extras import install_advice
 from fastvlm_edge.model_dir.atomic import whole_file
 
 FORMATS = ("png", "svg")
+DRAWINGS = ("ttft", "decode", "accuracy")
 PARTS = (
     ("preprocess_ms", "preprocess", "#9aa7b4"),
     ("vision_ms", "vision", "#2f6f9f"),
@@ -30,6 +31,11 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise FastVLMError("--plot needs matplotlib, which is not installed", install_advice("bench")) from None
+
+
+def plot_files(prefix: Path, drawings: Sequence[str] = DRAWINGS) -> list[Path]:
+    """The files that `draw` may write."""
+    return [prefix.with_name(f"{prefix.name}-{name}.{kind}") for name in drawings for kind in FORMATS]
 
 
 def draw(prefix: Path, records: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]] = ()) -> list[Path]:
@@ -163,8 +169,7 @@ def _save(prefix: Path, name: str, paint: Callable[[Any], None]) -> list[Path]:
     with matplotlib.rc_context({"svg.hashsalt": "fastvlm-edge", "svg.fonttype": "none"}):
         figure = Figure(figsize=_SIZE, layout="constrained")
         paint(figure)
-        for kind in FORMATS:
-            path = prefix.with_name(f"{prefix.name}-{name}.{kind}")
+        for path, kind in zip(plot_files(prefix, [name]), FORMATS, strict=True):
             try:
                 with whole_file(path) as partial:
                     figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})

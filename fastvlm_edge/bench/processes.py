@@ -19,7 +19,8 @@ from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.machine.description import describe, gpu_versions
 from fastvlm_edge.machine.state import hottest, read_state
 from fastvlm_edge.model_dir.engine_record import find_records
-from fastvlm_edge.model_dir.manifest import read_manifest, verify_files
+from fastvlm_edge.model_dir.manifest import read_manifest
+from fastvlm_edge.model_dir.verified import verify
 from fastvlm_edge.nvidia.description import describe_gpu
 from fastvlm_edge.progress import Progress
 
@@ -34,7 +35,7 @@ class Measurement:
         """Raises FastVLMError if the model directory is damaged, or if the settings do not fit it. The model is not loaded."""
         self.directory, self.settings, self.processes = directory, settings, processes
         self.manifest = read_manifest(directory)
-        verify_files(directory, self.manifest)
+        verify(directory, self.manifest)  # here, so that no process measures it
         self.plan: Plan = plan_for(self.manifest, TextTokenizer(directory / "tokenizer.json"), settings)
         self.samples = Samples()
         self._facts: dict[str, Any] = {}

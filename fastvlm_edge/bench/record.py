@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterable, Sequence
@@ -11,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.model_dir.atomic import whole_file
+from fastvlm_edge.model_dir.atomic import file_to_replace, whole_file
+from fastvlm_edge.model_dir.json_record import from_json, parse_json
 
 SCHEMA = 1
 KIND = "fastvlm-edge bench"
 DECODE = "decode_tokens_per_second"
+_PARTS: dict[str, dict[str, type]] = {
+    "model": {"name": str, "precision": str, "image_size": int},
+    "machine": {},
+    "settings": {},
+}
 FIGURES = {
     "ttft_cold_ms": "first token, new picture",
     "preprocess_ms": "  preprocess",
@@ -130,18 +137,21 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise FastVLMError if a file at `path` could not be written, before minutes are spent on measurements."""
-    if path.is_dir():
-        raise FastVLMError(f"{path} is a directory", "give the name of a file")
-    if not path.absolute().parent.is_dir():
-        raise FastVLMError(f"{path.absolute().parent} does not exist", "create this directory first, or choose another place")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise FastVLMError(f"{path.absolute().parent} is not writable", "choose another place")
+    try:
+        folder = file_to_replace(path).parent
+    except OSError as error:
+        what = "is a directory" if isinstance(error, IsADirectoryError) else f"cannot be written ({error.strerror})"
+        raise FastVLMError(f"{path} {what}", "give the name of a file") from None
+    if not folder.is_dir():
+        raise FastVLMError(f"{folder} does not exist", "create this directory first, or choose another place")
+    if not os.access(folder, os.W_OK):
+        raise FastVLMError(f"{folder} is not writable", "choose another place")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises FastVLMError if there is none."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FastVLMError(f"{path} cannot be read ({error.strerror})", "check the name of the file") from None
     except ValueError as error:
@@ -164,4 +174,38 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             raise FastVLMError(
                 f"{path} has schema {each.get('schema')}, and this version reads {SCHEMA}", "measure again with this version"
             )
+        try:
+            _check_values(each)
+        except ValueError as error:
+            raise FastVLMError(f"{path} is damaged ({error})", "measure again") from None
     return list(found)
+
+
+@dataclass(frozen=True)
+class _Summary:
+    median: float
+    min: float
+    max: float
+    samples: list[list[float]]
+
+
+@dataclass(frozen=True)
+class _Depth:
+    depth: int
+    tokens_per_second: _Summary
+
+
+def _check_values(document: dict[str, Any]) -> None:
+    """Raise ValueError for the first value that no measurement writes."""
+    for part, keys in _PARTS.items():
+        if not isinstance(document.get(part), dict):
+            raise ValueError(f"{part} is not an object")
+        for key, kind in keys.items():
+            if not isinstance(document[part].get(key), kind):
+                raise ValueError(f"{key} of {part} is {str(document[part].get(key))[:40]!r}, not of type {kind.__name__}")
+    from_json(list[_Depth], document.get("decode_by_depth", []), "decode_by_depth")
+    for name, figure in figures_of(document).items():
+        summary: _Summary = from_json(_Summary, figure, name)
+        values = [value for group in summary.samples for value in group]
+        if not values or not all(0 <= value < math.inf for value in (*values, summary.median, summary.min, summary.max)):
+            raise ValueError(f"{name} has no samples, or one that is not a positive number")

@@ -24,6 +24,7 @@ from fastvlm_edge.bundling.licences import OWN_LICENCE, list_licences, model_lic
 from fastvlm_edge.bundling.wheels import Wheel
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.boards.systems import BundleTarget
+from fastvlm_edge.model_dir.atomic import file_to_replace, whole_file
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, read_manifest, sha256, verify_files
 from fastvlm_edge.progress import Progress, SilentProgress
 from fastvlm_edge.version import __version__
@@ -164,27 +165,32 @@ def _write(file: BinaryIO, target: BundleTarget, index: bytes, entries: dict[str
 @contextmanager
 def _new_file(output: Path, *, force: bool) -> Iterator[BinaryIO]:
     """An executable file that gets its name only after it is complete."""
-    if output.exists() and not force:
-        raise FastVLMError(f"{output} exists", "use --force to replace it, or give -o another name")
-    if output.is_dir():
-        raise FastVLMError(f"{output} is a directory", "give -o the name of a file")
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    check_new_file(output, force=force)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o755)
-        partial.replace(output)
+        with whole_file(output) as partial:
+            with partial.open("w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.chmod(0o755)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise FastVLMError(
                 f"the disk of {output.parent} is full; no partial file was left there", "free some space, or give -o a name on another disk"
             ) from None
         raise FastVLMError(f"{output} could not be written ({error.strerror or error})", "give -o another name") from None
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def check_new_file(output: Path, *, force: bool) -> None:
+    """Raise FastVLMError if no bundle can be written to `output`: it exists and `force` is not given, or it is not a regular file."""
+    if output.exists() and not force:
+        raise FastVLMError(f"{output} exists", "use --force to replace it, or give -o another name")
+    try:
+        file_to_replace(output)
+    except OSError as error:
+        what = "is a directory" if isinstance(error, IsADirectoryError) else f"cannot be written ({error.strerror})"
+        raise FastVLMError(f"{output} {what}", "give -o the name of a file") from None
 
 
 # What goes in -------------------------------------------------------------------------------------------------------------------

@@ -116,7 +116,8 @@ def state_folder() -> Path:
         return Path(os.path.abspath(named))
     if os.geteuid() == 0:
         return SYSTEM
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fastvlm-edge" / "bundles"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return cache / "fastvlm-edge" / "bundles" if cache.is_absolute() else SYSTEM  # a user without a home
 
 
 def unpacked(bundle: Bundle, part: str) -> Path | None:
@@ -205,8 +206,8 @@ def _full(folder: Path, why: str) -> BundleError:
 def _damaged(bundle: Bundle, part: str, folder: Path, hashes: bool) -> list[str]:
     """Names of the files that differ from those in the bundle."""
     try:
-        stamps = json.loads(_stamps_path(folder).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        stamps = dict(json.loads(_stamps_path(folder).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         stamps = {}
     bad, fresh = [], {}
     for name, record in bundle.files(part).items():

@@ -14,7 +14,7 @@ from typing import Any
 from fastvlm_edge.backends.select import BACKENDS
 from fastvlm_edge.bench.compare import RULE, check_comparable, compare, format_changes
 from fastvlm_edge.bench.measure import DEPTHS, NEW_TOKENS, Settings, measure
-from fastvlm_edge.bench.plot import check_matplotlib, draw
+from fastvlm_edge.bench.plot import check_matplotlib, draw, plot_files
 from fastvlm_edge.bench.processes import CHILD, Measurement
 from fastvlm_edge.bench.record import check_writable, read_json, read_records, write_json
 from fastvlm_edge.bench.table import format_record
@@ -49,7 +49,8 @@ def _check(options: argparse.Namespace) -> list[dict[str, Any]]:
         check_writable(options.output)
     if options.plot is not None:
         check_matplotlib()
-        check_writable(options.plot.with_name(f"{options.plot.name}-ttft.png"))
+        for path in plot_files(options.plot):
+            check_writable(path)
     return [read_json(path) for path in options.eval]
 
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastvlm_edge.bundling.archive import write_bundle
+from fastvlm_edge.bundling.archive import check_new_file, write_bundle
 from fastvlm_edge.bundling.wheels import collect_wheels
 from fastvlm_edge.machine.boards.systems import SYSTEMS
 from fastvlm_edge.machine.boards.targets import BUNDLE_NAMES, bundle_target
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     target = bundle_target(options.target, options.python)
     read_manifest(options.model)  # a wrong directory is reported before anything is downloaded
+    check_new_file(options.output, force=options.force)
     progress = stderr_progress()
     with tempfile.TemporaryDirectory() as scratch:
         progress.stage("collecting wheels")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO
 
 from fastvlm_edge.backends.select import BACKENDS
 from fastvlm_edge.bench.record import check_writable
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.evaluation.data import open_data
-from fastvlm_edge.evaluation.evaluate import MAX_NEW_TOKENS, Answer, Evaluation, Subject, check_answers, format_table
+from fastvlm_edge.evaluation.evaluate import MAX_NEW_TOKENS, AnswerFile, Evaluation, Subject, check_answers, format_table
 from fastvlm_edge.generation.sampling import SamplingParams
 from fastvlm_edge.progress import SilentProgress, stderr_progress
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     """Ask all questions, then print a table, or with `--json` one object; after Ctrl-C or an error, print what was measured so far."""
     options = parser().parse_args(arguments)
     SamplingParams(max_new_tokens=options.max_new_tokens)  # wrong options are reported before the model loads
-    if options.save is not None and options.save.exists():
+    if options.save is not None and os.path.lexists(options.save):
         raise FastVLMError(f"{options.save} already exists and is never overwritten", "remove it, or give another name with --save")
     if options.save is not None:
         check_writable(options.save)
@@ -41,38 +41,21 @@ def main(arguments: Sequence[str]) -> int:
                 Subject.load(options.reference, backend, threads=options.threads, tune_process=True, progress=progress)
             )
         evaluation = Evaluation(subject, dataset, reference=reference, max_new_tokens=options.max_new_tokens, suffix=options.suffix)
-        saved = None if options.save is None else stack.enter_context(open(options.save, "x", encoding="utf-8", errors="replace"))
+        saved = None if options.save is None else stack.enter_context(AnswerFile(options.save))
         try:
-            evaluation.run(on_answer=lambda answer: _save(saved, answer), progress=progress)
+            evaluation.run(on_answer=None if saved is None else saved.add, progress=progress)
         except (KeyboardInterrupt, FastVLMError) as error:
             progress.done()
             if evaluation.count and options.json and isinstance(error, FastVLMError):
                 error.partial = evaluation.report()  # printed with the error, as one object
             elif evaluation.count:
                 _finish(evaluation, saved, as_json=options.json)
-            if saved is not None:
-                with suppress(OSError):  # the first error is the one to report
-                    saved.close()
             raise
         _finish(evaluation, saved, as_json=options.json)
     return 0
 
 
-def _save(file: TextIO | None, answer: Answer) -> None:
-    if file is None:
-        return
-    try:
-        file.write(json.dumps(answer.to_json(), ensure_ascii=False) + "\n")
-        file.flush()
-    except OSError as error:
-        raise _not_written(file, error) from None
-
-
-def _not_written(file: TextIO, error: OSError) -> FastVLMError:
-    return FastVLMError(f"{file.name} cannot be written ({error.strerror})", "free some space, or choose another place with --save")
-
-
-def _finish(evaluation: Evaluation, saved: TextIO | None, *, as_json: bool) -> None:
+def _finish(evaluation: Evaluation, saved: AnswerFile | None, *, as_json: bool) -> None:
     """Print the report and close the file. With `--json` the object is printed last: an error must not follow as a second one."""
     report = evaluation.report()
     if not as_json:
@@ -80,10 +63,9 @@ def _finish(evaluation: Evaluation, saved: TextIO | None, *, as_json: bool) -> N
     if saved is not None:
         try:
             saved.close()
-        except OSError as error:
-            failure = _not_written(saved, error)
-            failure.partial = report
-            raise failure from None
+        except FastVLMError as error:
+            error.partial = report
+            raise
     if as_json:
         print(json.dumps(report, ensure_ascii=False), flush=True)
 

@@ -9,7 +9,7 @@ from fastvlm_edge.doctor.facts import Facts
 from fastvlm_edge.doctor.findings import Finding, ok, problem, warning
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.engine_record import EngineRecord, Gpu, engine_folders, mismatch, read_record
-from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
+from fastvlm_edge.model_dir.manifest import Manifest, links_outside, read_manifest, verify_files
 
 _COPY_AGAIN = "copy the model directory again, or convert the checkpoint again"
 
@@ -25,6 +25,9 @@ def check_model(directory: Path, facts: Facts) -> list[Finding]:
         return [problem("model", f"{error.filename} cannot be read: {error.strerror}", f"sudo chown -R $USER {directory}")]
     nbytes = sum(record.bytes for record in manifest.files.values())
     findings = [ok("model", f"{manifest.name}, {manifest.precision}, {gib(nbytes)}, complete")]
+    if links := links_outside(directory):
+        text = f"{links[0].name} is a link to a file outside the directory, which some versions of onnxruntime refuse to load"
+        findings.append(warning("model links", text, f"cp -rL {directory} NEW"))
     if nbytes > facts.memory.available:
         text = f"its weights alone need {gib(nbytes)}, and {gib(facts.memory.available)} are free"
         findings.append(problem("model memory", text, "fastvlm-edge convert CHECKPOINT -o MODEL --precision int4"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from PIL import Image
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.evaluation.formats import ACCEPTED, Parsed, Row, Unusable, from_fields, parse_file
 from fastvlm_edge.inputs.image_input import ImageInput, load_rgb
+from fastvlm_edge.model_dir.json_record import parse_json
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
 
@@ -224,10 +224,10 @@ def _sample(path: Path, archive: tarfile.TarFile, members: dict[str, tarfile.Tar
     fields: Any = {}
     try:
         if "json" in members:
-            fields = json.loads(_text_of(archive, members["json"]))
+            fields = parse_json(_text_of(archive, members["json"]))
         if "txt" in members and isinstance(fields, dict) and not {"answer", "answers", "conversations"} & set(fields):
             fields["answer"] = _text_of(archive, members["txt"]).strip()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return Unusable(first, f"its text cannot be read: {error}")
     if isinstance(fields, dict):
         fields["image"] = picture.name  # the picture of a sample is the one beside it

@@ -5,9 +5,11 @@ The runtime generates every answer greedily. Logits along a given answer (teache
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -136,6 +138,59 @@ class Answer:
             "token_ids": reply.token_ids,
             **{name: round(value, 6) for name, value in self.scores.items()},
         }
+
+
+class AnswerFile:
+    """The file of `--save`: a line of JSON for each answer, written at once. It ends with a whole line, whatever interrupts the writing.
+
+    Without any answer it is removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Create the file. Raises FastVLMError if it exists or cannot be created."""
+        self._path = path
+        self._written = 0
+        """Bytes of whole lines."""
+        try:
+            self._file = open(path, "xb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        with suppress(OSError, FastVLMError):  # the first error is the one to report
+            self.close()
+
+    def add(self, answer: Answer) -> None:
+        """Append an answer. Raises FastVLMError if the disk is full."""
+        line = (json.dumps(answer.to_json(), ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
+        done = 0
+        try:
+            while done < len(line):
+                done += self._file.write(line[done:])
+        except OSError as error:
+            raise self._failure(error) from None
+        finally:
+            if done < len(line):
+                self._file.truncate(self._written)
+                self._file.seek(self._written)
+        self._written += len(line)
+
+    def close(self) -> None:
+        """Close the file. May be called twice. Raises FastVLMError if the disk is full."""
+        if self._file.closed:
+            return
+        try:
+            self._file.close()
+            if not self._written:
+                self._path.unlink()
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: OSError) -> FastVLMError:
+        return FastVLMError(f"{self._path} cannot be written ({error.strerror})", "free some space, or choose another place with --save")
 
 
 class Tally:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir.json_record import parse_json
 
 ACCEPTED = (
     "a folder of pictures, JSON lines or a JSON list of {image, prompt, answer}, LLaVA conversations, a WebDataset .tar, "
@@ -63,13 +64,13 @@ def parse_file(path: Path) -> Parsed:
             first = next((line for line in file if line.strip()), b"").decode("utf-8-sig")
         if _is_json_lines(path, first):
             return _from_lines(path)
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        document = parse_json(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise FastVLMError(f"{path} is not text", f"give {ACCEPTED}") from None
     except json.JSONDecodeError as error:
         raise FastVLMError(f"{path}, line {error.lineno}: not JSON ({error.msg})", f"give {ACCEPTED}") from None
-    except RecursionError:
-        raise FastVLMError(f"{path} is nested too deeply for a file of questions", f"give {ACCEPTED}") from None
+    except ValueError as error:
+        raise FastVLMError(f"{path} cannot be read ({error})", f"give {ACCEPTED}") from None
     if isinstance(document, list):
         return _from_list(path, document)
     if isinstance(document, dict):
@@ -82,7 +83,7 @@ def _is_json_lines(path: Path, first: str) -> bool:
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return True
     try:
-        document = json.loads(first)
+        document = parse_json(first)
     except ValueError:
         return False
     return isinstance(document, dict) and not {"data", "questions", "annotations"} & set(document)
@@ -98,8 +99,8 @@ def _from_lines(path: Path) -> Parsed:
                 text = line.decode("utf-8-sig")
                 if not text.strip():
                     continue
-                fields = json.loads(text)
-            except (ValueError, RecursionError) as error:
+                fields = parse_json(text)
+            except ValueError as error:
                 why = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else f"not readable ({error})"
                 if not rows:
                     raise FastVLMError(f"{path}, {where}: {why}", _ONE_PER_LINE) from None
@@ -235,7 +236,7 @@ def _vqav2(path: Path, document: dict[str, Any]) -> Parsed:
         wanted = beside.name if beside != path else "v2_mscoco_..._annotations.json"
         raise FastVLMError(f"{path} has questions of VQAv2, but their answers are not beside it", f"put {wanted} into {path.parent}")
     try:
-        annotations = json.loads(beside.read_text(encoding="utf-8-sig"))["annotations"]
+        annotations = parse_json(beside.read_text(encoding="utf-8-sig"))["annotations"]
         known = {str(fields["question_id"]): fields for fields in annotations if isinstance(fields, dict) and "question_id" in fields}
         if not known:
             raise ValueError("no annotation")

@@ -35,21 +35,17 @@ class SamplingParams:
     """The reply ends before the first of these strings."""
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        _check_integer("max_new_tokens", self.max_new_tokens, least=1)
+        object.__setattr__(self, "stop", stop_strings(self.stop))
+        check_integer("max_new_tokens", self.max_new_tokens, least=1)
         _check_number("temperature", self.temperature, "that is 0 (greedy) or larger", lambda value: value >= 0)
         if self.top_k is not None:
-            _check_integer("top_k", self.top_k, least=1)
+            check_integer("top_k", self.top_k, least=1)
             if self.top_k > MAX_TOP_K:
                 raise FastVLMError(f"top_k is {self.top_k}, but the model gives only {MAX_TOP_K} candidates", f"give at most {MAX_TOP_K}")
         _check_number("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
         if self.seed is not None:
-            _check_integer("seed", self.seed, least=0)
+            check_integer("seed", self.seed, least=0)
         _check_number("repetition_penalty", self.repetition_penalty, "above 0 (1 means no penalty)", lambda value: value > 0)
-        for string in stop:
-            if not isinstance(string, str) or not string:
-                raise FastVLMError(f"the stop string {string!r} is not a string of at least one character")
 
     @property
     def wants_logits(self) -> bool:
@@ -57,7 +53,20 @@ class SamplingParams:
         return self.repetition_penalty != 1
 
 
-def _check_integer(name: str, value: Any, *, least: int) -> None:
+def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The strings before which a reply ends, from what a caller may give: one, several, or None for no stop.
+
+    Raises FastVLMError for anything else.
+    """
+    strings = () if stop is None else (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise FastVLMError(f"the stop string {string!r} is not a string of at least one character")
+    return strings
+
+
+def check_integer(name: str, value: Any, *, least: int) -> None:
+    """Raise FastVLMError unless `value` is an integer of at least `least`."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
         raise FastVLMError(f"{name} is {value!r}", f"give an integer of at least {least}")
 
@@ -128,7 +137,10 @@ class Sampler:
 
 def _no_candidate(top_values: NDArray[Any]) -> FastVLMError:
     if not np.isfinite(top_values[:1]).all():
-        return FastVLMError("the output of the model is not finite (overflow)", "convert the checkpoint with another --precision")
+        return FastVLMError(
+            "the output of the model is not finite (overflow)",
+            "run once with --verify, which finds damaged files, or convert with another --precision",
+        )
     return FastVLMError(
         "none of the candidates is a token of the vocabulary: the model directory is damaged", "convert the checkpoint again"
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,15 @@ from fastvlm_edge.backends.select import select
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.generate import Generation, check_room
 from fastvlm_edge.generation.reply import Reply, Timings
-from fastvlm_edge.generation.sampling import SamplingParams
+from fastvlm_edge.generation.sampling import SamplingParams, check_integer, stop_strings
 from fastvlm_edge.generation.session import Session
 from fastvlm_edge.inputs.image_input import ImageInput
 from fastvlm_edge.inputs.preprocess import GEOMETRIES, preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.rgb import Colour, to_colour
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
-from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
+from fastvlm_edge.model_dir.manifest import Manifest, read_manifest
+from fastvlm_edge.model_dir.verified import verify as verify_model
 from fastvlm_edge.progress import Progress
 
 
@@ -40,6 +41,9 @@ class EncodedImage:
     def numpy(self) -> NDArray[np.float32]:
         """A copy of the visual tokens: float32 [tokens, hidden]."""
         return self.image_features.numpy()
+
+    def __repr__(self) -> str:
+        return f"<EncodedImage of {self.image_features.rows} visual tokens>"
 
 
 Images: TypeAlias = "ImageInput | EncodedImage | Sequence[ImageInput | EncodedImage] | None"
@@ -90,6 +94,10 @@ class ReplyStream:
     def _finish(self, reply: Reply) -> None:
         self._reply = reply
 
+    def __repr__(self) -> str:
+        state = "finished" if self._reply is not None else "closed" if self._closed else "not finished"
+        return f"<ReplyStream, {state}>"
+
 
 @dataclass(frozen=True)
 class _Question:
@@ -120,11 +128,13 @@ def load_parts(
     progress: Progress | None = None,
 ) -> tuple[Manifest, TextTokenizer, Backend]:
     """Load the parts of a model, for code that measures or verifies the backend itself. Options and errors as in `FastVLM.load`."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise FastVLMError(f"the model directory is of type {type(path).__name__}", "give its path as a str or a pathlib.Path")
     directory = Path(path)
-    if threads is not None and threads < 1:
-        raise FastVLMError(f"threads is {threads}", "give an integer of at least 1")
+    if threads is not None:
+        check_integer("threads", threads, least=1)
     manifest = read_manifest(directory)
-    verify_files(directory, manifest, hashes=verify)
+    verify_model(directory, manifest, again=verify, progress=progress)
     tokenizer = TextTokenizer(directory / "tokenizer.json")
     return manifest, tokenizer, select(backend, directory, manifest, threads=threads, tune_process=tune_process, progress=progress)
 
@@ -186,16 +196,61 @@ class FastVLM:
         """Name and description of what runs the model."""
         return BackendInfo(self._backend.name, self._backend.description)
 
-    def generate(self, prompt: str, image: Images = None, **sampling: Any) -> Reply:
+    def generate(
+        self,
+        prompt: str,
+        image: Images = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] | None = None,
+    ) -> Reply:
         """Answer a question about no image, one, or several.
 
-        `sampling` is any field of `SamplingParams`. Raises FastVLMError if an image cannot be read or the context is full.
+        The options are described in `SamplingParams`; `stop` is one string, several, or None. Raises FastVLMError if an option is out of
+        range, an image cannot be read, or the context is full.
         """
-        return self._finish(self.stream(prompt, image, **sampling))
+        stream = self.stream(
+            prompt,
+            image,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+        )
+        return self._finish(stream)
 
-    def stream(self, prompt: str, image: Images = None, **sampling: Any) -> ReplyStream:
+    def stream(
+        self,
+        prompt: str,
+        image: Images = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] | None = None,
+    ) -> ReplyStream:
         """Like `generate`, piece by piece. The question is checked now; images are read when the first piece is requested."""
-        return self._ask(self._template.opening(), (), prompt, image, sampling)
+        params = SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            stop=stop_strings(stop),
+        )
+        return self._ask(self._template.opening(), (), prompt, image, params)
 
     def chat(self) -> Chat:
         """Begin a conversation of several turns."""
@@ -222,6 +277,7 @@ class FastVLM:
         `input_ids`, `images` and errors are those of `logits`; the ids after `start` are text. The last id is not run, so it may be one
         more than the context holds. All rows of the embedding count, as in transformers, also padding rows.
         """
+        _check_ids(input_ids, start)
         if not 0 <= start < len(input_ids) - 1:
             what = f"start is {start}, and {len(input_ids)} ids were given: there is no id after start to score"
             raise FastVLMError(what, "give at least two ids, and a start before the last of them")
@@ -240,6 +296,10 @@ class FastVLM:
     ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
         """Blocks (index of the first id, logits after each id, their log normalizers)."""
         self._check_open()
+        _check_ids(input_ids, start)
+        for image in images:
+            if not isinstance(image, EncodedImage):
+                raise FastVLMError(f"images holds a {type(image).__name__}, not an EncodedImage", "encode it first, with encode_image")
         image_features = tuple(image.image_features for image in images)
         ids = list(input_ids)
         end = self.manifest.decoder.vocab + sum(features.rows for features in image_features)
@@ -261,6 +321,10 @@ class FastVLM:
             self._closed = True
             self._session.close()
 
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self._backend.name
+        return f"<FastVLM {self.manifest.name}, {self.manifest.precision}, {state}>"
+
     def __enter__(self) -> FastVLM:
         return self
 
@@ -273,7 +337,7 @@ class FastVLM:
         earlier: tuple[ImageFeatures, ...],
         prompt: str,
         image: Images,
-        sampling: dict[str, Any],
+        params: SamplingParams,
         *,
         reuse: bool = False,
         remember: Callable[[list[int], tuple[ImageFeatures, ...]], None] | None = None,
@@ -281,7 +345,6 @@ class FastVLM:
         """Check a question that follows the conversation `history`, and return the stream that will answer it. See `_Question`."""
         self._check_open()
         began = time.perf_counter()
-        params = SamplingParams(**sampling)
         images = _as_list(image)
         rows = [each.image_features.rows if isinstance(each, EncodedImage) else self.manifest.vision.tokens for each in images]
         ids = [*history, *self._template.turn(prompt, rows, first_row=sum(features.rows for features in earlier))]
@@ -384,14 +447,61 @@ class Chat:
         """Number of positions that the conversation takes in the context so far."""
         return len(self._ids)
 
-    def ask(self, prompt: str, image: Images = None, **sampling: Any) -> Reply:
+    def ask(
+        self,
+        prompt: str,
+        image: Images = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] | None = None,
+    ) -> Reply:
         """Ask the next question, with or without a new image. Options and errors as in `FastVLM.generate`."""
-        return self._vlm._finish(self.stream(prompt, image, **sampling))
+        stream = self.stream(
+            prompt,
+            image,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+        )
+        return self._vlm._finish(stream)
 
-    def stream(self, prompt: str, image: Images = None, **sampling: Any) -> ReplyStream:
+    def stream(
+        self,
+        prompt: str,
+        image: Images = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] | None = None,
+    ) -> ReplyStream:
         """Like `ask`, piece by piece."""
+        params = SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            stop=stop_strings(stop),
+        )
         history = [*self._ids, *self._template.closing()] if self._ids else self._template.opening()
-        return self._vlm._ask(history, self._image_features, prompt, image, sampling, reuse=True, remember=self._remember)
+        return self._vlm._ask(history, self._image_features, prompt, image, params, reuse=True, remember=self._remember)
+
+    def __repr__(self) -> str:
+        return f"<Chat of {self.token_count} positions with {self._vlm.manifest.name}>"
 
     def reset(self) -> None:
         """Forget the conversation and begin a new one."""
@@ -407,9 +517,16 @@ def _as_list(image: Images) -> list[ImageInput | EncodedImage]:
     return list(image) if isinstance(image, (list, tuple)) else [cast("ImageInput | EncodedImage", image)]
 
 
+def _check_ids(input_ids: Sequence[int], start: int) -> None:
+    for token_id in input_ids:
+        if not isinstance(token_id, (int, np.integer)):
+            raise FastVLMError(f"input_ids holds {token_id!r}, not an integer", "give a sequence of integers")
+    if not isinstance(start, (int, np.integer)):
+        raise FastVLMError(f"start is {start!r}", "give an integer")
+
+
 def _check_options(geometry: str | None, background: Colour, prefill_chunk: int) -> None:
     to_colour(background)
     if geometry is not None and geometry not in GEOMETRIES:
         raise FastVLMError(f"unknown geometry {geometry!r}", f"use one of: {', '.join(GEOMETRIES)}")
-    if prefill_chunk < 1:
-        raise FastVLMError(f"prefill_chunk is {prefill_chunk}", "give an integer of at least 1")
+    check_integer("prefill_chunk", prefill_chunk, least=1)

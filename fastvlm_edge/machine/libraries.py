@@ -122,7 +122,7 @@ def read_cuda(probe: Probe) -> Cuda:
     """From the version file of the toolkit, the Python packages, and the heading of nvidia-smi."""
     try:
         toolkit = json.loads(probe.text("usr/local/cuda/version.json") or "{}")["cuda"]["version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         toolkit = None
     heading = re.search(r"CUDA Version: *(\d+\.\d+)", _smi(probe) or "")
     return Cuda(

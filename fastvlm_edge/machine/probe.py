@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from fastvlm_edge.machine.cache_dir import cache_dir
+from fastvlm_edge.machine.cache_dir import cache_dir, home_dir
 
 
 def _run(command: Sequence[str]) -> str | None:
@@ -74,7 +74,7 @@ class Probe:
     python: tuple[int, int, int] = field(default_factory=lambda: sys.version_info[:3])
     environment: str | None = field(default_factory=lambda: sys.prefix if sys.prefix != sys.base_prefix else None)
     """Directory of the virtual environment; None outside one."""
-    home: Path = field(default_factory=lambda: Path(os.path.expanduser("~")))
+    home: Path = field(default_factory=home_dir)
 
     def text(self, path: str) -> str | None:
         """Text of a file, without the zero bytes of a device tree; None if it cannot be read."""

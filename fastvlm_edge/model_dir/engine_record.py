@@ -13,8 +13,8 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.host import read_jetson
 from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.model_dir.atomic import whole_file
-from fastvlm_edge.model_dir.json_record import from_json
-from fastvlm_edge.model_dir.manifest import FileRecord, Manifest
+from fastvlm_edge.model_dir.json_record import from_json, parse_json
+from fastvlm_edge.model_dir.manifest import FileRecord, Manifest, check_file_records
 
 if TYPE_CHECKING:
     from fastvlm_edge.nvidia.cuda import DeviceInfo
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 RECORD_NAME = "build.json"
 ENGINES = "engines"
 PARTS = ("vision", "decoder")
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
 SCHEMA = 1
 VISION_GRAPHS = {
     "vision.onnx": "as converted",
@@ -112,13 +113,33 @@ def read_record(directory: Path) -> EngineRecord:
     path = directory / RECORD_NAME
     again = f"run: fastvlm-edge build {directory.parent.parent} --target {directory.name} --force"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise FastVLMError(f"{path} has schema {document['schema']}, but this toolkit reads schema {SCHEMA}", again)
         record: EngineRecord = from_json(EngineRecord, document)
+        _check_values(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FastVLMError(f"{path} is damaged ({type(error).__name__}: {error})", again) from None
     return record
+
+
+def _check_values(record: EngineRecord) -> None:
+    """Raise ValueError for the first value that no build writes."""
+    if record.library not in LIBRARIES:
+        raise ValueError(f"library is {record.library!r}, not one of {', '.join(LIBRARIES)}")
+    if not record.compute_capabilities or any(len(each) != 2 or min(each) < 0 for each in record.compute_capabilities):
+        raise ValueError(f"compute_capabilities is {record.compute_capabilities}")
+    if record.multiprocessors < 0 or record.memory_bytes < 0:
+        raise ValueError(f"multiprocessors is {record.multiprocessors} and memory_bytes is {record.memory_bytes}")
+    faults = record.parity.get("faults", [])
+    if not isinstance(faults, list) or not all(isinstance(fault, dict) and {"part", "text"} <= set(fault) for fault in faults):
+        raise ValueError("faults is not a list of objects with a part and a text")
+    check_file_records(record.files)
+    for part, profiles in record.profiles.items():
+        for name, shapes in ((name, shapes) for profile in profiles for name, shapes in profile.items()):
+            smallest, optimal, largest = shapes if len(shapes) == 3 else ([], [], [-1])
+            if not len(smallest) == len(optimal) == len(largest) or not all(0 <= a <= b <= c for a, b, c in zip(*shapes)):  # noqa: B905
+                raise ValueError(f"the profile of {part} has shapes {shapes} for {name}")
 
 
 def engine_folders(model: Path) -> list[Path]:

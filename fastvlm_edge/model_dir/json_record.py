@@ -1,8 +1,12 @@
-"""JSON -> dataclasses. Every value is checked against the type of its field, so that the error for a damaged file names the place."""
+"""JSON text -> values -> dataclasses.
+
+Every value is checked against the type of its field, so that the error for a damaged file names the place.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -12,15 +16,30 @@ _UNIONS = (typing.Union, getattr(types, "UnionType", typing.Union))
 _GENERIC = {"list": typing.List, "dict": typing.Dict}  # noqa: UP006
 """Resolves `list[int]` on Python 3.8 (JetPack 5), where only `doctor` runs."""
 
+MAX_DEPTH = 100
+"""Of a value of any type in a record."""
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads`. A document that is nested too deeply is a ValueError too; json raises RecursionError.
+
+    All JSON from files is read with this function, and `options` are those of `json.loads`.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
 
 def from_json(kind: Any, value: Any, where: str = "the document") -> Any:
-    """Turn `value`, which `json.loads` gave, into the type `kind`: a dataclass, `list`, `dict`, `Literal`, `X | None` or a plain type.
+    """Turn `value`, which `parse_json` gave, into the type `kind`: a dataclass, `list`, `dict`, `Literal`, `X | None` or a plain type.
 
     A field with a default may be missing, and a float may be null, which becomes NaN. Raises ValueError that names the place of a value
     that does not fit; `where` names the place of `value`.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
+        _check_depth(value, where)
         return value
     if dataclasses.is_dataclass(kind):
         return _dataclass_from_json(kind, value, where)
@@ -40,6 +59,15 @@ def from_json(kind: Any, value: Any, where: str = "the document") -> Any:
     if origin is dict:
         return {key: from_json(arguments[1], each, f"{where} {key}") for key, each in value.items()}
     return value
+
+
+def _check_depth(value: Any, where: str) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for each in level if isinstance(each, (dict, list)) for child in (each.values() if isinstance(each, dict) else each)]
+        if not level:
+            return
+    raise ValueError(f"{where} is nested too deeply")
 
 
 def _dataclass_from_json(kind: Any, value: Any, where: str) -> Any:

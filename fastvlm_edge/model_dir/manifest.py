@@ -5,16 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.model_dir.json_record import from_json
+from fastvlm_edge.model_dir.json_record import from_json, parse_json
 
 MANIFEST_NAME = "fastvlm.json"
 SCHEMA = 3
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+GEOMETRIES = ("pad", "crop")
+DTYPES = ("float32", "float16", "bfloat16")
+NEEDED = ("vision.onnx", "decoder.onnx", "tokenizer.json")
+"""Files that every model directory has."""
+_SIZES = ("layers", "kv_heads", "head_dim", "hidden", "vocab", "context", "candidates")
 STRIDE = 64
 """A visual token covers 64 x 64 pixels: FastViTHD halves the resolution six times."""
 
@@ -120,7 +126,7 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} is not a model directory: it has no {MANIFEST_NAME}", f"run: fastvlm-edge convert CHECKPOINT -o {directory}"
         )
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
         schema = document["schema"]
     except (ValueError, KeyError, TypeError) as error:
         raise FastVLMError(f"{path} is damaged ({error})", "convert the checkpoint again") from None
@@ -130,9 +136,53 @@ def read_manifest(directory: Path) -> Manifest:
         )
     try:
         manifest: Manifest = from_json(Manifest, document)
+        _check_values(manifest)
     except ValueError as error:
         raise FastVLMError(f"{path} is damaged ({error})", "convert the checkpoint again") from None
     return manifest
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Raise ValueError for the first value that no conversion writes."""
+    vision, decoder, text = manifest.vision, manifest.decoder, manifest.text
+    for place, names in ((vision, ("image_size", "tokens", "hidden")), (decoder, _SIZES), (text, ("token_count",))):
+        for name in names:
+            if not 1 <= (value := getattr(place, name)) < 1 << 31:
+                raise ValueError(f"{name} is {value}, not a positive integer")
+    for name in ("heads", "intermediate"):
+        if not 0 <= (value := getattr(decoder, name)) < 1 << 31:
+            raise ValueError(f"{name} is {value}, not 0 or a positive integer")
+    side = vision.image_size // STRIDE
+    checks = (
+        (manifest.precision in PRECISIONS, f"precision is {manifest.precision!r}, not one of {', '.join(PRECISIONS)}"),
+        (vision.geometry in GEOMETRIES, f"geometry is {vision.geometry!r}, not one of {', '.join(GEOMETRIES)}"),
+        (decoder.dtype in DTYPES, f"dtype is {decoder.dtype!r}, not one of {', '.join(DTYPES)}"),
+        (vision.image_size == side * STRIDE, f"image_size is {vision.image_size}, not a multiple of {STRIDE}"),
+        (vision.tokens == side * side, f"tokens is {vision.tokens}, but an image of {vision.image_size} px has {side * side}"),
+        (vision.hidden == decoder.hidden, f"hidden is {vision.hidden} for vision and {decoder.hidden} for the decoder"),
+        (decoder.heads % decoder.kv_heads == 0, f"heads is {decoder.heads}, not a multiple of kv_heads, {decoder.kv_heads}"),
+        (decoder.candidates <= decoder.vocab, f"candidates is {decoder.candidates}, but vocab only {decoder.vocab}"),
+        (text.token_count <= decoder.vocab, f"token_count is {text.token_count}, but vocab only {decoder.vocab}"),
+        (all(0 <= each < decoder.vocab for each in text.stop_ids), f"stop_ids is {text.stop_ids}, but vocab only {decoder.vocab}"),
+        (all(number > 0 for number in (*vision.dims, *vision.depths)), f"dims is {vision.dims} and depths is {vision.depths}"),
+        (vision.out_dim >= 0 and vision.se_dim >= 0, f"out_dim is {vision.out_dim} and se_dim is {vision.se_dim}"),
+    )
+    for holds, what in checks:
+        if not holds:
+            raise ValueError(what)
+    for name in NEEDED:
+        if name not in manifest.files:
+            raise ValueError(f"files lacks {name!r}")
+    check_file_records(manifest.files)
+
+
+def check_file_records(files: dict[str, FileRecord]) -> None:
+    """Raise ValueError for a name that leads out of the directory, a size below 0, or a sha256 that is not one."""
+    for name, record in files.items():
+        if Path(name).name != name:
+            raise ValueError(f"files has {name!r}, which is not the name of a file")
+        if record.bytes < 0 or not re.fullmatch("[0-9a-f]{64}", record.sha256):
+            raise ValueError(f"{name} has sha256 {record.sha256[:80]!r} and {record.bytes} bytes")
 
 
 def sha256(path: Path) -> str:
@@ -158,7 +208,17 @@ def verify_files(directory: Path, manifest: Manifest, *, hashes: bool = False) -
             raise FastVLMError(
                 f"{path} has {size} bytes, but the manifest says {record.bytes}", "copy it again, or convert the checkpoint again"
             )
-        if hashes and sha256(path) != record.sha256:
-            raise FastVLMError(
-                f"{path} is not the file that was converted (sha256 differs)", "copy it again, or convert the checkpoint again"
-            )
+        if hashes:
+            check_sha256(path, record)
+
+
+def links_outside(directory: Path) -> list[Path]:
+    """Files of a model directory that are links to files outside it, as in the cache of a hub. onnxruntime may refuse such weights."""
+    home = directory.resolve()
+    return [path for path in sorted(directory.glob("*")) if path.is_symlink() and path.resolve().parent != home]
+
+
+def check_sha256(path: Path, record: FileRecord) -> None:
+    """Raise FastVLMError if the content of a file is not the recorded one."""
+    if sha256(path) != record.sha256:
+        raise FastVLMError(f"{path} is not the file that was converted (sha256 differs)", "copy it again, or convert the checkpoint again")

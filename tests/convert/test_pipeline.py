@@ -50,7 +50,7 @@ def model(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: py
 def test_a_model_directory_is_whole_and_runs(model: Path) -> None:
     manifest = read_manifest(model)
     verify_files(model, manifest, hashes=True)
-    assert set(manifest.files) | {"fastvlm.json"} == {path.name for path in model.iterdir()}
+    assert set(manifest.files) | {"fastvlm.json", "verified.json"} == {path.name for path in model.iterdir()}
     assert manifest.name == "tiny-fastvlm"
     assert manifest.source.layout == "native"
     assert "model.safetensors" in manifest.source.files

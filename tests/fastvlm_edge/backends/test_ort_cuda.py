@@ -105,7 +105,7 @@ def test_another_gpu_driver_version_or_conversion_is_checked_again(
         monkeypatch.setattr(ort, "__version__", "9.9.9")
     if change == "files":
         manifest = json.loads((model / "fastvlm.json").read_text())
-        manifest["files"]["decoder.cuda.onnx"]["sha256"] = "0"
+        manifest["files"]["decoder.cuda.onnx"]["sha256"] = "0" * 64
         (model / "fastvlm.json").write_text(json.dumps(manifest))
     if change == "damaged":
         (model / VERDICT_NAME).write_text("{")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +374,9 @@ def test_processes_must_agree_on_the_backend(model_dir: Path) -> None:
         (["--image", "nowhere.jpg"], "nowhere.jpg does not exist"),
         (["-o", "nowhere/x.json"], "does not exist; create this directory first"),
         (["-o", "."], "is a directory; give the name of a file"),
+        (["-o", "/dev/null"], "/dev/null cannot be written (not a regular file); give the name of a file"),
+        (["-o", "link.json"], "link.json cannot be written (not a regular file)"),
+        (["-o", "pipe.json"], "pipe.json cannot be written (not a regular file)"),
         (["--eval", "x.json"], "--eval is for --plot"),
     ],
 )
@@ -379,6 +384,8 @@ def test_wrong_options_are_told_before_anything_is_measured(
     arguments: list[str], says: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("link.json").symlink_to("/dev/null")
+    os.mkfifo("pipe.json")
     monkeypatch.setattr(Measurement, "_run_one", lambda *_: pytest.fail("measured"))
     assert main(["bench", str(model_dir), *QUICK, *arguments]) == 1
     out, err = capsys.readouterr()
@@ -407,6 +414,35 @@ def test_a_record_of_another_schema_is_refused(record: dict[str, Any], tmp_path:
     write_json(tmp_path / "new.json", record | {"schema": 99})
     with pytest.raises(FastVLMError, match="schema 99"):
         read_records(tmp_path / "new.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda record: record.pop("model"), "model is not an object"),
+        (lambda record: record.update(machine=[]), "machine is not an object"),
+        (lambda record: record["model"].update(image_size="big"), "image_size of model is 'big', not of type int"),
+        (lambda record: record["load_ms"].pop("median"), "load_ms lacks 'median'"),
+        (lambda record: record["load_ms"].update(median="fast"), "median is 'fast', not of type float"),
+        (lambda record: record["load_ms"].update(samples=[[], []]), "load_ms has no samples"),
+        (lambda record: record["load_ms"].update(samples=[[-1.0]]), "load_ms has no samples, or one that is not"),
+        (lambda record: record["load_ms"].update(max=None), "load_ms has no samples, or one that is not"),
+        (lambda record: record.update(decode_by_depth=[{"tokens_per_second": 1}]), "decode_by_depth lacks 'depth'"),
+        (lambda record: record.update(decode_by_depth=7), "decode_by_depth is '7', not of type list"),
+    ],
+)
+def test_a_record_with_impossible_values_is_damaged(
+    record: dict[str, Any], change: Callable[[dict[str, Any]], Any], says: str, tmp_path: Path
+) -> None:
+    document = json.loads(json.dumps(record))
+    change(document)
+    write_json(tmp_path / "x.json", document)
+    with pytest.raises(FastVLMError, match=re.escape(says)):
+        read_records(tmp_path / "x.json")
+
+
+def test_records_that_were_published_are_read() -> None:
+    assert read_records(Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "bench.json")
 
 
 def test_a_full_disk_leaves_no_half_of_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,12 +21,12 @@ from PIL import Image
 
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.cli import main
-from fastvlm_edge.commands import eval as command
+from fastvlm_edge.evaluation import evaluate
 from fastvlm_edge.evaluation.data import open_data
-from fastvlm_edge.evaluation.evaluate import SHORT_ANSWER, Answer, Evaluation, Subject, check_same_vocabulary
+from fastvlm_edge.evaluation.evaluate import SHORT_ANSWER, Answer, AnswerFile, Evaluation, Subject, check_same_vocabulary
 from fastvlm_edge.evaluation.metrics import kl_divergence, log_softmax
 from fastvlm_edge.generation.reply import Reply
-from fastvlm_edge.model_dir.manifest import MANIFEST_NAME
+from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, sha256
 from tests.support.fake_model import TOKEN_COUNT
 
 QUESTION = "What does the meter read?"
@@ -58,7 +58,7 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fastvlm_edge.convert.pipeline import convert
 
     output = tmp_path_factory.mktemp("demo") / "fp32"
-    convert(str(CHECKPOINT), output)
+    convert(str(CHECKPOINT), output, precision="fp32")
     return output
 
 
@@ -206,12 +206,12 @@ def test_a_reference_of_another_vocabulary_is_refused(model_dir: Path, tmp_path:
     def renamed(document: dict[str, Any], directory: Path) -> None:
         path = directory / "tokenizer.json"
         path.write_text(path.read_text().replace("<unused0>", "<unusedX>"))
-        document["files"]["tokenizer.json"] = {"sha256": "0" * 64, "bytes": path.stat().st_size}
+        document["files"]["tokenizer.json"] = {"sha256": sha256(path), "bytes": path.stat().st_size}
 
     def reformatted(document: dict[str, Any], directory: Path) -> None:
         path = directory / "tokenizer.json"
         path.write_text(json.dumps(json.loads(path.read_text())))
-        document["files"]["tokenizer.json"] = {"sha256": "0" * 64, "bytes": path.stat().st_size}
+        document["files"]["tokenizer.json"] = {"sha256": sha256(path), "bytes": path.stat().st_size}
 
     with Subject.load(model_dir, "ort", threads=1) as model:
         for name, change, says in (("fewer", fewer, "has 499 tokens and .* has 500"), ("renamed", renamed, "different tokenizers")):
@@ -277,17 +277,23 @@ def test_every_answer_is_saved(model_dir: Path, questions: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_an_interruption_prints_what_there_is(
-    model_dir: Path, questions: Path, as_json: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model_dir: Path,
+    questions: Path,
+    as_json: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     answers: list[Answer] = []
 
-    def save(_: Any, answer: Answer) -> None:
+    def add(_: AnswerFile, answer: Answer) -> None:
         answers.append(answer)
         if len(answers) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "_save", save)
-    assert main(arguments(model_dir, questions, *(["--json"] if as_json else []))) == 130
+    monkeypatch.setattr(AnswerFile, "add", add)
+    saved = str(tmp_path / "answers.jsonl")
+    assert main(arguments(model_dir, questions, "--save", saved, *(["--json"] if as_json else []))) == 130
     out = capsys.readouterr().out
     if as_json:
         report = json.loads(out)
@@ -380,15 +386,52 @@ def test_wrong_usage(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_file_that_cannot_be_closed_leaves_one_json_object(
     model_dir: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Full(io.StringIO):
-        name = "answers.jsonl"
-
+    class Full(io.FileIO):
         def close(self) -> None:
             if not self.closed:
                 super().close()
                 raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(command, "open", lambda *_, **__: Full(), raising=False)
+    monkeypatch.setattr(evaluate, "open", lambda path, *_, **__: Full(path, "x"), raising=False)
     assert main(arguments(model_dir, questions, "--save", str(tmp_path / "answers.jsonl"), "--json")) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["count"] == 5 and "cannot be written (No space left" in report["error"]["message"]
+
+
+class Disk(io.FileIO):
+    """A file on a disk with room for `room` more bytes."""
+
+    room = 1_000_000
+
+    def write(self, data: Any) -> int:
+        data = bytes(data)[: Disk.room]
+        if not data:
+            raise OSError(28, "No space left on device")
+        Disk.room -= len(data)
+        return super().write(data)
+
+
+@pytest.mark.parametrize("lines", [0, 2])
+def test_a_full_disk_leaves_whole_lines(
+    model_dir: Path, questions: Path, tmp_path: Path, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, saved = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    assert main(arguments(model_dir, questions, "--save", str(whole), "--json")) == 0
+    expected = whole.read_bytes().splitlines(keepends=True)[:lines]
+    monkeypatch.setattr(evaluate, "open", lambda path, *_, **__: Disk(path, "x"), raising=False)
+    monkeypatch.setattr(Disk, "room", len(b"".join(expected)) + 20)
+    capsys.readouterr()
+    assert main(arguments(model_dir, questions, "--save", str(saved), "--json")) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["error"]["message"] == f"{saved} cannot be written (No space left on device)"
+    assert (saved.read_bytes() if lines else saved.exists()) == (b"".join(expected) if lines else False)
+
+
+def test_save_to_a_link_that_leads_nowhere_is_refused_before_the_work(
+    model_dir: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "answers.jsonl"
+    saved.symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(Subject, "load", lambda *_, **__: pytest.fail("nothing may be loaded"))
+    assert main(arguments(model_dir, questions, "--save", str(saved))) == 1
+    assert "already exists and is never overwritten" in capsys.readouterr().err

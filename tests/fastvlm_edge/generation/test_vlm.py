@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import inspect
 import math
 import shutil
 import threading
@@ -17,7 +18,8 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from fastvlm_edge import FastVLM, FastVLMError
+import fastvlm_edge
+from fastvlm_edge import Chat, FastVLM, FastVLMError, ReplyStream, SamplingParams
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
 from fastvlm_edge.backends.protocol import LOGIT_POSITIONS
 from fastvlm_edge.backends.select import select
@@ -25,7 +27,7 @@ from fastvlm_edge.generation.session import Session
 from fastvlm_edge.inputs.preprocess import preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
-from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, read_manifest
+from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, FileRecord, read_manifest, sha256
 from tests.support.fake_engine import CHUNK
 from tests.support.fake_model import HEAD_DIM, HIDDEN, IMAGE_SIZE, KV_HEADS, LAYERS, TOKEN_COUNT, TOKENS, VOCAB, build_model
 
@@ -631,8 +633,11 @@ def test_directories_that_cannot_be_loaded(model_dir: Path, tmp_path: Path) -> N
     damaged[100] ^= 255
     (directory / "decoder.onnx").write_bytes(damaged)
     with pytest.raises(FastVLMError, match="sha256 differs"):
-        FastVLM.load(directory, verify=True)
+        FastVLM.load(directory)
     (directory / "decoder.onnx").write_bytes(bytes(len(damaged)))
+    manifest = read_manifest(directory)
+    files = {**manifest.files, "decoder.onnx": FileRecord(sha256(directory / "decoder.onnx"), len(damaged))}
+    dataclasses.replace(manifest, files=files).write(directory)
     with pytest.raises(FastVLMError, match=r"decoder\.onnx could not be loaded: .*; copy the model directory again") as caught:
         FastVLM.load(directory)
     assert "\n" not in str(caught.value)
@@ -656,8 +661,9 @@ def test_graphs_that_do_not_belong_to_the_manifest(model_dir: Path, tmp_path: Pa
         FastVLM.load(directory)
 
 
-def test_a_graph_that_fails_while_it_runs(model_dir: Path, tmp_path: Path) -> None:
+def test_a_graph_that_fails_while_it_runs(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = copy_of(model_dir, tmp_path)
+    monkeypatch.setattr("fastvlm_edge.backends.ort.check_shapes", lambda *_: None)
     edit(directory, decoder__head_dim=5)
     with FastVLM.load(directory) as vlm, pytest.raises(FastVLMError, match=r"onnxruntime failed in the decoder graph: .*convert") as caught:
         vlm.generate(PROMPT)
@@ -681,6 +687,88 @@ def test_backends_and_options_that_are_refused(model_dir: Path, vlm: FastVLM) ->
         FastVLM.load(model_dir, prefill_chunk=0)
     with pytest.raises(FastVLMError, match=r"shape \[1, 3, 8, 8\], but this model takes \[1, 3, 256, 256\]"):
         vlm._backend.encode(np.zeros((1, 3, 8, 8), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"path": None}, "the model directory is of type NoneType; give its path"),
+        ({"path": 7}, "the model directory is of type int"),
+        ({"path": b"model"}, "the model directory is of type bytes"),
+        ({"backend": None}, "backend None is unknown"),
+        ({"backend": 1}, "backend 1 is unknown"),
+        ({"threads": "2"}, "threads is '2'; give an integer of at least 1"),
+        ({"threads": 1.5}, "threads is 1.5"),
+        ({"threads": True}, "threads is True"),
+        ({"geometry": 1}, "unknown geometry 1"),
+        ({"prefill_chunk": "64"}, "prefill_chunk is '64'"),
+        ({"prefill_chunk": None}, "prefill_chunk is None"),
+        ({"prefill_chunk": 2.0}, "prefill_chunk is 2.0"),
+    ],
+)
+def test_options_of_a_wrong_type_are_named(model_dir: Path, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(FastVLMError, match=says):
+        FastVLM.load(**{"path": model_dir, **options})
+
+
+def test_what_cannot_be_scored_is_named(vlm: FastVLM) -> None:
+    with pytest.raises(FastVLMError, match="images holds a Posix"):
+        vlm.logits([1, 2], [Path("a.jpg")])  # type: ignore[list-item]
+    with pytest.raises(FastVLMError, match="input_ids holds '1'"):
+        vlm.logits(["1", 2])  # type: ignore[list-item]
+    with pytest.raises(FastVLMError, match="start is None"):
+        vlm.logits([1, 2], start=None)  # type: ignore[arg-type]
+    with pytest.raises(FastVLMError, match="input_ids holds '1'"):
+        vlm.log_probabilities(["1", 2])  # type: ignore[list-item]
+    assert np.isfinite(vlm.log_probabilities(np.array([1, 2, 3]))).all()  # type: ignore[arg-type]
+
+
+def test_no_stop_string(vlm: FastVLM) -> None:
+    expected = vlm.generate(PROMPT, max_new_tokens=5)
+    stops: tuple[Sequence[str] | None, ...] = (None, (), [])
+    for stop in stops:
+        assert vlm.generate(PROMPT, max_new_tokens=5, stop=stop).token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("call", [FastVLM.generate, FastVLM.stream, Chat.ask, Chat.stream])
+def test_the_options_of_sampling_are_keywords(call: Callable[..., Any]) -> None:
+    parameters = inspect.signature(call).parameters
+    fields = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    found = {name: each.default for name, each in parameters.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert found == {**fields, "stop": None}
+
+
+def test_every_option_of_sampling_reaches_the_sampler(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[SamplingParams] = []
+    original = FastVLM._ask
+
+    def ask(self: FastVLM, history: Any, earlier: Any, prompt: Any, image: Any, params: SamplingParams, **options: Any) -> ReplyStream:
+        seen.append(params)
+        return original(self, history, earlier, prompt, image, params, **options)
+
+    monkeypatch.setattr(FastVLM, "_ask", ask)
+    options: dict[str, Any] = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": 1, "repetition_penalty": 1.1}
+    for call in (vlm.generate, vlm.stream, vlm.chat().ask, vlm.chat().stream):
+        call(PROMPT, None, stop="zzz", **options)
+    assert seen == 4 * [SamplingParams(**options, stop=("zzz",))]
+
+
+def test_objects_describe_themselves(model_dir: Path) -> None:
+    with FastVLM.load(model_dir, "ort", threads=1) as vlm:
+        chat, stream = vlm.chat(), vlm.stream(PROMPT, max_new_tokens=2)
+        assert repr(vlm) == "<FastVLM fake, fp32, ort>"
+        assert repr(vlm.encode_image(data.coffee())) == "<EncodedImage of 16 visual tokens>"
+        assert repr(stream) == "<ReplyStream, not finished>"
+        for _ in stream:
+            pass
+        assert repr(stream) == "<ReplyStream, finished>"
+        chat.ask(PROMPT, max_new_tokens=2)
+        assert repr(chat) == f"<Chat of {chat.token_count} positions with fake>"
+    assert repr(vlm) == "<FastVLM fake, fp32, closed>"
+
+
+def test_the_names_of_the_package_are_completed() -> None:
+    assert set(fastvlm_edge.__all__) <= set(dir(fastvlm_edge))
 
 
 def test_features_of_another_model_are_refused(vlm: FastVLM, tmp_path: Path) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -168,3 +172,83 @@ def test_a_file_stays_as_it_was_if_the_block_fails(tmp_path: Path, error: type[B
 def test_a_block_that_writes_no_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "record.json"):
         pass
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_parents_that_were_created_are_removed_if_the_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "there").mkdir()
+    output = tmp_path / "there" / "engines" / "new" / "target"
+    with pytest.raises(error), written_beside(output, replace=True, elsewhere=ELSEWHERE) as partial:
+        write_half(partial / "a", error())
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+
+def test_parents_that_others_use_stay(tmp_path: Path) -> None:
+    output = tmp_path / "engines" / "sm86"
+    with suppress(ValueError), written_beside(output, replace=True, elsewhere=ELSEWHERE) as partial:
+        (output.parent / "sm87").mkdir()
+        write_half(partial / "a", ValueError())
+    assert list(tmp_path.rglob("*")) == [output.parent, output.parent / "sm87"]
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def directory(path: Path) -> None:
+    path.mkdir()
+
+
+def link_to_a_device(path: Path) -> None:
+    path.symlink_to("/dev/null")
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("make", [pipe, directory, link_to_a_device, link_to_itself])
+def test_only_regular_files_are_replaced(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    path = tmp_path / "record.json"
+    make(path)
+    before = path.lstat()
+    with pytest.raises(OSError, match=re.escape(path.name)), whole_file(path):
+        pytest.fail("the block must not run")
+    assert os.path.samestat(path.lstat(), before) and stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+@pytest.mark.parametrize("make", [pipe, link_to_a_device])
+def test_only_directories_are_replaced(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    output = tmp_path / "model"
+    make(output)
+    with (
+        pytest.raises(FastVLMError, match="is not a directory"),
+        written_beside(output, replace=True, elsewhere=ELSEWHERE),
+    ):
+        pytest.fail("the block must not run")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_target_of_a_link_to_a_file_is_replaced(tmp_path: Path, exists: bool) -> None:
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "target.json", tmp_path / "record.json"
+    if exists:
+        target.write_text("old")
+    link.symlink_to(target)
+    with whole_file(link) as partial:
+        assert partial.parent == target.parent  # renaming works only within one file system
+        partial.write_text("new")
+    assert link.is_symlink() and target.read_text() == "new" and sorted(tmp_path.rglob("*")) == [target.parent, target, link]
+
+
+def test_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    (tmp_path / f".record.json.{killed.pid}.partial").write_text("half")
+    running = tmp_path / f".record.json.{os.getppid()}.partial"
+    running.write_text("half")
+    with whole_file(path) as partial:
+        partial.write_text("new")
+    assert files_in(tmp_path) == {running.name: "half", "record.json": "new"}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fastvlm_edge import FastVLMError
 from fastvlm_edge.machine.host import Jetson
 from fastvlm_edge.model_dir.engine_record import RECORD_NAME, EngineRecord, Gpu, mismatch, onnx_hashes, read_record
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest
@@ -96,3 +99,31 @@ def test_records_of_earlier_versions_are_read(tmp_path: Path, manifest: Manifest
 )
 def test_a_board_is_named_by_its_module(model: str, module: str | None, name: str) -> None:
     assert Jetson(model, "tegra234", module, (8, 7), None, None).name == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"library": "tensorflow"}, "library is 'tensorflow', not one of tensorrt, tensorrt_rtx"),
+        ({"compute_capabilities": [[8]]}, "compute_capabilities is [[8]]"),
+        ({"compute_capabilities": []}, "compute_capabilities is []"),
+        ({"memory_bytes": -1}, "memory_bytes is -1"),
+        ({"parity": {"faults": [1]}}, "faults is not a list of objects with a part and a text"),
+        ({"files": {"../vision.engine": {"sha256": "0" * 64, "bytes": 1}}}, "which is not the name of a file"),
+        ({"profiles": {"vision": [{"pixel_values": [[1], [2]]}]}}, "the profile of vision has shapes [[1], [2]]"),
+        ({"profiles": {"vision": [{"pixel_values": [[1], [3], [2]]}]}}, "the profile of vision has shapes [[1], [3], [2]]"),
+        ({"flags": json.loads("[" * 500 + "]" * 500)}, "flags"),
+    ],
+)
+def test_a_record_with_impossible_values_is_damaged(tmp_path: Path, manifest: Manifest, changes: dict[str, Any], says: str) -> None:
+    built_on(AGX, manifest).write(tmp_path)
+    path = tmp_path / RECORD_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+    with pytest.raises(FastVLMError, match=rf"is damaged \(.*{re.escape(says)}"):
+        read_record(tmp_path)
+
+
+def test_a_record_that_is_nested_too_deeply_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / RECORD_NAME).write_text("[" * 100_000)
+    with pytest.raises(FastVLMError, match="is damaged"):
+        read_record(tmp_path)

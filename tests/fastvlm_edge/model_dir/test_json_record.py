@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fastvlm_edge.model_dir.json_record import from_json
+from fastvlm_edge.model_dir.json_record import MAX_DEPTH, from_json, parse_json
 
 
 @dataclass(frozen=True)
@@ -94,3 +94,19 @@ def test_a_value_that_does_not_fit_is_named(damaged: Any, says: str) -> None:
 def test_where_names_the_whole() -> None:
     with pytest.raises(ValueError, match=r"^build\.json lacks 'name'$"):
         from_json(Part, {"size": 1}, "build.json")
+
+
+@pytest.mark.parametrize("depth", [100_000, 1_000_000])
+@pytest.mark.parametrize("opening", ["[", '{"a":', '[{"a":'])
+def test_what_is_nested_too_deeply_is_a_value_error(opening: str, depth: int) -> None:
+    with pytest.raises(ValueError, match=r"nested too deeply|Expecting"):
+        parse_json(depth * opening)
+
+
+def test_values_of_any_type_are_nested_within_bounds() -> None:
+    def nested(depth: int) -> Any:
+        return parse_json("[" * depth + "]" * depth)
+
+    assert from_json(Record, document(anything=nested(MAX_DEPTH))).anything
+    with pytest.raises(ValueError, match=r"^anything is nested too deeply$"):
+        from_json(Record, document(anything=nested(MAX_DEPTH + 1)))

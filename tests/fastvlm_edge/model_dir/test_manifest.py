@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastvlm_edge import FastVLMError
+from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, read_manifest, verify_files
 
 
@@ -60,15 +60,36 @@ def test_a_manifest_of_an_older_version_lacks_what_came_later(directory: Path) -
         (lambda manifest: manifest["text"].update(stop_ids=[None]), "stop_ids is 'None', not of type int"),
         (lambda manifest: manifest["files"]["decoder.onnx"].pop("sha256"), "decoder.onnx lacks 'sha256'"),
         (lambda manifest: manifest.pop("schema"), "'schema'"),
+        (lambda manifest: manifest.update(precision="fp8"), "precision is 'fp8', not one of fp32"),
+        (lambda manifest: manifest["vision"].update(geometry="stretch"), "geometry is 'stretch', not one of pad, crop"),
+        (lambda manifest: manifest["vision"].update(image_size=300), "image_size is 300, not a multiple of 64"),
+        (lambda manifest: manifest["vision"].update(image_size=-256), "image_size is -256, not a positive integer"),
+        (lambda manifest: manifest["vision"].update(tokens=17), "tokens is 17, but an image of 256 px has 16"),
+        (lambda manifest: manifest["vision"].update(hidden=9), "hidden is 9 for vision and 8 for the decoder"),
+        (lambda manifest: manifest["vision"].update(depths=[2, 0]), "depths is [2, 0]"),
+        (lambda manifest: manifest["decoder"].update(layers=0), "layers is 0, not a positive integer"),
+        (lambda manifest: manifest["decoder"].update(context=0), "context is 0, not a positive integer"),
+        (lambda manifest: manifest["decoder"].update(context=10**30), "context is 10000"),
+        (lambda manifest: manifest["decoder"].update(candidates=10**6), "candidates is 1000000, but vocab only 512"),
+        (lambda manifest: manifest["decoder"].update(dtype="float64"), "dtype is 'float64', not one of float32"),
+        (lambda manifest: manifest["decoder"].update(heads=3), "heads is 3, not a multiple of kv_heads, 2"),
+        (lambda manifest: manifest["decoder"].update(intermediate=-1), "intermediate is -1, not 0 or a positive"),
+        (lambda manifest: manifest["text"].update(token_count=600), "token_count is 600, but vocab only 512"),
+        (lambda manifest: manifest["text"].update(stop_ids=[512]), "stop_ids is [512], but vocab only 512"),
+        (lambda manifest: manifest["text"].update(stop_ids=[-1]), "stop_ids is [-1], but vocab only 512"),
+        (lambda manifest: manifest["files"].pop("decoder.onnx"), "files lacks 'decoder.onnx'"),
+        (lambda manifest: manifest["files"].update({"../x": manifest["files"]["decoder.onnx"]}), "files has '../x', which is not"),
+        (lambda manifest: manifest["files"]["decoder.onnx"].update(sha256="x"), "decoder.onnx has sha256 'x'"),
+        (lambda manifest: manifest["files"]["decoder.onnx"].update(bytes=-1), "and -1 bytes"),
     ],
 )
 def test_a_damaged_manifest_says_where(directory: Path, edit: Callable[[Any], Any], says: str) -> None:
     change(directory, edit)
-    with pytest.raises(FastVLMError, match=rf"is damaged \(.*{re.escape(says)}\); convert the checkpoint again"):
+    with pytest.raises(FastVLMError, match=rf"is damaged \(.*{re.escape(says)}.*\); convert the checkpoint again"):
         read_manifest(directory)
 
 
-@pytest.mark.parametrize("text", ["{", "", "[]", "7", "null"])
+@pytest.mark.parametrize("text", ["{", "", "[]", "7", "null", "[" * 100_000, '{"schema": 3, "parity": ' + '{"a":' * 100_000])
 def test_a_file_that_is_not_a_manifest(directory: Path, text: str) -> None:
     (directory / MANIFEST_NAME).write_text(text)
     with pytest.raises(FastVLMError, match=r"fastvlm\.json is damaged \(.*\); convert the checkpoint again"):
@@ -103,3 +124,28 @@ def test_files_are_compared_with_the_manifest(directory: Path) -> None:
     path.unlink()
     with pytest.raises(FastVLMError, match=r"decoder\.onnx is missing; copy the whole model directory again"):
         verify_files(directory, manifest)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "tensor"),
+    [
+        ("decoder", "vocab", 511, "logits"),
+        ("decoder", "vocab", 1024, "logits"),
+        ("decoder", "kv_heads", 1, "past_key_values.0.key"),
+        ("decoder", "head_dim", 8, "past_key_values.0.key"),
+        ("decoder", "candidates", 63, "top_values"),
+        ("decoder", "layers", 2, "past_key_values.2.key"),
+        ("vision", "image_size", 512, "pixel_values"),
+        ("both", "hidden", 16, "image_features"),
+    ],
+)
+def test_the_manifest_is_compared_with_the_graphs(directory: Path, part: str, field: str, value: int, tensor: str) -> None:
+    def edit(document: Any) -> None:
+        for name in ("vision", "decoder") if part == "both" else (part,):
+            document[name][field] = value
+        if field == "image_size":
+            document["vision"]["tokens"] = (value // 64) ** 2
+
+    change(directory, edit)
+    with pytest.raises(FastVLMError, match=rf"does not match its manifest: tensor {re.escape(tensor)} "):
+        FastVLM.load(directory, "ort", threads=1)
