@@ -74,7 +74,7 @@ def convert(
     *,
     precision: str = "fp32",
     image_size: int | None = None,
-    geometry: str = "pad",
+    geometry: str | None = None,
     context: int | None = None,
     calibrate: Calibrate | None = None,
     progress: Progress | None = None,
@@ -82,26 +82,27 @@ def convert(
 ) -> Manifest:
     """Convert a checkpoint (a directory or a hub id) into the model directory `output`, and return its manifest.
 
-    `image_size` in pixels defaults to the checkpoint's own, `context` in positions to 4096 or to what the LLM was trained for if that is
-    less. `calibrate`, such as `calib.quantizer.Quantizer(...).calibrate`, chooses the integers of `int8` and `int4`; without it they are
-    rounded to nearest. `output` must not exist, unless `force` replaces a model directory. If anything fails, nothing is left behind.
-    Raises FastVLMError for everything that a user can correct.
+    `image_size` in pixels and `geometry` default to the checkpoint's own, `context` in positions to 4096 or to what the LLM was trained
+    for if that is less. `calibrate`, such as `calib.quantizer.Quantizer(...).calibrate`, chooses the integers of `int8` and `int4`; without
+    it they are rounded to nearest. `output` must not exist, unless `force` replaces a model directory. If anything fails, nothing is left
+    behind. Raises FastVLMError for everything that a user can correct.
     """
     progress = progress or SilentProgress()
     plan = precision_plan(precision)
     if calibrate is not None and not plan.body.bits:
         raise FastVLMError(f"--precision {precision} has no integers to calibrate", "choose int8 or int4, or leave --calib out")
-    if geometry not in GEOMETRIES:
+    if geometry is not None and geometry not in GEOMETRIES:
         raise FastVLMError(f"unknown geometry {geometry!r}", f"choose {' or '.join(GEOMETRIES)}")
     output = Path(os.path.realpath(output))
     check_output(output, force=force)
     progress.stage("open")
     source = open_checkpoint(checkpoint)
-    for note in source.notes:
-        progress.note(note)
+    geometry = geometry or source.geometry
     image_size = choose_image_size(source, image_size)
     context = choose_context(source, context, (image_size // STRIDE) ** 2)
     text = read_text(source)
+    for note in (*source.notes, *text.notes):
+        progress.note(note)
     check_space(source, plan, output.parent)
     with (
         written_beside(output, replace=force, elsewhere="choose another place for the model directory") as directory,
@@ -161,7 +162,7 @@ def _describe(source: Checkpoint, text: TextAssets, plan: PrecisionPlan, image_s
         ),
         text=TextSpec(text.system_prompt, text.stop_ids, text.token_count),
         files={},
-        notes=list(source.notes),
+        notes=[*source.notes, *text.notes],
     )
 
 

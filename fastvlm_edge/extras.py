@@ -18,6 +18,7 @@ NEEDED_BY = {
     "onnx": "convert",
     "ml_dtypes": "convert",
     "huggingface_hub": "convert",
+    "jinja2": "convert",
     "tensorrt_rtx": "rtx",
     "cuda": "tensorrt",
     "pynvml": "tensorrt",

@@ -37,7 +37,7 @@ only a bundle starts at `bundle_entry`."""
 PACKAGES = {
     "runtime": {"numpy", "PIL", "tokenizers", "onnxruntime"},
     "engines": {"numpy"},
-    "convert": {"numpy", "tokenizers", "torch", "onnx", "ml_dtypes", "huggingface_hub"},
+    "convert": {"numpy", "tokenizers", "torch", "onnx", "ml_dtypes", "huggingface_hub", "jinja2"},
     "calib": {"numpy", "torch", "onnx", "ml_dtypes"},
 }
 """Part -> the packages it may import. The GPU libraries are looked up by name where they are used, so they do not appear."""

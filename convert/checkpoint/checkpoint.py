@@ -17,9 +17,11 @@ import numpy.typing as npt
 import torch
 
 from fastvlm_edge.convert.checkpoint.configs import Settings, read_settings
+from fastvlm_edge.convert.checkpoint.folder import find_weights, unused_weights
 from fastvlm_edge.convert.checkpoint.hub import locate
-from fastvlm_edge.convert.checkpoint.shards import DTYPES, Entry, find_weights, first_non_finite, read_shards, read_tensor
+from fastvlm_edge.convert.checkpoint.shards import DTYPES, Entry, first_non_finite, read_shards, read_tensor
 from fastvlm_edge.convert.checkpoint.structure import (
+    NOT_WHOLE,
     OPTIONAL,
     TextConfig,
     check_shapes,
@@ -52,6 +54,8 @@ SIDE_FILES = (
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -69,6 +73,8 @@ class Checkpoint:
     text: TextConfig
     image_size: int
     """Pixels on a side of the pictures that the checkpoint was trained with."""
+    geometry: str
+    """How the checkpoint's own code makes a picture square: `pad` or `crop`; `pad` in the native layout."""
     image_token_id: int | None
     """The id of a visual token; None if the layout has no such id."""
     eos_ids: tuple[int, ...]
@@ -76,7 +82,7 @@ class Checkpoint:
     train_form: bool
     """Whether the encoder still has its train-time branches (`load_vision` merges them)."""
     notes: list[str]
-    """Contradictions in the checkpoint and how they were resolved: `convert` prints them and writes them into the manifest."""
+    """What the checkpoint contradicts, lacks, or has in vain, and what was used: `convert` prints it and writes it into the manifest."""
     weights: list[Path]
     _entries: dict[str, Entry] = field(repr=False)
     _hashes: dict[str, str] = field(default_factory=dict, repr=False)
@@ -118,7 +124,7 @@ class Checkpoint:
                 index[0] += first_row
             raise FastVLMError(
                 f"tensor {name} of {self.directory} contains {value} at {index}: the weights are damaged",
-                "download the checkpoint again, or use another training step",
+                "use another training step, or copy or download the file again if it was whole elsewhere",
             )
         return array
 
@@ -165,15 +171,25 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
         raise FastVLMError(f"{directory} cannot be read ({error})", "check its permissions and the disk") from None
     where = str(directory)
     _check_types(entries, where)
-    stored = canonical_names(entries, settings.layout, where)
+    _check_sizes(entries, where)
+    notes = list(settings.notes)
+    if unused := unused_weights(directory, weights):
+        notes.append(f"not used: {listing(unused)}; the weights are those in {listing([path.name for path in weights], 1)}")
+    stored = canonical_names(entries, settings.layout, where, notes)
     found = {name: entries[key] for name, key in stored.items()}
+    if settings.tied and HEAD in found and EMBEDDING not in found:
+        found[EMBEDDING], stored[EMBEDDING] = found.pop(HEAD), stored.pop(HEAD)
+        notes.append(f"there is no embedding, only {HEAD}, and config.json says that they are tied: used it for both")
     shapes = {name: entry.shape for name, entry in found.items()}
     vision = vision_structure(shapes, where)
+    _check_encoder(settings, vision, where)
     train_form = is_train_form(shapes)
     text = text_structure(shapes, settings, where)
     expected = expected_shapes(vision, text, train_form=train_form)
     check_shapes(shapes, expected, stored, where)
-    notes = [*settings.notes, *_contradictions(settings, vision, text)]
+    _check_claims(settings, vision, text, where)
+    if settings.claims.get("vocab", text.vocab) != text.vocab:
+        notes.append(f"config.json gives {settings.claims['vocab']} for vocab, but the tensors have {text.vocab}: used {text.vocab}")
     tied = _is_tied(found, settings, where, notes)
     text = dataclasses.replace(text, tied=tied)
     if settings.image_token_id is not None and not 0 <= settings.image_token_id < text.vocab:
@@ -182,12 +198,13 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
         )
     return Checkpoint(
         location=location,
-        name=directory.resolve().name if Path(location).expanduser().is_dir() else location.rpartition("/")[2],
+        name=_name(directory.resolve()) if Path(location).expanduser().is_dir() else location.rpartition("/")[2],
         directory=directory,
         layout=settings.layout,
         vision=vision,
         text=text,
         image_size=settings.image_size,
+        geometry=settings.geometry,
         image_token_id=settings.image_token_id,
         eos_ids=settings.eos_ids,
         train_form=train_form,
@@ -195,6 +212,13 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
         weights=weights,
         _entries={name: found[name] for name in expected if name in found and not (tied and name == HEAD)},
     )
+
+
+def _name(directory: Path) -> str:
+    """The name of a directory, or of the repository if it is a snapshot of a hub cache: `models--org--name/snapshots/<commit>`."""
+    repository = directory.parents[1].name if len(directory.parents) > 1 else ""
+    snapshot = directory.parent.name == "snapshots" and repository.startswith("models--")
+    return repository.rpartition("--")[2] if snapshot else directory.name
 
 
 def _check_types(entries: dict[str, Entry], where: str) -> None:
@@ -210,20 +234,46 @@ def _check_types(entries: dict[str, Entry], where: str) -> None:
         )
 
 
-def _contradictions(settings: Settings, vision: FastViTHDConfig, text: TextConfig) -> list[str]:
-    """One note for each size in config.json that differs from the tensors."""
+def _check_sizes(entries: dict[str, Entry], where: str) -> None:
+    """Raise FastVLMError for tensors without elements."""
+    empty = [f"{name} {list(entry.shape)}" for name, entry in entries.items() if 0 in entry.shape]
+    if empty:
+        raise FastVLMError(
+            f"{where} has {len(empty)} tensors without values ({listing(empty, 2)}), as DeepSpeed ZeRO-3 saves them without gathering",
+            "gather the weights with the zero_to_fp32.py of the training, or save with stage3_gather_16bit_weights_on_model_save",
+        )
+
+
+def _check_encoder(settings: Settings, vision: FastViTHDConfig, where: str) -> None:
+    """Raise FastVLMError if blocks of the encoder are missing: config.json says how many there are, or the widths are the released ones."""
+    released = FastViTHDConfig()
+    claimed = settings.encoder or ((released.depths, released.dims) if vision.dims == released.dims else None)
+    if claimed is not None and (vision.depths, vision.dims) != claimed:
+        raise FastVLMError(
+            f"the encoder of {where} has {vision.depths} blocks of {vision.dims} channels in its stages, "
+            f"but its config.json means {claimed[0]} blocks of {claimed[1]} channels",
+            NOT_WHOLE,
+        )
+
+
+def _check_claims(settings: Settings, vision: FastViTHDConfig, text: TextConfig, where: str) -> None:
+    """Raise FastVLMError if config.json gives other sizes than the tensors have: part of the model is missing, or the file is another's."""
     actual = {
-        "out_dim": vision.out_dim,
-        "hidden": text.hidden,
-        "layers": text.layers,
-        "intermediate": text.intermediate,
-        "vocab": text.vocab,
+        "num_hidden_layers": ("layers", text.layers),
+        "hidden_size": ("hidden", text.hidden),
+        "intermediate_size": ("intermediate", text.intermediate),
+        "hidden size of the encoder": ("out_dim", vision.out_dim),
     }
-    return [
-        f"config.json gives {claim} for {key}, but the tensors have {actual[key]}: used {actual[key]}"
-        for key, claim in settings.claims.items()
-        if key in actual and claim != actual[key]
+    wrong = [
+        f"{settings.claims[key]} for {name}, but the tensors have {size}"
+        for name, (key, size) in actual.items()
+        if settings.claims.get(key, size) != size
     ]
+    if wrong:
+        raise FastVLMError(
+            f"config.json of {where} gives {'; '.join(wrong)}: part of the model is missing, or the file belongs to another model",
+            "save or copy weights and config.json together again; if the weights are whole, correct config.json",
+        )
 
 
 def _is_tied(found: dict[str, Entry], settings: Settings, where: str, notes: list[str]) -> bool:
@@ -236,7 +286,7 @@ def _is_tied(found: dict[str, Entry], settings: Settings, where: str, notes: lis
         if settings.tied is False:
             raise FastVLMError(
                 f"{where} lacks tensor {HEAD}, and config.json says that the head is not tied to the embedding",
-                "download the checkpoint again, or correct tie_word_embeddings if the head is tied",
+                "save the whole model again, or correct tie_word_embeddings if the head is tied",
             )
         if settings.tied is None:
             notes.append(f"there is neither a tensor {HEAD} nor tie_word_embeddings in config.json: used the embedding as the head")

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import broken_package, import_failure
 
-HUB_FILES = ["*.safetensors", "*.json", "*.txt"]
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

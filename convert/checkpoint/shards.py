@@ -6,7 +6,6 @@ means.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from fastvlm_edge.convert.checkpoint.files import refuse_lfs_pointer
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir.json_record import parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -28,7 +29,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype(np.int64),
 }
 MAX_HEADER = 100_000_000
-LFS_MARK = b"version https://git-lfs.github.com/spec/"
 FINITE_BLOCK = 1 << 22
 EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}}
 
@@ -49,63 +49,6 @@ class Entry:
         return DTYPES[self.kind]
 
 
-def find_weights(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises FastVLMError that says what the directory is if it is not a checkpoint."""
-    weights = weight_files(directory)
-    exported = any(directory.glob("*.mlpackage")) or any(directory.glob("*.mlmodelc")) or (directory / "weights.npz").is_file()
-    if not weights and exported:
-        raise FastVLMError(f"{directory} is an export for CoreML or MLX, not a checkpoint", "give the checkpoint that it was made from")
-    if not weights and ((directory / "adapter_config.json").is_file() or any(directory.glob("adapter_model.*"))):
-        raise FastVLMError(f"{directory} contains only a LoRA adapter", "merge it into its base model, save that, and give the result")
-    if not weights and any(directory.glob("pytorch_model*.bin")):
-        raise FastVLMError(
-            f"{directory} has its weights in pytorch_model*.bin, a format that can run code when it is opened",
-            "convert it to safetensors first: load it with its own code and call save_pretrained(..., safe_serialization=True)",
-        )
-    if not weights and (directory / "mm_projector.bin").is_file():
-        raise FastVLMError(f"{directory} contains only a projector (mm_projector.bin)", "give the directory of a whole FastVLM checkpoint")
-    if not (directory / "config.json").is_file():
-        inner = sorted(path.parent for path in directory.glob("*/config.json"))
-        zipped = sorted(directory.glob("*.zip"))
-        hint = f"try {inner[0]}" if inner else f"unpack {zipped[0].name} first" if zipped else "check the path"
-        raise FastVLMError(f"{directory} is not a checkpoint: config.json is missing", hint)
-    if not weights:
-        raise FastVLMError(f"{directory} has a config.json but no safetensors file", "download the whole checkpoint again")
-    return weights
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: those that the index lists, or the only one; empty if there are none.
-
-    Raises FastVLMError for a missing shard, a damaged index, or several files without an index.
-    """
-    index_path = directory / INDEX_NAME
-    if index_path.is_file():
-        refuse_lfs_pointer(index_path)
-        try:
-            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted({"" + name for name in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FastVLMError(f"{index_path} is damaged ({error})", "copy or download it again") from None
-        missing = [name for name in names if not (directory / name).is_file()]
-        if missing:
-            raise FastVLMError(
-                f"{directory / missing[0]} is missing ({len(missing)} of {len(names)} shards listed in {INDEX_NAME})",
-                "download the whole checkpoint again",
-            )
-        return [directory / name for name in names]
-    single = directory / "model.safetensors"
-    if single.is_file():
-        return [single]
-    found = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter_"))
-    if len(found) > 1:
-        raise FastVLMError(
-            f"{directory} has {len(found)} safetensors files but no {INDEX_NAME}, which says which of them belong together",
-            "download the whole checkpoint again",
-        )
-    return found
-
-
 def read_shards(directory: Path, files: Sequence[Path]) -> dict[str, Entry]:
     """Every tensor of `files` by name, in file order.
 
@@ -117,22 +60,25 @@ def read_shards(directory: Path, files: Sequence[Path]) -> dict[str, Entry]:
             if name in entries:
                 raise FastVLMError(
                     f"tensor {name} appears in both {entries[name].path.name} and {path.name} of {directory}",
-                    "download the checkpoint again into an empty directory",
+                    "move the file that belongs to another save elsewhere, and correct the index",
                 )
             entries[name] = entry
     index_path = directory / INDEX_NAME
     if index_path.is_file():
-        weight_map: dict[str, str] = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: dict[str, str] = parse_json(index_path.read_text(encoding="utf-8"))["weight_map"]
         for name, shard in weight_map.items():
             if name not in entries or entries[name].path.name != shard:
-                raise FastVLMError(f"{index_path} lists tensor {name} in {shard}, but it is not there", "download the checkpoint again")
+                raise FastVLMError(
+                    f"{index_path} lists tensor {name} in {shard}, but it is not there: index and shards are from different saves",
+                    "copy, download or save all of them again into an empty directory",
+                )
     return entries
 
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file: 8-byte little-endian header length, JSON header, data.
 
-    Raises FastVLMError if the file is a git-LFS pointer, is truncated, or has no valid header.
+    Raises FastVLMError if the file is a git-LFS pointer, an export for MLX, truncated, or has no valid header.
     """
     refuse_lfs_pointer(path)
     size = path.stat().st_size
@@ -145,12 +91,18 @@ def read_header(path: Path) -> dict[str, Entry]:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
-        items = {name: _read_item(item) for name, item in header.items() if name != "__metadata__"}
+        header = parse_json(raw, object_pairs_hook=_unique)
+        metadata = header.pop("__metadata__", None) or {}
+        items = {name: _read_item(item) for name, item in header.items()}
+        written_by = metadata.get("format")
     except DuplicateError as error:
         raise FastVLMError(f"tensor {error} appears twice in the header of {path}", again) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FastVLMError(f"the header of {path} is damaged ({error})", again) from None
+    if written_by == "mlx":
+        raise FastVLMError(
+            f"{path} is an export for MLX, whose tensors are laid out differently", "give the checkpoint that it was made from"
+        )
     entries = {}
     for name, (kind, shape, start, end) in items.items():
         if not 0 <= start <= end or min(shape, default=0) < 0:
@@ -180,15 +132,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise DuplicateError(key)
         out[key] = value
     return out
-
-
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raise FastVLMError if `path` is the small text file that git stores in place of a large one."""
-    with path.open("rb") as file:
-        if file.read(len(LFS_MARK)) == LFS_MARK:
-            raise FastVLMError(
-                f"{path} is a git-LFS pointer, not the file itself", "run `git lfs pull` in that directory, or give the hub id"
-            )
 
 
 def read_tensor(name: str, entry: Entry, rows: tuple[int, int] | None = None) -> npt.NDArray[Any]:

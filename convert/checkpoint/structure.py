@@ -15,6 +15,9 @@ from fastvlm_edge.errors import FastVLMError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+NOT_WHOLE = "save the whole model again, or start from the checkpoint that it was made from"
+AS_SAVED = "give a checkpoint as it was released or saved"
+ATTENTION_BIAS = re.compile(r"llm\.layers\.\d+\.self_attn\.[qkv]_proj\.bias")
 TRAIN_BRANCHES = re.compile(r"vision\..*\.(conv_kxk|conv_scale|identity|large_conv|small_conv|mixer|pe)\..*")
 OPTIONAL = re.compile(r"vision\.(.*\.num_batches_tracked|stem\.[01]\.conv_scale\..*)")
 """Tensors that may be missing: a counter that inference never reads, and a branch that the released stem was trained without."""
@@ -34,8 +37,6 @@ class TextConfig:
     rope_theta: float
     rms_norm_eps: float
     max_positions: int
-    attention_bias: bool
-    """Whether q, k and v have biases, as in every Qwen2."""
     tied: bool
     """Whether the head is the embedding: absent from the file, or bit-equal."""
 
@@ -51,7 +52,7 @@ def vision_structure(shapes: Shapes, where: str) -> FastViTHDConfig:
     def rows(*candidates: str) -> int:
         name = next((f"vision.{name}" for name in candidates if f"vision.{name}" in shapes), None)
         if name is None or not shapes[name]:
-            raise FastVLMError(f"{where} lacks tensor vision.{candidates[0]}", "download the checkpoint again")
+            raise FastVLMError(f"{where} lacks tensor vision.{candidates[0]}", NOT_WHOLE)
         return shapes[name][0]
 
     pattern = re.compile(r"vision\.stages\.(\d+)\.blocks\.(\d+)\..*")
@@ -87,7 +88,7 @@ def text_structure(shapes: Shapes, settings: Settings, where: str) -> TextConfig
     def shape(name: str) -> tuple[int, int]:
         found = shapes.get(name)
         if found is None or len(found) != 2:
-            raise FastVLMError(f"{where} lacks a tensor {name} with two dimensions (found {found})", "download the checkpoint again")
+            raise FastVLMError(f"{where} lacks a tensor {name} with two dimensions (found {found})", NOT_WHOLE)
         return found[0], found[1]
 
     layers = 1 + max((int(name.split(".")[2]) for name in shapes if re.match(r"llm\.layers\.\d+\.", name)), default=-1)
@@ -119,7 +120,6 @@ def text_structure(shapes: Shapes, settings: Settings, where: str) -> TextConfig
         settings.rope_theta,
         settings.rms_norm_eps,
         settings.max_positions,
-        "llm.layers.0.self_attn.q_proj.bias" in shapes,
         tied=False,
     )
 
@@ -138,8 +138,7 @@ def expected_shapes(vision: FastViTHDConfig, text: TextConfig, *, train_form: bo
         shapes[f"{layer}input_layernorm.weight"] = (text.hidden,)
         for part, rows in (("q", query), ("k", key), ("v", key)):
             shapes[f"{layer}self_attn.{part}_proj.weight"] = (rows, text.hidden)
-            if text.attention_bias:
-                shapes[f"{layer}self_attn.{part}_proj.bias"] = (rows,)
+            shapes[f"{layer}self_attn.{part}_proj.bias"] = (rows,)
         shapes[f"{layer}self_attn.o_proj.weight"] = (text.hidden, query)
         shapes[f"{layer}post_attention_layernorm.weight"] = (text.hidden,)
         shapes |= {f"{layer}mlp.{part}_proj.weight": (text.intermediate, text.hidden) for part in ("gate", "up")}
@@ -161,7 +160,14 @@ def check_shapes(found: Shapes, expected: Shapes, stored: Mapping[str, str], whe
         for name, shape in found.items()
         if name in expected and tuple(shape) != tuple(expected[name])
     ]
+    if missing and all(map(ATTENTION_BIAS.fullmatch, missing)) and not (wrong or unknown):
+        raise FastVLMError(
+            f"{where} has lost {len(missing)} biases of q, k and v, which every Qwen2 has ({listing(missing, 3)})",
+            "merge or save it again with a model class that has these biases, such as transformers' Qwen2",
+        )
     kinds = (("missing", missing), ("wrong shape", wrong), ("unknown", unknown))
     problems = [f"{kind}: {listing(names)}" for kind, names in kinds if names]
     if problems:
-        raise FastVLMError(f"{where} does not have the tensors of a FastVLM ({'; '.join(problems)})", "download the checkpoint again")
+        raise FastVLMError(
+            f"{where} does not have the tensors of a FastVLM ({'; '.join(problems)})", NOT_WHOLE if missing or wrong else AS_SAVED
+        )

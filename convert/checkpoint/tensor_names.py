@@ -54,6 +54,13 @@ APPLE_INNER = {
     "reduce": "fc1",
     "expand": "fc2",
 }
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing put into the names of the modules that they wrap, and nothing else does."""
+PARALLEL = "module."
+"""What DataParallel, DistributedDataParallel and DeepSpeed put before every name."""
+ADAPTER = re.compile(r".*(?:\.|^)(?:lora_\w+|base_layer|modules_to_save|original_module|ia3_l|oft_\w+|hada_w\w+|vera_\w+)(?:\.|$).*")
+"""Tensors of PEFT: of an adapter, and of the layers that it wraps."""
+LAYOUT_NAMES = {"apple": "Apple's layout", "hub": "Apple's layout", "native": "transformers' layout"}
 LAYER_SCALE = re.compile(r"(.*\.layer_scale(?:_[12])?)")
 HARMLESS = re.compile(r".*(rotary_emb\.inv_freq|position_ids|image_newline)|vision\.head\..*")
 """Tensors that FastVLM does not use: buffers that follow from the config, LLaVA's newline token, and the head of CLIP."""
@@ -79,31 +86,35 @@ def _apple_vision_name(name: str) -> str:
     return f"{renamed}.gamma" if LAYER_SCALE.fullmatch(renamed) else renamed
 
 
-def canonical_names(stored: Iterable[str], layout: str, where: str) -> dict[str, str]:
+def canonical_names(stored: Iterable[str], layout: str, where: str, notes: list[str] | None = None) -> dict[str, str]:
     """Canonical name -> stored name, without the tensors that FastVLM does not use.
 
-    `where` names the checkpoint in errors. Raises FastVLMError for unknown names, two names of the same tensor, or a missing part of the
-    model.
+    `where` names the checkpoint in errors. What wrappers of a model put into its names is taken off, and said in `notes`. Raises
+    FastVLMError for unknown names, two names of the same tensor, or a missing part of the model.
     """
+    plain = _without_wrappers(list(stored), where, [] if notes is None else notes)
     names: dict[str, str] = {}
     unknown = []
-    for name in stored:
+    for name, full in plain.items():
         canonical = canonical_name(name, layout)
         if HARMLESS.fullmatch(canonical or name):
             continue
         if canonical is None:
             unknown.append(name)
         elif canonical in names:
-            raise FastVLMError(
-                f"{where} contains the same tensor twice, as {names[canonical]} and as {name}", "remove one, or download it again"
-            )
+            raise FastVLMError(f"{where} contains the same tensor twice, as {names[canonical]} and as {full}", "remove one of them")
         else:
-            names[canonical] = name
-    parts = {name.partition(".")[0] for name in names}
-    if any(name.endswith(("lora_A.weight", "lora_B.weight")) for name in unknown):
-        raise FastVLMError(f"{where} contains LoRA tensors ({listing(unknown)})", "merge the adapter into its base model first")
+            names[canonical] = full
+    adapter = [full for name, full in plain.items() if ADAPTER.fullmatch(name)]
+    if adapter:
+        raise FastVLMError(
+            f"{where} contains tensors of an adapter that is not merged, LoRA or another ({listing(adapter)})",
+            "merge the adapter into its base model (PEFT: merge_and_unload), save that, and give the result",
+        )
     if any(name.endswith((".scales", ".weight_scale", ".weight_scale_inv", ".qweight")) for name in (*unknown, *names)):
         raise FastVLMError(f"{where} is a quantised export (it contains scales for its weights)", "start from the bfloat16 checkpoint")
+    _refuse_foreign_names(unknown, layout, where)
+    parts = {name.partition(".")[0] for name in names}
     if "vision" not in parts:
         raise FastVLMError(
             f"{where} contains no vision tower, only {listing(sorted(parts) or unknown)}",
@@ -116,6 +127,52 @@ def canonical_names(stored: Iterable[str], layout: str, where: str) -> dict[str,
             f"{where} contains tensors that do not belong to FastVLM: {listing(unknown)}", "give a checkpoint as it was released or saved"
         )
     return names
+
+
+def _without_wrappers(stored: list[str], where: str, notes: list[str]) -> dict[str, str]:
+    """Name without what wrappers put into it -> stored name. Raises FastVLMError if two stored names become the same."""
+    names = {name: WRAPPERS.sub("", name) for name in stored}
+    while names and all(name.startswith(PARALLEL) for name in names.values()):
+        names = {full: name[len(PARALLEL) :] for full, name in names.items()}
+    changed = [full for full, name in names.items() if name != full]
+    if changed:
+        notes.append(
+            f"{len(changed)} of {len(names)} tensor names have the prefix of a wrapper: took it off, {changed[0]} is {names[changed[0]]}"
+        )
+    plain: dict[str, str] = {}
+    for full, name in names.items():
+        if name in plain:
+            raise FastVLMError(f"{where} contains the same tensor twice, as {plain[name]} and as {full}", "remove one of them")
+        plain[name] = full
+    return plain
+
+
+def _refuse_foreign_names(unknown: list[str], layout: str, where: str) -> None:
+    """Raise FastVLMError if all unknown names are those of the other layout, or known ones behind one prefix."""
+    if not unknown:
+        return
+    other = "apple" if layout == "native" else "native"
+    if all(canonical_name(name, other) for name in unknown):
+        raise FastVLMError(
+            f"{where} has tensors with the names of {LAYOUT_NAMES[other]} ({listing(unknown, 2)}), "
+            f"but config.json is that of {LAYOUT_NAMES[layout]}",
+            "use the config.json that was saved with these weights",
+        )
+    prefixes = {_foreign_prefix(name, layout) for name in unknown}
+    prefix = prefixes.pop()
+    if prefix and not prefixes:
+        raise FastVLMError(
+            f"{where} has {len(unknown)} tensors whose names begin with {prefix!r}, which does not belong to FastVLM ({unknown[0]})",
+            "save the model itself, not what wraps it, with save_pretrained",
+        )
+
+
+def _foreign_prefix(name: str, layout: str) -> str | None:
+    """The shortest beginning of an unknown name after which a known one follows."""
+    for dot in (place for place, character in enumerate(name) if character == "."):
+        if canonical_name(name[dot + 1 :], layout):
+            return name[: dot + 1]
+    return None
 
 
 def listing(names: Iterable[str], limit: int = 5) -> str:

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from fastvlm_edge.convert.checkpoint.chat_template import SYSTEM_PROMPT, read_system_prompt
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
-from fastvlm_edge.convert.checkpoint.configs import read_json, read_optional_json
-from fastvlm_edge.convert.checkpoint.shards import refuse_lfs_pointer
+from fastvlm_edge.convert.checkpoint.files import read_json, read_optional_json, refuse_lfs_pointer
 from fastvlm_edge.errors import FastVLMError
 
-SYSTEM_PROMPT = "You are a helpful assistant."
 IMAGE_TOKEN = "<image>"
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -37,6 +37,8 @@ class TextAssets:
     system_prompt: str = SYSTEM_PROMPT
     source: Path | None = field(default=None, repr=False)
     """The checkpoint's tokenizer.json if it can be copied unchanged."""
+    notes: list[str] = field(default_factory=list)
+    """What the files of the tokenizer contradict or have in vain, and what was used."""
 
     def write_tokenizer(self, path: Path) -> None:
         """Write `tokenizer.json`: a copy of the checkpoint's own file if it has one, otherwise the tokenizer built from its parts."""
@@ -64,8 +66,11 @@ def read_text(checkpoint: Checkpoint) -> TextAssets:
                 f"the tokenizer of {directory} has no token {token}, which every FastVLM conversation needs",
                 "use the tokenizer files that came with the checkpoint",
             )
-    image = checkpoint.image_token_id
-    image = tokenizer.token_to_id(IMAGE_TOKEN) if image is None else image
+    notes: list[str] = []
+    named = tokenizer.token_to_id(IMAGE_TOKEN)
+    image = named if checkpoint.image_token_id is None else checkpoint.image_token_id
+    if named not in (None, image):
+        notes.append(f"config.json gives {image} for the image token, but the tokenizer gives {IMAGE_TOKEN} the id {named}: used {image}")
     ids = tokenizer.get_vocab(with_added_tokens=True)
     token, largest = max(ids.items(), key=lambda item: item[1])
     if largest >= vocab:
@@ -78,7 +83,9 @@ def read_text(checkpoint: Checkpoint) -> TextAssets:
         raise FastVLMError(
             f"{directory} has the end-of-sequence id {max(stops)}, but the embedding has only {vocab} rows", "correct eos_token_id"
         )
-    return TextAssets(tokenizer, sorted(stops), 1 + max(number for number in ids.values() if number != image), image, source=source)
+    count = 1 + max(number for number in ids.values() if number != image)
+    system = read_system_prompt(directory, notes)
+    return TextAssets(tokenizer, sorted(stops), count, image, system, source, notes)
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
@@ -92,12 +99,18 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         try:
             tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises plain Exception
-            raise FastVLMError(f"{path} is damaged ({error})", "copy or download it again") from None
+            if not isinstance(read_json(path).get("model"), dict):
+                raise FastVLMError(f"{path} is damaged ({error})", "copy or download it again") from None
+            raise FastVLMError(
+                f"{path} cannot be read by tokenizers {tokenizers.__version__}, so a newer version has probably written it ({error})",
+                "run: pip install --upgrade tokenizers",
+            ) from None
         return tokenizer
     missing = [name for name in ("vocab.json", "merges.txt") if not (directory / name).is_file()]
     if missing:
         raise FastVLMError(
-            f"{directory} has no tokenizer: neither tokenizer.json nor {' and '.join(missing)}", "download the whole checkpoint"
+            f"{directory} has no tokenizer: neither tokenizer.json nor {' and '.join(missing)}",
+            "copy these files from the model that the checkpoint was trained from",
         )
     return build_tokenizer(directory)
 

@@ -75,7 +75,6 @@ class Size:
             rope_theta=1e6,
             rms_norm_eps=1e-6,
             max_positions=32768,
-            attention_bias=True,
             tied=tied,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -39,10 +40,13 @@ def main(arguments: Sequence[str]) -> int:
         force=options.force,
     )
     size = sum(record.bytes for record in manifest.files.values()) / 1e6
+    vision = manifest.vision
     print(
-        f"{options.output}: {manifest.name}, {manifest.precision}, {manifest.vision.image_size} px ({manifest.vision.tokens} tokens), "
+        f"{options.output}: {manifest.name}, {manifest.precision}, {vision.image_size} px ({vision.tokens} tokens, {vision.geometry}), "
         f"context {manifest.decoder.context}, {size:.1f} MB"
     )
+    for note in manifest.notes:
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 
@@ -58,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image-size", metavar="PX", type=multiple_of_64, help="256 to 1536 in steps of 64 (default: the size the model was trained at)"
     )
-    parser.add_argument("--geometry", choices=("pad", "crop"), default="pad", help="how a picture is made square (default: %(default)s)")
+    parser.add_argument("--geometry", choices=("pad", "crop"), help="how a picture is made square (default: as the checkpoint says)")
     parser.add_argument(
         "--context", metavar="N", type=positive, help="longest conversation in tokens, pictures included (default: 4096, or as trained)"
     )

@@ -27,7 +27,9 @@ class ChatTemplate:
         self._end = tokenizer.control_id("<|im_end|>")
 
     def opening(self) -> list[int]:
-        """Ids of the system prompt, with which every conversation begins."""
+        """Ids of the system prompt, with which a conversation begins; none if the model was trained without one (it is empty)."""
+        if not self._system_prompt:
+            return []
         encode = self._tokenizer.encode
         return [self._start, *encode(f"system\n{self._system_prompt}"), self._end, *encode("\n")]
 

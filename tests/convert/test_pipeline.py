@@ -109,20 +109,30 @@ def test_the_user_is_told_what_the_integers_cost(checkpoint: Path, tmp_path: Pat
 def test_contradictions_in_the_checkpoint_reach_the_user_and_the_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_checkpoint(tmp_path / "contradictory", layout="native")
     config = json.loads((source / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 24
+    config["text_config"]["vocab_size"] = 24
     (source / "config.json").write_text(json.dumps(config))
-    processor = json.loads((source / "preprocessor_config.json").read_text()) | {"image_mean": [0.5, 0.5, 0.5]}
-    (source / "preprocessor_config.json").write_text(json.dumps(processor))
+    (source / "chat_template.jinja").write_text("USER: {{ messages[0].content }}")
     expected = [
-        "the image processor has a mean and a standard deviation: ignored them, FastVLM takes pixels in 0..1",
-        "config.json gives 24 for layers, but the tensors have 3: used 3",
+        "config.json gives 24 for vocab, but the tensors have 704: used 704",
+        "the chat template writes another conversation ('USER: <image>\\nWhat is this?'): ignored it, conversations are those of FastVLM, "
+        "with the system text 'You are a helpful assistant.'",
     ]
 
     assert main(["convert", str(source), "-o", str(tmp_path / "model")]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [lines.count(note) for note in expected] == [1, 1]
+    assert lines[-2:] == [f"note: {note}" for note in expected]  # again at the end, where they are read
     assert lines.index(expected[0]) < next(index for index, line in enumerate(lines) if line.startswith("probe vision"))
     assert read_manifest(tmp_path / "model").notes == expected
+
+
+def test_the_geometry_is_that_of_the_checkpoint_unless_it_is_named(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "cropped", layout="apple")
+    config = json.loads((source / "config.json").read_text()) | {"image_aspect_ratio": "square"}
+    (source / "config.json").write_text(json.dumps(config))
+    for asked, geometry in ((None, "crop"), ("pad", "pad")):
+        manifest = convert(str(source), tmp_path / "model", precision="fp32", geometry=asked, context=512, force=True)
+        assert manifest.vision.geometry == read_manifest(tmp_path / "model").vision.geometry == geometry
 
 
 def test_a_consistent_checkpoint_has_no_notes_and_older_manifests_are_read(model: Path, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_convert_passes_everything_on(model_dir: Path, monkeypatch: pytest.Monke
         "calibrate": None,
         "force": True,
     }
-    assert capsys.readouterr().out == f"out: fake, fp32, 256 px (16 tokens), context 2048, {_size(model_dir):.1f} MB\n"
+    assert capsys.readouterr().out == f"out: fake, fp32, 256 px (16 tokens, pad), context 2048, {_size(model_dir):.1f} MB\n"
 
 
 def _size(directory: Path) -> float:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.checkpoint.structure import expected_shapes
 from fastvlm_edge.convert.fastvithd import FastViTHD, image_tokens
+from fastvlm_edge.errors import FastVLMError
 from tests.support.checkpoints import SIZES, apple_config, native_config, native_rows, write_checkpoint, write_json, write_safetensors
 from tests.support.timm_reference import import_timm, load_reference
 
@@ -118,10 +119,10 @@ def test_a_bit_equal_head_is_tied_and_another_is_not(tmp_path: Path, folders: di
 
 def test_tensors_win_over_the_config_and_a_note_says_so(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", layout="apple", tied=False)
-    edit_config(directory, vocab_size=151936, num_hidden_layers=24, mm_hidden_size=3072, tie_word_embeddings=True)
+    edit_config(directory, vocab_size=151936, tie_word_embeddings=True)
     checkpoint = open_checkpoint(str(directory))
-    assert (checkpoint.text.vocab, checkpoint.text.layers, checkpoint.vision.out_dim, checkpoint.text.tied) == (640, 3, 512, False)
-    assert len(checkpoint.notes) == 4
+    assert (checkpoint.text.vocab, checkpoint.text.tied) == (640, False)
+    assert len(checkpoint.notes) == 2
     assert any("gives 151936 for vocab, but the tensors have 640: used 640" in note for note in checkpoint.notes)
     assert any("lm_head.weight is different from the embedding" in note for note in checkpoint.notes)
 
@@ -137,6 +138,118 @@ def test_image_size_of_each_layout(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(native))
     assert checkpoint.image_size == 320
     assert any("image_seq_length 36 means 384 px, but the image processor crops to 320 px" in note for note in checkpoint.notes)
+
+
+@pytest.mark.parametrize(
+    ("tower", "size"),
+    [
+        ("mobileclip_l_1024_ft", 1024),
+        ("mobileclip_l_512_v2", 512),
+        ("mobileclip_l_512_2", 512),
+        ("/data/run_2048/mobileclip_l_384_ft/", 384),
+        ("mobileclip-l-640.pt", 640),
+    ],
+)
+def test_the_image_size_in_the_name_of_the_encoder(tmp_path: Path, tower: str, size: int) -> None:
+    directory = write_checkpoint(tmp_path / "model", layout="apple", image_size=size)
+    edit_config(directory, mm_vision_tower=tower)
+    checkpoint = open_checkpoint(str(directory))
+    assert checkpoint.image_size == size
+    assert checkpoint.notes == [f"mm_vision_tower is {tower!r}, which does not end in the image size: used {size} px"]
+
+
+@pytest.mark.parametrize("tower", ["mobileclip_l", "mobileclip_l_512_1024", "mobileclip_l_ft"])
+def test_a_name_without_one_image_size(tmp_path: Path, tower: str) -> None:
+    directory = write_checkpoint(tmp_path / "model", layout="apple")
+    edit_config(directory, mm_vision_tower=tower)
+    with pytest.raises(FastVLMError, match=f"mm_vision_tower '{tower}', which is not supported"):
+        open_checkpoint(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("layout", "aspect", "geometry", "notes"),
+    [
+        ("apple", "pad", "pad", 0),
+        ("apple", "square", "crop", 0),
+        ("hub", "square", "crop", 0),
+        ("apple", None, "crop", 1),
+        ("native", None, "pad", 0),
+        ("native", "square", "crop", 0),
+    ],
+)
+def test_geometry_is_that_of_the_config(tmp_path: Path, layout: str, aspect: str | None, geometry: str, notes: int) -> None:
+    directory = write_checkpoint(tmp_path / "model", layout=layout)
+    edit_config(directory, image_aspect_ratio=aspect)
+    checkpoint = open_checkpoint(str(directory))
+    assert checkpoint.geometry == geometry
+    assert len(checkpoint.notes) == notes and all(
+        "there is no image_aspect_ratio: pictures are cropped" in note for note in checkpoint.notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"rope_theta": None}, "there is no rope_theta: used transformers' default, 10000"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters give a rope_theta of 500000, but there is another, 1e+06: used 500000"),
+        ({"rms_norm_eps": None}, "there is no rms_norm_eps: used transformers' default, 1e-06"),
+        ({"max_position_embeddings": None}, "there is no max_position_embeddings: used transformers' default, 32768"),
+        (
+            {"num_hidden_layers": None},
+            "there is no num_hidden_layers, so whether layers are missing cannot be told: used those that are there",
+        ),
+    ],
+)
+def test_what_the_config_leaves_out_is_said(tmp_path: Path, changes: dict[str, Any], note: str) -> None:
+    directory = write_checkpoint(tmp_path / "model", layout="apple")
+    edit_config(directory, **changes)
+    assert open_checkpoint(str(directory)).notes == [note]
+
+
+def test_an_image_processor_that_differs_is_said(tmp_path: Path) -> None:
+    """Apple's code does not read its file; transformers does, but the pictures are still resized as FastVLM's."""
+    for layout, extra in (("apple", ["image_mean [0.5, 0.5, 0.5]", "a crop to 320 px"]), ("native", [])):
+        directory = write_checkpoint(tmp_path / layout, layout=layout)
+        path = directory / "preprocessor_config.json"
+        document = json.loads(path.read_text()) | {"resample": 2, "size": {"shortest_edge": 288}}
+        write_json(path, document | ({"image_mean": [0.5] * 3, "crop_size": {"height": 320, "width": 320}} if extra else {}))
+        (note,) = open_checkpoint(str(directory)).notes
+        assert "preprocessor_config.json has " in note and "ignored" in note and "resample 2 instead of bicubic" in note
+        assert "size 288 px before a crop to" in note and all(part in note for part in extra)
+
+
+def test_an_image_processor_that_does_not_normalise_has_no_mean(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", layout="native")
+    path = directory / "preprocessor_config.json"
+    write_json(path, json.loads(path.read_text()) | {"do_normalize": False, "image_mean": [0.5] * 3})
+    assert open_checkpoint(str(directory)).notes == []
+    document = json.loads(path.read_text()) | {"do_normalize": True}
+    del document["image_mean"]
+    write_json(path, document)
+    assert open_checkpoint(str(directory)).notes == ["preprocessor_config.json gives no image_mean: FastVLM takes pixels in 0..1"]
+
+
+def test_penalties_of_the_generation_config_are_said(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", layout="apple")
+    edit = json.loads((directory / "generation_config.json").read_text()) | {"repetition_penalty": 1.05, "no_repeat_ngram_size": 0}
+    write_json(directory / "generation_config.json", edit)
+    assert open_checkpoint(str(directory)).notes == ["generation_config.json has repetition_penalty 1.05: not used"]
+
+
+def test_a_head_that_stands_for_the_embedding(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """safetensors keeps only one of two tensors that share their memory, and it may be the head."""
+    directory = write_checkpoint(tmp_path / "model", layout="apple")
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, path)
+    checkpoint = open_checkpoint(str(directory))
+    assert checkpoint.text.tied and len(checkpoint.notes) == 1 and "used it for both" in checkpoint.notes[0]
+    name = "llm.embed_tokens.weight"
+    assert np.array_equal(checkpoint.tensor(name), open_checkpoint(str(folders["apple"])).tensor(name))
+    edit_config(directory, tie_word_embeddings=False)
+    with pytest.raises(FastVLMError, match=r"lacks a tensor llm\.embed_tokens\.weight"):
+        open_checkpoint(str(directory))
 
 
 def test_rope_base_of_transformers_4_and_5(tmp_path: Path) -> None:

@@ -47,10 +47,13 @@ def native(tmp_path: Path) -> Path:
     ("files", "message"),
     [
         ({"config.json": "{}", "pytorch_model-00001-of-00002.bin": ""}, r"pytorch_model\*\.bin.*convert it to safetensors"),
-        ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, "contains only a LoRA adapter; merge it"),
+        (
+            {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
+            r"contains only a LoRA adapter \(adapter_config\.json, adapter_model\.safetensors\); merge",
+        ),
         ({"config.json": "{}", "mm_projector.bin": ""}, "contains only a projector"),
-        ({"config.json": "{}", "fastvithd.mlpackage": ""}, "export for CoreML or MLX"),
-        ({"config.json": "{}", "weights.npz": ""}, "export for CoreML or MLX"),
+        ({"config.json": "{}", "fastvithd.mlpackage": ""}, "export for CoreML, MLX or llama"),
+        ({"config.json": "{}", "weights.npz": ""}, "export for CoreML, MLX or llama"),
         ({"config.json": "{}"}, "no safetensors file"),
         ({"llava-fastvithd_0.5b_stage3.zip": ""}, r"config\.json is missing; unpack llava-fastvithd_0\.5b_stage3\.zip first"),
         ({"llava-fastvithd_0.5b_stage3/config.json": "{}"}, "config\\.json is missing; try .*llava-fastvithd_0.5b_stage3"),
@@ -83,7 +86,7 @@ def test_directories_that_are_not_checkpoints(tmp_path: Path, files: dict[str, s
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end True"),
         (
             {"mm_vision_tower": "openai/clip-vit-large-patch14-336"},
-            "not supported; give a checkpoint with FastViTHD, such as mobileclip_l_1024",
+            "not supported; give a checkpoint with FastViTHD, whose name ends in the image size, such as mobileclip_l_1024",
         ),
         ({"mm_vision_tower": "mobileclip_l_1000"}, "an image size of 1000 px, but FastViTHD takes multiples of 64"),
         ({"quantization_config": {"bits": 4}}, "quantised checkpoint; start from"),
@@ -168,7 +171,118 @@ def test_an_encoder_of_another_structure(apple: Path) -> None:
 
 def test_an_unmerged_adapter(apple: Path) -> None:
     edit_tensors(apple, lambda tensors: tensors.update({"base_model.model.layers.0.q_proj.lora_A.weight": torch.ones(2, 2)}))
-    refuse(apple, "LoRA tensors")
+    refuse(apple, r"an adapter that is not merged.*\(base_model\.model\.layers\.0\.q_proj\.lora_A\.weight\); merge")
+
+
+@pytest.mark.parametrize(
+    "suffix", ["base_layer.weight", "lora_A.default.weight", "lora_magnitude_vector.default", "modules_to_save.default.weight"]
+)
+def test_tensors_of_peft_between_known_names(apple: Path, suffix: str) -> None:
+    edit_tensors(apple, lambda tensors: tensors.update({f"model.layers.0.self_attn.q_proj.{suffix}": torch.ones(2, 2)}))
+    refuse(apple, "an adapter that is not merged.*; merge the adapter")
+
+
+def test_tensors_that_zero_3_did_not_gather(apple: Path) -> None:
+    def empty(tensors: Tensors) -> None:
+        for name in tensors:
+            if name.startswith((f"{VISION}network.0.", "model.layers.1.")):
+                tensors[name] = torch.empty(0)
+
+    edit_tensors(apple, empty)
+    refuse(apple, r"tensors without values \(model\.layers\.1\.\S+ \[0\], .*and \d+ more\), as DeepSpeed ZeRO-3 .*; gather")
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2), (1,)])
+def test_lost_biases_of_attention(apple: Path, layers: tuple[int, ...]) -> None:
+    def remove(tensors: Tensors) -> None:
+        for name in [f"model.layers.{layer}.self_attn.{part}_proj.bias" for layer in layers for part in "qkv"]:
+            del tensors[name]
+
+    edit_tensors(apple, remove)
+    refuse(apple, rf"has lost {3 * len(layers)} biases of q, k and v.*; merge or save it again with a model class that has")
+
+
+def test_missing_layers_at_the_end(apple: Path) -> None:
+    """Their absence shows only in config.json: with two layers instead of three, the model is whole in itself."""
+
+    def remove(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+            del tensors[name]
+
+    edit_tensors(apple, remove)
+    refuse(apple, "gives 3 for num_hidden_layers, but the tensors have 2: part of the model is missing")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "actual"),
+    [("num_hidden_layers", 2, 3), ("intermediate_size", 353, 352), ("hidden_size", 64, 128), ("mm_hidden_size", 3072, 512)],
+)
+def test_sizes_that_contradict_the_tensors(apple: Path, key: str, value: int, actual: int) -> None:
+    write_json(apple / "config.json", json.loads((apple / "config.json").read_text()) | {key: value})
+    refuse(apple, f"gives {value} for .*, but the tensors have {actual}.*correct config.json")
+
+
+def test_missing_blocks_of_the_encoder(native: Path) -> None:
+    def remove(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".stages.2.blocks.1." in name]:
+            del tensors[name]
+
+    edit_tensors(native, remove)
+    refuse(native, r"has \(1, 2, 1, 1, 1\) blocks .* but its config\.json means \(1, 2, 2, 1, 1\) blocks")
+
+
+def test_names_behind_a_prefix_that_is_not_certain(apple: Path) -> None:
+    def rename(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[f"base_model.model.{name}"] = tensors.pop(name)
+
+    edit_tensors(apple, rename)
+    refuse(apple, "names begin with 'base_model.model.', which does not belong to FastVLM")
+
+
+def test_the_config_of_the_other_layout(apple: Path, native: Path) -> None:
+    (apple / "config.json").write_text((native / "config.json").read_text())
+    refuse(apple, "has tensors with the names of Apple's layout.*but config.json is that of transformers' layout")
+
+
+def test_an_export_for_mlx(apple: Path) -> None:
+    path = apple / "model.safetensors"
+    save_file(load_file(path), path, {"format": "mlx"})
+    refuse(apple, "is an export for MLX")
+
+
+def test_a_crop_that_is_not_square(native: Path) -> None:
+    path = native / "preprocessor_config.json"
+    write_json(path, json.loads(path.read_text()) | {"crop_size": {"height": 256, "width": 320}})
+    refuse(native, "crops pictures to 256 x 320 px, which is not a square")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_mean": [0.5, 0.5, 0.5]},
+        {"image_std": [0.2, 0.2, 0.2]},
+        {"image_mean": 0.5},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5},
+    ],
+)
+def test_an_image_processor_with_other_pixels(native: Path, change: dict[str, Any]) -> None:
+    path = native / "preprocessor_config.json"
+    write_json(path, json.loads(path.read_text()) | change)
+    refuse(native, rf"preprocessor_config\.json has {next(iter(change))} .*, but FastVLM takes pixels in 0\.\.1; if the model was trained")
+
+
+def test_no_remedy_is_a_download_if_nothing_was_damaged(apple: Path) -> None:
+    """A second download gives the same files, so it is no remedy for weights that were saved or merged wrongly."""
+
+    def remove(tensors: Tensors) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+
+    edit_tensors(apple, remove)
+    with pytest.raises(FastVLMError) as raised:
+        open_checkpoint(str(apple))
+    assert raised.value.mend and "download" not in raised.value.mend
 
 
 def test_quantised_tensors(apple: Path) -> None:

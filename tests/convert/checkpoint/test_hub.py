@@ -47,7 +47,7 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypa
     assert (checkpoint.location, checkpoint.name, checkpoint.layout) == ("apple/FastVLM-0.5B", "FastVLM-0.5B", "hub")
     assert [call["name"] for call in calls] == ["apple/FastVLM-0.5B"]
     assert calls[0]["revision"] == "main"
-    assert calls[0]["allow_patterns"] == ["*.safetensors", "*.json", "*.txt"]
+    assert calls[0]["allow_patterns"] == ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_structure_of_the_real_sizes_comes_from_the_tensors(tmp_path: Path, size
     spec = SIZES[size]
     assert (checkpoint.text.layers, checkpoint.text.hidden, checkpoint.text.intermediate) == (spec.layers, spec.hidden, spec.intermediate)
     assert (checkpoint.text.heads, checkpoint.text.kv_heads, checkpoint.text.head_dim) == (spec.heads, spec.kv_heads, spec.head_dim)
-    assert checkpoint.text.rope_theta == 1e6 and checkpoint.text.attention_bias
+    assert checkpoint.text.rope_theta == 1e6
     assert checkpoint.image_size == 1024
     assert checkpoint.notes == []
 
@@ -132,6 +132,29 @@ def test_harmless_leftovers_are_ignored() -> None:
 def test_two_names_of_one_tensor_are_an_error() -> None:
     with pytest.raises(FastVLMError, match=r"twice, as model\.language_model\.norm\.weight and as language_model\.model\.norm\.weight"):
         canonical_names(["model.language_model.norm.weight", "language_model.model.norm.weight"], "native", "x")
+
+
+WRAPPED = ("module.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "_orig_mod.{}", "_fsdp_wrapped_module.{}")
+
+
+@pytest.mark.parametrize("form", WRAPPED)
+def test_prefixes_of_wrappers_are_taken_off_and_said(form: str) -> None:
+    names = ["model.embed_tokens.weight", "model.vision_tower.vision_tower.model.patch_embed.0.reparam_conv.weight"]
+    notes: list[str] = []
+    wrapped = [form.format(name) for name in names]
+    assert canonical_names(wrapped, "apple", "x", notes) == dict(zip(canonical_names(names, "apple", "x"), wrapped, strict=True))
+    assert len(notes) == 1 and f"2 of 2 tensor names have the prefix of a wrapper: took it off, {wrapped[0]} is {names[0]}" in notes[0]
+
+
+def test_wrappers_inside_names_are_taken_off_and_others_stay() -> None:
+    names = ["model._orig_mod.embed_tokens.weight", "model.vision_tower.vision_tower.model.patch_embed.0.reparam_conv.weight"]
+    notes: list[str] = []
+    assert list(canonical_names(names, "apple", "x", notes)) == ["llm.embed_tokens.weight", "vision.stem.0.reparam_conv.weight"]
+    assert notes[0].startswith("1 of 2 tensor names")
+    with pytest.raises(FastVLMError, match=r"names begin with 'module\.', which does not belong to FastVLM"):
+        canonical_names(["module.model.norm.weight", names[1]], "apple", "x")  # only some: not what DataParallel does
+    with pytest.raises(FastVLMError, match=r"twice, as model\.norm\.weight and as model\._orig_mod\.norm\.weight"):
+        canonical_names(["model.norm.weight", "model._orig_mod.norm.weight"], "apple", "x")
 
 
 def test_a_long_list_of_unknown_names_is_cut() -> None:

@@ -145,6 +145,36 @@ def test_what_is_wrong_with_a_tokenizer_is_named(tmp_path: Path, folders: dict[s
     refuse(directory, r"vocab\.json and merges\.txt .* do not fit together")
 
 
+def test_a_tokenizer_of_a_newer_version_is_not_called_damaged(tmp_path: Path, folders: dict[str, Path]) -> None:
+    directory = copy(folders["json"], tmp_path / "model")
+    path = directory / "tokenizer.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["pre_tokenizer"] = {"type": "SplitOfTomorrow"}
+    write_json(path, document)
+    refuse(directory, r"tokenizer\.json cannot be read by tokenizers \d.*newer version.*; run: pip install --upgrade tokenizers")
+    write_json(path, {"version": "1.0"})
+    refuse(directory, r"tokenizer\.json is damaged")
+
+
+def test_an_image_token_that_the_tokenizer_contradicts_is_said(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", layout="native")
+    config = json.loads((directory / "config.json").read_text()) | {"image_token_index": 600}
+    write_json(directory / "config.json", config)
+    text = read(directory)
+    assert text.image_token_id == 600
+    assert text.notes == ["config.json gives 600 for the image token, but the tokenizer gives <image> the id 515: used 600"]
+
+
+def test_the_system_text_of_the_chat_template_is_used(tmp_path: Path, folders: dict[str, Path]) -> None:
+    directory = copy(folders["json"], tmp_path / "model")
+    (directory / "chat_template.jinja").write_text(
+        "<|im_start|>system\nBe brief.<|im_end|>\n{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n\n"
+    )
+    text = read(directory)
+    assert (text.system_prompt, text.notes) == ("Be brief.", ["the chat template has the system text 'Be brief.': used it"])
+
+
 @pytest.mark.parametrize(
     ("added", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,13 @@ def reference(text: str, image_rows: int = TOKENS) -> list[int]:
 def test_one_picture_is_the_template_of_apple(template: ChatTemplate, prompt: str) -> None:
     text = f"{SYSTEM}<|im_start|>user\n<image>\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
     assert template.opening() + template.turn(prompt, [TOKENS]) == reference(text)
+
+
+def test_a_model_without_a_system_text_gets_none(model_dir: Path, tokenizer: TextTokenizer) -> None:
+    manifest = read_manifest(model_dir)
+    template = ChatTemplate(tokenizer, replace(manifest, text=replace(manifest.text, system_prompt="")))
+    text = "<|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    assert template.opening() + template.turn("What?", [TOKENS]) == reference(text)
 
 
 @pytest.mark.parametrize("prompt", ["Hello.", "  leading", "\nnewline first"])
