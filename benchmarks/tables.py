@@ -246,6 +246,54 @@ def quantization() -> str:
     return "\n".join(lines)
 
 
+def planted_faults() -> str:
+    """`planted_faults.json`: right answers in percent, by fault and precision."""
+    document = load("planted_faults")
+    sides = {side: {(row["model"], row["fault"], row["scale"]): row for row in document[side]["results"]} for side in ("before", "after")}
+    after = sides["after"]
+
+    def points(side: str, key: tuple[str, str, float], precision: str) -> str:
+        found = sides[side].get(key, {}).get(precision)
+        return "-" if found is None else "refused" if "refused" in found else f"{100 * found['exact_match']:.1f}"
+
+    columns = (*(("after", kind) for kind in ("fp32", "fp16", "bf16")), *((side, kind) for kind in ("int8", "int4") for side in sides))
+    titles = " | ".join(precision + ", before" * (side == "before") for side, precision in columns)
+    lines = [f"| checkpoint | fault | scale | {titles} |", "| --- " * (3 + len(columns)) + "|"]
+    for key in after:
+        cells = [points(side, key, precision) for side, precision in columns]
+        scale = "-" if key[1] == "none" else f"{key[2]:,.0f}"
+        lines.append(f"| {key[0]} | {key[1].replace('_', ' ')} | {scale} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def planted_faults_levels() -> str:
+    """The same for the faults that emulated processors answered as well."""
+    document = load("planted_faults")
+    sides = {
+        side: {(row["fault"], row["scale"]): row for row in document[side]["results"] if row["model"] == "demo"}
+        for side in ("before", "after")
+    }
+    levels: list[str] = []
+    for row in sides["after"].values():
+        for precision in ("int8", "int4"):
+            levels += [level for level in row.get(precision, {}).get("levels", {}) if level not in levels]
+    lines = [
+        f"| fault | scale | | {' | '.join(f'{level}, before | {level}' for level in levels)} |",
+        "| --- " * (3 + 2 * len(levels)) + "|",
+    ]
+    for (fault, scale), row in sides["after"].items():
+        for precision in ("int8", "int4"):
+            if "levels" in row.get(precision, {}):
+                found = [sides[side][fault, scale][precision] for side in sides]
+                cells = [
+                    "refused" if "refused" in one else f"{100 * one['levels'][level]['exact_match']:.0f}"
+                    for level in levels
+                    for one in found
+                ]
+                lines.append(f"| {fault.replace('_', ' ')} | {scale:,.0f} | {precision} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def prefill_w8a8() -> str:
     """Times of `prefill_w8a8.json` as a table."""
     many, one = load("prefill_w8a8")["time"]["sum_of_least_ms"].values()
@@ -422,6 +470,7 @@ SCRIPTS = (
     ("settings", "What does each setting of the runtime bring on a CPU?", "settings", 20),
     ("demo_accuracy", "How many questions does the demo answer correctly, by precision?", "demo_accuracy", 5),
     ("quantization", "What does quantisation cost the demo in size, accuracy and speed?", "quantization", 15),
+    ("planted_faults", "What do outliers as in trained LLMs cost in each precision?", "planted_faults", 15),
     ("calibration", "What does calibrating a checkpoint of real size take?", "calibration", 45),
     ("plan_error", "How far is `fastvlm-edge plan` from published measurements?", "plan_error", 0),
     ("engine_builds", "What does TensorRT for RTX make of the decoder, and what does its build cost?", "engine_builds", 20),
@@ -456,8 +505,29 @@ def score_precision() -> str:
     return "\n".join(lines)
 
 
+def default_precision() -> str:
+    """What speaks for the default of `convert`: `quantization.json`, and `fastvlm-edge` in both records of the peers."""
+    lines = [
+        "| | demo: exact match % | KL, nats/token | tokens/s | 0.5B, AVX-512: first token ms | tokens/s | peak MiB "
+        "| 0.5B, AVX2: first token ms | tokens/s | peak MiB |",
+        "| --- " * 10 + "|",
+    ]
+    for name, row in load("quantization")["results"].items():
+        precision, _, way = name.partition(" ")
+        if way in ("", "rounded"):
+            demo = row["speed"]["decode_tokens_per_second"]["median"]
+            cells = [f"{100 * row['exact_match']:.2f}", f"{row['kl_divergence']:.1e}", rounded(demo)]
+            for record in ("peers-avx512", "peers"):
+                found = load(record)["results"].get(f"fastvlm-edge:{precision}", {})
+                fields = ("ttft_ms", "decode_tokens_per_second", "peak_memory_mib")
+                cells += [rounded(found[field]["median"]) if found else "" for field in fields]
+            lines.append(f"| `{precision}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "benchmarks": benchmarks,
+    "default_precision": default_precision,
     "summary": summary,
     "peers": peers,
     "peers_avx512": partial(peers, "peers-avx512"),
@@ -471,6 +541,8 @@ TABLES = {
     "quantization": quantization,
     "plan_error": plan_error,
     "prefill_w8a8": prefill_w8a8,
+    "planted_faults": planted_faults,
+    "planted_faults_levels": planted_faults_levels,
     "settings": settings,
     "verdicts": verdicts,
     "vision_libraries": vision_libraries,

@@ -1,7 +1,7 @@
-"""How much accuracy a quantised model loses, measured before any graph is written: PyTorch computes with the dequantised weights.
+"""How much accuracy a quantised model loses: by the arithmetic of a GPU, before any graph is written, and by onnxruntime on this CPU.
 
 Greedy decoding gives the known answer exactly if every position along that answer prefers its next id. So one pass over question and answer
-is enough, nothing is generated, and the weights are read once for all questions.
+is enough, nothing is generated, and PyTorch reads the weights once for all questions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_edge.convert.reference.decoder import Passage, Weights, reference_choices
+from fastvlm_edge.backends.ort import OrtBackend
+from fastvlm_edge.convert.reference.decoder import EXACT, Arithmetic, Passage, Weights, reference_choices
 
 Float32 = npt.NDArray[np.float32]
 
@@ -48,13 +49,39 @@ class Score:
         return float(np.concatenate(same).mean())
 
 
-def score(weights: Weights, questions: Sequence[Question], features: Sequence[Float32], advance: Callable[[], None]) -> Score:
+def score(
+    weights: Weights,
+    questions: Sequence[Question],
+    features: Sequence[Float32],
+    advance: Callable[[], None],
+    arithmetic: Arithmetic = EXACT,
+) -> Score:
     """Run the decoder `weights` on all questions. `features` are the image features [tokens, hidden] of each question's picture.
 
     `advance` is called once for each layer.
     """
     passages = [Passage(q.ids, rows, q.positions) for q, rows in zip(questions, features, strict=True)]
-    choices = reference_choices(weights, passages, advance)
+    return _score(reference_choices(weights, passages, advance, arithmetic), questions)
+
+
+def score_backend(backend: OrtBackend, questions: Sequence[Question], pictures: Sequence[Float32], advance: Callable[[], None]) -> Score:
+    """Ask a backend all questions as a user would: the question as a prefill, the ids of the answer one by one.
+
+    `pictures` are the pixel_values [1, 3, size, size] of each question. `advance` is called once for each question.
+    """
+    choices = []
+    for question, pixels in zip(questions, pictures, strict=True):
+        features = (backend.encode(pixels),)
+        backend.reset()
+        chosen = [backend.step(question.ids[: question.answer], features).top_ids[-1, 0]]
+        chosen += [backend.step([token], features).top_ids[-1, 0] for token in question.ids[question.answer : -1]]
+        choices.append(np.array(chosen, np.int64))
+        advance()
+    backend.reset()
+    return _score(choices, questions)
+
+
+def _score(choices: list[npt.NDArray[np.int64]], questions: Sequence[Question]) -> Score:
     right = [bool((chosen == q.ids[q.answer :]).all()) for chosen, q in zip(choices, questions, strict=True) if q.known]
     return Score(choices, float(np.mean(right)) if right else None)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -17,8 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.verification.conversation import ANSWER, QUESTION
-from fastvlm_edge.calib.accuracy import Question, Score, points_lost, score
+from fastvlm_edge.calib.accuracy import Question, Score, points_lost, score, score_backend
 from fastvlm_edge.calib.decoder import DecoderQuantization, calibrate_decoder
 from fastvlm_edge.calib.encoder.cache import FeatureCache, ObservationCache
 from fastvlm_edge.calib.encoder.search import LayerRecord, VisionQuantization, VisionSearch
@@ -37,10 +39,12 @@ from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
 from fastvlm_edge.convert.conversion import Calibration, Conversion
 from fastvlm_edge.convert.fastvithd import FastViTHD, image_tokens
 from fastvlm_edge.convert.graphs.placement import check_placement
-from fastvlm_edge.convert.precision import vision_stage
+from fastvlm_edge.convert.precision import PrecisionRefused, vision_stage
+from fastvlm_edge.convert.reference.decoder import Arithmetic
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.evaluation.data import Dataset, Example, open_data
+from fastvlm_edge.generation.generate import check_room
 from fastvlm_edge.inputs.preprocess import preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
@@ -102,48 +106,55 @@ class Quantizer:
     def calibrate(self, conversion: Conversion, encoder: FastViTHD, projector: nn.Sequential) -> Calibration:
         """Choose integers for the plan of a conversion. Raises FastVLMError if data or accuracy are not sufficient.
 
-        `encoder` is in inference form; neither module is changed. Temporary files are in the conversion's directory while it runs.
+        `encoder` is in inference form; neither module is changed. Temporary files are in the conversion's directory until it ends.
         """
         began = time.perf_counter()
         source, plan, manifest, progress = conversion.source, conversion.plan, conversion.manifest, conversion.progress
-        with tempfile.TemporaryDirectory(dir=conversion.directory, prefix=".calibration-") as name:
-            examples, pictures = self._read(manifest, Path(name), progress)
-            used = self._count(len(examples))
-            questions = [_question(example, manifest, conversion.tokenizer) for example in examples]
-            features = _encode(encoder, projector, pictures, self._feature_cache(source), progress)
+        folder = Path(conversion.cleanup.enter_context(tempfile.TemporaryDirectory(dir=conversion.directory, prefix=".calibration-")))
+        questions, pictures = self._read(manifest, conversion.tokenizer, folder, progress)
+        used = self._count(len(questions))
+        features = _encode(encoder, projector, pictures, self._feature_cache(source), progress)
 
-            search = VisionSearch(encoder, projector, plan, folder=Path(name), progress=progress)
-            seen = pictures[: min(used, max(MINIMUM, VISION_PIXELS // manifest.vision.image_size**2))]
-            search.observe(seen, cache=self._cache(source, seen, search.key()))
-            search.measure(seen[:2])
-            conversations = _enough(itertools.islice(zip(questions, features, strict=True), used))
-            decoder = calibrate_decoder(source, conversations, plan, progress=progress, directory=conversion.directory)
-            conversion.cleanup.callback(decoder.close)
-            accuracy: dict[str, float] = {}
-            if self.options.accuracy_drop is None:
-                vision = search.choose(seen, bound=DAMAGE)
-            else:
-                held_out = _HeldOut(questions[used:], features[used:], pictures[used:])
-                vision, accuracy = self._keep_accuracy(conversion, search, seen, decoder, held_out, self.options.accuracy_drop)
+        search = VisionSearch(encoder, projector, plan, folder=folder, progress=progress)
+        seen = pictures[: min(used, max(MINIMUM, VISION_PIXELS // manifest.vision.image_size**2))]
+        search.observe(seen, cache=self._cache(source, seen, search.key()))
+        search.measure(seen[:2])
+        conversations = _enough(itertools.islice(zip(questions, features, strict=True), used))
+        decoder = calibrate_decoder(source, conversations, plan, progress=progress, directory=conversion.directory)
+        conversion.cleanup.callback(decoder.close)
+        accuracy: dict[str, float] = {}
+        certify: Callable[[Path, Manifest], None] = _accept
+        if self.options.accuracy_drop is None:
+            vision = search.choose(seen, bound=DAMAGE)
+        else:
+            held_out = _HeldOut(questions[used:], features[used:], pictures[used:])
+            vision, before, accuracy = self._keep_accuracy(conversion, search, seen, decoder, held_out, self.options.accuracy_drop)
+            certify = functools.partial(_certify, held_out, before, accuracy, progress)
         skipped = [f"{item.id}: {item.reason}" for item in self.data.skipped]
         data = CalibrationData(self.options.source, used, skipped, round(time.perf_counter() - began, 1))
         found = _Findings(vision, decoder, data, self.options.accuracy_drop, accuracy)
-        return Calibration(vision, decoder, found.write_report)
+        return Calibration(vision, decoder, certify, found.write_report)
 
     def _count(self, total: int) -> int:
         """How many of `total` examples calibrate: all except those that are held out, or three quarters if there are few."""
         return total if self.options.accuracy_drop is None else max(min(self.options.limit, total * 3 // 4), MINIMUM)
 
-    def _read(self, manifest: Manifest, folder: Path, progress: Progress) -> tuple[list[Example], _Pictures]:
+    def _read(self, manifest: Manifest, tokenizer: TextTokenizer, folder: Path, progress: Progress) -> tuple[list[Question], _Pictures]:
         progress.stage(f"read {self.data.source}", len(self.data))
-        pictures, examples = _Pictures(folder), []
+        pictures, questions = _Pictures(folder), []
         for example, image in self.data.read(minimum=self.minimum):
-            pictures.add(preprocess(image, manifest.vision.image_size, manifest.vision.geometry))
-            examples.append(example)
+            try:
+                question = _question(example, manifest, tokenizer)
+                check_room(question.ids, manifest)
+                pictures.add(preprocess(image, manifest.vision.image_size, manifest.vision.geometry))
+            except FastVLMError as error:
+                self.data.skip(example.id, str(error), minimum=self.minimum)
+                continue
+            questions.append(question)
             progress.advance()
         for item in self.data.skipped:
             progress.note(f"skipped {item.id}: {item.reason}")
-        return examples, pictures
+        return questions, pictures
 
     def _cache(self, source: Checkpoint, seen: _Pictures, recipe: str) -> ObservationCache | None:
         if self.options.cache is None:
@@ -164,16 +175,17 @@ class Quantizer:
         decoder: DecoderQuantization,
         held_out: _HeldOut,
         allowed: float,
-    ) -> tuple[VisionQuantization, dict[str, float]]:
-        """The encoder's plan for the first of DAMAGES that loses at most `allowed` points on the held-out questions, and the figures.
+    ) -> tuple[VisionQuantization, Score, dict[str, float]]:
+        """The encoder's plan for the first of DAMAGES that loses at most `allowed` points on the held-out questions.
 
-        Raises FastVLMError if even an encoder in floats loses more.
+        The decoder rounds as on a GPU. Also returns the original model's score, and the figures. Raises PrecisionRefused if even an
+        encoder in floats loses more.
         """
         source, plan, progress = conversion.source, conversion.plan, conversion.progress
         layers = source.text.layers
         progress.stage("measure the original model", layers)
         before = score(source, held_out.questions, held_out.features, progress.advance)
-        quantized = QuantizedDecoder(source, decoder, plan)
+        quantized, arithmetic = QuantizedDecoder(source, decoder, plan), Arithmetic.of(plan)
         lost = 0.0
         for damage in DAMAGES:
             vision = search.choose(seen, bound=damage)
@@ -183,12 +195,12 @@ class Quantizer:
             for picture in held_out.pictures:
                 features.append(search.run(torch.from_numpy(picture))[0].numpy())
                 progress.advance()
-            after = score(quantized, held_out.questions, features, progress.advance)
+            after = score(quantized, held_out.questions, features, progress.advance, arithmetic)
             lost = points_lost(before, after)
             progress.note(f"with damage up to {damage:g} to the image features, the model loses {lost:.2f} points")
             if lost <= allowed:
-                return vision, _figures(before, after, lost, allowed)
-        raise FastVLMError(
+                return vision, before, _figures(before, after, lost, allowed)
+        raise PrecisionRefused(
             f"the decoder alone loses {lost:.2f} points (limit: {allowed:g}), even with a floating-point encoder",
             "choose --precision int8 instead of int4, or fp16, or allow more with --accuracy-drop",
         )
@@ -203,6 +215,32 @@ class _HeldOut:
     """Image features [tokens, hidden] of each question's picture, in FP32."""
     pictures: Sequence[Float32]
     """pixel_values [1, 3, size, size]"""
+
+
+def _accept(_directory: Path, _manifest: Manifest) -> None:
+    """No accuracy was asked for."""
+
+
+def _certify(held_out: _HeldOut, before: Score, figures: dict[str, float], progress: Progress, directory: Path, manifest: Manifest) -> None:
+    """Ask the finished model the held-out questions, as a user on this CPU would, and add to the figures.
+
+    Raises PrecisionRefused if it loses more than is allowed.
+    """
+    progress.stage("measure on this CPU", len(held_out.questions))
+    backend = OrtBackend(directory, manifest)
+    try:
+        after = score_backend(backend, held_out.questions, held_out.pictures, progress.advance)
+    finally:
+        backend.close()
+    lost, allowed = points_lost(before, after), figures["points_allowed"]
+    progress.note(f"with {backend.description}, the model loses {lost:.2f} points")
+    figures |= {f"cpu_{name}": value for name, value in _figures(before, after, lost, allowed).items()}
+    if lost > allowed:
+        raise PrecisionRefused(
+            f"with {backend.description}, the model loses {lost:.2f} points (limit: {allowed:g}), though a GPU would lose "
+            f"{figures['points_lost']:.2f}",
+            "choose --precision fp16, or allow more with --accuracy-drop",
+        )
 
 
 @dataclass(frozen=True)

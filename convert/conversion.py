@@ -27,7 +27,7 @@ Float32 = npt.NDArray[np.float32]
 class Conversion:
     """One conversion, from the opened checkpoint to the checked graphs.
 
-    The steps of pipeline.py replace `plan` and `manifest` as they learn more; nothing else changes.
+    The steps of pipeline.py replace `source` (by the same with outlier channels moved), `plan` and `manifest` as they learn more.
     """
 
     source: Checkpoint
@@ -51,6 +51,8 @@ class Calibration:
 
     vision: VisionIntegers
     decoder: QuantizedMatrices
+    certify: Callable[[Path, Manifest], None]
+    """Measures what onnxruntime loses on this CPU with the finished graphs, if an accuracy was asked for. Raises PrecisionRefused."""
     write_report: Callable[[Path, Manifest], None]
     """Writes what was chosen and why into the model directory, when the graphs are checked and the manifest has the parity figures."""
 

@@ -21,28 +21,37 @@ import numpy.typing as npt
 from torch import nn
 
 from fastvlm_edge.backends.verification.conversation import stored_passage, stored_pictures
+from fastvlm_edge.backends.verification.reference import Reference as StoredRows
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.checkpoint.hashes import BackgroundHashes
 from fastvlm_edge.convert.checkpoint.text import TextAssets, read_text
 from fastvlm_edge.convert.conversion import Calibrate, Calibration, Conversion
 from fastvlm_edge.convert.cpu_int8 import TRIES, Noise, choose_blocks, watch_blocks
 from fastvlm_edge.convert.fastvithd import FastViTHD
+from fastvlm_edge.convert.fine_inputs import UNUSUAL, NoiseWatch, Trial, choose_fine_inputs
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
 from fastvlm_edge.convert.graphs.decoder import CANDIDATES, Provider, build_decoder, has_cuda_graph
 from fastvlm_edge.convert.graphs.vision import build_vision
 from fastvlm_edge.convert.parity import (
+    CPU_AIM,
     Conversation,
+    RowErrors,
     Stored,
     answer_passage,
     check_parity,
+    check_rows,
     converse,
     encode,
+    errors_of_narrow_type,
     files_under_way,
     probe_activations,
+    run_passage,
 )
-from fastvlm_edge.convert.precision import NUMPY_NAMES, Magnitudes, PrecisionPlan, fit, on_cpu, precision_plan
+from fastvlm_edge.convert.precision import NUMPY_NAMES, Magnitudes, PrecisionPlan, PrecisionRefused, fit, on_cpu, precision_plan
+from fastvlm_edge.convert.reference.decoder import Watch
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder, StoredMatrices
 from fastvlm_edge.convert.request import GEOMETRIES, check_output, check_space, choose_context, choose_image_size
+from fastvlm_edge.convert.rescaling import ChannelWatch, find_moves, move_in_encoder, watch_encoder
 from fastvlm_edge.convert.weights.decoder import write_decoder_weights
 from fastvlm_edge.convert.weights.vision import write_vision_weights
 from fastvlm_edge.errors import FastVLMError
@@ -55,6 +64,9 @@ from fastvlm_edge.progress import Progress, SilentProgress
 from fastvlm_edge.version import __version__
 
 Float32 = npt.NDArray[np.float32]
+
+DEFAULT_PRECISIONS = ("int8", "fp16", "bf16", "fp32")
+"""If no precision is named: the first of these that the checks of the conversion accept. Why in this order: docs/precision.md."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ def convert(
     checkpoint: str,
     output: Path,
     *,
-    precision: str = "fp32",
+    precision: str | None = None,
     image_size: int | None = None,
     geometry: str | None = None,
     context: int | None = None,
@@ -85,11 +97,16 @@ def convert(
     `image_size` in pixels and `geometry` default to the checkpoint's own, `context` in positions to 4096 or to what the LLM was trained
     for if that is less. `calibrate`, such as `calib.quantizer.Quantizer(...).calibrate`, chooses the integers of `int8` and `int4`; without
     it they are rounded to nearest. `output` must not exist, unless `force` replaces a model directory. If anything fails, nothing is left
-    behind. Raises FastVLMError for everything that a user can correct.
+    behind.
+
+    `precision` None tries DEFAULT_PRECISIONS in turn; the notes of the manifest say which were refused and why. With `calibrate` it means
+    `int8` alone. Raises PrecisionRefused if the model cannot be held in the precision, or in any that was tried, and FastVLMError for
+    everything else that a user can correct.
     """
     progress = progress or SilentProgress()
-    plan = precision_plan(precision)
-    if calibrate is not None and not plan.body.bits:
+    by_default = DEFAULT_PRECISIONS if calibrate is None else DEFAULT_PRECISIONS[:1]
+    plans = [precision_plan(name) for name in (by_default if precision is None else [precision])]
+    if calibrate is not None and not plans[0].body.bits:
         raise FastVLMError(f"--precision {precision} has no integers to calibrate", "choose int8 or int4, or leave --calib out")
     if geometry is not None and geometry not in GEOMETRIES:
         raise FastVLMError(f"unknown geometry {geometry!r}", f"choose {' or '.join(GEOMETRIES)}")
@@ -101,35 +118,53 @@ def convert(
     image_size = choose_image_size(source, image_size)
     context = choose_context(source, context, (image_size // STRIDE) ** 2)
     text = read_text(source)
-    for note in (*source.notes, *text.notes):
+    notes = [*source.notes, *text.notes]
+    for note in notes:
         progress.note(note)
-    check_space(source, plan, output.parent)
-    with (
-        written_beside(output, replace=force, elsewhere="choose another place for the model directory") as directory,
-        BackgroundHashes(source) as source_hashes,
-    ):
-        text.write_tokenizer(directory / "tokenizer.json")
-        with ExitStack() as cleanup:
-            conversion = Conversion(
-                source=source,
-                plan=plan,
-                manifest=_describe(source, text, plan, image_size, geometry, context),
-                directory=directory,
-                tokenizer=TextTokenizer(directory / "tokenizer.json"),
-                pictures=stored_pictures(image_size, geometry),
-                progress=progress,
-                cleanup=cleanup,
-            )
-            _run(conversion, calibrate)
-        progress.stage("hash")
-        manifest = _add_hashes(conversion.manifest, directory, source_hashes.result())
-        manifest.write(directory)
-        remember(directory, manifest)
-    progress.done()
-    return manifest
+    with BackgroundHashes(source) as source_hashes:
+        while True:
+            plan = plans.pop(0)
+            check_space(source, plan, output.parent)
+            described = _describe(source, text, plan, image_size, geometry, context, notes)
+            try:
+                with written_beside(output, replace=force, elsewhere="choose another place for the model directory") as directory:
+                    text.write_tokenizer(directory / "tokenizer.json")
+                    manifest = _write(source, plan, described, directory, calibrate, progress)
+                    progress.stage("hash")
+                    manifest = _add_hashes(manifest, directory, source_hashes.result())
+                    manifest.write(directory)
+                    remember(directory, manifest)
+                progress.done()
+                return manifest
+            except PrecisionRefused as refusal:
+                if not plans:
+                    raise
+                notes.append(f"{plan.name} was refused: {refusal.what}")
+            progress.note(f"{notes[-1]}; trying {plans[0].name}")
 
 
-def _describe(source: Checkpoint, text: TextAssets, plan: PrecisionPlan, image_size: int, geometry: str, context: int) -> Manifest:
+def _write(
+    source: Checkpoint, plan: PrecisionPlan, manifest: Manifest, directory: Path, calibrate: Calibrate | None, progress: Progress
+) -> Manifest:
+    """Fill `directory`, which has the tokenizer, and return the manifest without hashes."""
+    with ExitStack() as cleanup:
+        conversion = Conversion(
+            source=source,
+            plan=plan,
+            manifest=manifest,
+            directory=directory,
+            tokenizer=TextTokenizer(directory / "tokenizer.json"),
+            pictures=stored_pictures(manifest.vision.image_size, manifest.vision.geometry),
+            progress=progress,
+            cleanup=cleanup,
+        )
+        _run(conversion, calibrate)
+    return conversion.manifest
+
+
+def _describe(
+    source: Checkpoint, text: TextAssets, plan: PrecisionPlan, image_size: int, geometry: str, context: int, notes: list[str]
+) -> Manifest:
     """The manifest as far as it is known before any tensor is read."""
     llm, encoder = source.text, source.vision
     return Manifest(
@@ -162,7 +197,7 @@ def _describe(source: Checkpoint, text: TextAssets, plan: PrecisionPlan, image_s
         ),
         text=TextSpec(text.system_prompt, text.stop_ids, text.token_count),
         files={},
-        notes=[*source.notes, *text.notes],
+        notes=list(notes),
     )
 
 
@@ -183,22 +218,35 @@ def _run(conversion: Conversion, calibrate: Calibrate | None) -> None:
     del encoder, projector  # their memory is needed for the decoder
     decoder_weights = write_decoder(conversion, calibration)
     features = choose_cpu_int8(conversion, reference, vision_weights, calibration)
-    stored = store_reference(conversion, reference, features, decoder_weights)
-    verify(conversion, reference, stored, calibration)
+    answers = store_reference(conversion, reference, features, decoder_weights)
+    cpu = choose_cpu_inputs(conversion, answers, decoder_weights)
+    verify(conversion, reference, answers, cpu, calibration)
     if calibration is not None:
+        calibration.certify(conversion.directory, conversion.manifest)
         calibration.write_report(conversion.directory, conversion.manifest)
 
 
 def probe(conversion: Conversion, encoder: FastViTHD, projector: nn.Sequential) -> Reference:
-    """Run PyTorch on the stored pictures and the stored conversation.
+    """Run PyTorch on the stored pictures and the stored conversation, and move outlier channels.
 
-    Its results are the reference for the graphs, and its largest activations decide the float types of the plan.
+    The results of the checkpoint as it is are the reference for the graphs, and the largest activations after the moves decide the float
+    types of the plan.
     """
-    source, progress = conversion.source, conversion.progress
-    with watch_blocks(encoder) as noises:
+    progress = conversion.progress
+    moved: dict[str, list[int]] = {}
+    with watch_blocks(encoder) as noises, watch_encoder(encoder) as channels:
         largest, features = probe_activations(encoder, projector, conversion.pictures)
-    progress.stage("probe decoder", source.text.layers)
-    conversation = converse(conversion.tokenizer, conversion.manifest, source, features[0][0], progress.advance)
+    if conversion.plan.vision_weights.bits and (moved := move_in_encoder(encoder, channels)):
+        with watch_blocks(encoder) as noises:
+            largest, _ = probe_activations(encoder, projector, conversion.pictures)
+    conversation = _converse(conversion, features[0][0], seen := ChannelWatch())
+    moves = find_moves(seen, conversion.source.text, conversion.plan)
+    if moves.factors:
+        conversion.source = conversion.source.rescaled(moves.factors)
+        conversation = replace(conversation, magnitudes=_converse(conversion, features[0][0]).magnitudes)
+    moved |= moves.channels
+    if moved:
+        progress.note(_moved(moved))
     conversion.plan = fit(conversion.plan, largest, conversation.magnitudes)
     progress.note(_largest_of_llm(conversation.magnitudes, conversion.plan))
     conversion.manifest = replace(
@@ -209,11 +257,24 @@ def probe(conversion: Conversion, encoder: FastViTHD, projector: nn.Sequential) 
             "pictures": len(conversion.pictures),
             "largest": largest,
             "decoder": asdict(conversation.magnitudes),
+            "moved_channels": moved,
             "fp32_scores": sorted(conversion.plan.wide_scores),
             "up_shifts": {str(layer): shift for layer, shift in conversion.plan.up_shifts.items()},
         },
     )
     return Reference(features, conversation, noises)
+
+
+def _converse(conversion: Conversion, features: Float32, watch: Watch | None = None) -> Conversation:
+    conversion.progress.stage("probe decoder", conversion.source.text.layers)
+    return converse(conversion.tokenizer, conversion.manifest, conversion.source, features, conversion.progress.advance, watch)
+
+
+def _moved(channels: dict[str, list[int]]) -> str:
+    """Which outlier channels were moved, for the user: every product if they are few."""
+    names = [f"{name} ({', '.join(map(str, numbers[:4]))}{', ...' * (len(numbers) > 4)})" for name, numbers in channels.items()]
+    listed = ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6)
+    return f"moved outlier channels from the inputs of products into their weights, which changes nothing in FP32: {listed}"
 
 
 def _largest_of_llm(seen: Magnitudes, plan: PrecisionPlan) -> str:
@@ -274,10 +335,14 @@ def write_decoder(conversion: Conversion, calibration: Calibration | None) -> We
     if has_cuda_graph(plan):
         graphs.append(("decoder.cuda.onnx", plan, "cuda"))
     for file, graph_plan, provider in graphs:
-        graph = GraphBuilder("decoder", weights)
-        build_decoder(graph, source.text, graph_plan, provider=provider)
-        graph.save(conversion.directory / file)
+        _save_decoder(conversion, weights, file, graph_plan, provider)
     return weights
+
+
+def _save_decoder(conversion: Conversion, weights: WeightsFile, file: str, plan: PrecisionPlan, provider: Provider | None) -> None:
+    graph = GraphBuilder("decoder", weights)
+    build_decoder(graph, conversion.source.text, plan, provider=provider)
+    graph.save(conversion.directory / file)
 
 
 def _needs_cpu_graph(part: str, plan: PrecisionPlan) -> bool:
@@ -325,27 +390,70 @@ def choose_cpu_int8(conversion: Conversion, reference: Reference, weights: Weigh
     return stated
 
 
-def store_reference(conversion: Conversion, reference: Reference, features: list[Float32], weights: WeightsFile) -> Stored | None:
+@dataclass
+class Answers:
+    """What the stored weights compute for the stored passage in PyTorch and FP32, and how far the arithmetic of devices is from it."""
+
+    rows: StoredRows
+    stored: Stored
+    noise: NoiseWatch | None
+    """None if the plan stores floats."""
+    gpu: RowErrors | None
+    """None in FP32."""
+
+
+def store_reference(conversion: Conversion, reference: Reference, features: list[Float32], weights: WeightsFile) -> Answers:
     """Write `reference.npz`, with which engines are compared: PyTorch in FP32 with the stored integers, so that it shows their error alone.
 
-    `features` [tokens, hidden] are those of every picture. Returns what the graphs are compared with, or None if the plan stores floats:
-    then the reference is the checkpoint itself.
+    `features` [tokens, hidden] are those of every picture. If the plan stores floats, the reference is the checkpoint itself.
     """
     source, plan, progress = conversion.source, conversion.plan, conversion.progress
-    progress.stage("reference answers", source.text.layers)
-    quantized = bool(plan.body.bits)
-    decoder = QuantizedDecoder(source, StoredMatrices(weights), plan) if quantized else source
+    narrow = plan.decoder != "fp32"
+    progress.stage("reference answers", source.text.layers * (1 + narrow))
+    decoder = QuantizedDecoder(source, StoredMatrices(weights), plan) if plan.body.bits else source
     passage = stored_passage(conversion.tokenizer, conversion.manifest)
-    answers, stored = answer_passage(decoder, features, passage, reference.conversation, progress.advance)
-    answers.write(conversion.directory)
-    return stored if quantized else None
+    noise = NoiseWatch(plan) if plan.body.bits else None
+    rows, stored = answer_passage(decoder, features, passage, reference.conversation, progress.advance, noise)
+    rows.write(conversion.directory)
+    gpu = errors_of_narrow_type(decoder, rows, plan, progress.advance) if narrow else None
+    return Answers(rows, stored, noise, gpu)
 
 
-def verify(conversion: Conversion, reference: Reference, stored: Stored | None, calibration: Calibration | None) -> None:
-    """Compare the written graphs with the reference. Raises FastVLMError if they disagree."""
-    progress = conversion.progress
+def choose_cpu_inputs(conversion: Conversion, answers: Answers, weights: WeightsFile) -> RowErrors:
+    """Let the decoder's graph for a CPU give 16-bit inputs to as few products as its logits need; only if its weights are integers.
+
+    Returns how far the rows of the graph are from the stored weights on this CPU.
+    """
+    plan, progress = conversion.plan, conversion.progress
+    progress.stage("decoder on a CPU")
+    if answers.noise is None:
+        return run_passage(conversion.directory, conversion.manifest, answers.rows)[0]
+    errors: list[RowErrors] = []
+
+    def run(products: frozenset[str]) -> Trial:
+        _save_decoder(conversion, weights, "decoder.cpu.onnx", replace(on_cpu(plan), fine_inputs=products), "cpu")
+        found, milliseconds = run_passage(conversion.directory, conversion.manifest, answers.rows)
+        errors.append(found)
+        return Trial(found.divergence, milliseconds)
+
+    chosen = choose_fine_inputs(answers.noise.noisiest_inputs(UNUSUAL), run, CPU_AIM)
+    if chosen.products:
+        progress.note(
+            f"on a CPU, {len(chosen.products)} of {len(answers.noise.products)} products of the LLM have 16-bit inputs, which makes a step "
+            f"{chosen.slower:.0%} slower: {', '.join(chosen.products[:6])}{', ...' * (len(chosen.products) > 6)}"
+        )
+    activations = {**conversion.manifest.activations, "fine_inputs_on_cpu": asdict(chosen)}
+    conversion.manifest = replace(conversion.manifest, activations=activations)
+    return errors[-1]
+
+
+def verify(conversion: Conversion, reference: Reference, answers: Answers, cpu: RowErrors, calibration: Calibration | None) -> None:
+    """Compare the written graphs with the reference. Raises PrecisionRefused if they disagree. `cpu` are the errors of rows on this CPU."""
+    plan, progress = conversion.plan, conversion.progress
     progress.stage("verify", len(conversion.pictures) + 1)
     conversion.manifest = replace(conversion.manifest, files=files_under_way(conversion.directory))
+    noisiest = [] if answers.noise is None else answers.noise.noisiest_inputs()
+    check_rows(plan, cpu, answers.gpu, noisiest, reference.conversation.magnitudes)
     figures = check_parity(
         conversion.directory,
         conversion.manifest,
@@ -353,12 +461,28 @@ def verify(conversion: Conversion, reference: Reference, stored: Stored | None, 
         reference.features,
         reference.conversation,
         progress.advance,
-        stored=stored,
+        stored=answers.stored if plan.body.bits else None,
         activations=calibration is not None,
+        suspects=_suspects(conversion, reference, answers),
     )
+    for name, errors in (("rows_on_cpu", cpu), ("rows_on_gpu", answers.gpu)):
+        if errors is not None:
+            figures[name] = asdict(errors)
     conversion.manifest = replace(conversion.manifest, parity=figures)
-    if stored is not None:
+    if plan.body.bits:
         progress.note(_cost_of_integers(figures, advise=calibration is None))
+
+
+def _suspects(conversion: Conversion, reference: Reference, answers: Answers) -> dict[str, str]:
+    """Where the error of a graph is likely to come from: a clause about the encoder, and one about the LLM."""
+    largest = conversion.manifest.activations["largest"]
+    stage = max(largest, key=lambda name: float(largest[name]))
+    vision = f"{stage} of the encoder has its largest values, up to {largest[stage]:,.0f}"
+    if answers.noise is not None:
+        decoder = f"the weights that integers change most are those of {', '.join(answers.noise.coarsest_weights()[:3])}"
+    else:
+        decoder = reference.conversation.magnitudes.largest()
+    return {"vision": vision, "decoder": decoder}
 
 
 def _cost_of_integers(figures: dict[str, Any], *, advise: bool) -> str:

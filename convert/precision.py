@@ -12,6 +12,11 @@ import numpy.typing as npt
 
 from fastvlm_edge.errors import FastVLMError
 
+
+class PrecisionRefused(FastVLMError):
+    """A model cannot be held by the precision that was asked for; another one can."""
+
+
 FLOAT_TYPES: dict[str, npt.DTypeLike] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 NUMPY_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -66,6 +71,9 @@ class PrecisionPlan:
     """Layers of the LLM whose attention scores stay in FP32 between the product and the softmax."""
     up_shifts: Mapping[int, int] = field(default_factory=dict)
     """Layer of the LLM -> k: the weights of `up_proj` are divided by 2^k, and the output of `down_proj` is multiplied by it in FP32."""
+
+    fine_inputs: frozenset[str] = frozenset()
+    """Products of the LLM, as in `layer_matrices`, whose inputs have 16 bits on a CPU instead of 8 (convert/fine_inputs.py)."""
 
     def up_shift(self, layer: int) -> int:
         """The power of two that `up_proj` of a layer is divided by."""
@@ -137,13 +145,21 @@ class Magnitudes:
     residual: list[float] = field(default_factory=list)
     """The residual stream after the attention and after the MLP, which is FP32 in every plan."""
 
+    def largest(self) -> str:
+        """The layers with the largest scores and residual stream, as a clause."""
+        (score, at), (residual, where) = (max(zip(values, range(len(values)), strict=True)) for values in (self.scores, self.residual))
+        return (
+            f"layer {at} of the LLM has the largest attention scores, up to {score:,.0f}, and layer {where} the largest residual stream, "
+            f"up to {residual:,.0f}"
+        )
+
 
 def fit(plan: PrecisionPlan, vision: Mapping[str, float], decoder: Magnitudes) -> PrecisionPlan:
     """The plan with wider types where a probe found magnitudes that FP16 or BF16 cannot hold or resolve.
 
     `vision` maps each stage to the largest magnitude that was found there. A stage of the encoder stays in FP16 up to FP16_SAFE and is FP32
     above. In the decoder, attention scores above LARGEST_SCORE stay in FP32; up_proj is divided by a power of two if its product with the
-    gate, or the output of the MLP, exceeds FP16_SAFE. Raises FastVLMError if anything else in the decoder exceeds FP16_SAFE.
+    gate, or the output of the MLP, exceeds FP16_SAFE. Raises PrecisionRefused if anything else in the decoder exceeds FP16_SAFE.
     """
     stages = {stage: "fp32" if kind == "fp16" and vision.get(stage, 0.0) > FP16_SAFE else kind for stage, kind in plan.vision.items()}
     plan = replace(plan, vision=stages)
@@ -156,7 +172,7 @@ def fit(plan: PrecisionPlan, vision: Mapping[str, float], decoder: Magnitudes) -
     for name in ("qkv", "attention", "gate"):
         values: list[float] = getattr(decoder, name)
         if values and max(values) > FP16_SAFE:
-            raise FastVLMError(
+            raise PrecisionRefused(
                 f"layer {values.index(max(values))} of the LLM computes {max(values):,.0f} ({name}); FP16 ends at 65,504, "
                 f"and its plans accept {FP16_SAFE:,.0f}",
                 "convert with --precision bf16 or fp32",

@@ -27,15 +27,16 @@ SCENE = ("reading", 3)
 """Kind and index of the held-out scene that is asked about; `make demo` asks about it too."""
 COLUMNS = 100
 COMMANDS = (
-    "fastvlm-edge convert fastvlm-demo -o model --precision int4",
+    "fastvlm-edge convert fastvlm-demo -o model",
     'fastvlm-edge run model --image meter.png --prompt "{prompt}"',
 )
 
 
 def run(command: str, folder: Path) -> str:
     """What `command` shows on a terminal. Raises CalledProcessError if it fails."""
-    words = [sys.executable, "-m", "fastvlm_edge", *shlex.split(command)[1:]]
-    environment = {**os.environ, "COLUMNS": str(COLUMNS), "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
+    scripts = Path(sys.executable).parent  # the script is called by its name, as users do, so that `convert` names it in what to type next
+    words = [str(scripts / "fastvlm-edge"), *shlex.split(command)[1:]]
+    environment = {**os.environ, "COLUMNS": str(COLUMNS), "TERM": "xterm-256color", "PATH": f"{scripts}:{os.environ['PATH']}"}
     ours, theirs = pty.openpty()
     output = bytearray()
     with subprocess.Popen(words, cwd=folder, env=environment, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL) as process:

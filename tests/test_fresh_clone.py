@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,13 +58,18 @@ def bare(clone: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def model(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint, converted by the clone."""
+def converted(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The demo checkpoint, converted by the clone, and what that printed."""
     output = tmp_path_factory.mktemp("converted") / "demo"
     done = run("convert", "examples/demo/fastvlm-demo", "-o", output)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{output}: fastvlm-demo, fp32, 192 px")
-    return output
+    assert done.stdout.startswith(f"{output}: fastvlm-demo, int8, 192 px")
+    return output, done.stdout
+
+
+@pytest.fixture(scope="module")
+def model(converted: tuple[Path, str]) -> Path:
+    return converted[0]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,15 @@ def test_convert_and_run(run: Run, model: Path, image: Path) -> None:
     done = run("run", model, "--image", image, "--prompt", "What colour is this?", "--max-new-tokens", "8", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["token_ids"] and json.loads(done.stdout)["backend"].startswith("ort")
+
+
+def test_the_command_that_convert_prints_last_runs(clone: Path, converted: tuple[Path, str], image: Path) -> None:
+    when, _, command = converted[1].splitlines()[-1].partition(": ")
+    assert when in ("next", "then")  # "then" after building engines, on a machine with a GPU
+    environment = {**os.environ, "PYTHONPATH": WITH_PACKAGES}
+    typed = command.replace("PICTURE", shlex.quote(str(image)))
+    done = subprocess.run(typed, shell=True, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip(), (typed, done.stderr)
 
 
 def test_eval_plan_bench_and_doctor(run: Run, model: Path, image: Path) -> None:

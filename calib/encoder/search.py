@@ -38,7 +38,7 @@ DISPROPORTION = 5.0
 """A group whose share of the damage is this many times its share of the work gets no INT8 activations, whatever the bound."""
 ROUNDS = 5
 """Attempts to meet the bound; the last one leaves all groups in floats."""
-TECHNIQUES = "least squared error, equalised, shifted behind GELU, weights clipped, GPTQ, bias corrected"
+TECHNIQUES = "least squared error, equalised, shifted behind GELU, weights clipped, GPTQ, bias corrected, outlier channels moved"
 """Part of the cache's key: change it whenever other integers come out of the same observation."""
 
 

@@ -114,7 +114,9 @@ def _summary(document: QuantizationReport) -> str:
     if document.accuracy_drop is not None:
         text += f" The accepted loss of accuracy was {document.accuracy_drop:g} percentage points."
     if isinstance(evaluation.get("points_lost"), int | float):
-        text += f" The measured loss is {figure(evaluation['points_lost'])} percentage points."
+        text += f" By the arithmetic of a GPU, the measured loss is {figure(evaluation['points_lost'])} percentage points."
+    if isinstance(evaluation.get("cpu_points_lost"), int | float):
+        text += f" On the CPU of the conversion, it is {figure(evaluation['cpu_points_lost'])}."
     if pair := _pair(document):
         text += f" {pair[0][:1].upper()}{pair[0][1:]} was {pair[1]} before quantisation and is {pair[2]} after it."
     about_vision = "The encoder was not calibrated; the precision plan alone gives its types."

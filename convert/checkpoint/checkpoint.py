@@ -59,6 +59,16 @@ SIDE_FILES = (
 )
 
 
+@dataclass(frozen=True)
+class Factors:
+    """Factors on a tensor, all powers of two."""
+
+    rows: npt.NDArray[np.float32] | None = None
+    """[first axis]"""
+    columns: npt.NDArray[np.float32] | None = None
+    """[second axis]"""
+
+
 @dataclass
 class Checkpoint:
     """An open checkpoint. Make one with `open_checkpoint`."""
@@ -86,6 +96,7 @@ class Checkpoint:
     weights: list[Path]
     _entries: dict[str, Entry] = field(repr=False)
     _hashes: dict[str, str] = field(default_factory=dict, repr=False)
+    _factors: dict[str, Factors] = field(default_factory=dict, repr=False)
 
     @property
     def head_name(self) -> str:
@@ -105,15 +116,39 @@ class Checkpoint:
         return self._entries[name].dtype
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
-        """Read one tensor in its stored type.
+        """Read one tensor in its stored type, or in float32 if `rescaled` has given it factors.
 
         Raises KeyError for an unknown name, and FastVLMError that names tensor and position if a value is NaN or infinite.
         """
-        return self._finite(name, read_tensor(name, self._entries[name]), 0)
+        return self._scaled(name, self._finite(name, read_tensor(name, self._entries[name]), 0), 0)
 
     def tensor_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Read rows [start, stop) along the first axis, checked like `tensor`. Raises IndexError if they are out of range."""
-        return self._finite(name, read_tensor(name, self._entries[name], (start, stop)), start)
+        return self._scaled(name, self._finite(name, read_tensor(name, self._entries[name], (start, stop)), start), start)
+
+    def rescaled(self, factors: dict[str, Factors]) -> Checkpoint:
+        """The same checkpoint with factors on its tensors. A tied head that gets factors is no longer tied.
+
+        Raises ValueError for a tensor that has factors already.
+        """
+        if twice := factors.keys() & self._factors.keys():
+            raise ValueError(f"{', '.join(sorted(twice))}: has factors already")
+        entries, text = self._entries, self.text
+        if HEAD in factors and text.tied:
+            entries, text = {**entries, HEAD: entries[EMBEDDING]}, dataclasses.replace(text, tied=False)
+        return dataclasses.replace(self, text=text, _entries=entries, _factors={**self._factors, **factors})
+
+    def _scaled(self, name: str, array: npt.NDArray[Any], first_row: int) -> npt.NDArray[Any]:
+        factors = self._factors.get(name)
+        if factors is None:
+            return array
+        scaled: npt.NDArray[np.float32] = array.astype(np.float32)
+        if factors.rows is not None:
+            rows = factors.rows[first_row : first_row + len(array)]
+            scaled *= rows.reshape(-1, *[1] * (array.ndim - 1))
+        if factors.columns is not None:
+            scaled *= factors.columns
+        return scaled
 
     def _finite(self, name: str, array: npt.NDArray[Any], first_row: int) -> npt.NDArray[Any]:
         flat = first_non_finite(array)

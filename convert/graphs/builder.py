@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.convert.precision import PrecisionRefused
 from fastvlm_edge.version import __version__
 
 OPSET = 21
@@ -206,10 +206,10 @@ def _inline(name: str, array: Array) -> TensorProto:
 
 
 def cast_weight(name: str, array: Array, dtype: npt.DTypeLike) -> Array:
-    """`array` in the float type `dtype`. Raises FastVLMError if a value does not fit (FP16 ends at 65504)."""
+    """`array` in the float type `dtype`. Raises PrecisionRefused if a value does not fit (FP16 ends at 65504)."""
     with np.errstate(over="ignore"):
         cast = array.astype(dtype)
     if np.dtype(dtype) == np.float16 and not np.isfinite(cast).all():
         largest = float(np.abs(array.astype(np.float32)).max())
-        raise FastVLMError(f"{name} contains {largest:g}, but FP16 ends at 65504", "convert with --precision bf16 or int8 instead")
+        raise PrecisionRefused(f"{name} contains {largest:g}, but FP16 ends at 65504", "convert with --precision bf16 or fp32")
     return cast

@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from fastvlm_edge.backends.ort_session import INT8_BLOCK
 from fastvlm_edge.convert.checkpoint.checkpoint import TextConfig
 from fastvlm_edge.convert.graphs.builder import ORT_DOMAIN, GraphBuilder, element_type
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan
@@ -274,7 +275,39 @@ class _Decoder:
         return self._product(graph.node("Mul", [gate, up], f"{path}/product"), f"{weights}.down", f"{path}/down")
 
     def _product(self, x: str, name: str, path: str) -> str:
-        """x [..., inputs] times the matrix `name` [inputs, outputs]."""
+        """x [batch, positions, inputs] times the matrix `name` [inputs, outputs]."""
+        if self.provider == "cpu" and name in self.plan.fine_inputs:
+            return self._product_of_halves(x, name, path)
+        return self._times(x, name, path)
+
+    def _product_of_halves(self, x: str, name: str, path: str) -> str:
+        """The same with 16-bit inputs, for onnxruntime's product of integers on a CPU, which rounds its inputs to 8 bits in blocks.
+
+        x is the sum of two halves: multiples of a block's step, which the product represents exactly, and what is left, whose step is 1/254
+        of that. Both are rows of one product, so the weights are read once.
+        """
+        graph = self.graph
+        inputs, scales = graph.shape(name)[0], graph.shape(f"{name}.scale")
+        block = INT8_BLOCK if len(scales) == 1 else inputs // scales[0]
+        missing = -inputs % block
+        if missing:
+            x = graph.node("Pad", [x, graph.ints(0, 0, 0, 0, 0, missing)], f"{path}/blocks")
+        rows = graph.node("Reshape", [x, graph.ints(0, 0, (inputs + missing) // block, block)], f"{path}/blocks")
+        largest = graph.node("ReduceMax", [graph.node("Abs", [rows], f"{path}/blocks"), graph.ints(-1)], f"{path}/blocks", keepdims=1)
+        step = graph.node("Mul", [largest, graph.constant(1 / 127, np.float32)], f"{path}/step")
+        step = graph.node("Max", [step, graph.constant(np.finfo(np.float32).tiny, np.float32)], f"{path}/step")
+        coarse = graph.node("Round", [graph.node("Div", [rows, step], f"{path}/coarse")], f"{path}/coarse")
+        coarse = graph.node("Mul", [coarse, step], f"{path}/coarse")
+        halves = graph.node("Concat", [coarse, graph.node("Sub", [rows, coarse], f"{path}/rest")], f"{path}/halves", axis=1)
+        halves = graph.node("Reshape", [halves, graph.ints(0, 0, inputs + missing)], f"{path}/halves")
+        if missing:
+            halves = graph.node("Slice", [halves, graph.ints(0), graph.ints(inputs), graph.ints(2)], f"{path}/halves")
+        product = self._times(halves, name, path)
+        first, second = graph.split("Split", [product], f"{path}/halves", 2, axis=1, num_outputs=2)
+        return graph.node("Add", [first, second], f"{path}/halves")
+
+    def _times(self, x: str, name: str, path: str) -> str:
+        """x [..., inputs] times a stored matrix [inputs, outputs]."""
         return self._multiply("MatMul", x, self._weight(name, path), path)
 
     def _multiply(self, op: str, x: str, matrix: str, path: str, **attributes: int) -> str:

@@ -83,6 +83,7 @@ TINY_VISION = FastViTHDConfig(depths=(1, 2, 2, 1, 1), dims=(16, 32, 64, 128, 256
 SIZES = {
     "tiny": Size(TINY_VISION, 3, 128, 4, 2, 32, 352, 640, BASE_TOKENS, True, 256),
     "0.5b": Size(FastViTHDConfig(), 24, 896, 14, 2, 64, 4864, 151936, 151643, True, 1024),
+    "0.5b-4-layers": Size(FastViTHDConfig(), 4, 896, 14, 2, 64, 4864, 151936, 151643, True, 1024),
     "1.5b": Size(FastViTHDConfig(), 28, 1536, 12, 2, 128, 8960, 151936, 151643, True, 1024),
     "7b": Size(FastViTHDConfig(), 28, 3584, 28, 4, 128, 18944, 152064, 151643, False, 1024),
 }

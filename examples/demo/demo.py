@@ -25,8 +25,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         began = time.perf_counter()
-        convert(str(CHECKPOINT), work / "model", precision="fp32", progress=stderr_progress())
-        print(f"converted {CHECKPOINT.name} in {time.perf_counter() - began:.1f} s\n")
+        manifest = convert(str(CHECKPOINT), work / "model", progress=stderr_progress())
+        print(f"converted {CHECKPOINT.name} to {manifest.precision} in {time.perf_counter() - began:.1f} s\n")
         with FastVLM.load(work / "model", tune_process=True) as vlm:
             print(f"{vlm.backend.description}\n")
             for kind, index in ASKED:

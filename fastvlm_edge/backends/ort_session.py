@@ -29,6 +29,10 @@ CUDA_OPTIONS = {
 }
 """Options of the CUDA provider. Its arena would grow by powers of two, and it would time every algorithm of every convolution at the first
 picture, which takes long and needs the largest of their workspaces."""
+ACCURACY_LEVEL = 4
+"""Of MatMulNBits: it rounds its inputs to 8 bits in blocks, and multiplies integers."""
+INT8_BLOCK = 128
+"""Inputs that it rounds together where a matrix has per-channel scales; per-block scales decide it themselves."""
 SPIN_MICROSECONDS = 500
 """How long an idle thread spins before it sleeps. It is longer than the pause between two calls of the decoder, so that decoding need not
 wake threads. With onnxruntime's default (-1, tens of milliseconds), the threads of one graph take the cores from those of the other.
@@ -62,10 +66,10 @@ def session_options(graph: Path, threads: int) -> ort.SessionOptions:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     else:
         # One kernel for DequantizeLinear + MatMul, with activations quantised to int8 per block: it uses AVX-VNNI and ARM dot products.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
-        options.add_session_config_entry(
-            "session.qdq_matmulnbits_block_size", "128"
-        )  # for per-channel scales; per-block scales keep their own size
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(ACCURACY_LEVEL))
+        options.add_session_config_entry("session.qdq_matmulnbits_block_size", str(INT8_BLOCK))  # per-block scales keep their own size
+        # Arm's own kernels of INT4 products round a whole row of inputs together, to which no certificate of a conversion applies.
+        options.add_session_config_entry("mlas.disable_kleidiai", "1")
     return options
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from fastvlm_edge.commands.arguments import multiple_of_64, positive
+from fastvlm_edge.doctor.facts import read_facts
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.cache_dir import cache_dir
+from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.model_dir.manifest import PRECISIONS, Manifest
 from fastvlm_edge.progress import stderr_progress
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Convert, and print one line about the model directory."""
+    """Convert, and print one line about the model directory, then the commands to type next."""
     options = parser().parse_args(arguments)
     if options.accuracy_drop is not None and options.calib is None:
         raise FastVLMError("--accuracy-drop needs questions to measure the accuracy", "add --calib DATA")
@@ -47,7 +51,28 @@ def main(arguments: Sequence[str]) -> int:
     )
     for note in manifest.notes:
         print(f"note: {note}", file=sys.stderr)
+    print("next: " + "\nthen: ".join(next_commands(options.output, gpu=read_facts(Probe()).has_gpu)))
     return 0
+
+
+def next_commands(model: Path, *, gpu: bool) -> list[str]:
+    """The commands that lead from the model directory to the first answer, for a shell; PICTURE stands for a file."""
+    program, place = toolkit_command(), shlex.quote(str(model))
+    ask = f'{program} run {place} --image PICTURE --prompt "What is in this picture?"'
+    return [f"{program} build {place}", ask] if gpu else [ask]
+
+
+def toolkit_command() -> str:
+    """How the user started the toolkit, for a shell: the script (by its name if PATH leads to it), or `python -m fastvlm_edge`."""
+    started = Path(sys.argv[0])
+    if (started.parent.name, started.name) == ("fastvlm_edge", "__main__.py"):
+        return f"{_word(sys.executable)} -m fastvlm_edge"
+    return _word(sys.argv[0]) if started.name == "fastvlm-edge" else "fastvlm-edge"
+
+
+def _word(program: str) -> str:
+    name = Path(program).name
+    return name if shutil.which(name) == program else shlex.quote(program)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +83,11 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or a hub id such as apple/FastVLM-0.5B")
     parser.add_argument("-o", "--output", metavar="MODEL", type=Path, required=True, help="model directory to write")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="types of weights and activations (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="types of weights and activations (default: int8, and fp16, bf16 or fp32 if the comparison with PyTorch refuses it)",
+    )
     parser.add_argument(
         "--image-size", metavar="PX", type=multiple_of_64, help="256 to 1536 in steps of 64 (default: the size the model was trained at)"
     )
@@ -67,7 +96,9 @@ def parser() -> argparse.ArgumentParser:
         "--context", metavar="N", type=positive, help="longest conversation in tokens, pictures included (default: 4096, or as trained)"
     )
     parser.add_argument(
-        "--calib", metavar="DATA", help="calibrate int8 and int4 with DATA: a folder of pictures, or a file of questions as for `eval`"
+        "--calib",
+        metavar="DATA",
+        help="calibrate int8 (the default here, too) or int4 with DATA: a folder of pictures, or a file of questions as for `eval`",
     )
     parser.add_argument("--images", metavar="DIR", type=Path, help="folder of the pictures of DATA (default: beside DATA)")
     parser.add_argument(

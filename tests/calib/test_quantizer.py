@@ -27,7 +27,7 @@ from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 from fastvlm_edge.convert.fastvithd import image_tokens
 from fastvlm_edge.convert.graphs.placement import check_placement
 from fastvlm_edge.convert.pipeline import convert
-from fastvlm_edge.convert.precision import precision_plan
+from fastvlm_edge.convert.precision import PrecisionRefused, precision_plan
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
 from fastvlm_edge.model_dir.engine_record import VISION_GRAPHS
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
@@ -62,7 +62,7 @@ def model(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.Te
 def test_a_calibrated_model_directory_is_whole_and_answers(model: Path, demo_scenes: Callable[[str, int], Path]) -> None:
     manifest = read_manifest(model)
     verify_files(model, manifest, hashes=True)
-    assert {path.name for path in model.iterdir()} == {*manifest.files, "fastvlm.json", "verified.json"}
+    assert {path.name for path in model.iterdir()} == {*manifest.files, "fastvlm.json"}
     assert {"quantization.json", "quantization.html", "vision.cpu.onnx", "decoder.cpu.onnx"} <= set(manifest.files)
     from fastvlm_edge.evaluation.data import open_data
 
@@ -141,14 +141,21 @@ def test_accuracy_bounds_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shares = {}
     monkeypatch.setattr(module, "DAMAGES", (0.05, 0.0))
     for name, losses in (("nothing", [0.0]), ("everything", [9.0, 0.5])):
-        left = iter(losses)
+        left = iter([*losses, losses[-1]])  # the last one is measured on this CPU
         monkeypatch.setattr(module, "points_lost", lambda *_, left=left: next(left))
         calibrate = Quantizer(Options(str(demo_scenes("calibration", 64)), limit=48, accuracy_drop=0.5)).calibrate
         convert(str(DEMO), tmp_path / name, precision="int8", calibrate=calibrate)
         shares[name] = check_placement(tmp_path / name / "vision.onnx").share("INT8")
         evaluation = json.loads((tmp_path / name / "quantization.json").read_text())["evaluation"]
         assert (evaluation["points_lost"], evaluation["points_allowed"]) == (losses[-1], 0.5)
+        assert (evaluation["cpu_points_lost"], evaluation["cpu_exact_match_before"]) == (losses[-1], evaluation["exact_match_before"])
     assert shares["everything"] == 0 < 0.7 < shares["nothing"]
+    left = iter([0.0, 9.0])
+    monkeypatch.setattr(module, "points_lost", lambda *_: next(left))
+    with pytest.raises(
+        PrecisionRefused, match=r"with onnxruntime .*, CPU, .* loses 9\.00 points \(limit: 0\.5\), though a GPU would lose 0\.00"
+    ):
+        convert(str(DEMO), tmp_path / "never", precision="int8", calibrate=calibrate)
     monkeypatch.setattr(module, "points_lost", lambda *_: 9.0)
     with pytest.raises(FastVLMError, match=r"decoder alone loses 9\.00 points \(limit: 0\.5\), even with a floating-point encoder"):
         convert(str(DEMO), tmp_path / "never", precision="int4", calibrate=calibrate)
@@ -170,10 +177,13 @@ def test_a_folder_of_pictures_is_enough_and_bad_ones_are_named(tmp_path: Path, c
         pixels = np.random.default_rng(index).integers(0, 255, (70, 90, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png")
     (folder / "broken.jpg").write_bytes(b"no picture")
-    command = ["convert", str(checkpoint), "-o", str(tmp_path / "model"), "--precision", "int8", "--calib", str(folder)]
+    Image.new("1", (5_000, 50)).save(folder / "strip.png")
+    command = ["convert", str(checkpoint), "-o", str(tmp_path / "model"), "--calib", str(folder)]  # int8 is the default here, too
     assert main(command) == 0
-    assert "broken.jpg" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "broken.jpg" in err and "strip.png" in err
     report = json.loads((tmp_path / "model" / "quantization.json").read_text())
+    assert read_manifest(tmp_path / "model").precision == "int8"
     assert report["calibration"]["used"] == 12 and "broken.jpg" in report["calibration"]["skipped"][0]
 
 

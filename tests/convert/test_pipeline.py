@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import onnx
 import pytest
 
+from examples.checkpoints.planted_faults import plant, read_tensors, write_tensors
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.backends.verification.compare import compare
 from fastvlm_edge.cli import main
@@ -24,9 +26,10 @@ from fastvlm_edge.convert import parity
 from fastvlm_edge.convert import pipeline as module
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 from fastvlm_edge.convert.checkpoint.structure import TextConfig
+from fastvlm_edge.convert.conversion import Conversion
 from fastvlm_edge.convert.parity import BOUNDS, probe_activations
-from fastvlm_edge.convert.pipeline import convert
-from fastvlm_edge.convert.precision import PLANS, VISION_STAGES, precision_plan
+from fastvlm_edge.convert.pipeline import DEFAULT_PRECISIONS, convert
+from fastvlm_edge.convert.precision import FP16_MAX, PLANS, VISION_STAGES, PrecisionPlan, PrecisionRefused, precision_plan
 from fastvlm_edge.convert.reference.decoder import reference_logits
 from fastvlm_edge.convert.request import estimated_bytes
 from fastvlm_edge.convert.weights import decoder
@@ -95,7 +98,7 @@ def test_a_faulty_graph_is_distinguished_from_coarse_weights(checkpoint: Path, t
         return real(replace(text, rope_theta=text.rope_theta / 2), context)
 
     monkeypatch.setattr(decoder, "rotary_tables", wrong)
-    with pytest.raises(FastVLMError, match=r"cosine to the logits of the stored weights is 0\.[5-9]"):
+    with pytest.raises(FastVLMError, match=r"at position \d+ of the stored passage the KL divergence is"):
         convert(str(checkpoint), tmp_path / "model", precision="int4")
     assert not any(tmp_path.iterdir())
 
@@ -118,7 +121,7 @@ def test_contradictions_in_the_checkpoint_reach_the_user_and_the_manifest(tmp_pa
         "with the system text 'You are a helpful assistant.'",
     ]
 
-    assert main(["convert", str(source), "-o", str(tmp_path / "model")]) == 0
+    assert main(["convert", str(source), "-o", str(tmp_path / "model"), "--precision", "fp32"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [lines.count(note) for note in expected] == [1, 1]
     assert lines[-2:] == [f"note: {note}" for note in expected]  # again at the end, where they are read
@@ -220,7 +223,7 @@ def test_nothing_is_left_behind(
 
     monkeypatch.setattr(module, stage, fail)
     with pytest.raises(expected) as caught:
-        convert(str(checkpoint), tmp_path / "model")
+        convert(str(checkpoint), tmp_path / "model", precision="fp32")
     assert not any(tmp_path.iterdir())
     if expected is FastVLMError:
         assert "is full" in str(caught.value)
@@ -248,12 +251,12 @@ def test_a_place_that_cannot_be_written_is_an_error_in_one_sentence(
 
     monkeypatch.setattr(Path, "rename", busy)
     with pytest.raises(FastVLMError, match=r"could not be written .*Device or resource busy"):
-        convert(str(checkpoint), tmp_path / "model")
+        convert(str(checkpoint), tmp_path / "model", precision="fp32")
     assert not any((tmp_path / "mounted").iterdir()) and [path.name for path in tmp_path.iterdir()] == ["mounted"]
 
 
 def test_a_failed_replacement_keeps_the_old_model(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert(str(checkpoint), tmp_path / "model")
+    convert(str(checkpoint), tmp_path / "model", precision="fp32")
     monkeypatch.setattr(module, "check_parity", lambda *_, **__: (_ for _ in ()).throw(FastVLMError("do not agree")))
     with pytest.raises(FastVLMError, match="do not agree"):
         convert(str(checkpoint), tmp_path / "model", precision="int4", force=True)
@@ -265,7 +268,7 @@ def test_too_little_disk_space_is_refused_before_any_work(checkpoint: Path, tmp_
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     with pytest.raises(FastVLMError, match=r"needs about 8 MB, but only 0 MB are free in .*; free some space"):
-        convert(str(checkpoint), tmp_path / "model")
+        convert(str(checkpoint), tmp_path / "model", precision="fp32")
 
 
 def test_the_next_conversion_removes_what_a_killed_one_left(checkpoint: Path, tmp_path: Path) -> None:
@@ -274,7 +277,7 @@ def test_the_next_conversion_removes_what_a_killed_one_left(checkpoint: Path, tm
     (tmp_path / f".model.partial-{gone.pid}").mkdir()
     mine = tmp_path / f".model.partial-{os.getppid()}"
     mine.mkdir()
-    convert(str(checkpoint), tmp_path / "model")
+    convert(str(checkpoint), tmp_path / "model", precision="fp32")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, "model"])
 
 
@@ -301,8 +304,140 @@ def test_a_graph_that_disagrees_is_not_published(checkpoint: Path, tmp_path: Pat
 
     monkeypatch.setattr(decoder, "rotary_tables", wrong)
     with pytest.raises(FastVLMError, match="do not agree with PyTorch"):
-        convert(str(checkpoint), tmp_path / "model")
+        convert(str(checkpoint), tmp_path / "model", precision="fp32")
     assert not any(tmp_path.iterdir())
+
+
+def test_int8_is_the_default(checkpoint: Path, tmp_path: Path) -> None:
+    manifest = convert(str(checkpoint), tmp_path / "model")
+    assert manifest.precision == DEFAULT_PRECISIONS[0] == "int8"
+    assert manifest.notes == []
+
+
+def refuse_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, the comparison with PyTorch asks of `int8` what no graph can reach."""
+    monkeypatch.setitem(BOUNDS, "int8", replace(BOUNDS["int8"], logits=1.5))
+
+
+def exceed_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, the probe finds activations that FP16 cannot hold."""
+
+    def large(*args: Any, **options: Any) -> Any:
+        logits, magnitudes = reference_logits(*args, **options)
+        return logits, replace(magnitudes, gate=[100_000.0, *magnitudes.gate[1:]])
+
+    monkeypatch.setattr(parity, "reference_logits", large)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reasons", "becomes"),
+    [
+        (refuse_int8, {"int8": "the int8 graphs do not agree with PyTorch: the cosine of the logits is"}, "fp16"),
+        (exceed_fp16, dict.fromkeys(("int8", "fp16"), "layer 0 of the LLM computes 100,000 (gate); FP16 ends at 65,504"), "bf16"),
+    ],
+)
+def test_the_default_falls_back_and_says_why(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: Callable[[pytest.MonkeyPatch], None],
+    reasons: dict[str, str],
+    becomes: str,
+) -> None:
+    fault(monkeypatch)
+    assert main(["convert", str(checkpoint), "-o", str(tmp_path / "model")]) == 0
+    out, err = capsys.readouterr()
+    assert f", {becomes}, " in out.splitlines()[0]
+    manifest = read_manifest(tmp_path / "model")
+    verify_files(tmp_path / "model", manifest, hashes=True)
+    assert manifest.precision == becomes and "model.safetensors" in manifest.source.files
+    assert len(manifest.notes) == len(reasons)
+    for note, following, (precision, reason) in zip(manifest.notes, [*list(reasons)[1:], becomes], reasons.items(), strict=True):
+        assert note.startswith(f"{precision} was refused: {reason}")
+        assert f"{note}; trying {following}\n" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_moves_for_one_precision_do_not_reach_the_next(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outlier channels are moved for int8; fp16 keeps the head as it is."""
+    planted = plant(checkpoint, tmp_path / "planted", "everywhere", 300)
+    moved = convert(str(planted), tmp_path / "int8", precision="int8").activations["moved_channels"]
+    assert "llm.head" in moved and "llm.layers.0.qkv" in moved
+    direct = convert(str(planted), tmp_path / "fp16", precision="fp16")
+    assert not {"llm.head", *(name for name in moved if name.startswith("vision"))} & direct.activations["moved_channels"].keys()
+    refuse_int8(monkeypatch)
+    after = convert(str(planted), tmp_path / "model")
+    assert after.precision == "fp16" and after.files == direct.files
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_an_mlp_beyond_fp16_is_divided_and_certified(checkpoint: Path, tmp_path: Path, precision: str) -> None:
+    tensors = read_tensors(checkpoint)
+    tensors.rows("llm.layers.1.mlp.up_proj.weight", [5], 2.0**18)
+    manifest = convert(str(write_tensors(tensors, checkpoint, tmp_path / "large")), tmp_path / "model", precision=precision)
+    assert max(manifest.activations["decoder"]["product"]) > FP16_MAX
+    assert [*manifest.activations["up_shifts"]] == ["1"]
+    assert manifest.parity["rows_on_gpu"]["divergence"] < 0.01
+
+
+def test_a_named_precision_is_never_replaced(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse_int8(monkeypatch)
+    assert main(["convert", str(checkpoint), "-o", str(tmp_path / "model"), "--precision", "int8"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "the int8 graphs do not agree with PyTorch" in err and "trying" not in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_checkpoint_is_opened_once_and_the_last_refusal_is_the_error(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, tried = list[str](), list[str]()
+
+    def fit(plan: PrecisionPlan, *_: Any) -> PrecisionPlan:
+        tried.append(plan.name)
+        raise PrecisionRefused(f"{plan.name} will not do")
+
+    def count(location: str) -> Any:
+        opened.append(location)
+        return open_checkpoint(location)
+
+    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(module, "open_checkpoint", count)
+    with pytest.raises(PrecisionRefused, match="fp32 will not do"):
+        convert(str(checkpoint), tmp_path / "model")
+    assert tried == list(DEFAULT_PRECISIONS) and opened == [str(checkpoint)]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [FastVLMError("a tensor is damaged"), OSError(errno.ENOSPC, "No space left on device")])
+def test_other_errors_are_no_reason_for_another_precision(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    tried = list[str]()
+
+    def fail(plan: PrecisionPlan, *_: Any) -> PrecisionPlan:
+        tried.append(plan.name)
+        raise error
+
+    monkeypatch.setattr(module, "fit", fail)
+    with pytest.raises(FastVLMError):
+        convert(str(checkpoint), tmp_path / "model")
+    assert tried == ["int8"] and not any(tmp_path.iterdir())
+
+
+def test_with_calibration_the_default_is_int8_alone(checkpoint: Path, tmp_path: Path) -> None:
+    tried = list[str]()
+
+    def calibrate(conversion: Conversion, *_: Any) -> Any:
+        tried.append(conversion.plan.name)
+        raise PrecisionRefused("INT8 loses 3 points")
+
+    with pytest.raises(PrecisionRefused, match="INT8 loses 3 points"):
+        convert(str(checkpoint), tmp_path / "model", calibrate=calibrate)
+    assert tried == ["int8"] and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int4"])
@@ -316,8 +451,8 @@ def test_a_model_that_does_not_fit_fp16_gets_wider_types(
         largest, features = real(*args)
         return {**largest, "stage3": 20_000.0}, features
 
-    def large(*args: Any) -> Any:
-        logits, magnitudes = reference_logits(*args)
+    def large(*args: Any, **options: Any) -> Any:
+        logits, magnitudes = reference_logits(*args, **options)
         layers = len(magnitudes.scores)
         return logits, replace(magnitudes, scores=[40.0, *magnitudes.scores[1:]], mlp=[100_000.0] * layers)
 
@@ -364,7 +499,7 @@ def test_the_manifest_is_plain_json(model: Path) -> None:
 
 @pytest.mark.parametrize("image_size", [320, 1536])
 def test_image_sizes_in_steps_of_64(checkpoint: Path, tmp_path: Path, image_size: int) -> None:
-    manifest = convert(str(checkpoint), tmp_path / "model", image_size=image_size)
+    manifest = convert(str(checkpoint), tmp_path / "model", precision="fp32", image_size=image_size)
     assert manifest.vision.tokens == (image_size // 64) ** 2
     assert manifest.parity["image_features"]["cosine"] > BOUNDS["fp32"].features
     with FastVLM.load(tmp_path / "model") as vlm:
@@ -373,6 +508,6 @@ def test_image_sizes_in_steps_of_64(checkpoint: Path, tmp_path: Path, image_size
 
 def test_the_command_takes_the_size_that_the_checkpoint_was_trained_at(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "ck", layout="native", image_size=192)
-    assert main(["convert", str(source), "-o", str(tmp_path / "model"), "--image-size", "192"]) == 0
+    assert main(["convert", str(source), "-o", str(tmp_path / "model"), "--image-size", "192", "--precision", "fp32"]) == 0
     assert read_manifest(tmp_path / "model").vision.image_size == 192
     assert main(["convert", str(source), "-o", str(tmp_path / "other"), "--image-size", "128"]) == 1

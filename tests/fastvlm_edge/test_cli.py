@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from skimage import data
 
 from fastvlm_edge import FastVLM, FastVLMError, __version__
 from fastvlm_edge.cli import main
+from fastvlm_edge.commands.convert import next_commands
 from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.progress import TextProgress
 
@@ -221,7 +223,10 @@ def test_the_machines_limits_are_no_bugs(
     assert says in err and "bug" not in err
 
 
-def test_convert_passes_everything_on(model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_convert_passes_everything_on_and_prints_what_to_type_next(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpu: bool
+) -> None:
     import types
 
     seen: dict[str, Any] = {}
@@ -233,6 +238,7 @@ def test_convert_passes_everything_on(model_dir: Path, monkeypatch: pytest.Monke
     module = types.ModuleType("fastvlm_edge.convert.pipeline")
     module.convert = convert  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fastvlm_edge.convert.pipeline", module)
+    monkeypatch.setattr("fastvlm_edge.commands.convert.read_facts", lambda _: types.SimpleNamespace(has_gpu=gpu))
     options = "--precision int4 --image-size 512 --geometry crop --context 4096 --force"
     assert main(["convert", "org/name", "-o", "out", *options.split()]) == 0
     seen.pop("progress")
@@ -246,7 +252,33 @@ def test_convert_passes_everything_on(model_dir: Path, monkeypatch: pytest.Monke
         "calibrate": None,
         "force": True,
     }
-    assert capsys.readouterr().out == f"out: fake, fp32, 256 px (16 tokens, pad), context 2048, {_size(model_dir):.1f} MB\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"out: fake, fp32, 256 px (16 tokens, pad), context 2048, {_size(model_dir):.1f} MB",
+        *(["next: fastvlm-edge build out"] if gpu else []),
+        f'{"then" if gpu else "next"}: fastvlm-edge run out --image PICTURE --prompt "What is in this picture?"',
+    ]
+
+
+def test_the_next_command_is_one_that_a_shell_understands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toolkit is called as the user called it, and names with spaces are quoted."""
+    script = tmp_path / "bin folder" / "fastvlm-edge"
+    script.parent.mkdir()
+    script.touch(mode=0o755)
+    python = Path(sys.executable)
+    for started, path, words in (
+        (script, "", [str(script)]),
+        (script, str(script.parent), ["fastvlm-edge"]),
+        (ROOT / "fastvlm_edge" / "__main__.py", "", [str(python), "-m", "fastvlm_edge"]),
+        (ROOT / "fastvlm_edge" / "__main__.py", str(python.parent), [python.name, "-m", "fastvlm_edge"]),
+        ("a_script_that_imports_the_toolkit.py", "", ["fastvlm-edge"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [str(started), "convert"])
+        monkeypatch.setenv("PATH", path)
+        (command,) = next_commands(Path("my model's"), gpu=False)
+        asked = ["run", "my model's", "--image", "PICTURE", "--prompt", "What is in this picture?"]
+        assert shlex.split(command) == [*words, *asked]
+        build, same = next_commands(Path("my model's"), gpu=True)
+        assert shlex.split(build) == [*words, "build", "my model's"] and same == command
 
 
 def _size(directory: Path) -> float:

@@ -52,16 +52,16 @@ def all_cases(passage: Passage, context: int) -> list[Case]:
     """Every case, in the order in which the cache of a backend grows."""
     end, turn = len(passage.ids), passage.turn
     back = max(turn - MOST_ROWS, 0)
-    whole = _feed(passage, [0, turn, end])
+    whole = feed(passage, [0, turn, end])
     return [
         Case("single ids where the cache grows", _singles_at_border(passage)),
-        Case(f"chunks of {PREFILL_CHUNK}", _feed(passage, [0, end])),
+        Case(f"chunks of {PREFILL_CHUNK}", feed(passage, [0, end])),
         Case("after a question about another picture", [Call(0, passage.ids[: min(turn, PREFILL_CHUNK)], (SECOND,)), *whole]),
         Case(
             "a cache with a hole",
-            [*_feed(passage, [0, turn]), *_other_ids(passage, context), *_feed(passage, [*range(back, turn), turn, end])],
+            [*feed(passage, [0, turn]), *_other_ids(passage, context), *feed(passage, [*range(back, turn), turn, end])],
         ),
-        *(Case(f"chunks of {size}", _feed(passage, _last_chunks(end, size))) for size in CHUNKS),
+        *(Case(f"chunks of {size}", feed(passage, _last_chunks(end, size))) for size in CHUNKS),
         Case("the whole context in the cache", [*_fill(passage, context), *_singles_at_border(passage)], fills=True),
     ]
 
@@ -70,7 +70,7 @@ def _singles_at_border(passage: Passage) -> list[Call]:
     """The passage, with ids fed one by one on both sides of the border of the cache."""
     first, end = max(passage.border - SINGLE, 0), len(passage.ids)
     singles = range(first, min(passage.border + SINGLE, end))
-    return _feed(passage, sorted({0, min(passage.turn, first), *singles, singles.stop, end}))
+    return feed(passage, sorted({0, min(passage.turn, first), *singles, singles.stop, end}))
 
 
 def _other_ids(passage: Passage, context: int) -> list[Call]:
@@ -96,8 +96,8 @@ def _fill(passage: Passage, context: int) -> list[Call]:
     ]
 
 
-def _feed(passage: Passage, stops: Sequence[int]) -> list[Call]:
-    """The passage from the first to the last of `stops`, with calls that end there or after PREFILL_CHUNK ids."""
+def feed(passage: Passage, stops: Sequence[int]) -> list[Call]:
+    """The passage from the first to the last of `stops`, in calls that end at one of them or after PREFILL_CHUNK ids."""
     calls = []
     for first, last in pairwise(stops):
         for start in range(first, last, PREFILL_CHUNK):
