@@ -1,8 +1,9 @@
-# Everything that development needs. `make setup` creates .venv; every other target runs in it.
+# Everything that development needs. `make setup` creates .venv; every target but `demo` runs in it.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LEAN := build/lean
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 
@@ -18,8 +19,14 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --no-deps timm
 	touch $(READY)
 
-demo: $(READY)
-	$(BIN)/python -m examples.demo.demo
+# In an environment of its own, with the runtime only: what a device installs.
+demo: $(LEAN)/.ready
+	$(LEAN)/bin/fastvlm-edge demo
+
+$(LEAN)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LEAN)
+	$(LEAN)/bin/pip install --quiet --constraint constraints.txt --editable .
+	touch $(LEAN)/.ready
 
 # Ends with the slowest twenty; a test that hangs is cut off after ten minutes.
 test: lint

@@ -24,11 +24,11 @@ from examples.demo_training.scenes import make_scene
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
 SCENE = ("reading", 3)
-"""Kind and index of the held-out scene that is asked about; `make demo` asks about it too."""
+"""Kind and index of the held-out scene that is asked about; `fastvlm-edge demo` asks about it too."""
 COLUMNS = 100
 COMMANDS = (
     "fastvlm-edge convert fastvlm-demo -o model",
-    'fastvlm-edge run model --image meter.png --prompt "{prompt}"',
+    'fastvlm-edge run model --image meter.png "{prompt}"',
 )
 
 

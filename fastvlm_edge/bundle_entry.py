@@ -27,7 +27,11 @@ from fastvlm_edge.progress import stderr_progress
 
 MODEL = "model"
 """Word on the command line for the bundled model, if there is no directory of that name."""
-NOT_HERE = {"convert": "conversion needs PyTorch", "bundle": "bundling needs pip and a network"}
+NOT_HERE = {
+    "convert": "conversion needs PyTorch",
+    "bundle": "bundling needs pip and a network",
+    "demo": "it has a model of its own",
+}
 _ENGINES = ("run", "bench", "eval")
 """Commands that answer questions: missing engines are built before them."""
 _OPTIONAL = ("doctor",)
@@ -60,14 +64,25 @@ def _with_model(bundle: Bundle, command: str, arguments: list[str]) -> list[str]
     if {"-h", "--help"} & set(arguments):
         return arguments
     named = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if named is not None and (named != MODEL or os.path.isdir(named)):
+    if named == MODEL and not os.path.isdir(named):
+        arguments = arguments[1:]
+    elif named is not None and not (command == "run" and _is_question(arguments)):
         return arguments
     if named is None and command in _OPTIONAL:
         return arguments
     model = unpack_model(bundle, hashes=False)
     if command in _ENGINES and not _names_onnxruntime(arguments):
         build_missing_engines(bundle, model)
-    return [str(model), *arguments[named is not None :]]
+    return [str(model), *arguments]
+
+
+def _is_question(arguments: list[str]) -> bool:
+    """Whether the first argument of `run` is the question: nothing else is one, and no directory has its name."""
+    from fastvlm_edge.commands.run import parser
+
+    options = parser().parse_intermixed_args(arguments)  # without the check that there is a question
+    behind_image = any(len(group) > 1 for group in options.image or [])
+    return not (options.question or options.prompt is not None or behind_image or os.path.isdir(options.model))
 
 
 def _names_onnxruntime(arguments: list[str]) -> bool:

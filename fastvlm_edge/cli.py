@@ -19,6 +19,7 @@ from fastvlm_edge.extras import import_failure
 from fastvlm_edge.version import __version__
 
 COMMANDS = {
+    "demo": "ask a small model that comes with the package, to see that everything works",
     "convert": "convert a FastVLM checkpoint to a model directory",
     "build": "build TensorRT engines for a model directory",
     "run": "ask a question about an image",

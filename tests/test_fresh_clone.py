@@ -112,6 +112,11 @@ def test_the_command_that_convert_prints_last_runs(clone: Path, converted: tuple
     assert done.returncode == 0 and done.stdout.strip(), (typed, done.stderr)
 
 
+def test_the_demo(run: Run) -> None:
+    done = run("demo")
+    assert done.returncode == 0 and done.stdout.count("  answer ") == 3, done.stderr
+
+
 def test_eval_plan_bench_and_doctor(run: Run, model: Path, image: Path) -> None:
     questions = image.with_suffix(".jsonl")
     questions.write_text(json.dumps({"image": image.name, "prompt": "What colour is this?", "answer": "red"}) + "\n")
@@ -159,6 +164,7 @@ def test_on_an_old_python_only_the_doctor_runs(clone: Path) -> None:
     "arguments",
     [
         "convert examples/demo/fastvlm-demo -o MODEL",
+        "demo",
         "build MODEL",
         "run MODEL --prompt x",
         "eval MODEL --data x.jsonl",

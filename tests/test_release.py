@@ -113,7 +113,12 @@ def test_the_three_links_are_links() -> None:
 
 def test_the_wheel_holds_the_package_and_nothing_else(release: Release) -> None:
     expected = {name for path in files_of_the_repository() if (name := installed_name(path))}
-    assert {"fastvlm_edge/py.typed", "fastvlm_edge/pictures/coffee.jpg", "fastvlm_edge/convert/pipeline.py"} <= expected
+    assert {
+        "fastvlm_edge/py.typed",
+        "fastvlm_edge/pictures/coffee.jpg",
+        "fastvlm_edge/convert/pipeline.py",
+        "fastvlm_edge/demo/model/vision.weights",
+    } <= expected
     dist_info = f"fastvlm_edge-{__version__}.dist-info/"
     found = contents(release.wheel)
     assert {name for name in found if not name.startswith(dist_info)} == expected
@@ -137,6 +142,10 @@ def test_the_sdist_is_complete(release: Release) -> None:
     names = {member.name.partition("/")[2] for member in members}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md", "pyproject.toml"} <= names
     assert not {name for name in names if name.startswith("tests")}
+
+
+def test_the_wheel_is_small(release: Release) -> None:
+    assert release.wheel.stat().st_size < 8e6
 
 
 def test_twine_accepts_both(release: Release) -> None:
@@ -174,6 +183,8 @@ def test_the_installed_command_converts_and_answers(release: Release) -> None:
     found = run(release.environment / "bin" / "python", "-c", where, cwd=release.environment)
     assert Path(found.strip()).is_relative_to(release.environment)
     assert json.loads(ran("doctor", "--json"))["status"] in ("ok", "warning")
+    assert ran("demo").count("  answer ") == 3
+    assert not list(release.environment.rglob("verified.json"))  # pip would not remove it
     ran("convert", ROOT / "examples" / "demo" / "fastvlm-demo", "-o", "model")
     reply = json.loads(
         ran("run", "model", "--image", ROOT / "fastvlm_edge/pictures/coffee.jpg", "--prompt", "How many circles are there?", "--json")

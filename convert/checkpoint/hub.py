@@ -6,15 +6,14 @@ run.
 
 from __future__ import annotations
 
-import re
 import zipfile
 from pathlib import Path
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import broken_package, import_failure
+from fastvlm_edge.model_dir.mistaken import HUB_ID, hub_id_of, is_address, shortened
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(location: str, *, revision: str | None = None) -> Path:
@@ -29,7 +28,10 @@ def locate(location: str, *, revision: str | None = None) -> Path:
     if path.is_file():
         raise _about_file(path)
     if HUB_ID.fullmatch(location) is None or location.endswith((".zip", ".safetensors", ".bin")):
-        raise FastVLMError(f"{location!r} is neither a local directory nor a hub id such as apple/FastVLM-0.5B", "check the path")
+        if hub_id := hub_id_of(location):
+            raise FastVLMError(f"{shortened(location)} is an address, not a hub id", f"give the hub id: {hub_id}")
+        what = f"{shortened(location)!r} is neither a local directory nor a hub id such as apple/FastVLM-0.5B"
+        raise FastVLMError(what, "download the checkpoint, and give its directory" if is_address(location) else "check the path")
     return _download(location, revision)
 
 

@@ -1,1 +1,1 @@
-"""The demo model with its checkpoint, and three questions about three pictures (`make demo`)."""
+"""The demo checkpoint, and what makes the packaged demo of it (`fastvlm-edge demo`)."""

@@ -33,6 +33,8 @@ HEADER_BYTES = 4096
 _BEGINNING = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip entry can have
 _NEEDS_TORCH = ("convert", "calib")
 """Packages that are left out, because a board does not convert models."""
+_DEMO = "demo"
+"""The demo model, which is left out as well."""
 _BLOCK = 1 << 22
 
 _HEADER = """#!/bin/sh
@@ -197,9 +199,9 @@ def check_new_file(output: Path, *, force: bool) -> None:
 
 
 def source_files(home: Path) -> Iterator[tuple[str, Path]]:
-    """Name in the runtime and file of all modules and data below `home`, the package fastvlm_edge, but those that need PyTorch."""
+    """Name in the runtime and file of all modules and data below `home`, the package fastvlm_edge, but those for PyTorch and the demo."""
     for folder, folders, files in os.walk(home, followlinks=True):  # in a clone, engines/ is a link
-        folders[:] = sorted({*folders} - {"__pycache__", *_NEEDS_TORCH})
+        folders[:] = sorted({*folders} - {"__pycache__", _DEMO, *_NEEDS_TORCH})
         for path in (Path(folder, name) for name in files):
             if path.suffix in (".py", ".jpg", ".typed"):
                 yield f"fastvlm_edge/{path.relative_to(home).as_posix()}", path

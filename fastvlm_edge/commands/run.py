@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
+import os
+import stat
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from fastvlm_edge.backends.protocol import PREFILL_CHUNK
 from fastvlm_edge.backends.select import BACKENDS
@@ -15,40 +20,51 @@ from fastvlm_edge.commands.arguments import positive
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.sampling import SamplingParams
-from fastvlm_edge.generation.vlm import FastVLM
+from fastvlm_edge.generation.vlm import FastVLM, check_question, load_parts
+from fastvlm_edge.inputs.image_input import ImageInput, load_rgb, read_all
 from fastvlm_edge.inputs.preprocess import GEOMETRIES
+from fastvlm_edge.inputs.rgb import to_colour
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.machine.power import NoSensor, PowerFigures, PowerRecorder, find_sensor, power_json
+from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, Manifest
+from fastvlm_edge.model_dir.mistaken import is_address, is_regular_file, looks_like_picture, shortened
 from fastvlm_edge.progress import SilentProgress, stderr_progress
+
+_NEED_TEMPERATURE = ("top_k", "top_p", "seed")
+"""Options that have no effect on greedy decoding."""
+_ENDS = {"length": ", cut off by --max-new-tokens", "context": ", the context is full"}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Stream the reply to stdout and print timings on stderr, or print one object with `--json`."""
+    """Stream the reply to stdout and print one line about it on stderr, or print one object with `--json`."""
     options = parser().parse_args(arguments)
-    sampling: dict[str, Any] = {
-        field.name: tuple(getattr(options, field.name)) if field.name == "stop" else getattr(options, field.name)
-        for field in dataclasses.fields(SamplingParams)
-    }
-    SamplingParams(**sampling)  # wrong values are reported before the model loads
-    vlm = FastVLM.load(
+    _check_places(options)
+    sampling = _sampling(options)
+    images = _images(options)
+    progress = SilentProgress() if options.json or options.quiet else stderr_progress()
+
+    def check(manifest: Manifest, tokenizer: TextTokenizer) -> None:
+        check_question(manifest, tokenizer, options.prompt, len(images))
+
+    parts = load_parts(
         options.model,
         options.backend,
         threads=options.threads,
         verify=options.verify,
-        geometry=options.geometry,
-        background=options.background,
-        prefill_chunk=options.prefill_chunk,
         tune_process=True,
-        progress=SilentProgress() if options.json else stderr_progress(),
+        progress=progress,
+        check=check,
     )
-    with vlm:
+    with FastVLM(*parts, geometry=options.geometry, background=options.background, prefill_chunk=options.prefill_chunk) as vlm:
         recorder = PowerRecorder(find_sensor(card=vlm.backend.name != "ort"))
-        stream = vlm.stream(options.prompt, options.image, **sampling)
+        stream = vlm.stream(options.prompt, images, **sampling)
         if options.json:
             with recorder:
                 for _ in stream:
                     pass
             power = power_json(recorder.figures(), stream.reply.timings.new_tokens)
-            print(json.dumps({**stream.reply.to_json(), "power": power}, ensure_ascii=False))
+            document = {**stream.reply.to_json(), "backend_description": vlm.backend.description, "power": power}
+            print(json.dumps(document, ensure_ascii=False))
             return 0
         began = False
         try:
@@ -61,43 +77,133 @@ def main(arguments: Sequence[str]) -> int:
                 print(flush=True)
             raise
         print(flush=True)
-        print(_summary(stream.reply, vlm.backend.description, recorder.figures()), file=sys.stderr)
+        if not options.quiet:
+            print(_summary(stream.reply, recorder.figures()), file=sys.stderr)
     return 0
 
 
-def _summary(reply: Reply, backend: str, power: PowerFigures | NoSensor) -> str:
+# What was asked for -------------------------------------------------------------------------------------------------------------
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """Raise FastVLMError if a model directory, a picture or an address stands where the question belongs."""
+    prompt: str = options.prompt
+    if is_regular_file(Path(prompt, MANIFEST_NAME)) and not Path(options.model).exists():
+        raise FastVLMError(f"{prompt} is a model directory, not a question", f'run: fastvlm-edge run {prompt} --image FILE "QUESTION"')
+    if is_address(prompt) and not any(map(str.isspace, prompt)):
+        what = f"the question is only an address, {shortened(prompt)}"
+        raise FastVLMError(what, "save the picture that it stands for as a file, and give that with --image")
+    if looks_like_picture(prompt) and is_regular_file(Path(prompt)):
+        raise FastVLMError(f"the question is the name of a picture, {prompt}", f'give it with --image {prompt} "QUESTION"')
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, for `FastVLM.stream`. Raises FastVLMError for a value that is out of range or has no effect."""
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingParams)}
+    given = {name: value for name, value in given.items() if value is not None}
+    idle = [f"--{name.replace('_', '-')}" for name in _NEED_TEMPERATURE if name in given and "temperature" not in given]
+    params = SamplingParams(**given)
+    if idle:
+        what = f"{', '.join(idle)} without --temperature: the most likely token is always taken"
+        raise FastVLMError(what, f"add --temperature 0.7, or leave {'it' if len(idle) == 1 else 'them'} out")
+    return {field.name: getattr(params, field.name) for field in dataclasses.fields(SamplingParams)}
+
+
+class _Piped(io.BytesIO):
+    """A picture that was piped in, which can be read only once. `name` is for errors."""
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        super().__init__(read_all(file, name).getvalue())
+        self.name = name
+
+
+def _is_pipe(name: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # `load_rgb` says what is wrong
+        return stat.S_ISFIFO(os.stat(name).st_mode)
+    return False
+
+
+def _images(options: argparse.Namespace) -> list[ImageInput]:
+    """The pictures: paths, and what was piped in. Each is decoded once here as a check, because loading a model may take minutes."""
+    if options.image.count("-") > 1:
+        raise FastVLMError("--image - is given twice, but stdin has only one picture", "give the others as files")
+    images: list[ImageInput] = []
+    for name in options.image:
+        image: ImageInput = name
+        if name == "-":
+            if sys.stdin.isatty():
+                raise FastVLMError("--image - reads a picture from stdin, which is a terminal", "pipe one in, or give --image FILE")
+            image = _Piped(sys.stdin.buffer, "stdin")
+        elif _is_pipe(name):
+            with open(name, "rb") as file:
+                image = _Piped(file, name)
+        load_rgb(image, options.background)
+        if isinstance(image, _Piped):
+            image.seek(0)
+        images.append(image)
+    to_colour(options.background)
+    return images
+
+
+# What is printed ----------------------------------------------------------------------------------------------------------------
+
+
+def _summary(reply: Reply, power: PowerFigures | NoSensor) -> str:
+    """One short line; `--json` has all figures."""
     timings = reply.timings
-    reason = f"stop string {reply.stop_string!r}" if reply.stop_string is not None else reply.stop_reason
     speed = f", then {timings.decode_tokens_per_second:.1f} tokens/s" if timings.decode_tokens_per_second else ""
-    return (
-        f"[{timings.prompt_tokens} + {timings.new_tokens} tokens, ended by {reason}; first token {timings.ttft_ms:.0f} ms "
-        f"(preprocess {timings.preprocess_ms:.0f}, vision {timings.vision_ms:.0f}, prefill {timings.prefill_ms:.0f}){speed}; "
-        f"{backend}, {reply.precision}{_power(power, timings.new_tokens)}]"
-    )
+    tokens = f"{timings.new_tokens} token{'s' * (timings.new_tokens != 1)}{_ENDS.get(reply.stop_reason, '')}"
+    return f"[{tokens}, first after {timings.ttft_ms:.0f} ms{speed}; {reply.backend}, {reply.precision}{_power(power)}]"
 
 
-def _power(figures: PowerFigures | NoSensor, tokens: int) -> str:
-    """Power and energy, or nothing if there is no sensor. `--json` gives the reason."""
+def _power(figures: PowerFigures | NoSensor) -> str:
+    """The mean power, or nothing if there is no sensor. `--json` gives the reason."""
     if isinstance(figures, NoSensor):
         return ""
-    parts = [f"{figures.mean_w:.1f} W on {figures.sensor}"]
-    if tokens:
-        parts.append(f"{figures.energy_j / tokens:.2f} J/token")
-    if figures.temperature_c is not None:
-        parts.append(f"{figures.temperature_c:.0f} °C")
-    if figures.throttled:
-        parts.append("throttled")
-    return "; " + ", ".join(parts)
+    return f", {figures.mean_w:.1f} W" + (", throttled" if figures.throttled else "")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Accepts the question before, between and behind the options, also directly behind the files of `--image`."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """The options, with `image` as a list of names and `prompt` from wherever it stands."""
+        options = self.parse_intermixed_args(args, namespace)
+        groups: list[list[str]] = options.image or []
+        words: list[str] = options.question
+        if len(words) > 1:
+            self.error(f"{len(words)} arguments after MODEL: give pictures with --image, and put the question in quotes")
+        if options.prompt is not None and words:
+            self.error("the question is given twice: as an argument, and with --prompt")
+        if options.prompt is None:
+            options.prompt = words[0] if words else _last_word(groups)
+        if options.prompt is None:
+            self.error('a question is missing: fastvlm-edge run MODEL --image FILE "QUESTION"')
+        options.image = [name for group in groups for name in group]
+        return options
+
+
+def _last_word(groups: list[list[str]]) -> str | None:
+    """Take the question from behind the files of an `--image`, which takes all words up to the next option."""
+    for group in reversed(groups):
+        if len(group) > 1:
+            return group.pop()
+    return None
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of `fastvlm-edge run`."""
-    parser = argparse.ArgumentParser(prog="fastvlm-edge run", description="Ask a question about an image. The reply streams to stdout.")
+    parser = _Parser(prog="fastvlm-edge run", description="Ask a question about an image. The reply streams to stdout.")
     parser.add_argument("model", metavar="MODEL", help="model directory, made by fastvlm-edge convert")
+    parser.add_argument("question", metavar="QUESTION", nargs="*", help="the question, before or after the options")
     parser.add_argument(
-        "--image", metavar="FILE", action="append", help="image file; repeat the option for several images, omit it to ask without one"
+        "--image",
+        metavar="FILE",
+        action="append",
+        nargs="+",
+        help="image file, or - for stdin; several may be given, or none to ask without an image",
     )
-    parser.add_argument("--prompt", metavar="TEXT", required=True, help="the question")
+    parser.add_argument("--prompt", metavar="TEXT", help="the question, instead of QUESTION")
     defaults = SamplingParams()
     group = parser.add_argument_group("the reply")
     group.add_argument(
@@ -107,15 +213,13 @@ def parser() -> argparse.ArgumentParser:
         "--temperature",
         metavar="T",
         type=float,
-        default=defaults.temperature,
-        help="randomness of sampling; 0, the default, always takes the most likely token",
+        help="randomness of sampling, such as 0.7; 0, the default, always takes the most likely token",
     )
     group.add_argument("--top-k", metavar="K", type=int, help="sample from the K most likely tokens (default and maximum: 64)")
     group.add_argument(
         "--top-p",
         metavar="P",
         type=float,
-        default=defaults.top_p,
         help="sample from the most likely tokens whose probabilities add up to P (default: 1)",
     )
     group.add_argument("--seed", metavar="N", type=int, help="random seed, to make sampling reproducible")
@@ -147,5 +251,6 @@ def parser() -> argparse.ArgumentParser:
         help="tokens per prefill call (default: %(default)s); smaller uses less memory",
     )
     group.add_argument("--verify", action="store_true", help="first compare the sha256 of every model file with the manifest")
+    group.add_argument("-q", "--quiet", action="store_true", help="print nothing but the reply and errors")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser

@@ -26,7 +26,7 @@ from fastvlm_edge.inputs.preprocess import GEOMETRIES, preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.rgb import Colour, to_colour
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
-from fastvlm_edge.model_dir.manifest import Manifest, read_manifest
+from fastvlm_edge.model_dir.manifest import Manifest, check_sha256, read_manifest, verify_files
 from fastvlm_edge.model_dir.verified import verify as verify_model
 from fastvlm_edge.progress import Progress
 
@@ -126,17 +126,31 @@ def load_parts(
     verify: bool = False,
     tune_process: bool = False,
     progress: Progress | None = None,
+    check: Callable[[Manifest, TextTokenizer], None] | None = None,
 ) -> tuple[Manifest, TextTokenizer, Backend]:
-    """Load the parts of a model, for code that measures or verifies the backend itself. Options and errors as in `FastVLM.load`."""
+    """Load the parts of a model, for code that measures or verifies the backend itself. Options and errors as in `FastVLM.load`.
+
+    `check` is called before anything that takes long, and may raise an error.
+    """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise FastVLMError(f"the model directory is of type {type(path).__name__}", "give its path as a str or a pathlib.Path")
     directory = Path(path)
     if threads is not None:
         check_integer("threads", threads, least=1)
     manifest = read_manifest(directory)
-    verify_model(directory, manifest, again=verify, progress=progress)
+    verify_files(directory, manifest)
+    check_sha256(directory / "tokenizer.json", manifest.files["tokenizer.json"])  # it is small, and read before the others are compared
     tokenizer = TextTokenizer(directory / "tokenizer.json")
+    if check is not None:
+        check(manifest, tokenizer)
+    verify_model(directory, manifest, again=verify, progress=progress)
     return manifest, tokenizer, select(backend, directory, manifest, threads=threads, tune_process=tune_process, progress=progress)
+
+
+def check_question(manifest: Manifest, tokenizer: TextTokenizer, prompt: str, images: int) -> None:
+    """Raise FastVLMError for a prompt that is not text, or that leaves no room for a reply beside this number of images."""
+    template = ChatTemplate(tokenizer, manifest)
+    check_room([*template.opening(), *template.turn(prompt, [manifest.vision.tokens] * images)], manifest)
 
 
 class FastVLM:

@@ -24,6 +24,7 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.inputs.rgb import RGB, Colour, array_to_rgb, picture_to_rgb, reduction, to_colour, transparent_colour
 from fastvlm_edge.machine.memory import read_memory
 from fastvlm_edge.machine.probe import Probe
+from fastvlm_edge.model_dir.mistaken import shortened
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | NDArray[Any]"
 
@@ -45,6 +46,7 @@ FREE_SHARE = 0.8
 """The part of the free memory that decoding may take."""
 
 _URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+://|data:)")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{100,}={0,2}\s*")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 """Bytes 8 to 11 of such a file (ISO/IEC 23008-12, annex B)."""
 _TURNS = {
@@ -93,20 +95,40 @@ def _from_path(source: str | os.PathLike[str], background: RGB) -> Image.Image:
     if not path:
         raise FastVLMError("the path of the image is empty", "give the path of a file")
     if _URL.match(path):
-        shown = path if len(path) <= 80 else path[:77] + "..."
-        raise FastVLMError(f"{shown} is a URL, and images are not downloaded", "download it first and give the path of the file")
+        raise _about_address(path)
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             raise FastVLMError(f"{path} is a directory", "give the path of one image")
         with open(path, "rb") as file:
-            return _from_stream(file if stat.S_ISREG(mode) else _read_all(file, path), path, background)
+            return _from_stream(file if stat.S_ISREG(mode) else read_all(file, path), path, background)
     except FileNotFoundError:
-        raise FastVLMError(f"{path} does not exist", "check the path of the image") from None
+        raise FastVLMError(f"{shortened(path)} does not exist", _remedy_for_missing(path)) from None
     except PermissionError:
         raise FastVLMError(f"{path} cannot be read: permission denied", "check the permissions of the file") from None
     except (OSError, ValueError) as error:
+        if _BASE64.fullmatch(path):  # too long for a name
+            raise FastVLMError(f"{shortened(path)} does not exist", _remedy_for_missing(path)) from None
         raise FastVLMError(f"{path!r} cannot be read: {error}") from None
+
+
+def _remedy_for_missing(path: str) -> str:
+    if _BASE64.fullmatch(path):
+        return "if it is a picture in base64, decode it first, and give the bytes"
+    if path.startswith("~") and os.path.exists(whole := os.path.expanduser(path)):
+        return f"give the whole path: {whole}"
+    return "check the path of the image"
+
+
+def _about_address(path: str) -> FastVLMError:
+    """The error for an address where a path is expected."""
+    shown = shortened(path)
+    if path.startswith("data:"):
+        what = f"{shown} is a data: address, which has the picture itself in base64"
+        return FastVLMError(what, "decode what follows the comma (base64 -d, or base64.b64decode), and give the bytes or a file")
+    if path.startswith("file://"):
+        return FastVLMError(f"{shown} is a URL, not a path", f"give the path {path[len('file://') :]}")
+    return FastVLMError(f"{shown} is a URL, and images are not downloaded", "download it first and give the path of the file")
 
 
 def _from_file_object(file: IO[bytes], background: RGB) -> Image.Image:
@@ -116,11 +138,11 @@ def _from_file_object(file: IO[bytes], background: RGB) -> Image.Image:
         seekable = file.seekable()
     except AttributeError:
         seekable = False
-    return _from_stream(file if seekable else _read_all(file, name), name, background)
+    return _from_stream(file if seekable else read_all(file, name), name, background)
 
 
-def _read_all(file: IO[bytes], name: str) -> io.BytesIO:
-    """Decoding has to seek, which a pipe or a socket cannot do, so all of it is read first."""
+def read_all(file: IO[bytes], name: str) -> io.BytesIO:
+    """All of a pipe or socket, for decoding, which has to seek. Raises FastVLMError for text and for more than MAX_STREAM_BYTES."""
     data = file.read(MAX_STREAM_BYTES + 1)
     if not isinstance(data, bytes):
         raise FastVLMError(f"{name} yields text, not bytes", "open it in binary mode")

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.json_record import from_json, parse_json
+from fastvlm_edge.model_dir.mistaken import is_regular_file, not_a_model_directory
 
 MANIFEST_NAME = "fastvlm.json"
 SCHEMA = 3
@@ -121,10 +122,8 @@ def read_manifest(directory: Path) -> Manifest:
     Raises FastVLMError if the directory is not a model directory, or the manifest is damaged or has another schema.
     """
     path = directory / MANIFEST_NAME
-    if not path.is_file():
-        raise FastVLMError(
-            f"{directory} is not a model directory: it has no {MANIFEST_NAME}", f"run: fastvlm-edge convert CHECKPOINT -o {directory}"
-        )
+    if not is_regular_file(path):
+        raise not_a_model_directory(directory, MANIFEST_NAME)
     try:
         document = parse_json(path.read_text(encoding="utf-8"))
         schema = document["schema"]

@@ -16,6 +16,7 @@ from fastvlm_edge.model_dir.manifest import Manifest, check_sha256, verify_files
 from fastvlm_edge.progress import Progress, SilentProgress
 
 VERIFIED_NAME = "verified.json"
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def verify(directory: Path, manifest: Manifest, *, again: bool = False, progress: Progress | None = None) -> None:
@@ -39,7 +40,9 @@ def verify(directory: Path, manifest: Manifest, *, again: bool = False, progress
 
 
 def remember(directory: Path, manifest: Manifest) -> None:
-    """Record that all files were just compared."""
+    """Record that all files were just compared. Nothing is written into the package itself, which has the demo model: pip owns it."""
+    if _PACKAGE in directory.resolve().parents:
+        return
     states = {name: _state(directory, manifest, name) for name in manifest.files}
     if states == _read(directory):
         return

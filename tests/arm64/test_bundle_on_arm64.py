@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fastvlm_edge import FastVLM
+from fastvlm_edge.commands.demo import HOME, QUESTIONS
 from fastvlm_edge.convert.pipeline import convert
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,20 +43,13 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def questions(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Asked]:
-    from examples.demo.demo import ASKED
-    from examples.demo_training.scenes import make_scene
-
-    folder = tmp_path_factory.mktemp("pictures")
+def questions(demo_model: Path) -> list[Asked]:
     asked = []
     with FastVLM.load(demo_model, "ort") as vlm:
-        for kind, index in ASKED:
-            scene = make_scene("heldout", 0, index, kind=kind)
-            picture = folder / f"{kind}.png"
-            scene.image.save(picture)
-            prompt = scene.questions[0].prompt
-            reply = vlm.generate(prompt, image=picture, max_new_tokens=16)
-            asked.append(Asked(picture, prompt, list(reply.token_ids), reply.text))
+        for row in map(json.loads, QUESTIONS.read_text(encoding="utf-8").splitlines()):
+            picture = HOME / row["image"]
+            reply = vlm.generate(row["prompt"], image=picture, max_new_tokens=16)
+            asked.append(Asked(picture, row["prompt"], list(reply.token_ids), reply.text))
     return asked
 
 

@@ -40,6 +40,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with what the placeholders name, and the model that README's command converts."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "CHECKPOINT").symlink_to(ROOT / "examples" / "demo" / "fastvlm-demo")
+    (folder / "fastvlm_edge").mkdir()
+    (folder / "fastvlm_edge" / "demo").symlink_to(ROOT / "fastvlm_edge" / "demo")
     for name, (kind, index) in PICTURES.items():
         make_scene("heldout", 0, index, kind=kind).image.save(folder / name)
     (convert,) = [words for words in commands("README.md") if words[0] == "convert"]

@@ -1,7 +1,6 @@
 """The demo checkpoint that comes with the project: small, native, the same in transformers, and right about pictures it never saw."""
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer
 
+from examples.demo.renew import write_pictures
 from fastvlm_edge import FastVLM
+from fastvlm_edge.commands import demo
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.inputs.preprocess import preprocess
-from fastvlm_edge.model_dir.manifest import PRECISIONS, sha256
+from fastvlm_edge.model_dir.manifest import PRECISIONS, read_manifest, sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "examples" / "demo" / "fastvlm-demo"
@@ -82,9 +84,24 @@ def test_the_recorded_accuracy_is_that_of_this_file() -> None:
     assert record["count"] >= 2000
 
 
-def test_the_demo_runs() -> None:
-    done = subprocess.run([sys.executable, "-m", "examples.demo.demo"], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    answers = re.findall(r"answer {4}(.*)\n {2}expected {2}(.*)\n", done.stdout)
-    assert len(answers) == 3
-    assert all(answer == expected for answer, expected in answers)
+def test_the_packaged_model_answers_as_todays_conversion(tmp_path: Path, scenes: list[tuple[Path, dict[str, Any]]]) -> None:
+    """If it does not, run: python -m examples.demo.renew."""
+    today = convert(str(CHECKPOINT), tmp_path / "model", precision=demo.PRECISION)
+    packaged = read_manifest(demo.MODEL)
+    assert packaged.source.files == today.source.files
+    assert set(packaged.files) == set(today.files) and packaged.plan == today.plan and packaged.text == today.text
+    packaged_questions = map(json.loads, demo.QUESTIONS.read_text(encoding="utf-8").splitlines())
+    asked = [*((demo.HOME / question["image"], question) for question in packaged_questions), *scenes]
+    with FastVLM.load(demo.MODEL, "ort", threads=2) as old, FastVLM.load(tmp_path / "model", "ort", threads=2) as new:
+        for picture, question in asked:
+            replies = [vlm.generate(question["prompt"], image=picture, max_new_tokens=16).token_ids for vlm in (old, new)]
+            assert replies[0] == replies[1], (picture.name, question["prompt"])
+
+
+def test_the_packaged_pictures_are_those_that_the_generator_draws(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    assert (tmp_path / demo.QUESTIONS.name).read_text() == demo.QUESTIONS.read_text()
+    for path in tmp_path.glob("*.jpg"):
+        drawn, packaged = (np.asarray(Image.open(file), dtype=np.float32) for file in (path, demo.HOME / path.name))
+        assert np.abs(drawn - packaged).mean() < 2  # another libjpeg rounds differently
+    assert len(list(tmp_path.glob("*.jpg"))) == len(list(demo.HOME.glob("*.jpg"))) == 3

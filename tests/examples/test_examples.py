@@ -37,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """A picture of a meter, a question about it, and the answer. The demo itself asks the same."""
+    """A picture of a meter, a question about it, and the answer. `fastvlm-edge demo` asks the same."""
     scene = make_scene("heldout", 0, 3, kind="reading")
     path = tmp_path_factory.mktemp("pictures") / "meter.png"
     scene.image.save(path)

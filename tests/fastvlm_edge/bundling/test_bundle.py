@@ -133,6 +133,16 @@ def test_the_engine_builder_imports_without_onnx_and_torch(run: Run) -> None:
     assert "GPU" in done.stderr and "bug" not in done.stderr and "No module" not in done.stderr
 
 
+def test_the_question_may_be_an_argument_and_a_directory_that_is_missing_is_no_question(run: Run) -> None:
+    expected = run("run", *QUESTION).stdout
+    for words in (["What is it?"], ["model", "What is it?"]):
+        done = run("run", *words, *QUESTION[2:])
+        assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    for words in (["gone", "What is it?"], ["gone", "--prompt", "What is it?"]):
+        done = run("run", *words)
+        assert done.returncode == 1 and "gone is not a model directory: it does not exist" in done.stderr
+
+
 @pytest.mark.parametrize("command", sorted(bundle_entry.NOT_HERE))
 def test_what_is_no_part_of_a_bundle_says_so_in_one_line(run: Run, command: str) -> None:
     done = run(command, "x", "-o", "y")
@@ -537,7 +547,7 @@ def test_a_bundle_holds_what_a_board_needs_and_nothing_else() -> None:
     names = {name for name, _ in source_files(ROOT / "fastvlm_edge")}
     assert {"fastvlm_edge/bundle_entry.py", "fastvlm_edge/engines/build.py", "fastvlm_edge/pictures/coffee.jpg"} <= names
     folders = {name.split("/")[1] for name in names if name.count("/") > 1}
-    assert not folders & {"convert", "calib", "tests", "benchmarks", "examples"}
+    assert not folders & {"convert", "calib", "tests", "benchmarks", "examples", "demo"}
     modules = {name: (ROOT / name).read_text(encoding="utf-8") for name in names if name.endswith(".py")}
     foreign = re.compile(r"^\s*(?:from|import) (?:torch|onnx|pytest|tests|benchmarks|examples)\b", re.MULTILINE)
     assert [name for name, text in modules.items() if foreign.search(text)] == []

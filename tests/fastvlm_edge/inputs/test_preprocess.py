@@ -320,7 +320,7 @@ def test_files_that_are_not_images(tmp_path: Path) -> None:
         (tmp_path / "gone.jpg", "gone.jpg does not exist; check the path"),
         (script, "page.eps is a PostScript document"),
         ("https://example.org/cat.jpg", "https://example.org/cat.jpg is a URL, .*; download it first"),
-        ("data:image/png;base64," + "A" * 500, r"\.\.\. is a URL"),
+        ("data:image/png;base64," + "A" * 500, r"\.\.\. is a data: address"),
         ("", "path of the image is empty"),
         ("a\0b", "cannot be read"),
         (b"", r"is empty \(0 bytes\)"),

@@ -71,7 +71,7 @@ def test_a_damaged_file_is_named(directory: Path, name: str, hashed: list[str]) 
     for _ in range(2):
         with pytest.raises(FastVLMError, match=rf"{name} is not the file that was converted \(sha256 differs\)"):
             load(directory)
-    assert hashed == [name, name]
+    assert hashed == ([] if name == "tokenizer.json" else [name, name])  # the tokenizer is compared at every load, before it is read
 
 
 def test_another_manifest_is_compared(directory: Path, hashed: list[str]) -> None:

@@ -1,0 +1,179 @@
+"""`fastvlm-edge run`: where the question and the pictures may stand, what is checked before the model loads, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fastvlm_edge import FastVLM
+from fastvlm_edge.cli import main
+from fastvlm_edge.commands import demo, run
+
+MODEL = str(demo.MODEL)
+SHAPES, METER = str(demo.HOME / "shapes.jpg"), str(demo.HOME / "meter.jpg")
+QUESTION, ANSWER = "What colour is the circle?", "purple"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load that is begun fails the test."""
+
+    def select(*_given: Any, **_options: Any) -> Any:
+        raise AssertionError("the backend was loaded")
+
+    monkeypatch.setattr("fastvlm_edge.generation.vlm.select", select)
+    monkeypatch.setattr("fastvlm_edge.generation.vlm.verify_model", select)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [MODEL, QUESTION, "--image", SHAPES],
+        [MODEL, "--image", SHAPES, QUESTION],
+        [MODEL, "--image", SHAPES, "--threads", "1", QUESTION],
+        ["--image", SHAPES, "--threads", "1", MODEL, QUESTION],
+        [MODEL, "--image", SHAPES, "--prompt", QUESTION],
+        [MODEL, f"--image={SHAPES}", QUESTION],
+    ],
+)
+def test_the_question_may_stand_anywhere(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *arguments]) == 0
+    assert capsys.readouterr().out == ANSWER + "\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [QUESTION, "--image", SHAPES, METER],
+        ["--image", SHAPES, METER, QUESTION],
+        ["--image", SHAPES, "--image", METER, QUESTION],
+        ["--image", SHAPES, "--image", METER, "--prompt", QUESTION],
+        ["--image", SHAPES, QUESTION, "--image", METER],
+    ],
+)
+def test_several_pictures(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", MODEL, *arguments, "--json"]) == 0
+    with FastVLM.load(MODEL, "ort") as vlm:
+        expected = vlm.generate(QUESTION, [SHAPES, METER])
+    assert json.loads(capsys.readouterr().out)["token_ids"] == expected.token_ids
+
+
+def from_stdin(*arguments: str, stdin: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fastvlm_edge", "run", MODEL, QUESTION, "-q", *arguments]
+    return subprocess.run(command, cwd=ROOT, stdin=stdin, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_a_picture_from_stdin() -> None:
+    with open(SHAPES, "rb") as file:
+        from_file = from_stdin("--image", "-", stdin=file)
+    with subprocess.Popen(["cat", SHAPES], stdout=subprocess.PIPE) as cat:
+        from_pipe = from_stdin("--image", "-", stdin=cat.stdout)
+    for done in (from_file, from_pipe):
+        assert (done.returncode, done.stdout, done.stderr) == (0, ANSWER + "\n", "")
+
+
+def test_a_picture_from_a_pipe_with_a_name(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', SHAPES, str(pipe)]):
+        done = from_stdin("--image", str(pipe), stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout, done.stderr) == (0, ANSWER + "\n", "")
+
+
+def test_stdin_without_a_picture() -> None:
+    done = from_stdin("--image", "-", stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr == "fastvlm-edge: error: stdin is empty (0 bytes); give an image\n"
+    done = from_stdin("--image", "-", "-", stdin=subprocess.DEVNULL)
+    assert done.returncode == 1 and "--image - is given twice" in done.stderr
+    ours, theirs = os.openpty()
+    done = from_stdin("--image", "-", stdin=theirs)
+    os.close(ours), os.close(theirs)
+    assert done.returncode == 1 and "stdin, which is a terminal" in done.stderr
+
+
+def test_quiet_prints_the_reply_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", MODEL, "--image", SHAPES, QUESTION, "-q"]) == 0
+    assert capsys.readouterr() == (ANSWER + "\n", "")
+    assert main(["run", MODEL, "--image", "gone.jpg", QUESTION, "--quiet"]) == 1
+    assert "gone.jpg does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("never_loads")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--image", "gone.jpg", "x"], "gone.jpg does not exist; check the path of the image"),
+        (["--image", __file__, "x"], "is not an image in a format that Pillow reads"),
+        (["--image", "data:image/png;base64,iVBOR", "x"], "is a data: address, which has the picture itself in base64; decode"),
+        (["--image", "https://example.org/a.jpg", "x"], "is a URL, and images are not downloaded; download it first"),
+        (["--image", "file:///a/b.jpg", "x"], "is a URL, not a path; give the path /a/b.jpg"),
+        (["--image", "iVBORw0KGgo" * 90, "x"], "if it is a picture in base64, decode it first, and give the bytes"),
+        (["--image", SHAPES, "--background", "nocolour", "x"], "the background 'nocolour' is not a colour"),
+        (["--background", "nocolour", "x"], "the background 'nocolour' is not a colour"),
+        ([""], "the prompt is empty and there is no image; give a question or an image"),
+        (["word " * 3000], "which leaves no room for a reply in the context of 2048; shorten the prompt"),
+        (["--image", *[SHAPES] * 300, "x"], "which leaves no room for a reply in the context of 2048; use fewer images"),
+        (["half \udc80"], "the text is not valid Unicode"),
+        ([METER], "the question is the name of a picture, "),
+        (["--image", SHAPES, METER], "the question is the name of a picture, "),
+        (["data:image/png;base64,iVBOR"], "the question is only an address, data:image/png;base64,iVBOR; save the picture"),
+        (["https://example.org/a.jpg"], "the question is only an address, https://example.org/a.jpg; save the picture"),
+        (
+            ["x", "--top-k", "5"],
+            "--top-k without --temperature: the most likely token is always taken; add --temperature 0.7, or leave it out",
+        ),
+        (["x", "--top-p", "0.9", "--seed", "1"], "--top-p, --seed without --temperature: the most likely token is always taken"),
+        (["x", "--seed", "-1"], "seed is -1; give an integer of at least 0"),
+    ],
+)
+def test_it_is_refused_before_the_model_loads(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", MODEL, *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and err.count("\n") == 1 and len(err) < 400
+
+
+def test_a_model_directory_in_the_place_of_the_question(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", QUESTION, MODEL]) == 1
+    assert f"{MODEL} is a model directory, not a question; run: fastvlm-edge run {MODEL} --image FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([MODEL], "a question is missing: fastvlm-edge run MODEL --image FILE"),
+        ([MODEL, "--image", SHAPES], "a question is missing"),
+        ([MODEL, "x", "--prompt", "y"], "the question is given twice"),
+        ([MODEL, METER, "x"], "2 arguments after MODEL: give pictures with --image, and put the question in quotes"),
+        ([MODEL, "What", "is", "this"], "3 arguments after MODEL"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_sampling_takes_effect_with_a_temperature(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"temperature": 3.0, "top_k": 20, "top_p": 0.9, "seed": 4, "max_new_tokens": 8}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["run", MODEL, "Hello.", "--json", *words]) == 0
+    sampled = json.loads(capsys.readouterr().out)["token_ids"]
+    assert main(["run", MODEL, "Hello.", "--json", "--temperature", "0", "--top-p", "0.9", "--max-new-tokens", "8"]) == 0
+    greedy = json.loads(capsys.readouterr().out)["token_ids"]
+    with FastVLM.load(MODEL, "ort") as vlm:
+        assert sampled == vlm.generate("Hello.", **options).token_ids != greedy  # type: ignore[arg-type]
+        assert greedy == vlm.generate("Hello.", max_new_tokens=8).token_ids
+
+
+def test_pictures_are_checked_but_not_kept_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    Image.new("RGB", (2000, 2000)).save(path)
+    options = run.parser().parse_args([MODEL, "--image", str(path), "x"])
+    assert run._images(options) == [str(path)]
