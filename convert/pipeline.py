@@ -24,6 +24,7 @@ from fastvlm_edge.backends.verification.conversation import stored_passage, stor
 from fastvlm_edge.backends.verification.reference import Reference as StoredRows
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.checkpoint.hashes import BackgroundHashes
+from fastvlm_edge.convert.checkpoint.model_name import check_name
 from fastvlm_edge.convert.checkpoint.text import TextAssets, read_text
 from fastvlm_edge.convert.conversion import Calibrate, Calibration, Conversion
 from fastvlm_edge.convert.cpu_int8 import TRIES, Noise, choose_blocks, watch_blocks
@@ -88,6 +89,7 @@ def convert(
     image_size: int | None = None,
     geometry: str | None = None,
     context: int | None = None,
+    name: str | None = None,
     calibrate: Calibrate | None = None,
     progress: Progress | None = None,
     force: bool = False,
@@ -95,9 +97,9 @@ def convert(
     """Convert a checkpoint (a directory or a hub id) into the model directory `output`, and return its manifest.
 
     `image_size` in pixels and `geometry` default to the checkpoint's own, `context` in positions to 4096 or to what the LLM was trained
-    for if that is less. `calibrate`, such as `calib.quantizer.Quantizer(...).calibrate`, chooses the integers of `int8` and `int4`; without
-    it they are rounded to nearest. `output` must not exist, unless `force` replaces a model directory. If anything fails, nothing is left
-    behind.
+    for if that is less, and `name` to that of the hub repository or directory (`checkpoint.model_name`). `calibrate`, such as
+    `calib.quantizer.Quantizer(...).calibrate`, chooses the integers of `int8` and `int4`; without it they are rounded to nearest. `output`
+    must not exist, unless `force` replaces a model directory. If anything fails, nothing is left behind.
 
     `precision` None tries DEFAULT_PRECISIONS in turn; the notes of the manifest say which were refused and why. With `calibrate` it means
     `int8` alone. Raises PrecisionRefused if the model cannot be held in the precision, or in any that was tried, and FastVLMError for
@@ -110,10 +112,13 @@ def convert(
         raise FastVLMError(f"--precision {precision} has no integers to calibrate", "choose int8 or int4, or leave --calib out")
     if geometry is not None and geometry not in GEOMETRIES:
         raise FastVLMError(f"unknown geometry {geometry!r}", f"choose {' or '.join(GEOMETRIES)}")
+    if name is not None:
+        check_name(name)
     output = Path(os.path.realpath(output))
     check_output(output, force=force)
     progress.stage("open")
     source = open_checkpoint(checkpoint)
+    source.name = name or source.name
     geometry = geometry or source.geometry
     image_size = choose_image_size(source, image_size)
     context = choose_context(source, context, (image_size // STRIDE) ** 2)

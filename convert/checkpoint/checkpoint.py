@@ -19,6 +19,7 @@ import torch
 from fastvlm_edge.convert.checkpoint.configs import Settings, read_settings
 from fastvlm_edge.convert.checkpoint.folder import find_weights, unused_weights
 from fastvlm_edge.convert.checkpoint.hub import locate
+from fastvlm_edge.convert.checkpoint.model_name import name_of
 from fastvlm_edge.convert.checkpoint.shards import DTYPES, Entry, first_non_finite, read_shards, read_tensor
 from fastvlm_edge.convert.checkpoint.structure import (
     NOT_WHOLE,
@@ -233,7 +234,7 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
         )
     return Checkpoint(
         location=location,
-        name=_name(directory.resolve()) if Path(location).expanduser().is_dir() else location.rpartition("/")[2],
+        name=name_of(directory) if Path(location).expanduser().is_dir() else location.rpartition("/")[2],
         directory=directory,
         layout=settings.layout,
         vision=vision,
@@ -247,13 +248,6 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
         weights=weights,
         _entries={name: found[name] for name in expected if name in found and not (tied and name == HEAD)},
     )
-
-
-def _name(directory: Path) -> str:
-    """The name of a directory, or of the repository if it is a snapshot of a hub cache: `models--org--name/snapshots/<commit>`."""
-    repository = directory.parents[1].name if len(directory.parents) > 1 else ""
-    snapshot = directory.parent.name == "snapshots" and repository.startswith("models--")
-    return repository.rpartition("--")[2] if snapshot else directory.name
 
 
 def _check_types(entries: dict[str, Entry], where: str) -> None:

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         image_size=options.image_size,
         geometry=options.geometry,
         context=options.context,
+        name=options.name,
         calibrate=calibrate,
         progress=stderr_progress(),
         force=options.force,
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--context", metavar="N", type=positive, help="longest conversation in tokens, pictures included (default: 4096, or as trained)"
     )
+    parser.add_argument("--name", metavar="NAME", help="what the model is called (default: its hub repository or directory)")
     parser.add_argument(
         "--calib",
         metavar="DATA",
