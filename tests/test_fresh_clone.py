@@ -117,6 +117,15 @@ def test_the_demo(run: Run) -> None:
     assert done.returncode == 0 and done.stdout.count("  answer ") == 3, done.stderr
 
 
+def test_make_demo_installs_the_runtime_only(clone: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("no make here")
+    done = subprocess.run(["make", "--dry-run", "demo"], cwd=clone, capture_output=True, text=True, check=True)
+    installs = [line for line in done.stdout.splitlines() if "pip install" in line]
+    assert len(installs) == 1 and installs[0].endswith("--editable .") and ".venv" not in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("bin/fastvlm-edge demo")
+
+
 def test_eval_plan_bench_and_doctor(run: Run, model: Path, image: Path) -> None:
     questions = image.with_suffix(".jsonl")
     questions.write_text(json.dumps({"image": image.name, "prompt": "What colour is this?", "answer": "red"}) + "\n")
