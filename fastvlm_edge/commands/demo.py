@@ -51,7 +51,7 @@ def _next_steps(picture: str) -> str:
     return (
         "Next, ask this small model something else. It knows meters, dials, signs, labels and coloured shapes:\n"
         f'  fastvlm-edge run {_shown(MODEL)} --image {_shown(HOME / picture)} "What colour is the circle?"\n'
-        "Or convert a FastVLM that knows the world, and ask it about a picture of yours:\n"
+        "Or convert a FastVLM that knows the world (Apple licenses its weights for research only), and ask about a picture of yours:\n"
         f"{install}"
         "  fastvlm-edge convert apple/FastVLM-0.5B -o model\n"
         '  fastvlm-edge run model --image PICTURE.jpg "What is in this picture?"'
