@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 LEAN := build/lean
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons lint types docs dist bench bench-peers bench-gpu clean
+.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons test-quiet lint types docs dist bench bench-peers bench-gpu clean
 
 setup: $(READY)
 
@@ -45,6 +46,12 @@ test-arm64: $(READY)
 # The runtime's tests on every Python of this machine, without PyTorch.
 test-pythons:
 	tests/pythons.sh
+
+# The commands under strace: no network, and no file that nobody asked for. Installs strace on Debian and Ubuntu.
+test-quiet: $(READY)
+	command -v strace || ($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq strace)
+	strace -qq -o /dev/null true
+	$(BIN)/python -m pytest -m quiet tests/test_quiet.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

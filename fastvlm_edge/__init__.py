@@ -5,6 +5,7 @@ Public names are imported on first use, so that `convert` and `--version` do not
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ __all__ = [
     "Timings",
     "__version__",
 ]
+
+# onnxruntime 1.29 and newer sends telemetry unless this is 1, true, yes, on or y when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "BackendInfo": "generation.vlm",

@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -31,6 +30,7 @@ from fastvlm_edge.bundling.wheels import RUNTIME, Wheel, collect_wheels, require
 from fastvlm_edge.machine.boards.systems import SYSTEMS, BundleTarget
 from fastvlm_edge.machine.boards.targets import bundle_target
 from tests.support.fake_model import build_model
+from tests.support.wheels import wheel_of_installed
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = dataclasses.replace(bundle_target("x86_64"), machine=platform.machine(), glibc=(2, 17))
@@ -40,23 +40,12 @@ QUESTION = ("--prompt", "What is it?", "--max-new-tokens", "6")
 # A bundle that runs -------------------------------------------------------------------------------------------------------------
 
 
-def _wheel_of_installed(name: str, folder: Path) -> Path:
-    """A wheel again of a package that is installed here, so that the test needs no network."""
-    distribution = importlib.metadata.distribution(name)
-    path = folder / f"{name.replace('-', '_')}-{distribution.version}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in distribution.files or ():
-            if ".." not in file.parts and "__pycache__" not in file.parts and Path(str(file.locate())).is_file():
-                archive.write(str(file.locate()), str(file))
-    return path
-
-
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     (folder / "wheels").mkdir()
     for name in ("numpy", "pillow", "tokenizers", "onnxruntime"):
-        _wheel_of_installed(name, folder / "wheels")
+        wheel_of_installed(name, folder / "wheels")
     command = ["bundle", str(model_dir), "--target", "x86_64", "--wheels", str(folder / "wheels"), "-o", str(folder / "app")]
     if platform.machine() != "x86_64":
         pytest.skip("the bundle of this test is for x86_64; make test-arm64 starts one for Arm")
