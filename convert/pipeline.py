@@ -121,7 +121,7 @@ def convert(
     source.name = name or source.name
     geometry = geometry or source.geometry
     image_size = choose_image_size(source, image_size)
-    context = choose_context(source, context, (image_size // STRIDE) ** 2)
+    context = choose_context(source, context, image_size)
     text = read_text(source)
     notes = [*source.notes, *text.notes]
     for note in notes:
@@ -199,6 +199,7 @@ def _describe(
             dtype="",
             heads=llm.heads,
             intermediate=llm.intermediate,
+            max_positions=llm.max_positions,
         ),
         text=TextSpec(text.system_prompt, text.stop_ids, text.token_count),
         files={},

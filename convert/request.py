@@ -11,13 +11,10 @@ import numpy as np
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan, WeightType, vision_stage
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, STRIDE
+from fastvlm_edge.model_dir.limits import DEFAULT_CONTEXT, check_context, check_image_size
+from fastvlm_edge.model_dir.manifest import MANIFEST_NAME
 
 GEOMETRIES = ("pad", "crop")
-IMAGE_SIZES = range(256, 1536 + 1, STRIDE)
-DEFAULT_CONTEXT = 4096
-MIN_ANSWER = 64
-"""Positions that a context must have in addition to those of one picture."""
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -41,28 +38,18 @@ def check_output(output: Path, *, force: bool) -> None:
 def choose_image_size(source: Checkpoint, asked: int | None) -> int:
     """Pixels on a side: as asked, or the size that the checkpoint was trained at. Raises FastVLMError for an unsupported size."""
     size = asked or source.image_size
-    if size != source.image_size and size not in IMAGE_SIZES:
-        raise FastVLMError(
-            f"image size {size} is not supported",
-            f"choose 256 to 1536 in steps of 64 ({source.name} was trained at {source.image_size})",
-        )
+    check_image_size(size, source.image_size, source.name)
     return size
 
 
-def choose_context(source: Checkpoint, asked: int | None, tokens: int) -> int:
-    """Positions of a conversation: as asked, or 4096 if the LLM was trained for that many. `tokens` is the number of one picture.
+def choose_context(source: Checkpoint, asked: int | None, image_size: int) -> int:
+    """Positions of a conversation: as asked, or 4096 if the LLM was trained for that many.
 
     Raises FastVLMError if the context is longer than the LLM was trained for, or too short for a picture and an answer.
     """
-    limit = source.text.max_positions
-    context = min(DEFAULT_CONTEXT, limit) if asked is None else asked
-    if context > limit:
-        raise FastVLMError(f"a context of {context} is longer than the {limit} positions {source.name} was trained for", "lower --context")
-    if context < tokens + MIN_ANSWER:
-        raise FastVLMError(
-            f"a context of {context} is too short for a picture of {tokens} tokens and a conversation",
-            f"give at least {tokens + MIN_ANSWER}, or a smaller --image-size",
-        )
+    longest = source.text.max_positions
+    context = min(DEFAULT_CONTEXT, longest) if asked is None else asked
+    check_context(context, longest, image_size, source.name)
     return context
 
 

@@ -162,9 +162,9 @@ def _plan(manifest: Manifest, name: str, options: Options) -> _Plan:
             target = target_of_device(device.compute_capability, _installed())
         else:
             target = build_target(name)
-        library = find_library(target.libraries)
         kinds = {part.strip().partition("/")[0] for stage in manifest.plan.values() for part in stage.split("->")} - {"plain"}
         check_precision(target, sorted(kinds), manifest.precision)
+        library = find_library(target.libraries)
         capabilities = target.compute_capabilities
         if not library.is_rtx:
             if device is None or device.compute_capability not in capabilities:

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.extras import package_errors
 from fastvlm_edge.version import __version__
 
 if TYPE_CHECKING:
@@ -52,4 +53,5 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    with package_errors("fastvlm_edge needs"):
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

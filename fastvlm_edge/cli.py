@@ -101,7 +101,7 @@ def _explain(error: Exception) -> FastVLMError:
     """Turn any exception into one that says what is wrong and what to do."""
     if isinstance(error, FastVLMError):
         return error
-    if isinstance(error, ImportError) and (failure := import_failure(error)) is not None:
+    if (failure := import_failure(error)) is not None:
         return failure
     if isinstance(error, MemoryError):
         return FastVLMError("not enough memory", "close other programs, or use a smaller model or precision")

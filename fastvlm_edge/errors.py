@@ -25,3 +25,13 @@ class FastVLMError(Exception):
 
     def __reduce__(self) -> tuple[type[FastVLMError], tuple[str, str | None]]:
         return type(self), (self.what, self.mend)
+
+
+class PackageError(FastVLMError, ImportError):
+    """A package that is not installed, or is installed and cannot be loaded. It is also an ImportError, as Python programs expect."""
+
+
+def last_line(error: BaseException) -> str:
+    """An exception as Python prints it, but only its last line: numpy explains itself in thirty, and ends with the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__

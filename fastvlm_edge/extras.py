@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import linecache
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
-from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.errors import FastVLMError, PackageError, last_line
 
 NEEDED_BY = {
     "numpy": "",
@@ -26,7 +31,14 @@ NEEDED_BY = {
 }
 """Module of a dependency -> the extra of pyproject.toml that installs it; "" stands for the dependencies of the runtime."""
 
-DISTRIBUTIONS = {"PIL": "pillow", "tensorrt_rtx": "tensorrt-rtx", "cuda": "cuda-bindings", "pynvml": "nvidia-ml-py"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "cuda": "cuda-bindings",
+    "cuda.bindings": "cuda-bindings",
+    "pynvml": "nvidia-ml-py",
+    "pillow_heif": "pillow-heif",
+}
 """Module -> the name for pip, if it differs."""
 
 
@@ -83,19 +95,11 @@ def gpu_extra(jetson: bool | None = None) -> str:
 
 def absent_from_runtime() -> list[str]:
     """The dependencies of the runtime that are not installed."""
-    absent = []
-    for module, extra in NEEDED_BY.items():
-        try:
-            found = bool(extra) or find_spec(module) is not None
-        except (ImportError, ValueError):
-            found = False
-        if not found:
-            absent.append(module)
-    return absent
+    return [module for module, extra in NEEDED_BY.items() if not extra and not _found(module)]
 
 
-def missing_package(module: str, what_for: str | None = None) -> FastVLMError | None:
-    """The error for a module that cannot be imported, or None if it is not a known dependency, which is a bug.
+def missing_package(module: str, what_for: str | None = None) -> PackageError | None:
+    """The error for a module that is not installed, or None if it is not a known dependency, which is a bug.
 
     `what_for` begins the sentence, for example "drawing needs".
     """
@@ -103,24 +107,104 @@ def missing_package(module: str, what_for: str | None = None) -> FastVLMError | 
     if top not in NEEDED_BY:
         return None
     extra = gpu_extra() if top in ("cuda", "pynvml") else NEEDED_BY[top]
-    return FastVLMError(f"{what_for or 'this command needs'} the package {top}, which is not installed", install_advice(extra))
+    return PackageError(f"{what_for or 'this command needs'} the package {top}, which is not installed", install_advice(extra))
 
 
-def import_failure(error: ImportError, what_for: str | None = None) -> FastVLMError | None:
-    """The error for a known dependency that is not installed, or is installed but cannot be loaded; None for any other module.
+def broken_package(package: str, why: str) -> PackageError:
+    """The error for a package that is installed but cannot be loaded; `why` is the last line of the exception."""
+    mend = f"run: pip install --force-reinstall {_distribution(package)}"
+    if place_of_install():
+        mend = "bundle again, for a target that fits this machine"  # a bundle checks the hashes of its packages at every start
+    elif (place := _unusual_place(package)) is not None:
+        mend = f"rename {place} if it is not that package; otherwise {mend}"
+    return PackageError(f"{package} is installed but cannot be loaded ({why})", mend)
 
-    A compiled package may only say "import numpy failed", without a name: then a dependency of the runtime is looked for.
+
+def import_failure(error: Exception, what_for: str | None = None) -> PackageError | None:
+    """The error for a known dependency that is missing, or is there and broken; None if `error` is anything else.
+
+    A package that is broken may raise anything while it is imported, so it is found in the traceback.
     """
-    module = error.name or next(iter(absent_from_runtime()), "")
-    if isinstance(error, ModuleNotFoundError) or not error.name:
-        return missing_package(module, what_for)
-    top = module.partition(".")[0]
-    return broken_package(top, error) if top in NEEDED_BY else None
+    if isinstance(error, MemoryError):
+        return None
+    imported = [name for name in _imported(error) if name in NEEDED_BY]
+    package = imported[-1] if imported else None
+    if isinstance(error, ImportError):
+        name = error.name or ("" if package else next(iter(absent_from_runtime()), ""))
+        top = name.partition(".")[0]
+        if top in NEEDED_BY:
+            missing = name == top if isinstance(error, ModuleNotFoundError) else not _found(top)
+            return missing_package(top, what_for) if missing else broken_package(top, last_line(error))
+    elif isinstance(error, AttributeError) and package is None:
+        module = getattr(error, "obj", None)  # Python imports any directory on its path, such as one called onnx
+        top = module.__name__.partition(".")[0] if isinstance(module, ModuleType) else ""
+        if top in NEEDED_BY:
+            return broken_package(top, last_line(error)) if _found(top) else missing_package(top, what_for)
+    return broken_package(package, last_line(error)) if package else None
 
 
-def broken_package(package: str, error: ImportError) -> FastVLMError:
-    """The error for a package that is installed but cannot be loaded; `error` is its cause."""
-    mend = f"run: pip install --force-reinstall {DISTRIBUTIONS.get(package, package)}"
-    failure = FastVLMError(f"{package} is installed but cannot be loaded ({error})", mend)
-    failure.__cause__ = error
-    return failure
+@contextmanager
+def package_errors(what_for: str | None = None) -> Iterator[None]:
+    """Imports inside it raise PackageError for a known dependency that is missing or broken."""
+    try:
+        yield
+    except FastVLMError:
+        raise
+    except Exception as error:
+        failure = import_failure(error, what_for)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def _imported(error: Exception) -> list[str]:
+    """Top-level names of the modules that were being imported when the error was raised, the innermost last."""
+    names = []
+    trace = error.__traceback__
+    line = ""
+    while trace is not None:
+        line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+        code = trace.tb_frame.f_code
+        name = None
+        if code.co_filename == "<frozen importlib._bootstrap>":  # it remains if a file cannot be read or compiled
+            name = trace.tb_frame.f_locals.get("name")
+        elif code.co_name == "<module>":
+            name = trace.tb_frame.f_globals.get("__name__")
+        if isinstance(name, str):
+            names.append(name.partition(".")[0])
+        trace = trace.tb_next
+    # A file that cannot be compiled has no frame of its own.
+    statement = re.match(r"\s*(?:import|from)\s+(\w+)", line)
+    return [*names, statement.group(1)] if statement else names
+
+
+def _found(package: str) -> bool:
+    """Whether a package is installed. A directory of that name without `__init__.py` is none."""
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError, AttributeError):
+        return package in sys.modules  # without a spec; or a finder refuses it
+    return spec is not None and (spec.origin is not None or package == "cuda")  # cuda has no __init__.py
+
+
+def _distribution(package: str) -> str:
+    """The name for pip. onnxruntime has several with the same module."""
+    if package == "onnxruntime":
+        for name in ("onnxruntime", "onnxruntime-gpu"):
+            with suppress(metadata.PackageNotFoundError):
+                metadata.version(name)
+                return name
+    return DISTRIBUTIONS.get(package, package)
+
+
+def _unusual_place(package: str) -> Path | None:
+    """The file or directory that the package is loaded from, if pip does not install there."""
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin)
+    path = path.parent if path.name == "__init__.py" else path
+    return None if {"site-packages", "dist-packages"} & set(path.parts) else path

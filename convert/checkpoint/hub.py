@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.extras import broken_package, import_failure
+from fastvlm_edge.extras import package_errors
 from fastvlm_edge.model_dir.mistaken import HUB_ID, hub_id_of, is_address, shortened
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
@@ -46,7 +46,7 @@ def _about_file(path: Path) -> FastVLMError:
 
 def _download(name: str, revision: str | None) -> Path:
     """Fetch the top-level weights and text files of a hub repository; without a network, use the cached snapshot if it is complete."""
-    try:
+    with package_errors(f"{name} is not a local directory, and to download it from the hub needs"):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             GatedRepoError,
@@ -55,9 +55,6 @@ def _download(name: str, revision: str | None) -> Path:
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
-    except ImportError as error:
-        failure = import_failure(error, f"{name} is not a local directory, and to download it from the hub needs")
-        raise failure or broken_package("huggingface_hub", error) from error
     where = name if revision is None else f"{name} at revision {revision}"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np  # noqa: F401 - before onnxruntime, which prints a traceback if numpy is broken
 import onnxruntime as ort
 from numpy.typing import NDArray
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastvlm_edge.backends import malloc
 from fastvlm_edge.backends.protocol import Backend
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.extras import package_errors
 from fastvlm_edge.model_dir.engine_record import ENGINES
 from fastvlm_edge.model_dir.manifest import Manifest
 from fastvlm_edge.progress import Progress, SilentProgress
@@ -34,11 +35,12 @@ def select(
     `tune_process` changes two settings of the whole process until it ends: the thresholds of the C heap (`malloc.loading`), and one memory
     arena for all onnxruntime sessions (`ort_session.share_arena`). Both save memory, and results are the same. Without it, the load changes
     neither.
-    Raises FastVLMError for an unknown name, or for a backend that cannot run on this machine or with this model directory.
+    Raises FastVLMError for an unknown name, a package that is missing or broken, or a backend that cannot run on this machine or with this
+    model directory.
     """
     if name not in BACKENDS:
         raise FastVLMError(f"backend {name!r} is unknown", f"use one of: {', '.join(BACKENDS)}")
-    with _tuned() if tune_process else contextlib.nullcontext():
+    with package_errors(), _tuned() if tune_process else contextlib.nullcontext():
         if name == "auto":
             return _first_that_runs(directory, manifest, threads, progress or SilentProgress())
         return _load(name, directory, manifest, threads, progress)

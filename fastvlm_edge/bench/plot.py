@@ -10,7 +10,7 @@ from typing import Any
 from fastvlm_edge.bench.record import DECODE
 from fastvlm_edge.bench.table import number
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.extras import install_advice
+from fastvlm_edge.extras import package_errors
 from fastvlm_edge.model_dir.atomic import whole_file
 
 FORMATS = ("png", "svg")
@@ -26,11 +26,9 @@ _SIZE = (7.0, 4.2)
 
 
 def check_matplotlib() -> None:
-    """Raise FastVLMError if matplotlib is not installed, before minutes are spent on measurements."""
-    try:
+    """Raise FastVLMError if matplotlib is not installed or broken, before minutes are spent on measurements."""
+    with package_errors("--plot needs"):
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise FastVLMError("--plot needs matplotlib, which is not installed", install_advice("bench")) from None
 
 
 def plot_files(prefix: Path, drawings: Sequence[str] = DRAWINGS) -> list[Path]:

@@ -22,10 +22,14 @@ def main(arguments: Sequence[str], probe: Probe | None = None) -> int:
     """Print the report. Returns 1 if there is a problem, otherwise 0. `probe` is this machine, unless a test gives another."""
     options = parser().parse_args(arguments)
     model = Path(options.model) if options.model else None
-    facts = read_facts(probe or Probe(), model)
+    progress = SilentProgress() if options.json else stderr_progress()
+    progress.stage("importing every package")
+    try:
+        facts = read_facts(probe or Probe(), model)
+    finally:
+        progress.done()
     findings = check_board(facts) + check_software(facts) + check_onnxruntime(facts)
     if model is not None:
-        progress = SilentProgress() if options.json else stderr_progress()
         progress.stage("reading every file of the model")
         try:
             findings += check_model(model, facts)

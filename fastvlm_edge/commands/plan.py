@@ -15,15 +15,16 @@ from fastvlm_edge.engines.memory import predicted_peak
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.boards.rates import BOARDS, Board, Mode
 from fastvlm_edge.machine.boards.targets import plan_board
+from fastvlm_edge.model_dir.limits import DEFAULT_CONTEXT, IMAGE_SIZES, check_context, check_image_size
 from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.planning.predict import MEDIAN_ERROR, SPREAD, Prediction, predict
 from fastvlm_edge.planning.recommend import recommend
 from fastvlm_edge.planning.workload import PRECISIONS, SIZES, Shape, shape_of, weight_bytes
 
-DEFAULT_SIZE, DEFAULT_CONTEXT = 1024, 4096
+DEFAULT_SIZE = 1024
 CONTEXTS = (2048, 1024)
 """Contexts that are tried if nothing fits with the model's own."""
-RESOLUTIONS = range(256, 1536 + 1, 128)
+RESOLUTIONS = range(IMAGE_SIZES.start, IMAGE_SIZES.stop, 128)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str]) -> int:
     command = parser()
     options = command.parse_args(arguments)
     shape, image_size, context = _subject(options.model)
-    image_size, context = options.image_size or image_size, options.context or context
+    trained, image_size, context = image_size, options.image_size or image_size, options.context or context
+    check_image_size(image_size, trained, shape.name)
+    check_context(context, shape.max_positions, image_size, shape.name)
     board = plan_board(options.target)
     mode = board.mode(options.power)
     precisions = [options.precision] if options.precision else [name for name in PRECISIONS if name != "bf16"]  # as fast as fp16
@@ -165,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", metavar="NAME", required=True, help="the board, see below")
     parser.add_argument("--power", metavar="MODE", help="power mode (default: the fastest)")
     parser.add_argument("--precision", choices=PRECISIONS, help="predict only this one (default: all, with a recommendation)")
-    parser.add_argument("--image-size", metavar="PX", type=multiple_of_64, help="a multiple of 64 (default: that of the model)")
+    parser.add_argument("--image-size", metavar="PX", type=multiple_of_64, help="256 to 1536 in steps of 64 (default: that of the model)")
     parser.add_argument("--context", metavar="N", type=positive, help="positions of the KV cache (default: those of the model)")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw time to first token against resolution for all boards (PNG or SVG)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

@@ -5,26 +5,40 @@ from __future__ import annotations
 from fastvlm_edge.doctor.check_board import FLASH, HOT, OLDEST_TENSORRT
 from fastvlm_edge.doctor.facts import Facts
 from fastvlm_edge.doctor.findings import Finding, ok, problem, warning
-from fastvlm_edge.extras import gpu_extra, install_command, place_of_install
+from fastvlm_edge.extras import broken_package, gpu_extra, install_command, place_of_install
 from fastvlm_edge.machine.boards.faults import find_faults
+from fastvlm_edge.machine.boards.targets import RTX_GPUS
 from fastvlm_edge.machine.libraries import PACKAGES, Card
 
 OLDEST_PYTHON = (3, 10)
 OLDEST_RTX = (1, 2)
 OLDEST_GPU = (7, 5)
 """Turing, the oldest in the support matrix of TensorRT 10."""
-RTX_GPUS = ((7, 5), (8, 6), (8, 9), (12, 0), (12, 1))
-"""Compute capabilities in the support matrix of TensorRT for RTX."""
 
 
 def check_software(facts: Facts) -> list[Finding]:
     """Findings on all software. TensorRT, containers and CUDA matter only with a GPU."""
+    broken = _broken(facts)
     findings = [*_gpu(facts), *_rights(facts)]
     if facts.has_gpu:
-        findings += [_tensorrt(facts), *_container(facts), *_cuda(facts)]
+        findings += [*(broken["tensorrt"] or [_tensorrt(facts)]), *_container(facts), *(broken["cuda"] or _cuda(facts))]
     else:
-        findings.append(ok("tensorrt", _versions(facts) + "; there is no GPU for it"))
-    return [*findings, *_python(facts)]
+        findings += broken["tensorrt"] or [ok("tensorrt", _versions(facts) + "; there is no GPU for it")]
+        findings += broken["cuda"]
+    return [*findings, *_python(facts), *broken["packages"]]
+
+
+def _broken(facts: Facts) -> dict[str, list[Finding]]:
+    """Topic -> a problem for every package that is installed but cannot be imported."""
+    findings: dict[str, list[Finding]] = {"tensorrt": [], "cuda": [], "packages": []}
+    for module, why in facts.python.broken.items():
+        topic = "tensorrt" if module.startswith("tensorrt") else "cuda" if module in ("cuda.bindings", "pycuda") else "packages"
+        error = broken_package(module, why)
+        mend = str(error.mend).replace("run: ", "")
+        if module == "tensorrt" and facts.jetson is not None:
+            mend = "sudo apt install --reinstall python3-libnvinfer libnvinfer10"
+        findings[topic].append(problem(topic, error.what, mend))
+    return findings
 
 
 def _gpu(facts: Facts) -> list[Finding]:
@@ -94,7 +108,7 @@ def _tensorrt(facts: Facts) -> Finding:
     unused = "models run on the CPU, and the GPU is unused"
     if listed:
         return warning("tensorrt", f"{_versions(facts)}: {unused}{_place()}", install_command("rtx"))
-    unlisted = f"TensorRT for RTX does not list compute capability {_dotted(capability or ())}"
+    unlisted = f"TensorRT for RTX cannot build for compute capability {_dotted(capability or ())}"
     return warning(
         "tensorrt", f"{_versions(facts)}, and {unlisted}: {unused}{_place()}", f"{install_command('tensorrt')} && pip install tensorrt"
     )
@@ -194,7 +208,8 @@ def _python(facts: Facts) -> list[Finding]:
     if old:
         upgrade = " ".join(f"'{name.split()[0]}>={oldest[name.split()[0]]}'" for name in old)
         return [*findings, problem("packages", f"too old: {', '.join(old)}", f"pip install --upgrade {upgrade}")]
-    return [*findings, ok("packages", ", ".join(f"{name} {version}" for name, version in python.packages.items()))]
+    whole = [f"{name} {python.packages[name]}" for module, (name, _) in PACKAGES.items() if module not in python.broken]
+    return [*findings, ok("packages", ", ".join(whole))] if whole else findings
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ class Facts:
 
 
 def read_facts(probe: Probe, model: Path | None = None) -> Facts:
-    """Read everything, in less than a second. Nothing is imported or written, and no program but nvidia-smi is run."""
+    """Read everything. Nothing is written. nvidia-smi is run, and packages are imported in other processes, which takes a few seconds."""
     places = {"cache": probe.cache(), **({"model": model} if model is not None else {})}
     return Facts(
         system=read_system(probe),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from fastvlm_edge.machine.probe import Probe
@@ -15,6 +17,21 @@ PACKAGES = {
     "onnxruntime": ("onnxruntime", "1.22"),
 }
 """Module -> distribution, and the oldest version that the runtime supports (as in pyproject.toml)."""
+OPTIONAL = (
+    "torch",
+    "onnx",
+    "ml_dtypes",
+    "huggingface_hub",
+    "jinja2",
+    "matplotlib",
+    "pillow_heif",
+    "pynvml",
+    "cuda.bindings",
+    "pycuda",
+    "tensorrt",
+    "tensorrt_rtx",
+)
+"""Modules that some parts need. They may be absent, but if they are installed, Python has to be able to load them."""
 _LIBRARIES = (
     "usr/lib/{arch}-linux-gnu",
     "usr/lib/{arch}-linux-gnu/nvidia",
@@ -39,6 +56,8 @@ class Python:
     """Version of the distribution `onnxruntime`, which has no CUDA."""
     onnxruntime_gpu: str | None = None
     """Version of `onnxruntime-gpu`, which installs the same module."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Module of PACKAGES or OPTIONAL that is installed but cannot be imported -> the last line of the exception."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +116,26 @@ class Driver:
 
 
 def read_python(probe: Probe) -> Python:
-    """Version, virtual environment, and versions of the packages that the runtime needs."""
+    """Version, virtual environment, versions of the packages that the runtime needs, and which packages are broken.
+
+    Every package is imported in a process of its own, several at a time. The optional ones, most of which need numpy, only if those of the
+    runtime are whole.
+    """
     packages = {}
     cpu, gpu = probe.package_version("onnxruntime"), probe.package_version("onnxruntime-gpu")
     for module, (name, _) in PACKAGES.items():
         version = cpu or gpu if name == "onnxruntime" else probe.package_version(name)
         packages[name] = (version or "unknown") if probe.has_module(module) else None
-    return Python(".".join(map(str, probe.python)), probe.environment, packages, cpu, gpu)
+    broken = _import_errors(probe, PACKAGES) or _import_errors(probe, OPTIONAL)
+    return Python(".".join(map(str, probe.python)), probe.environment, packages, cpu, gpu, broken)
+
+
+def _import_errors(probe: Probe, modules: Iterable[str]) -> dict[str, str]:
+    """Module that is installed but cannot be imported -> why."""
+    installed = [module for module in modules if probe.has_module(module)]
+    with ThreadPoolExecutor(max_workers=min(4, probe.cores)) as pool:
+        reasons = pool.map(lambda module: (module, probe.import_error(module)), installed)
+        return {module: reason for module, reason in reasons if reason is not None}
 
 
 def read_tensorrt(probe: Probe) -> TensorRT:

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,38 @@ def _has_module(name: str) -> bool:
     except (ImportError, ValueError, AttributeError):
         return False
     return spec is not None and spec.origin is not None
+
+
+_IMPORT = """
+import os, sys
+sys.path[:] = sys.argv[2:]
+status = 0
+try:
+    __import__(sys.argv[1])
+except BaseException as error:
+    from fastvlm_edge.errors import last_line
+    print("\\n" + last_line(error), flush=True)
+    status = 3
+os._exit(status)
+"""
+_IMPORT_SECONDS = 60
+"""PyTorch takes 20 s from the memory card of a small board."""
+
+
+def _import_error(name: str) -> str | None:
+    """Why a module cannot be imported, as the last line of its exception; None if it can. Another process tries it, which may crash."""
+    if not sys.executable:
+        return None
+    command = [sys.executable, "-c", _IMPORT, name, *sys.path]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_IMPORT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"its import takes longer than {_IMPORT_SECONDS} s"
+    except OSError:
+        return None
+    if done.returncode < 0:
+        return f"its import ends the process: {signal.strsignal(-done.returncode)}"
+    return done.stdout.strip().splitlines()[-1] if done.returncode else None
 
 
 def _package_version(name: str) -> str | None:
@@ -63,6 +96,7 @@ class Probe:
     root: Path = Path("/")
     run: Callable[[Sequence[str]], str | None] = _run
     has_module: Callable[[str], bool] = _has_module
+    import_error: Callable[[str], str | None] = _import_error
     package_version: Callable[[str], str | None] = _package_version
     free_bytes: Callable[[Path], int | None] = _free_bytes
     accessible: Callable[[Path], bool] = lambda path: os.access(path, os.R_OK | os.W_OK)

@@ -72,6 +72,8 @@ class DecoderSpec:
     heads: int = 0
     """Only `plan` needs this field and those below; older manifests lack them."""
     intermediate: int = 0
+    max_positions: int = 0
+    """Positions that the LLM was trained for."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def _check_values(manifest: Manifest) -> None:
         for name in names:
             if not 1 <= (value := getattr(place, name)) < 1 << 31:
                 raise ValueError(f"{name} is {value}, not a positive integer")
-    for name in ("heads", "intermediate"):
+    for name in ("heads", "intermediate", "max_positions"):
         if not 0 <= (value := getattr(decoder, name)) < 1 << 31:
             raise ValueError(f"{name} is {value}, not 0 or a positive integer")
     side = vision.image_size // STRIDE

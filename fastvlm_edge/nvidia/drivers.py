@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.errors import FastVLMError, last_line
 from fastvlm_edge.extras import gpu_extra, install_advice
 from fastvlm_edge.nvidia import cuda_python, pycuda_driver
 from fastvlm_edge.nvidia.cuda import Cuda
@@ -17,9 +17,9 @@ def open_cuda() -> Cuda:
         module, binding = cuda_python.load()
     except ModuleNotFoundError:
         pass
-    except ImportError as error:
+    except Exception as error:  # a package that is broken may raise anything
         raise FastVLMError(
-            f"cuda-python is installed but cannot be loaded ({error})", "run: pip install --force-reinstall cuda-bindings"
+            f"cuda-python is installed but cannot be loaded ({last_line(error)})", "run: pip install --force-reinstall cuda-bindings"
         ) from error
     else:
         return cuda_python.CudaPython(module, binding)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.errors import FastVLMError, last_line
 from fastvlm_edge.extras import gpu_extra, install_advice
 from fastvlm_edge.nvidia.cuda import (
     SYNC,
@@ -36,15 +36,15 @@ def load() -> tuple[Any, str]:
 
     Raises ModuleNotFoundError if it is not installed, and FastVLMError if it cannot be loaded.
     """
-    package = importlib.import_module("pycuda")
     try:
+        package = importlib.import_module("pycuda")
         driver = importlib.import_module("pycuda.driver")
     except ModuleNotFoundError:
         raise
-    except ImportError as error:
+    except Exception as error:  # a package that is broken may raise anything
         if "libcuda" in str(error):
             raise no_driver() from error
-        raise FastVLMError(f"PyCUDA cannot be loaded ({error})", install_advice(gpu_extra())) from error
+        raise FastVLMError(f"PyCUDA cannot be loaded ({last_line(error)})", install_advice(gpu_extra())) from error
     return driver, f"PyCUDA {package.VERSION_TEXT}"
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.errors import FastVLMError, last_line
 from fastvlm_edge.extras import install_command
 from fastvlm_edge.nvidia.cuda import OutOfDeviceMemory
 
@@ -415,11 +415,11 @@ def find_library(names: Sequence[str] = LIBRARIES) -> Library:
     for name in names:
         try:
             module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name not in (name, f"{name}_bindings", f"{name}_libs"):
+        except Exception as error:  # a package that is broken may raise anything
+            if not isinstance(error, ModuleNotFoundError):
+                broken = f"{name} is installed but cannot be loaded ({last_line(error)})"
+            elif error.name not in (name, f"{name}_bindings", f"{name}_libs"):
                 broken = f"{name} is installed but needs {error.name}, which is not"
-        except (ImportError, OSError) as error:  # a shared library that is missing
-            broken = f"{name} is installed but does not load ({' '.join(str(error).split())[:200]})"
         else:
             if hasattr(module, "__version__"):  # a directory of that name, such as a clone of its sources, can be imported too
                 return Library(module)

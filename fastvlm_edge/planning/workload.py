@@ -66,6 +66,8 @@ class Shape:
     name: str
     text: TextShape
     vision: VisionShape = VisionShape()
+    max_positions: int = 32768
+    """Positions that the LLM was trained for, here those of the released sizes; 0 if it is not known."""
 
 
 SIZES = {
@@ -114,7 +116,9 @@ def shape_of(manifest: Manifest) -> Shape:
         decoder.vocab,
         fp32_scores=len(manifest.activations.get("fp32_scores", ())),
     )
-    return Shape(manifest.name, text, VisionShape(tuple(vision.dims), tuple(vision.depths), vision.out_dim, vision.se_dim))
+    return Shape(
+        manifest.name, text, VisionShape(tuple(vision.dims), tuple(vision.depths), vision.out_dim, vision.se_dim), decoder.max_positions
+    )
 
 
 @dataclass

@@ -189,6 +189,8 @@ def test_wrong_targets_and_precisions_are_refused_before_anything_is_built(model
     convert(str(DEMO), bf16, precision="bf16")
     with pytest.raises(FastVLMError, match=r"Turing.* \(sm75\) has no BF16, which --precision bf16 computes in; convert with"):
         build(bf16, "sm75")
+    with pytest.raises(FastVLMError, match="TensorRT is not installed; install tensorrt"):
+        build(model, "sm75")  # TensorRT for RTX has no FP32 products for it
     with pytest.raises(FastVLMError, match="has only strongly typed networks; build without --weakly-typed"):
         build(model, "sm86", Options(weakly_typed=True))
     assert not (model / "engines").exists() or not any((model / "engines").iterdir())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +114,8 @@ def test_a_package_of_nobody_is_not_explained() -> None:
 def test_a_package_that_is_broken_is_not_called_missing() -> None:
     cause = ImportError("libcublas.so.12: cannot open shared object file", name="torch._C")
     error = _explain(cause)
-    assert error.what == "torch is installed but cannot be loaded (libcublas.so.12: cannot open shared object file)"
-    assert error.mend == "run: pip install --force-reinstall torch" and error.__cause__ is cause
+    assert error.what == "torch is installed but cannot be loaded (ImportError: libcublas.so.12: cannot open shared object file)"
+    assert error.mend == "run: pip install --force-reinstall torch"
     assert "not installed" in _explain(ModuleNotFoundError("No module named 'torch'", name="torch")).what
 
 
@@ -132,3 +134,125 @@ def test_an_error_of_a_bundle_is_one_json_object(monkeypatch: pytest.MonkeyPatch
     out, err = capsys.readouterr()
     assert json.loads(out) == {"error": {"message": "the disk is full", "mend": "free some space"}}
     assert err == "app: error: the disk is full; free some space\n"
+
+
+BROKEN = {
+    "a shared library is missing": (
+        "raise ImportError('libfoo.so.1: cannot open shared object file')",
+        "(ImportError: libfoo.so.1: cannot open shared object file)",
+    ),
+    "a symbol is missing": ("raise OSError('undefined symbol: foo')", "(OSError: undefined symbol: foo)"),
+    "built for another numpy": ("raise AttributeError('_ARRAY_API not found')", "(AttributeError: _ARRAY_API not found)"),
+    "explained at length": (
+        "raise RuntimeError('IMPORTANT\\n\\nOriginal error was: no SSE\\n')",
+        "(RuntimeError: Original error was: no SSE)",
+    ),
+    "a dependency is missing": ("import no_such_package", "(ModuleNotFoundError: No module named 'no_such_package')"),
+    "a part is missing": ("import onnx._part", "(ModuleNotFoundError: No module named 'onnx._part')"),
+    "cut off": ("def (", "(SyntaxError: invalid syntax (__init__.py, line 1))"),
+    "zeros after a crash": ("x = 1\0", "null bytes"),
+    "too old for a name": ("", "(ImportError: cannot import name 'helper' from 'onnx'"),
+}
+"""A package that is there and broken: its `__init__.py`, and the reason in the error."""
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_every_kind_of_broken_package_is_one_sentence(kind: str, tmp_path: Path) -> None:
+    text, why = BROKEN[kind]
+    package = tmp_path / "site-packages" / "onnx"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(text)
+    program = """
+        from fastvlm_edge.extras import package_errors
+        try:
+            with package_errors():
+                from onnx import helper
+        except ImportError as error:
+            print(type(error).__name__, error.what, "|", error.mend)
+    """
+    said = run_with(package.parent, program)
+    assert said.startswith("PackageError onnx is installed but cannot be loaded ") and why in said
+    assert said.endswith("| run: pip install --force-reinstall onnx\n")
+
+
+def test_a_directory_without_init_is_no_package(tmp_path: Path) -> None:
+    """Such as a folder `onnx` with models, where the command runs."""
+    (tmp_path / "onnx").mkdir()
+    program = """
+        from fastvlm_edge.cli import _explain
+        try:
+            import onnx
+            onnx.helper
+        except AttributeError as error:
+            print(_explain(error))
+    """
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )
+    assert "needs the package onnx, which is not installed" in done.stdout
+
+
+def test_a_file_of_the_user_with_the_name_of_a_package_is_named(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("x = 1\n")
+    said = run_with(
+        tmp_path, "import fastvlm_edge\ntry:\n  fastvlm_edge.FastVLM\nexcept fastvlm_edge.FastVLMError as error:\n  print(error)"
+    )
+    assert said.startswith("numpy is installed but cannot be loaded") and f"rename {tmp_path / 'numpy.py'} if it is not" in said
+
+
+def test_an_error_of_the_project_is_still_a_bug(tmp_path: Path) -> None:
+    (tmp_path / "onnx.py").write_text("def call(function):\n    function()\n")
+    program = """
+        from fastvlm_edge.cli import _explain
+        import onnx
+        try:
+            onnx.call(lambda: 1 / 0)
+        except ZeroDivisionError as error:
+            print(_explain(error))
+    """
+    assert "a bug in fastvlm-edge" in run_with(tmp_path, program)
+
+
+def run_with(folder: Path, program: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    (folder / "program.py").write_text(textwrap.dedent(program))
+    command = [sys.executable, str(folder / "program.py")]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", ["run MODEL --prompt x", "bench MODEL", "eval MODEL --data MODEL", "build MODEL", "convert MODEL -o OUT"]
+)
+def test_a_broken_package_is_one_sentence_in_every_command(arguments: str, model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy" / "__init__.py").write_text("raise OSError('libfoo.so.1: cannot open shared object file')")
+    places = {"MODEL": str(model_dir), "OUT": str(tmp_path / "out")}
+    command = [sys.executable, "-m", "fastvlm_edge", *(places.get(word, word) for word in arguments.split())]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: numpy is installed but cannot be loaded (OSError: libfoo.so.1" in done.stderr.splitlines()[-1]
+
+
+def test_the_doctor_imports_every_package(tmp_path: Path) -> None:
+    """In processes of their own, since a package built for another processor ends its process."""
+    for name, text in {"PIL": "raise OSError('libjpeg.so.8: no such file')", "tokenizers": "import os; os.kill(os.getpid(), 4)"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+    program = "from fastvlm_edge.cli import main; raise SystemExit(0 if main(['doctor', '--json']) == 1 else 2)"
+    report = json.loads(run_with(tmp_path, program))
+    broken = [finding for finding in report["findings"] if "cannot be loaded" in finding["text"]]
+    assert [finding["status"] for finding in broken] == ["problem", "problem"]
+    assert "OSError: libjpeg.so.8" in broken[0]["text"] and broken[0]["mend"].endswith("pip install --force-reinstall pillow")
+    assert "its import ends the process: Illegal instruction" in broken[1]["text"]
+    assert all("pillow" not in finding["text"] for finding in report["findings"] if finding["status"] == "ok")
+
+
+def test_an_import_that_does_not_end_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "endless.py").write_text("while True: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(probe, "_IMPORT_SECONDS", 1)
+    assert Probe().import_error("endless") == "its import takes longer than 1 s"
+    assert Probe().import_error("json") is None

@@ -6,6 +6,8 @@ Sources: NVIDIA's CUDA GPU list (compute capabilities), the TensorRT support mat
 the TensorRT for RTX support matrix, the JetPack release notes (TensorRT of each), the Jetson module data sheets (memory).
 TensorRT 10.7 on JetPack 6: NVIDIA/TensorRT#4347 (10.8 has no package for it) and `faults.py`. TensorRT 11.4 on JetPack 7.2.2: the migration
 guide of 11.4.1 for Jetson, which names AGX Orin and Thor, but neither Orin Nano nor Orin NX.
+TensorRT for RTX has no product of FP32 matrices for Turing (1.7.1: "Cannot compile operation ... for Turing (SM75): FP32 GEMM is not
+supported"), and every precision has some (docs/precision.md), so only TensorRT itself can build for `sm75`.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ TARGETS = {
             board=BOARDS["thor"],
             systems=_THOR_SYSTEMS,
         ),
-        Target("sm75", "Turing: RTX 20, T4", ((7, 5),), _EITHER, "10.3 or newer, RTX 1.2 or newer", _NO_BF16),
+        Target("sm75", "Turing: RTX 20, T4", ((7, 5),), _TENSORRT, "10.3 or newer", _NO_BF16),
         Target("sm80", "Ampere: A100, A30", ((8, 0),), _EITHER, "10.3 or newer, RTX 1.4 or newer"),
         Target("sm86", "Ampere: RTX 30, A10, A40", ((8, 6),), _EITHER, "10.3 or newer, RTX 1.2 or newer"),
         Target("sm87", "Jetson Orin, any", _ORIN, _TENSORRT, "10.3 or newer", systems=_ORIN_SYSTEMS),
@@ -104,6 +106,10 @@ TARGETS = {
     )
 }
 
+RTX_GPUS = frozenset(
+    numbers for target in TARGETS.values() if "tensorrt_rtx" in target.libraries for numbers in target.compute_capabilities
+)
+"""Compute capabilities that TensorRT for RTX can build for."""
 BUILD_NAMES = tuple(target.name for target in TARGETS.values() if target.compute_capabilities)
 """Targets that `build` can serve."""
 PLAN_NAMES = tuple(target.name for target in TARGETS.values() if target.board is not None)
@@ -190,11 +196,17 @@ def _find(name: str, usable: Iterable[str]) -> tuple[Target, int | None]:
 def target_of_device(compute_capability: tuple[int, int], libraries: Sequence[str]) -> Target:
     """The target `smXY` of the GPU in this machine; `libraries` are those that are installed.
 
-    A GPU that has no row, or whose library is not installed, gets an unlisted target: TensorRT may be able to build for it.
+    A GPU that has no row gets an unlisted target: TensorRT may be able to build for it. Raises FastVLMError if another library is needed.
     """
     name = "sm{}{}".format(*compute_capability)
-    if name in TARGETS and set(TARGETS[name].libraries) & set(libraries):
-        return TARGETS[name]
+    if name in TARGETS:
+        target = TARGETS[name]
+        if libraries and not set(target.libraries) & set(libraries):
+            what = f"{target.title} ({name}) needs {' or '.join(target.libraries)} {target.versions}, and only {libraries[0]} is installed"
+            raise FastVLMError(
+                what, f"run: {'sudo apt install nvidia-jetpack' if target.jetpacks else f'pip install {target.libraries[0]}'}"
+            )
+        return target
     title = "this GPU of compute capability {}.{}".format(*compute_capability)
     return Target(name, title, (compute_capability,), tuple(libraries) or _EITHER, "not documented", listed=False)
 

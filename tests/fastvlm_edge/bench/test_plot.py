@@ -105,7 +105,7 @@ def test_without_matplotlib_the_extra_is_named_before_anything_is_measured(
 
     def without(name: str, *rest: Any) -> Any:
         if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
+            raise ModuleNotFoundError(name, name=name)
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)

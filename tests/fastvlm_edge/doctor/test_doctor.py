@@ -261,7 +261,7 @@ BROKEN = {
     ),
     "a card that TensorRT for RTX does not list": (
         rtx_desktop().but(smi=("", "NVIDIA H100 80GB HBM3, 580.1, 9.0, 81559, 81000, 30\n")),
-        *("tensorrt", "warning", "does not list compute capability 9.0", f"{install_command('tensorrt')} && pip install tensorrt"),
+        *("tensorrt", "warning", "cannot build for compute capability 9.0", f"{install_command('tensorrt')} && pip install tensorrt"),
     ),
     "an old TensorRT for RTX": (
         rtx_desktop().but(packages=rtx_desktop().packages | {"tensorrt_rtx": "1.0.0.21"}),
@@ -282,6 +282,18 @@ BROKEN = {
         "problem",
         "numpy, pillow, tokenizers, onnxruntime missing",
         install_command(),
+    ),
+    "a broken package": (
+        cpu_box().but(broken={"numpy": "OSError: libfoo.so.1"}),
+        *("packages", "problem", "numpy is installed but cannot be loaded (OSError: libfoo.so.1)", "--force-reinstall numpy"),
+    ),
+    "a broken TensorRT on a Jetson": (
+        orin_nano().but(broken={"tensorrt": "ImportError: libnvinfer.so.10"}),
+        *("tensorrt", "problem", "tensorrt is installed but cannot be loaded", "sudo apt install --reinstall"),
+    ),
+    "a broken CUDA binding": (
+        rtx_desktop().but(broken={"cuda.bindings": "ImportError: GLIBC_2.34 not found"}),
+        *("cuda", "problem", "cuda.bindings is installed but cannot be loaded", "--force-reinstall cuda-bindings"),
     ),
     "an old package": (
         cpu_box().but(packages=RUNTIME | {"onnxruntime": "1.18.1"}),

@@ -112,7 +112,20 @@ def test_the_gpu_of_this_machine_has_a_target_even_if_nothing_lists_it() -> None
     assert target_of_device((8, 9), ["tensorrt"]) is TARGETS["sm89"]
     unlisted = target_of_device((9, 9), ["tensorrt_rtx"])
     assert (unlisted.name, unlisted.listed, unlisted.libraries) == ("sm99", False, ("tensorrt_rtx",))
-    assert target_of_device((9, 0), ["tensorrt_rtx"]).listed is False, "TensorRT for RTX does not list Hopper"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "needs", "mend"),
+    [
+        ((7, 5), "Turing: RTX 20, T4 (sm75) needs tensorrt", "pip install tensorrt"),
+        ((9, 0), "Hopper", "pip install tensorrt"),
+        ((8, 7), "Jetson Orin", "nvidia-jetpack"),
+    ],
+)
+def test_a_gpu_whose_library_is_not_installed_names_it(gpu: tuple[int, int], needs: str, mend: str) -> None:
+    with pytest.raises(FastVLMError) as caught:
+        target_of_device(gpu, ["tensorrt_rtx"])
+    assert needs in caught.value.what and mend in str(caught.value.mend)
 
 
 @pytest.mark.parametrize(

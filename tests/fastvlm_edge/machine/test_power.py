@@ -140,7 +140,7 @@ class Ramp:
 
 
 def no_nvml() -> Any:
-    raise ImportError("No module named 'pynvml'")
+    raise ModuleNotFoundError("No module named 'pynvml'")
 
 
 def measured(recorder: PowerRecorder, seconds: float = 0.15) -> PowerFigures | NoSensor:

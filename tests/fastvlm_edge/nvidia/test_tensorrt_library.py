@@ -417,8 +417,8 @@ def test_without_either_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (ImportError("libnvinfer.so.10: cannot open shared object file"), "does not load (libnvinfer.so.10: cannot open"),
-        (OSError("libcudart.so.13: cannot open"), "does not load (libcudart.so.13"),
+        (ImportError("libnvinfer.so.10: cannot open shared object file"), "cannot be loaded (ImportError: libnvinfer.so.10: cannot open"),
+        (OSError("libcudart.so.13: cannot open"), "cannot be loaded (OSError: libcudart.so.13"),
         (ModuleNotFoundError("No module named 'x'", name="x"), "needs x"),
     ],
 )

@@ -151,7 +151,7 @@ def test_the_command_prints_a_table_or_one_object(capsys: pytest.CaptureFixture[
 def test_a_model_that_fits_nowhere_ends_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "7b", "--target", "orin-nano", "--precision", "fp16"]) == 1
     assert "fp16 does not fit; --precision int4 fits in 6.1 GB" in capsys.readouterr().out
-    assert main(["plan", "7b", "--target", "orin-nano", "--context", "65536"]) == 1
+    assert main(["plan", "7b", "--target", "orin-nano", "--context", "32768"]) == 1
     assert "nothing fits: int4 needs" in capsys.readouterr().out
 
 
@@ -164,7 +164,7 @@ def test_every_precision_can_be_asked_for(capsys: pytest.CaptureFixture[str]) ->
 def test_a_smaller_context_is_tried_where_the_model_s_own_does_not_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastvlm_edge.commands.plan.DEFAULT_CONTEXT", 65536)
+    monkeypatch.setattr("fastvlm_edge.commands.plan.DEFAULT_CONTEXT", 32768)
     assert main(["plan", "7b", "--target", "orin-nano", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recommended"]["context"] == 2048
 
@@ -172,6 +172,10 @@ def test_a_smaller_context_is_tried_where_the_model_s_own_does_not_fit(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["7b", "--target", "thor", "--image-size", "64"], "image size 64 is not supported; choose 256 to 1536"),
+        (["7b", "--target", "thor", "--image-size", "2048"], "image size 2048 is not supported; choose 256 to 1536"),
+        (["7b", "--target", "thor", "--context", "65536"], "a context of 65536 is longer than the 32768 positions 7b was trained for"),
+        (["7b", "--target", "thor", "--context", "300"], "too short for a picture of 256 tokens and a conversation; give at least 320"),
         (["13b", "--target", "thor"], "nor a released size; give a model directory, or one of: 0.5b, 1.5b, 7b"),
         (["7b", "--target", "rtx"], "power modes for target 'rtx' (any GeForce RTX 30, 40 or 50); use one of: orin-nano"),
         (

@@ -45,6 +45,8 @@ class Board:
     environment: str | None = None
     environ: dict[str, str] = field(default_factory=dict)
     free_bytes: int = 40 << 30
+    broken: dict[str, str] = field(default_factory=dict)
+    """Module that is installed but cannot be imported -> the last line of the exception."""
 
     def but(self, *, without: Sequence[str] = (), files: dict[str, str] | None = None, **changes: Any) -> Board:
         """The same machine with other files. Paths that begin with one of `without` are removed."""
@@ -75,6 +77,7 @@ def probe_of(board: Board, root: Path) -> Probe:
         root=lay_out(board, root),
         run=run,
         has_module=lambda name: name in modules,
+        import_error=board.broken.get,
         package_version=board.packages.get,
         free_bytes=lambda _path: board.free_bytes,
         accessible=lambda path: str(path.relative_to(root)) not in board.denied,
