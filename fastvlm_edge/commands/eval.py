@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from fastvlm_edge.backends.select import BACKENDS
@@ -31,15 +32,12 @@ def main(arguments: Sequence[str]) -> int:
     check_answers(dataset)
     progress = stderr_progress() if not options.json or sys.stderr.isatty() else SilentProgress()
     with ExitStack() as stack:
-        subject = stack.enter_context(
-            Subject.load(options.model, options.backend, threads=options.threads, tune_process=True, progress=progress)
-        )
+        load = partial(Subject.load, threads=options.threads, tune_process=True, special_tokens=options.special_tokens, progress=progress)
+        subject = stack.enter_context(load(options.model, options.backend))
         reference = None
         if options.reference is not None:
             backend = options.reference_backend or options.backend
-            reference = stack.enter_context(
-                Subject.load(options.reference, backend, threads=options.threads, tune_process=True, progress=progress)
-            )
+            reference = stack.enter_context(load(options.reference, backend))
         evaluation = Evaluation(subject, dataset, reference=reference, max_new_tokens=options.max_new_tokens, suffix=options.suffix)
         saved = None if options.save is None else stack.enter_context(AnswerFile(options.save))
         try:
@@ -88,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=MAX_NEW_TOKENS, help="longest answer, in tokens (default: %(default)s)"
     )
+    group.add_argument("--special-tokens", action="store_true", help="read special tokens in the data as tokens, and show those of answers")
     group.add_argument("--reference", metavar="MODEL2", type=Path, help="compare tokens and logits with this model directory")
     group.add_argument("--save", metavar="FILE.jsonl", type=Path, help="write each answer to this file as soon as it is known")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

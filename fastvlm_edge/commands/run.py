@@ -231,6 +231,11 @@ def parser() -> argparse.ArgumentParser:
         help="values above 1 discourage repetition (default: 1)",
     )
     group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end the reply before this text; may be repeated")
+    group.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="read special tokens in the prompt, such as <loc_12> of a fine-tune, as tokens, and show those in the reply",
+    )
     group = parser.add_argument_group("how it runs")
     group.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="what runs the model; auto takes the best that can (default: %(default)s)"

@@ -54,9 +54,10 @@ _NAMED = 20
 class Subject:
     """A loaded model, and the conversation that its cache holds."""
 
-    def __init__(self, directory: Path, vlm: FastVLM) -> None:
+    def __init__(self, directory: Path, vlm: FastVLM, *, special_tokens: bool = False) -> None:
         """Use `load`."""
         self.directory = directory
+        self._special_tokens = special_tokens
         self.vlm = vlm
         self.tokenizer = TextTokenizer(directory / "tokenizer.json")
         self._template = ChatTemplate(self.tokenizer, vlm.manifest)
@@ -71,10 +72,12 @@ class Subject:
         *,
         threads: int | None = None,
         tune_process: bool = False,
+        special_tokens: bool = False,
         progress: Progress | None = None,
     ) -> Subject:
-        """Load a model directory. Options and errors as in `FastVLM.load`."""
-        return cls(directory, FastVLM.load(directory, backend, threads=threads, tune_process=tune_process, progress=progress))
+        """Load a model directory. Options and errors as in `FastVLM.load`; `special_tokens` as in `SamplingParams`."""
+        vlm = FastVLM.load(directory, backend, threads=threads, tune_process=tune_process, progress=progress)
+        return cls(directory, vlm, special_tokens=special_tokens)
 
     def __enter__(self) -> Subject:
         return self
@@ -91,7 +94,11 @@ class Subject:
         if self._shown is None or self._shown[0] != source:
             self._shown = (source, self.vlm.encode_image(image))
         self._ids = self._prompt_ids(prompt)
-        return self.vlm.generate(prompt, self._shown[1], max_new_tokens=max_new_tokens)
+        return self.vlm.generate(prompt, self._shown[1], max_new_tokens=max_new_tokens, special_tokens=self._special_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a known answer."""
+        return self.tokenizer.encode(text, special_tokens=self._special_tokens)
 
     def with_end(self, token_ids: Sequence[int], *, ended: bool = True) -> list[int]:
         """An answer's ids and, if it `ended`, the id that ends it."""
@@ -113,7 +120,8 @@ class Subject:
         return -float(self.vlm.log_probabilities([*self._ids, *answer], [self._shown[1]], start=len(self._ids) - 1).sum())
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        return [*self._template.opening(), *self._template.turn(prompt, [self.vlm.manifest.vision.tokens])]
+        turn = self._template.turn(prompt, [self.vlm.manifest.vision.tokens], special_tokens=self._special_tokens)
+        return [*self._template.opening(), *turn]
 
 
 @dataclass(frozen=True)
@@ -309,7 +317,7 @@ class Evaluation:
         prompt = example.prompt + self._suffix
         gold = Counter(example.answers).most_common(1)[0][0]
         try:
-            gold_ids = subject.with_end(subject.tokenizer.encode(gold))
+            gold_ids = subject.with_end(subject.encode(gold))
             for model in (subject, reference):
                 if model is not None:
                     model.check(prompt)

@@ -57,7 +57,7 @@ class Generation:
         """Prefill, then sample and decode. Yields text as soon as a character is complete and cannot belong to a stop string."""
         params, text = self._params, self._manifest.text
         sampler = Sampler(params, text.token_count, self._ids)
-        detokenizer, stops = Detokenizer(self._tokenizer), StopStrings(params.stop)
+        detokenizer, stops = Detokenizer(self._tokenizer, special_tokens=params.special_tokens), StopStrings(params.stop)
 
         began = time.perf_counter()
         ticket, output, self.prefilled_tokens = self._session.prefill(

@@ -18,7 +18,7 @@ MAX_TOP_K = 64
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of a reply are chosen and where it ends. Raises FastVLMError if a value is out of range."""
+    """How the tokens of a reply are chosen, where it ends and what it shows. Raises FastVLMError if a value is out of range."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -33,6 +33,11 @@ class SamplingParams:
     """Values above 1 make tokens less likely that are in the prompt or the reply already (arXiv 1909.05858, section 4.1)."""
     stop: tuple[str, ...] = ()
     """The reply ends before the first of these strings."""
+    special_tokens: bool = False
+    """Read special tokens in the prompt, such as `<loc_12>` of a fine-tune, as tokens, and show those in the reply.
+
+    Otherwise a prompt holds their characters, so that text of others can never give control tokens, and a reply leaves them out.
+    """
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", stop_strings(self.stop))
@@ -45,6 +50,8 @@ class SamplingParams:
         _check_number("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
         if self.seed is not None:
             check_integer("seed", self.seed, least=0)
+        if not isinstance(self.special_tokens, bool):
+            raise FastVLMError(f"special_tokens is {self.special_tokens!r}", "give True or False")
         _check_number("repetition_penalty", self.repetition_penalty, "above 0 (1 means no penalty)", lambda value: value > 0)
 
     @property

@@ -222,6 +222,7 @@ class FastVLM:
         seed: int | None = None,
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] | None = None,
+        special_tokens: bool = False,
     ) -> Reply:
         """Answer a question about no image, one, or several.
 
@@ -238,6 +239,7 @@ class FastVLM:
             seed=seed,
             repetition_penalty=repetition_penalty,
             stop=stop,
+            special_tokens=special_tokens,
         )
         return self._finish(stream)
 
@@ -253,6 +255,7 @@ class FastVLM:
         seed: int | None = None,
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] | None = None,
+        special_tokens: bool = False,
     ) -> ReplyStream:
         """Like `generate`, piece by piece. The question is checked now; images are read when the first piece is requested."""
         params = SamplingParams(
@@ -263,6 +266,7 @@ class FastVLM:
             seed=seed,
             repetition_penalty=repetition_penalty,
             stop=stop_strings(stop),
+            special_tokens=special_tokens,
         )
         return self._ask(self._template.opening(), (), prompt, image, params)
 
@@ -361,7 +365,8 @@ class FastVLM:
         began = time.perf_counter()
         images = _as_list(image)
         rows = [each.image_features.rows if isinstance(each, EncodedImage) else self.manifest.vision.tokens for each in images]
-        ids = [*history, *self._template.turn(prompt, rows, first_row=sum(features.rows for features in earlier))]
+        first_row = sum(features.rows for features in earlier)
+        ids = [*history, *self._template.turn(prompt, rows, first_row=first_row, special_tokens=params.special_tokens)]
         check_room(ids, self.manifest)  # before the vision encoder runs in vain
         question = _Question(ids, earlier, images, params, reuse, remember, time.perf_counter() - began)
         return ReplyStream(partial(self._answer, question))
@@ -473,6 +478,7 @@ class Chat:
         seed: int | None = None,
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] | None = None,
+        special_tokens: bool = False,
     ) -> Reply:
         """Ask the next question, with or without a new image. Options and errors as in `FastVLM.generate`."""
         stream = self.stream(
@@ -485,6 +491,7 @@ class Chat:
             seed=seed,
             repetition_penalty=repetition_penalty,
             stop=stop,
+            special_tokens=special_tokens,
         )
         return self._vlm._finish(stream)
 
@@ -500,6 +507,7 @@ class Chat:
         seed: int | None = None,
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] | None = None,
+        special_tokens: bool = False,
     ) -> ReplyStream:
         """Like `ask`, piece by piece."""
         params = SamplingParams(
@@ -510,6 +518,7 @@ class Chat:
             seed=seed,
             repetition_penalty=repetition_penalty,
             stop=stop_strings(stop),
+            special_tokens=special_tokens,
         )
         history = [*self._ids, *self._template.closing()] if self._ids else self._template.opening()
         return self._vlm._ask(history, self._image_features, prompt, image, params, reuse=True, remember=self._remember)

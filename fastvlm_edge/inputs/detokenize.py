@@ -14,13 +14,15 @@ class Detokenizer:
     turn into U+FFFD, one for each maximal subpart (The Unicode Standard, section 3.9, U+FFFD Substitution of Maximal Subparts).
     """
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, special_tokens: bool = False) -> None:
+        """`special_tokens` shows them as they are written in the vocabulary."""
         self._tokenizer = tokenizer
+        self._hidden = frozenset() if special_tokens else tokenizer.special_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The text that this id completes, possibly empty. Special tokens have no text."""
-        if token_id in self._tokenizer.special_ids:
+        """The text that this id completes, possibly empty. Hidden special tokens have none."""
+        if token_id in self._hidden:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 

@@ -33,11 +33,12 @@ class ChatTemplate:
         encode = self._tokenizer.encode
         return [self._start, *encode(f"system\n{self._system_prompt}"), self._end, *encode("\n")]
 
-    def turn(self, prompt: str, image_rows: Sequence[int] = (), *, first_row: int = 0) -> list[int]:
+    def turn(self, prompt: str, image_rows: Sequence[int] = (), *, first_row: int = 0, special_tokens: bool = False) -> list[int]:
         """Ids of one question, up to where the reply begins.
 
         `image_rows` holds the number of rows of image_features for each image of this question. Earlier questions of the conversation have
-        used the rows before `first_row`. Raises FastVLMError if the prompt is not a string, or is empty and there is no image.
+        used the rows before `first_row`. With `special_tokens`, those in the prompt are read as tokens.
+        Raises FastVLMError if the prompt is not a string, or is empty and there is no image.
         """
         if not isinstance(prompt, str):
             raise FastVLMError(f"the prompt is of type {type(prompt).__name__}, not str", "give a string")
@@ -51,7 +52,14 @@ class ChatTemplate:
             ids += range(self._vocab + first_row, self._vocab + first_row + rows)
             first_row += rows
             before = "\n"
-        return [*ids, *encode(before + prompt), self._end, *encode("\n"), self._start, *encode("assistant\n")]
+        return [
+            *ids,
+            *encode(before + prompt, special_tokens=special_tokens),
+            self._end,
+            *encode("\n"),
+            self._start,
+            *encode("assistant\n"),
+        ]
 
     def closing(self) -> list[int]:
         """Ids between the end of a reply and the next question."""

@@ -1,4 +1,4 @@
-"""`tokenizer.json` of a model directory: text <-> ids. Text from a user can never become a control token."""
+"""`tokenizer.json` of a model directory: text <-> ids. Text from a user can never become a control token, unless the caller asks for it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ class TextTokenizer:
 
     def __init__(self, path: Path) -> None:
         """Read `tokenizer.json`. Raises FastVLMError if it is damaged or not byte-level BPE."""
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise FastVLMError(f"{path} cannot be read as a tokenizer: {error}", "copy it again, or convert the checkpoint again") from None
+        self._path = path
+        self._tokenizer = _read(path)
         if "ByteLevel" not in repr(self._tokenizer.decoder):
             raise FastVLMError(f"{path} is not a byte-level tokenizer, which FastVLM's Qwen2 needs", "convert the checkpoint again")
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         # From here on "<|im_end|>" in a text is encoded as those ten characters. Only `control_id` gives control tokens.
         self._tokenizer.encode_special_tokens = True
+        self._with_special: Tokenizer | None = None
+        """The same, reading special tokens; loaded at its first use."""
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._image_mark_is_plain = any(token.content == _IMAGE_MARK and not token.special for token in added.values())
-        self._bytes: dict[int, bytes] = {}
+        self._image_mark = next((token for token in added.values() if token.content == _IMAGE_MARK), None)
+        self._bytes = {token_id: token.content.encode("utf-8") for token_id, token in added.items()}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
         """Ids of a text. Every character is taken literally, and no tokens are added around it.
 
+        With `special_tokens`, special tokens in the text are read as tokens, except `<image>`: images are not passed in the text.
         Raises FastVLMError if the text is not valid Unicode.
         """
         try:
@@ -41,13 +40,20 @@ class TextTokenizer:
         except UnicodeEncodeError:
             raise FastVLMError("the text is not valid Unicode: it contains half of a surrogate pair", "pass UTF-8") from None
         pieces = [text]
-        if self._image_mark_is_plain:
-            # An added token without the special flag would still be matched, so the word is split after its first character.
+        tokenizer = self._reading_special() if special_tokens else self._tokenizer
+        if self._image_mark is not None and (special_tokens or not self._image_mark.special):
+            # The token would be matched, so the word is split after its first character.
             first, *rest = text.split(_IMAGE_MARK)
             for part in rest:
                 pieces[-1:] = [first + _IMAGE_MARK[0], _IMAGE_MARK[1:] + part]
                 first = pieces[-1]
-        return [token_id for piece in pieces if piece for token_id in self._tokenizer.encode(piece, add_special_tokens=False).ids]
+        return [token_id for piece in pieces if piece for token_id in tokenizer.encode(piece, add_special_tokens=False).ids]
+
+    def _reading_special(self) -> Tokenizer:
+        """A second tokenizer, because the setting belongs to the object, and another thread may use the first."""
+        if self._with_special is None:
+            self._with_special = _read(self._path)
+        return self._with_special
 
     def control_id(self, name: str) -> int:
         """Id of a control token such as `<|im_start|>`. Raises FastVLMError if the vocabulary does not contain it."""
@@ -60,7 +66,7 @@ class TextTokenizer:
         """The UTF-8 bytes of a token, b"" for an id without a token. They may begin or end inside a character."""
         known = self._bytes.get(token_id)
         if known is None:
-            token: str | None = self._tokenizer.id_to_token(token_id)
+            token: str | None = self._tokenizer.id_to_token(token_id)  # not an added one
             known = self._bytes[token_id] = b"" if token is None else _to_bytes(token)
         return known
 
@@ -81,5 +87,15 @@ _ALPHABET = _byte_alphabet()
 def _to_bytes(token: str) -> bytes:
     try:
         return bytes(_ALPHABET[character] for character in token)
-    except KeyError:  # an added token, stored as plain text
+    except KeyError:  # not byte-level, so it is stored as plain text
         return token.encode("utf-8")
+
+
+def _read(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise FastVLMError(f"{path} cannot be read as a tokenizer: {error}", "copy it again, or convert the checkpoint again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

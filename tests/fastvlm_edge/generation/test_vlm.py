@@ -17,6 +17,7 @@ import onnxruntime as ort
 import pytest
 from PIL import Image
 from skimage import data
+from tokenizers import Tokenizer
 
 import fastvlm_edge
 from fastvlm_edge import Chat, FastVLM, FastVLMError, ReplyStream, SamplingParams
@@ -366,6 +367,34 @@ def test_an_end_id_ends_the_reply_and_is_not_part_of_it(vlm: FastVLM) -> None:
     at_once = with_stop_ids(vlm, whole.token_ids[0]).generate(PROMPT, data.coffee())
     assert (at_once.text, at_once.token_ids, at_once.stop_reason) == ("", [], "stop")
     assert at_once.timings.decode_tokens_per_second == 0 and at_once.timings.ttft_ms > 0
+
+
+def test_special_tokens_of_a_reply_are_shown_if_asked_for(vlm: FastVLM, model_dir: Path) -> None:
+    whole = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    special = {token_id for token_id, token in whole.get_added_tokens_decoder().items() if token.special}
+    seen = set()
+    for seed in range(20):
+        options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 5.0, "seed": seed}
+        stream = vlm.stream(PROMPT, special_tokens=True, **options)
+        text = "".join(stream)
+        ids = stream.reply.token_ids
+        assert text == stream.reply.text == whole.decode(ids, skip_special_tokens=False)
+        hidden = vlm.generate(PROMPT, **options)
+        assert (hidden.token_ids, hidden.text) == (ids, whole.decode(ids, skip_special_tokens=True))
+        assert not set(ids) & set(vlm.manifest.text.stop_ids), "the token that ends a reply is not part of it"
+        seen |= special & set(ids)
+    assert seen, "no reply had a special token"
+
+
+def test_special_tokens_of_a_prompt_are_read_if_asked_for(vlm: FastVLM) -> None:
+    prompt = f"{PROMPT}<|endoftext|>"
+    one, several = (vlm.generate(prompt, special_tokens=each, max_new_tokens=1).timings.prompt_tokens for each in (True, False))
+    plain = vlm.generate(PROMPT, max_new_tokens=1).timings.prompt_tokens
+    assert one == plain + 1 < several
+    chat = vlm.chat()
+    assert chat.ask(prompt, special_tokens=True, max_new_tokens=1).timings.prompt_tokens == one
+    with pytest.raises(FastVLMError, match="special_tokens is 'yes'; give True or False"):
+        vlm.generate(PROMPT, special_tokens="yes")  # type: ignore[arg-type]
 
 
 def test_a_stop_string_over_token_borders(vlm: FastVLM) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from fastvlm_edge import FastVLMError
 from fastvlm_edge.inputs.detokenize import Detokenizer
@@ -98,6 +99,33 @@ def test_control_tokens_in_a_users_text_are_text(tmp_path: Path, model_dir: Path
     control = {tokenizer.control_id(name) for name in ("<image>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")}
     assert not control & set(ids)
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == f"before {hostile} after"
+
+
+def with_tokens(model_dir: Path, path: Path, *names: str) -> TextTokenizer:
+    """The tokenizer of a fine-tune, which has more special tokens."""
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(names))
+    tokenizer.save(str(path))
+    return TextTokenizer(path)
+
+
+def test_special_tokens_are_read_and_shown_only_if_asked_for(model_dir: Path, tmp_path: Path) -> None:
+    names = ("<loc_1>", "<loc_12>", "<café>")
+    tokenizer = with_tokens(model_dir, tmp_path / "tokenizer.json", *names)
+    known = {name: tokenizer.control_id(name) for name in names}
+    text = "from <loc_12> to<loc_1><café>, <image>"
+    literal, read = tokenizer.encode(text), tokenizer.encode(text, special_tokens=True)
+    assert not set(known.values()) & set(literal)
+    assert [token_id for token_id in read if token_id in known.values()] == [known["<loc_12>"], known["<loc_1>"], known["<café>"]]
+    assert tokenizer.control_id("<image>") not in read, "a picture is not a word in the prompt"
+    assert tokenizer.encode(text) == literal, "the setting of one call is not that of the next"
+
+    def shown(**options: bool) -> str:
+        detokenizer = Detokenizer(tokenizer, **options)
+        return "".join(map(detokenizer.push, read)) + detokenizer.flush()
+
+    assert shown(special_tokens=True) == text
+    assert shown() == "from  to, <image>"
 
 
 def test_prompts_that_are_refused(template: ChatTemplate) -> None:
