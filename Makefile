@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons test-quiet lint types docs dist bench bench-peers bench-gpu clean
+.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons test-onnxruntimes test-quiet lint types docs dist bench bench-peers bench-gpu clean
 
 setup: $(READY)
 
@@ -46,6 +46,10 @@ test-arm64: $(READY)
 # The runtime's tests on every Python of this machine, without PyTorch.
 test-pythons:
 	tests/pythons.sh
+
+# The same and the decoder's graphs with the oldest supported onnxruntime, the one of JetPack 6, and the newest.
+test-onnxruntimes: $(READY)
+	tests/onnxruntimes.sh
 
 # The commands under strace: no network, and no file that nobody asked for. Installs strace on Debian and Ubuntu.
 test-quiet: $(READY)

@@ -399,6 +399,23 @@ def settings() -> str:
     return "\n".join(lines)
 
 
+def chunks() -> str:
+    """`chunks.json`: the largest difference of logits, by length of the chunks."""
+    document = load("chunks")
+    sizes = list(document["results"]["demo"]["fp32"]["chunks"])
+    lines = [
+        f"| | largest logit | {' | '.join(f'chunks of {size}' for size in sizes)} | other greedy tokens |",
+        "| --- " * (len(sizes) + 3) + "|",
+    ]
+    for model, results in document["results"].items():
+        for precision, found in results.items():
+            each = list(found["chunks"].values())
+            others = sum(one["other_greedy_tokens"] for one in each)
+            cells = " | ".join(f"{one['largest_difference']:.2g}" for one in each)
+            lines.append(f"| {model}, {precision} | {found['largest_logit']:.3g} | {cells} | {others} |")
+    return "\n".join(lines)
+
+
 def verdicts() -> str:
     """The claims about `peers.json`, each judged by the rule of `bench compare`."""
     from benchmarks.verdicts import table
@@ -468,6 +485,8 @@ SCRIPTS = (
     ("precisions", "What does each precision cost in speed and accuracy? (draws the pictures of performance.md)", "bench", 20),
     ("versions BEFORE", "Is this checkout as fast on a CPU as an earlier one?", "versions", 25),
     ("settings", "What does each setting of the runtime bring on a CPU?", "settings", 20),
+    ("onnxruntime_versions", "How fast is each version of onnxruntime on a CPU? (needs a package index)", "", 25),
+    ("chunks", "How far are logits apart if a prompt is prefilled in one call, and in chunks?", "chunks", 3),
     ("demo_accuracy", "How many questions does the demo answer correctly, by precision?", "demo_accuracy", 5),
     ("quantization", "What does quantisation cost the demo in size, accuracy and speed?", "quantization", 15),
     ("planted_faults", "What do outliers as in trained LLMs cost in each precision?", "planted_faults", 15),
@@ -544,6 +563,7 @@ TABLES = {
     "planted_faults": planted_faults,
     "planted_faults_levels": planted_faults_levels,
     "settings": settings,
+    "chunks": chunks,
     "verdicts": verdicts,
     "vision_libraries": vision_libraries,
     "quantization_choice": quantization_choice,

@@ -27,6 +27,7 @@ _ELEMENT_TYPES: dict[Any, int] = {
     np.dtype(np.float16): TensorProto.FLOAT16,
     np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
     np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(ml_dtypes.int4): TensorProto.INT4,
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int64): TensorProto.INT64,
@@ -81,7 +82,15 @@ class WeightsFile:
     def proto(self, name: str) -> TensorProto:
         """The ONNX initializer that refers to a tensor of this file."""
         entry = self.entries[name]
-        tensor = TensorProto(name=name, data_type=element_type(entry.dtype), dims=entry.shape, data_location=TensorProto.EXTERNAL)
+        return self._refer(name, name, entry.dtype, entry.shape)
+
+    def bytes_proto(self, name: str, shape: tuple[int, ...]) -> TensorProto:
+        """The initializer `NAME.bytes`: the bytes of a tensor of this file as uint8 of `shape`."""
+        return self._refer(name, f"{name}.bytes", np.uint8, shape)
+
+    def _refer(self, name: str, called: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> TensorProto:
+        entry = self.entries[name]
+        tensor = TensorProto(name=called, data_type=element_type(dtype), dims=shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", self.path.name), ("offset", str(entry.offset)), ("length", str(entry.bytes))):
             tensor.external_data.add(key=key, value=value)
         return tensor
@@ -183,6 +192,28 @@ class GraphBuilder:
         if scales.dtype != np.dtype(dtype):
             scale = self.node("Cast", [scale], f"{path}/scale", to=element_type(dtype))
         return self.node("DequantizeLinear", [self.weight(name), scale], path, **attributes)
+
+    def packed(self, name: str, path: str, block: int) -> tuple[str, str]:
+        """An INT8 matrix [inputs, outputs] with per-channel scales, as 8-bit MatMulNBits wants it, in blocks of `block` inputs.
+
+        Returns the integers plus 128 as uint8 [outputs, blocks, block], and a scale for each block, float32 [outputs * blocks]. onnxruntime
+        computes both at load from the tensors of the weights file.
+        """
+        inputs, outputs = self.shape(name)
+        blocks = -(-inputs // block)
+        whole = inputs == blocks * block
+        shape = (blocks, block, outputs) if whole else (inputs, outputs)
+        self._initializers[f"{name}.bytes"] = self.weights.bytes_proto(name, shape)
+        matrix = f"{name}.bytes"
+        if not whole:
+            padding = self.ints(0, 0, blocks * block - inputs, 0)
+            matrix = self.node("Pad", [matrix, padding, self.constant(0, np.uint8)], f"{path}/matrix")
+            matrix = self.node("Reshape", [matrix, self.ints(blocks, block, outputs)], f"{path}/matrix")
+        matrix = self.node("Transpose", [matrix], f"{path}/matrix", perm=[2, 0, 1])
+        matrix = self.node("BitwiseXor", [matrix, self.constant(128, np.uint8)], f"{path}/matrix")  # the sign bit: adds 128
+        scale = self.node("Cast", [self.weight(f"{name}.scale")], f"{path}/scale", to=element_type(np.float32))
+        scale = self.node("Expand", [self.node("Unsqueeze", [scale, self.ints(1)], f"{path}/scale"), self.ints(1, blocks)], f"{path}/scale")
+        return matrix, self.node("Reshape", [scale, self.ints(-1)], f"{path}/scale")
 
     def model(self) -> onnx.ModelProto:
         """The finished model; its weights stay in their file."""

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from fastvlm_edge.backends.ort_session import INT8_BLOCK
+from fastvlm_edge.backends.ort_session import ACCURACY_LEVEL, INT8_BLOCK
 from fastvlm_edge.convert.checkpoint.checkpoint import TextConfig
 from fastvlm_edge.convert.graphs.builder import ORT_DOMAIN, GraphBuilder, element_type
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan
@@ -307,8 +307,21 @@ class _Decoder:
         return graph.node("Add", [first, second], f"{path}/halves")
 
     def _times(self, x: str, name: str, path: str) -> str:
-        """x [..., inputs] times a stored matrix [inputs, outputs]."""
-        return self._multiply("MatMul", x, self._weight(name, path), path)
+        """x [..., inputs] times the stored matrix `name` [inputs, outputs]."""
+        if not self._is_packed(name):
+            return self._multiply("MatMul", x, self._weight(name, path), path)
+        matrix, scales = self.graph.packed(name, path, INT8_BLOCK)
+        inputs, outputs = self.graph.shape(name)
+        sizes = {"K": inputs, "N": outputs, "bits": 8, "block_size": INT8_BLOCK, "accuracy_level": ACCURACY_LEVEL}
+        return self.graph.node("MatMulNBits", [x, matrix, scales], path, domain=ORT_DOMAIN, **sizes)
+
+    def _is_packed(self, name: str) -> bool:
+        """Whether a product needs onnxruntime's own operator: INT8 with per-channel scales, on a CPU.
+
+        Before 1.25, onnxruntime makes floats of all these weights at every step, instead of joining DequantizeLinear and MatMul
+        (microsoft/onnxruntime#27614, #27769).
+        """
+        return self.provider == "cpu" and self.graph.is_quantized(name) and len(self.graph.shape(f"{name}.scale")) == 1
 
     def _multiply(self, op: str, x: str, matrix: str, path: str, **attributes: int) -> str:
         """MatMul or Gemm of two values of the plan's type. The sums are FP32, the result has the plan's type.

@@ -19,7 +19,7 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.boards.systems import BundleTarget
 from fastvlm_edge.model_dir.manifest import sha256
 
-RUNTIME = ("numpy>=1.26", "pillow>=10.3", "tokenizers>=0.20", "onnxruntime>=1.22")
+RUNTIME = ("numpy>=1.26", "pillow>=10.3", "tokenizers>=0.20", "onnxruntime>=1.23")
 """Requirements of the runtime, as in pyproject.toml. Their own requirements (sympy and protobuf, huggingface_hub and its HTTP client) are
 for tools and downloads. Inference does not import them, so they are left out."""
 _OLDEST_GLIBC = 17

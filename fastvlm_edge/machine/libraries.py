@@ -14,7 +14,7 @@ PACKAGES = {
     "numpy": ("numpy", "1.26"),
     "PIL": ("pillow", "10.3"),
     "tokenizers": ("tokenizers", "0.20"),
-    "onnxruntime": ("onnxruntime", "1.22"),
+    "onnxruntime": ("onnxruntime", "1.23"),
 }
 """Module -> distribution, and the oldest version that the runtime supports (as in pyproject.toml)."""
 OPTIONAL = (

@@ -297,6 +297,7 @@ def test_accuracy_is_measured_with_the_weights_that_the_graph_gets(tmp_path: Pat
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    monkeypatch.setattr("fastvlm_edge.convert.graphs.decoder.ACCURACY_LEVEL", 1)
     monkeypatch.setattr(ort_session, "session_options", lambda *_: options)
 
     source = open_checkpoint(str(write_checkpoint(tmp_path / "tiny", layout="native", tied=tied)))

@@ -42,6 +42,25 @@ def test_weights_come_back_as_they_were_written(tmp_path: Path, kind: str) -> No
     np.testing.assert_allclose(found, expected, atol=2e-3 if kind == "block" else 1e-6)
 
 
+@pytest.mark.parametrize("inputs", [256, 100])
+def test_an_int8_matrix_is_packed_as_onnxruntime_wants_it(tmp_path: Path, inputs: int) -> None:
+    """Outputs first, 128 for zero, a scale for each block; what fills up the last block is zero."""
+    quantized = quantize_channels(np.random.default_rng(0).standard_normal((inputs, 6)).astype(np.float32), 1)
+    weights = WeightsFile(tmp_path / "w.weights")
+    weights.add("w", quantized.values)
+    weights.add("w.scale", quantized.scales.astype(np.float16))
+    graph = GraphBuilder("test", weights)
+    matrix, scales = graph.packed("w", "/w", 64)
+    blocks = -(-inputs // 64)
+    graph.output("matrix", matrix, np.uint8, [6, blocks, 64])
+    graph.output("scales", scales, np.float32, [6 * blocks])
+    found, found_scales = run(graph, tmp_path / "g.onnx", {})
+    integers = found.astype(np.int64).reshape(6, -1).T - 128
+    np.testing.assert_array_equal(integers[:inputs], quantized.values)
+    assert not integers[inputs:].any() and found.shape == (6, blocks, 64)
+    np.testing.assert_array_equal(found_scales.reshape(6, blocks), np.repeat(quantized.scales.astype(np.float16)[:, None], blocks, axis=1))
+
+
 def test_four_bit_values_share_bytes_low_half_first() -> None:
     assert bytes(to_bytes(np.array([1, -2, 7], dtype=ml_dtypes.int4))) == bytes([0xE1, 0x07])
 

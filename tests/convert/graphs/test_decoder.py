@@ -1,9 +1,11 @@
 """The decoder graph against an independent Qwen2 in PyTorch, and what its contract promises about cache, chunks and pictures."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -11,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from fastvlm_edge.backends.ort_session import session_options
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fastvlm_edge.convert.graphs import decoder
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
@@ -38,12 +41,13 @@ class Graph:
         graph = GraphBuilder("decoder", weights)
         if provider != "cuda":
             plan = on_cpu(plan)
-        build_decoder(graph, checkpoint.text, plan, provider=provider)
+        with patch.object(decoder, "ACCURACY_LEVEL", 1):  # rounded activations would hide small faults
+            build_decoder(graph, checkpoint.text, plan, provider=provider)
         graph.save(path / "decoder.onnx")
         self.provider = provider
         self.path = str(path / "decoder.onnx")
         options = ort.SessionOptions()
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # rounded activations would hide small faults
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
         self.dtype = np.float16 if plan.decoder == "fp16" else np.float32
         self.features = RNG.standard_normal((4, self.text.hidden)).astype(self.dtype)
@@ -132,6 +136,19 @@ def test_the_graph_for_the_cpu_computes_what_the_one_for_engines_does(
         graph.features[:] = 0.5
         logits.append(graph.step(ids, 0, graph.cache(32), [3, len(ids) - 1])[0])
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_every_product_of_integers_is_one_kernel(checkpoint: Checkpoint, precision: str, tmp_path: Path) -> None:
+    """In every version of onnxruntime. What its operator needs in another order is computed at load."""
+    graph = Graph(tmp_path, checkpoint, precision, provider="cpu")
+    options = session_options(Path(graph.path), 1)
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(graph.path, options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    counts = Counter(node.op_type for node in optimized.graph.node)
+    assert counts["MatMulNBits"] == 4 * checkpoint.text.layers + 1
+    assert not {"DequantizeLinear", "MatMul", "BitwiseXor", "Transpose"} & counts.keys()
 
 
 @pytest.mark.parametrize("row", [64, 100, 1024])

@@ -399,7 +399,7 @@ def test_a_bundle_has_the_packages_that_the_project_needs() -> None:
 
 
 def test_a_folder_of_wheels_is_enough_and_of_several_the_fitting_newest_is_taken(tmp_path: Path) -> None:
-    versions = {"numpy": "2.0", "pillow": "11.0", "tokenizers": "0.21", "onnxruntime": "1.22"}
+    versions = {"numpy": "2.0", "pillow": "11.0", "tokenizers": "0.21", "onnxruntime": "1.23"}
     for name, version in versions.items():
         _tiny_wheel(tmp_path, name, version)
     _tiny_wheel(tmp_path, "numpy", "2.1")

@@ -297,7 +297,7 @@ BROKEN = {
     ),
     "an old package": (
         cpu_box().but(packages=RUNTIME | {"onnxruntime": "1.18.1"}),
-        *("packages", "problem", "too old: onnxruntime 1.18.1", "pip install --upgrade 'onnxruntime>=1.22'"),
+        *("packages", "problem", "too old: onnxruntime 1.18.1", "pip install --upgrade 'onnxruntime>=1.23'"),
     ),
     "an old processor": (
         cpu_box().but(files={"proc/cpuinfo": "model name : Intel(R) Atom(TM)\nflags : sse4_2\n"}),

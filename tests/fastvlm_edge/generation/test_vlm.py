@@ -67,7 +67,8 @@ class Reference:
         binding.bind_ortvalue_output("image_features", found)
         self.vision.run_with_iobinding(binding)
         dtype = self.manifest.decoder.dtype
-        bits = np.ctypeslib.as_array(ctypes.cast(found.data_ptr(), ctypes.POINTER(ctypes.c_uint8)), (found.tensor_size_in_bytes(),))
+        nbytes = TOKENS * HIDDEN * np.dtype(storage(dtype)).itemsize
+        bits = np.ctypeslib.as_array(ctypes.cast(found.data_ptr(), ctypes.POINTER(ctypes.c_uint8)), (nbytes,))
         return to_float32(bits.view(storage(dtype)), dtype).reshape(TOKENS, HIDDEN).copy()
 
     def logits(self, ids: Sequence[int], features: Any) -> Any:
