@@ -399,6 +399,25 @@ def settings() -> str:
     return "\n".join(lines)
 
 
+def onnxruntime_versions() -> str:
+    """`onnxruntime_versions.json`: speeds by version of onnxruntime, in the last column without its own operator."""
+    from benchmarks.onnxruntime_versions import PRECISIONS, STANDARD
+
+    document = load("onnxruntime_versions")
+    machine = document["machine"]
+    titles = [f"{precision}, {what}" for what in ("prefill ms", "decode tokens/s") for precision in PRECISIONS]
+    lines = [
+        f"{machine['cpu']}, {document['threads']} threads, {machine['date']}; medians of {document['processes']} process(es):",
+        "",
+        f"| onnxruntime | {' | '.join(titles)} | {STANDARD}: decode tokens/s |",
+        "| --- " * (len(titles) + 2) + "|",
+    ]
+    for version, found in document["results"].items():
+        cells = [rounded(found[way][field]["median"]) for field in ("prefill_ms", "decode_tokens_per_second") for way in PRECISIONS]
+        lines.append(f"| {version} | {' | '.join(cells)} | {rounded(found[STANDARD]['decode_tokens_per_second']['median'])} |")
+    return "\n".join(lines)
+
+
 def chunks() -> str:
     """`chunks.json`: the largest difference of logits, by length of the chunks."""
     document = load("chunks")
@@ -485,7 +504,7 @@ SCRIPTS = (
     ("precisions", "What does each precision cost in speed and accuracy? (draws the pictures of performance.md)", "bench", 20),
     ("versions BEFORE", "Is this checkout as fast on a CPU as an earlier one?", "versions", 25),
     ("settings", "What does each setting of the runtime bring on a CPU?", "settings", 20),
-    ("onnxruntime_versions", "How fast is each version of onnxruntime on a CPU? (needs a package index)", "", 25),
+    ("onnxruntime_versions", "How fast is each version of onnxruntime on a CPU? (needs a package index)", "onnxruntime_versions", 25),
     ("chunks", "How far are logits apart if a prompt is prefilled in one call, and in chunks?", "chunks", 3),
     ("demo_accuracy", "How many questions does the demo answer correctly, by precision?", "demo_accuracy", 5),
     ("quantization", "What does quantisation cost the demo in size, accuracy and speed?", "quantization", 15),
@@ -563,6 +582,7 @@ TABLES = {
     "planted_faults": planted_faults,
     "planted_faults_levels": planted_faults_levels,
     "settings": settings,
+    "onnxruntime_versions": onnxruntime_versions,
     "chunks": chunks,
     "verdicts": verdicts,
     "vision_libraries": vision_libraries,
