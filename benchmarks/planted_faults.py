@@ -36,15 +36,12 @@ NARROW, WIDE = "demo", "demo, 896 wide"
 NONE = "none"
 COPIES = (7, 12)
 """Of every channel of the residual stream and of the MLP: 896 and 4,608 instead of 128 and 384."""
-USUAL, LARGEST = 300.0, 10_000.0
-"""Scales: a few times that of the outliers of OPT (arXiv 2211.10438, section 3), and a much larger one."""
+SMALL, USUAL, LARGEST = 100.0, 300.0, 10_000.0
+"""Scales: that of the outliers of OPT (arXiv 2211.10438, section 3), and larger ones."""
 INTEGERS = ("int8", "int4")
 FLOATS = ("fp16", "bf16")
 LEVELS = {"no AVX2": "Nehalem", "AVX2": "Haswell"}
 """Instructions -> a processor of qemu that has them and nothing newer."""
-ON_LEVELS = ("norms", "everywhere")
-"""Faults that emulated processors answer as well."""
-AT_BOTH_SCALES = (*ON_LEVELS, "final_norm", "massive_token")
 IN_FLOATS = ("keys", "everywhere", "massive_residual", "massive_token", "key_biases")
 """Faults that concern float types as well."""
 
@@ -64,12 +61,14 @@ class Case:
 def cases() -> Iterator[Case]:
     """Everything that is measured."""
     yield Case(NARROW, NONE, 1, (*FLOATS, *INTEGERS))
+    yield Case(NARROW, "norms", SMALL, INTEGERS, levels=True)
     for name, fault in FAULTS.items():
-        if name in AT_BOTH_SCALES:
-            yield Case(NARROW, name, USUAL, INTEGERS, levels=name in ON_LEVELS)
-        yield Case(NARROW, name, fault.scales[-1], (*(FLOATS if name in IN_FLOATS else ()), *INTEGERS))
-    for name in (NONE, "norms", "final_norm", "everywhere"):
-        yield Case(WIDE, name, 1 if name == NONE else LARGEST, INTEGERS)
+        scale = USUAL if USUAL in fault.scales else fault.scales[-1]
+        yield Case(NARROW, name, scale, (*(FLOATS if name in IN_FLOATS else ()), *INTEGERS))
+    for name in ("norms", "everywhere", "massive_token"):
+        yield Case(NARROW, name, LARGEST, INTEGERS)
+    for name in (NONE, "norms", "everywhere"):
+        yield Case(WIDE, name, 1 if name == NONE else USUAL, INTEGERS)
 
 
 class Run:

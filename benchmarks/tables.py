@@ -277,6 +277,8 @@ def planted_faults_levels() -> str:
     for row in sides["after"].values():
         for precision in ("int8", "int4"):
             levels += [level for level in row.get(precision, {}).get("levels", {}) if level not in levels]
+    if not levels:
+        raise ValueError("planted_faults.json has no answers of emulated processors")
     lines = [
         f"| fault | scale | | {' | '.join(f'{level}, before | {level}' for level in levels)} |",
         "| --- " * (3 + 2 * len(levels)) + "|",

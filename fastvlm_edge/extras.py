@@ -139,7 +139,9 @@ def import_failure(error: Exception, what_for: str | None = None) -> PackageErro
         module = getattr(error, "obj", None)  # Python imports any directory on its path, such as one called onnx
         top = module.__name__.partition(".")[0] if isinstance(module, ModuleType) else ""
         if top in NEEDED_BY:
-            return broken_package(top, last_line(error)) if _found(top) else missing_package(top, what_for)
+            if not _found(top):
+                return missing_package(top, what_for)
+            return broken_package(top, last_line(error)) if _unusual_place(top) else None  # a name that a whole package lacks is our bug
     return broken_package(package, last_line(error)) if package else None
 
 

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 def next_commands(model: Path, *, gpu: bool) -> list[str]:
     """The commands that lead from the model directory to the first answer, for a shell; PICTURE stands for a file."""
     program, place = toolkit_command(), shlex.quote(str(model))
-    ask = f'{program} run {place} --image PICTURE --prompt "What is in this picture?"'
+    ask = f'{program} run {place} --image PICTURE "What is in this picture?"'
     return [f"{program} build {place}", ask] if gpu else [ask]
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import stat
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     progress = SilentProgress() if options.json or options.quiet else stderr_progress()
 
     def check(manifest: Manifest, tokenizer: TextTokenizer) -> None:
-        check_question(manifest, tokenizer, options.prompt, len(images))
+        check_question(manifest, tokenizer, options.prompt, len(images), special_tokens=sampling.get("special_tokens", False))
 
     parts = load_parts(
         options.model,
@@ -89,12 +90,14 @@ def _check_places(options: argparse.Namespace) -> None:
     """Raise FastVLMError if a model directory, a picture or an address stands where the question belongs."""
     prompt: str = options.prompt
     if is_regular_file(Path(prompt, MANIFEST_NAME)) and not Path(options.model).exists():
-        raise FastVLMError(f"{prompt} is a model directory, not a question", f'run: fastvlm-edge run {prompt} --image FILE "QUESTION"')
+        raise FastVLMError(
+            f"{prompt} is a model directory, not a question", f'run: fastvlm-edge run {shlex.quote(prompt)} --image FILE "QUESTION"'
+        )
     if is_address(prompt) and not any(map(str.isspace, prompt)):
         what = f"the question is only an address, {shortened(prompt)}"
         raise FastVLMError(what, "save the picture that it stands for as a file, and give that with --image")
-    if looks_like_picture(prompt) and is_regular_file(Path(prompt)):
-        raise FastVLMError(f"the question is the name of a picture, {prompt}", f'give it with --image {prompt} "QUESTION"')
+    if looks_like_picture(prompt) and not any(map(str.isspace, prompt)):
+        raise FastVLMError(f"the question is the name of a picture, {prompt}", f'give it with --image {shlex.quote(prompt)} "QUESTION"')
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:

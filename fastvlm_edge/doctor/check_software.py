@@ -36,8 +36,9 @@ def _broken(facts: Facts) -> dict[str, list[Finding]]:
         error = broken_package(module, why)
         mend = str(error.mend).replace("run: ", "")
         if module == "tensorrt" and facts.jetson is not None:
-            mend = "sudo apt install --reinstall python3-libnvinfer libnvinfer10"
-        findings[topic].append(problem(topic, error.what, mend))
+            mend = "sudo apt install --reinstall python3-libnvinfer tensorrt-libs"
+        finding = problem if topic != "packages" or module in PACKAGES else warning
+        findings[topic].append(finding(topic, error.what, mend))
     return findings
 
 

@@ -147,10 +147,10 @@ def load_parts(
     return manifest, tokenizer, select(backend, directory, manifest, threads=threads, tune_process=tune_process, progress=progress)
 
 
-def check_question(manifest: Manifest, tokenizer: TextTokenizer, prompt: str, images: int) -> None:
+def check_question(manifest: Manifest, tokenizer: TextTokenizer, prompt: str, images: int, *, special_tokens: bool = False) -> None:
     """Raise FastVLMError for a prompt that is not text, or that leaves no room for a reply beside this number of images."""
     template = ChatTemplate(tokenizer, manifest)
-    check_room([*template.opening(), *template.turn(prompt, [manifest.vision.tokens] * images)], manifest)
+    check_room([*template.opening(), *template.turn(prompt, [manifest.vision.tokens] * images, special_tokens=special_tokens)], manifest)
 
 
 class FastVLM:

@@ -16,7 +16,6 @@ class TextTokenizer:
 
     def __init__(self, path: Path) -> None:
         """Read `tokenizer.json`. Raises FastVLMError if it is damaged or not byte-level BPE."""
-        self._path = path
         self._tokenizer = _read(path)
         if "ByteLevel" not in repr(self._tokenizer.decoder):
             raise FastVLMError(f"{path} is not a byte-level tokenizer, which FastVLM's Qwen2 needs", "convert the checkpoint again")
@@ -52,7 +51,9 @@ class TextTokenizer:
     def _reading_special(self) -> Tokenizer:
         """A second tokenizer, because the setting belongs to the object, and another thread may use the first."""
         if self._with_special is None:
-            self._with_special = _read(self._path)
+            self._with_special = Tokenizer.from_str(self._tokenizer.to_str())
+            self._with_special.no_truncation()
+            self._with_special.no_padding()
         return self._with_special
 
     def control_id(self, name: str) -> int:

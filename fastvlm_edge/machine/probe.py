@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -58,14 +59,24 @@ def _import_error(name: str) -> str | None:
         return None
     command = [sys.executable, "-c", _IMPORT, name, *sys.path]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_IMPORT_SECONDS, check=False)
+        with tempfile.TemporaryDirectory() as folder:  # some packages write to HOME or to the folder for temporary files
+            places = dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"), folder)
+            environment = {**os.environ, **places, "PYTHONDONTWRITEBYTECODE": "1"}
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, errors="replace", timeout=_IMPORT_SECONDS, check=False
+            )
     except subprocess.TimeoutExpired:
         return f"its import takes longer than {_IMPORT_SECONDS} s"
     except OSError:
         return None
+    if done.returncode == -signal.SIGKILL:
+        return "its import was killed, probably for lack of memory"
     if done.returncode < 0:
         return f"its import ends the process: {signal.strsignal(-done.returncode)}"
-    return done.stdout.strip().splitlines()[-1] if done.returncode else None
+    if done.returncode == 0:
+        return None
+    lines = done.stdout.strip().splitlines()
+    return lines[-1] if lines else f"its import ends the process with status {done.returncode}"
 
 
 def _package_version(name: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from fastvlm_edge.errors import FastVLMError
@@ -93,4 +94,4 @@ def _about_file(path: Path, manifest_name: str) -> FastVLMError:
 
 
 def _convert(checkpoint: str) -> str:
-    return f"run: fastvlm-edge convert {checkpoint} -o model"
+    return f"run: fastvlm-edge convert {shlex.quote(checkpoint)} -o model"

@@ -260,7 +260,7 @@ def test_convert_passes_everything_on_and_prints_what_to_type_next(
     assert capsys.readouterr().out.splitlines() == [
         f"out: fake, fp32, 256 px (16 tokens, pad), context 2048, {_size(model_dir):.1f} MB",
         *(["next: fastvlm-edge build out"] if gpu else []),
-        f'{"then" if gpu else "next"}: fastvlm-edge run out --image PICTURE --prompt "What is in this picture?"',
+        f'{"then" if gpu else "next"}: fastvlm-edge run out --image PICTURE "What is in this picture?"',
     ]
 
 
@@ -280,7 +280,7 @@ def test_the_next_command_is_one_that_a_shell_understands(tmp_path: Path, monkey
         monkeypatch.setattr(sys, "argv", [str(started), "convert"])
         monkeypatch.setenv("PATH", path)
         (command,) = next_commands(Path("my model's"), gpu=False)
-        asked = ["run", "my model's", "--image", "PICTURE", "--prompt", "What is in this picture?"]
+        asked = ["run", "my model's", "--image", "PICTURE", "What is in this picture?"]
         assert shlex.split(command) == [*words, *asked]
         build, same = next_commands(Path("my model's"), gpu=True)
         assert shlex.split(build) == [*words, "build", "my model's"] and same == command

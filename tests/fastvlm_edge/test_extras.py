@@ -12,13 +12,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastvlm_edge.bundling import start
 from fastvlm_edge.cli import _explain
 from fastvlm_edge.commands import convert
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.extras import DISTRIBUTIONS, NEEDED_BY, gpu_extra, install_command, missing_package
+from fastvlm_edge.extras import DISTRIBUTIONS, NEEDED_BY, gpu_extra, import_failure, install_command, missing_package
 from fastvlm_edge.machine import probe
 from fastvlm_edge.machine.host import read_jetson
 from fastvlm_edge.machine.probe import Probe
@@ -173,6 +174,22 @@ def test_every_kind_of_broken_package_is_one_sentence(kind: str, tmp_path: Path)
     said = run_with(package.parent, program)
     assert said.startswith("PackageError onnx is installed but cannot be loaded ") and why in said
     assert said.endswith("| run: pip install --force-reinstall onnx\n")
+
+
+def test_a_name_that_a_whole_package_lacks_is_a_bug_of_ours() -> None:
+    with pytest.raises(AttributeError) as caught:
+        np.no_such_name  # type: ignore[attr-defined]  # noqa: B018
+    assert import_failure(caught.value) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("import os; os._exit(1)", "its import ends the process with status 1"), ("raise OSError('no')", "OSError: no"), ("", None)],
+)
+def test_an_import_that_ends_its_process_is_named(text: str, says: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_package.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Probe().import_error("a_package") == says
 
 
 def test_a_directory_without_init_is_no_package(tmp_path: Path) -> None:
