@@ -278,9 +278,12 @@ def _converse(conversion: Conversion, features: Float32, watch: Watch | None = N
 
 def _moved(channels: dict[str, list[int]]) -> str:
     """Which outlier channels were moved, for the user: every product if they are few."""
-    names = [f"{name} ({', '.join(map(str, numbers[:4]))}{', ...' * (len(numbers) > 4)})" for name, numbers in channels.items()]
+    names = [
+        f"{name} (channel{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:4]))}{', ...' * (len(numbers) > 4)})"
+        for name, numbers in channels.items()
+    ]
     listed = ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6)
-    return f"moved outlier channels from the inputs of products into their weights, which changes nothing in FP32: {listed}"
+    return f"balanced outlier channels between the inputs of products and their weights, which changes nothing in FP32: {listed}"
 
 
 def _largest_of_llm(seen: Magnitudes, plan: PrecisionPlan) -> str:
@@ -498,7 +501,7 @@ def _cost_of_integers(figures: dict[str, Any], *, advise: bool) -> str:
         f"quantised decoder: the logits have a cosine of {logits['cosine']:.4f} to the checkpoint's, "
         f"and {logits['greedy_agreement']:.0%} of greedy tokens are unchanged"
     )
-    return f"{text}; calibration (--calib DATA) would preserve more" if advise else text
+    return f"{text}; calibration (--calib DATA) may preserve more" if advise and logits["greedy_agreement"] < 1 else text
 
 
 @contextmanager
