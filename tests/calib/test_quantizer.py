@@ -62,7 +62,7 @@ def model(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.Te
 def test_a_calibrated_model_directory_is_whole_and_answers(model: Path, demo_scenes: Callable[[str, int], Path]) -> None:
     manifest = read_manifest(model)
     verify_files(model, manifest, hashes=True)
-    assert {path.name for path in model.iterdir()} == {*manifest.files, "fastvlm.json"}
+    assert {path.name for path in model.iterdir()} == {*manifest.files, "fastvlm.json", "verified.json"}
     assert {"quantization.json", "quantization.html", "vision.cpu.onnx", "decoder.cpu.onnx"} <= set(manifest.files)
     from fastvlm_edge.evaluation.data import open_data
 

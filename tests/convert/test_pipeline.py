@@ -303,7 +303,7 @@ def test_a_graph_that_disagrees_is_not_published(checkpoint: Path, tmp_path: Pat
         return real(replace(text, rope_theta=100.0), context)
 
     monkeypatch.setattr(decoder, "rotary_tables", wrong)
-    with pytest.raises(FastVLMError, match="do not agree with PyTorch"):
+    with pytest.raises(FastVLMError, match=r"would give other answers .*; report it"):
         convert(str(checkpoint), tmp_path / "model", precision="fp32")
     assert not any(tmp_path.iterdir())
 
