@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -19,6 +20,14 @@ from fastvlm_edge import cli
 from fastvlm_edge.machine.cache_dir import cache_dir, home_dir
 
 ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.fixture(autouse=True)
+def hangup_ends() -> Iterator[None]:
+    """Also where the tests run under nohup, whose children ignore it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def command_that(monkeypatch: pytest.MonkeyPatch, main: Any) -> list[str]:
