@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from fastvlm_edge.commands.arguments import multiple_of_64, positive
-from fastvlm_edge.doctor.facts import read_facts
+from fastvlm_edge.doctor.facts import has_gpu
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.cache_dir import cache_dir
 from fastvlm_edge.machine.probe import Probe
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     for note in manifest.notes:
         print(f"note: {note}", file=sys.stderr)
-    print("next: " + "\nthen: ".join(next_commands(options.output, gpu=read_facts(Probe()).has_gpu)))
+    print("next: " + "\nthen: ".join(next_commands(options.output, gpu=has_gpu(Probe()))))
     return 0
 
 

@@ -242,7 +242,7 @@ def test_convert_passes_everything_on_and_prints_what_to_type_next(
     module = types.ModuleType("fastvlm_edge.convert.pipeline")
     module.convert = convert  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fastvlm_edge.convert.pipeline", module)
-    monkeypatch.setattr("fastvlm_edge.commands.convert.read_facts", lambda _: types.SimpleNamespace(has_gpu=gpu))
+    monkeypatch.setattr("fastvlm_edge.commands.convert.has_gpu", lambda _: gpu)
     options = "--precision int4 --image-size 512 --geometry crop --context 4096 --name mine --force"
     assert main(["convert", "org/name", "-o", "out", *options.split()]) == 0
     seen.pop("progress")

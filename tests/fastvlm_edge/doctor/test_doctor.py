@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 from fastvlm_edge.commands.doctor import main
 from fastvlm_edge.doctor.check_board import OLDEST_TENSORRT
 from fastvlm_edge.doctor.check_software import OLDEST_RTX
-from fastvlm_edge.doctor.facts import read_facts
+from fastvlm_edge.doctor.facts import has_gpu, read_facts
 from fastvlm_edge.doctor.findings import STATUSES
 from fastvlm_edge.extras import install_command
 from fastvlm_edge.machine.boards.chips import CHIPS, SUPPORTED
@@ -447,6 +447,13 @@ def test_text_has_a_line_a_finding_and_its_command_below(tmp_path: Path, capsys:
 def test_the_report_in_the_documentation_is_the_one_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([], probe_of(orin_nano(), tmp_path))
     assert f"<!-- orin nano -->\n```\n{capsys.readouterr().out}```\n" in (HERE / "docs/doctor.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("make", BOARDS)
+def test_whether_there_is_a_gpu_is_told_without_importing_packages(make: Callable[[], Board], tmp_path: Path) -> None:
+    probe = probe_of(make(), tmp_path)
+    expected = read_facts(probe).has_gpu
+    assert has_gpu(replace(probe, import_error=lambda name: pytest.fail(f"imports {name}"))) == expected == (make is not cpu_box)
 
 
 @pytest.mark.parametrize("content", ["", "\0\0", "garbage: x\n= ,,,\n", "-1\n", "9" * 400, "# R (release), REVISION: .\n"])
