@@ -123,7 +123,7 @@ class Quantizer:
         decoder = calibrate_decoder(source, conversations, plan, progress=progress, directory=conversion.directory)
         conversion.cleanup.callback(decoder.close)
         accuracy: dict[str, float] = {}
-        certify: Callable[[Path, Manifest], None] = _accept
+        certify: Callable[[Path, Manifest], None] | None = None
         if self.options.accuracy_drop is None:
             vision = search.choose(seen, bound=DAMAGE)
         else:
@@ -215,10 +215,6 @@ class _HeldOut:
     """Image features [tokens, hidden] of each question's picture, in FP32."""
     pictures: Sequence[Float32]
     """pixel_values [1, 3, size, size]"""
-
-
-def _accept(_directory: Path, _manifest: Manifest) -> None:
-    """No accuracy was asked for."""
 
 
 def _certify(held_out: _HeldOut, before: Score, figures: dict[str, float], progress: Progress, directory: Path, manifest: Manifest) -> None:

@@ -51,8 +51,8 @@ class Calibration:
 
     vision: VisionIntegers
     decoder: QuantizedMatrices
-    certify: Callable[[Path, Manifest], None]
-    """Measures what onnxruntime loses on this CPU with the finished graphs, if an accuracy was asked for. Raises PrecisionRefused."""
+    certify: Callable[[Path, Manifest], None] | None
+    """Measures what onnxruntime loses on this CPU with the finished graphs; None if no accuracy was asked for. Raises PrecisionRefused."""
     write_report: Callable[[Path, Manifest], None]
     """Writes what was chosen and why into the model directory, when the graphs are checked and the manifest has the parity figures."""
 

@@ -22,7 +22,7 @@ from fastvlm_edge.backends.ort_session import on_device
 from fastvlm_edge.backends.verification.cases import feed
 from fastvlm_edge.backends.verification.check import BOUNDS as BACKEND_BOUNDS
 from fastvlm_edge.backends.verification.check import MANTISSA
-from fastvlm_edge.backends.verification.compare import Difference, compare, divergence, regret, regret_in_steps, top_rows
+from fastvlm_edge.backends.verification.compare import Difference, compare, divergence, in_steps, regret, top_rows
 from fastvlm_edge.backends.verification.conversation import TAIL, Passage, stored_conversation
 from fastvlm_edge.backends.verification.reference import Reference
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
@@ -189,10 +189,11 @@ def row_errors(logits: dict[int, Float32], reference: Reference, dtype: str) -> 
     at = {position: index for index, position in enumerate(reference.passage.positions)}
     rows = {position: reference.rows[at[position]] for position in logits}
     distances = {position: divergence(row, rows[position]) for position, row in logits.items()}
-    regrets = [regret(row, rows[position]) for position, row in logits.items()]
-    steps = max(regret_in_steps(row, rows[position], 2.0 ** -MANTISSA[dtype]) for position, row in logits.items())
+    regrets = {position: regret(row, rows[position]) for position, row in logits.items()}
+    steps = max(in_steps(regrets[position], row, 2.0 ** -MANTISSA[dtype]) for position, row in rows.items())
     worst = max(distances, key=lambda position: distances[position])
-    return RowErrors(distances[worst], worst, max(regrets), steps, sum(each == 0 for each in regrets) / len(regrets), len(rows))
+    agreement = sum(each == 0 for each in regrets.values()) / len(regrets)
+    return RowErrors(distances[worst], worst, max(regrets.values()), steps, agreement, len(rows))
 
 
 def run_passage(directory: Path, manifest: Manifest, reference: Reference) -> tuple[RowErrors, float]:
@@ -221,7 +222,7 @@ def run_passage(directory: Path, manifest: Manifest, reference: Reference) -> tu
 def errors_of_narrow_type(weights: Weights, reference: Reference, plan: PrecisionPlan, advance: Callable[[], None]) -> RowErrors:
     """The errors of a GPU's arithmetic, computed by PyTorch: weights and values in the plan's float type, sums in FP32."""
     passage = reference.passage
-    features = np.concatenate([*reference.features])
+    features = np.concatenate(reference.features)
     logits, _ = reference_logits(weights, passage.ids, features, passage.positions, advance, arithmetic=Arithmetic.of(plan))
     return row_errors(dict(zip(passage.positions, logits, strict=True)), reference, NUMPY_NAMES[plan.decoder])
 

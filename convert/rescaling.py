@@ -86,14 +86,15 @@ def find_moves(seen: ChannelWatch, text: TextConfig, plan: PrecisionPlan) -> Mov
     columns: dict[str, Float32] = {}
     channels: dict[str, list[int]] = {}
 
-    def move(name: str, exponents: Exponents, writers: list[str], readers: list[str]) -> None:
-        if not exponents.any():
-            return
-        for tensor in writers:
-            rows[tensor] = _powers(-exponents)
-        for tensor in readers:
-            columns[tensor] = _powers(exponents)
-        channels[name] = np.flatnonzero(exponents).tolist()
+    def divide_rows(exponents: Exponents, tensors: list[str]) -> None:
+        rows.update(dict.fromkeys(tensors, _powers(-exponents.ravel())))
+
+    def move(name: str, exponents: Exponents, writers: list[str], readers: list[str], *, at: Exponents | None = None) -> None:
+        """`at` are the exponents of the readers' columns if these are others."""
+        if exponents.any():
+            divide_rows(exponents, writers)
+            columns.update(dict.fromkeys(readers, _powers(exponents if at is None else at)))
+            channels[name] = np.flatnonzero(exponents).tolist()
 
     if plan.decoder != "fp16":
         return Moves({}, {})
@@ -108,17 +109,13 @@ def find_moves(seen: ChannelWatch, text: TextConfig, plan: PrecisionPlan) -> Mov
         exponents = exponents_of(seen.products[f"{path}.down"], bounded=False)
         move(f"{path}.down", exponents, [f"{mlp}.up_proj.weight"], [f"{mlp}.down_proj.weight"])
         values = exponents_of(_by_kv_head(seen.products[f"{path}.o_proj"], text), bounded=False)  # [kv_heads * head_dim]
-        if values.any():
-            for tensor in (f"{attention}.v_proj.weight", f"{attention}.v_proj.bias"):
-                rows[tensor] = _powers(-values)
-            repeated = np.repeat(values.reshape(text.kv_heads, text.head_dim), group, axis=0)
-            columns[f"{attention}.o_proj.weight"] = _powers(repeated.ravel())
-            channels[f"{path}.o_proj"] = np.flatnonzero(values).tolist()
+        repeated = np.repeat(values.reshape(text.kv_heads, text.head_dim), group, axis=0).ravel()
+        writers = [f"{attention}.v_proj.{kind}" for kind in ("weight", "bias")]
+        move(f"{path}.o_proj", values, writers, [f"{attention}.o_proj.weight"], at=repeated)
         balance = _balance(seen.queries[layer], seen.keys[layer])  # [kv_heads, head_dim]
         if balance.any():
-            for part, exponents in (("q", np.repeat(-balance, group, axis=0)), ("k", balance)):
-                for kind in ("weight", "bias"):
-                    rows[f"{attention}.{part}_proj.{kind}"] = _powers(exponents.ravel())
+            for part, exponents in (("q", np.repeat(balance, group, axis=0)), ("k", -balance)):
+                divide_rows(exponents, [f"{attention}.{part}_proj.{kind}" for kind in ("weight", "bias")])
             channels[f"{path}.keys"] = np.flatnonzero(balance.any(axis=0)).tolist()
     if plan.head.bits:
         move("llm.head", exponents_of(seen.products["llm.head"]), ["llm.norm.weight"], ["lm_head.weight"])

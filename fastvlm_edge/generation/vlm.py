@@ -27,6 +27,7 @@ from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.rgb import Colour, to_colour
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import Manifest, check_sha256, read_manifest, verify_files
+from fastvlm_edge.model_dir.verified import changed
 from fastvlm_edge.model_dir.verified import verify as verify_model
 from fastvlm_edge.progress import Progress
 
@@ -139,7 +140,8 @@ def load_parts(
         check_integer("threads", threads, least=1)
     manifest = read_manifest(directory)
     verify_files(directory, manifest)
-    check_sha256(directory / "tokenizer.json", manifest.files["tokenizer.json"])  # it is small, and read before the others are compared
+    if verify or "tokenizer.json" in changed(directory, manifest):  # it is read before the others are compared
+        check_sha256(directory / "tokenizer.json", manifest.files["tokenizer.json"])
     tokenizer = TextTokenizer(directory / "tokenizer.json")
     if check is not None:
         check(manifest, tokenizer)

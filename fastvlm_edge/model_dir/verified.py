@@ -26,8 +26,7 @@ def verify(directory: Path, manifest: Manifest, *, again: bool = False, progress
     names the first file that differs.
     """
     verify_files(directory, manifest)
-    known = {} if again else _read(directory)
-    new = [name for name in manifest.files if known.get(name) != _state(directory, manifest, name)]
+    new = [*manifest.files] if again else changed(directory, manifest)
     if not new:
         return
     progress = progress or SilentProgress()
@@ -37,6 +36,12 @@ def verify(directory: Path, manifest: Manifest, *, again: bool = False, progress
         progress.advance(manifest.files[name].bytes >> 20)
     progress.done()
     remember(directory, manifest)
+
+
+def changed(directory: Path, manifest: Manifest) -> list[str]:
+    """The files, which must exist, that were not compared yet, or that have changed since."""
+    known = _read(directory)
+    return [name for name in manifest.files if known.get(name) != _state(directory, manifest, name)]
 
 
 def remember(directory: Path, manifest: Manifest) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.planted_faults import COPIES, LEVELS
 from examples.checkpoints.planted_faults import FAULTS, plant, widen
 from fastvlm_edge import FastVLM
 from fastvlm_edge.convert.pipeline import convert
@@ -30,10 +31,6 @@ MAY_LOSE = {"fp32": 0.0, "fp16": 0.5, "bf16": 0.5, "int8": 0.5, "int4": 1.5}
 """Points of exact match that a precision may lose to FP32 of the same checkpoint."""
 PLACE = re.compile(r"layer \d|llm\.|vision\.|stage\d|final_conv|projector")
 """A layer, product or stage in a message."""
-WIDE = (7, 12)
-"""Copies of the demo's channels that give it about the widths of the 0.5B."""
-LEVELS = {"no AVX2": "Nehalem", "AVX2": "Haswell"}
-"""Instructions -> a processor of qemu that has them and nothing newer."""
 SEES_AVX2 = """
 import numpy
 core = numpy._core if hasattr(numpy, "_core") else numpy.core
@@ -138,7 +135,7 @@ def test_every_fault_is_handled_or_refused(
 def test_every_fault_is_handled_or_refused_at_the_width_of_the_0_5b(
     tmp_path: Path, examiner: Examiner, healthy: float, fault: str, scale: float, precision: str
 ) -> None:
-    checkpoint = plant(widen(DEMO, tmp_path / "wide", *WIDE), tmp_path / "planted", fault, scale)
+    checkpoint = plant(widen(DEMO, tmp_path / "wide", *COPIES), tmp_path / "planted", fault, scale)
     check(checkpoint, precision, examiner, points_in_fp32(checkpoint, fault, examiner, healthy, tmp_path), tmp_path)
 
 

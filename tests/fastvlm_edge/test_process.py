@@ -43,6 +43,21 @@ def start(program: str, *arguments: str | Path, **options: Any) -> subprocess.Po
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+def start_command(program: str, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """Run the function `main` of a program as the command `doctor`."""
+    return start(textwrap.dedent(program) + RUN_MAIN, *arguments, **options)
+
+
+RUN_MAIN = """
+import sys, types
+from fastvlm_edge import cli
+module = types.ModuleType("fastvlm_edge.commands.doctor")
+module.main = main
+sys.modules[module.__name__] = module
+sys.exit(cli.main(["doctor"]))
+"""
+
+
 def line_of(stream: IO[str] | None) -> str:
     assert stream is not None
     return stream.readline().strip()
@@ -52,7 +67,6 @@ def line_of(stream: IO[str] | None) -> str:
 
 LOADS = """
     import sys
-    from fastvlm_edge import cli
     sys.path.insert(0, sys.argv[1])
     def main(_):
         import slow
@@ -60,11 +74,6 @@ LOADS = """
         import time
         time.sleep(10)
         return 0
-    import types
-    module = types.ModuleType("fastvlm_edge.commands.doctor")
-    module.main = main
-    sys.modules[module.__name__] = module
-    sys.exit(cli.main(["doctor"]))
 """
 MODULES = {
     "turned into an ImportError": """
@@ -90,7 +99,7 @@ MODULES = {
 @pytest.mark.parametrize(("number", "status"), ENDINGS)
 def test_a_signal_while_a_module_loads_ends_the_command(tmp_path: Path, module: str, number: int, status: int) -> None:
     (tmp_path / "slow.py").write_text(textwrap.dedent(MODULES[module]))
-    process = start(LOADS, tmp_path)
+    process = start_command(LOADS, tmp_path)
     assert line_of(process.stdout) == "loading"
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
@@ -101,7 +110,6 @@ def test_a_signal_while_a_module_loads_ends_the_command(tmp_path: Path, module: 
 WRITES = """
     import sys, time
     from pathlib import Path
-    from fastvlm_edge import cli
     from fastvlm_edge.model_dir import atomic
     remove = atomic.shutil.rmtree
     def slowly(*arguments, **options):
@@ -115,17 +123,12 @@ WRITES = """
             print("writing", flush=True)
             time.sleep(20)
         return 0
-    import types
-    module = types.ModuleType("fastvlm_edge.commands.doctor")
-    module.main = main
-    sys.modules[module.__name__] = module
-    sys.exit(cli.main(["doctor"]))
 """
 
 
 @pytest.mark.parametrize(("number", "status"), ENDINGS)
 def test_a_signal_leaves_nothing_half_written(tmp_path: Path, number: int, status: int) -> None:
-    process = start(WRITES, tmp_path / "new" / "model")
+    process = start_command(WRITES, tmp_path / "new" / "model")
     assert line_of(process.stdout) == "writing"
     process.send_signal(number)
     assert line_of(process.stdout) == "removing"
@@ -137,7 +140,7 @@ def test_a_signal_leaves_nothing_half_written(tmp_path: Path, number: int, statu
 
 def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
     """As under nohup."""
-    process = start(WRITES.replace("time.sleep(20)", "time.sleep(1)"), tmp_path / "model", preexec_fn=ignore_hangup)
+    process = start_command(WRITES.replace("time.sleep(20)", "time.sleep(1)"), tmp_path / "model", preexec_fn=ignore_hangup)
     assert line_of(process.stdout) == "writing"
     process.send_signal(signal.SIGHUP)
     assert process.communicate(timeout=30)[1] == "" and process.returncode == 0
@@ -234,21 +237,16 @@ def test_a_full_stdout_is_one_line(arguments: list[str], monkeypatch: pytest.Mon
 
 def test_nothing_is_printed_into_a_file_that_took_the_place_of_stdout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = """
-        import os, sys, types
+        import os, sys
         os.close(1)
         sys.stdout = None
-        from fastvlm_edge import cli
         def main(_):
             with open(sys.argv[1], "wb") as file:
                 os.write(1, b"from a library")
                 file.write(b"content")
             return 0
-        module = types.ModuleType("fastvlm_edge.commands.doctor")
-        module.main = main
-        sys.modules[module.__name__] = module
-        sys.exit(cli.main(["doctor"]))
     """
-    process = start(program, tmp_path / "file")
+    process = start_command(program, tmp_path / "file")
     assert process.communicate(timeout=30)[1] == "" and process.returncode == 0
     assert (tmp_path / "file").read_bytes() == b"content"
 

@@ -13,16 +13,7 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.backends.protocol import Backend, ImageFeatures, StepOutput
 from fastvlm_edge.backends.verification.cases import PASSAGE, Call, Case, all_cases
-from fastvlm_edge.backends.verification.compare import (
-    Rows,
-    cache_errors,
-    candidates_fault,
-    cosines,
-    divergence,
-    regret,
-    regret_in_steps,
-    top_rows,
-)
+from fastvlm_edge.backends.verification.compare import Rows, cache_errors, candidates_fault, cosines, divergence, in_steps, regret, top_rows
 from fastvlm_edge.backends.verification.conversation import PICTURES, stored_pictures
 from fastvlm_edge.backends.verification.reference import Reference
 from fastvlm_edge.model_dir.manifest import Manifest
@@ -246,7 +237,7 @@ class _DecoderCheck:
         expected = self._reference.rows[self._index[position]] if call.text == PASSAGE else None
         distance = 0.0 if expected is None else divergence(logits, expected)
         preferred = 0.0 if expected is None else regret(logits, expected)
-        steps = 0.0 if expected is None else regret_in_steps(logits, expected, self._step)
+        steps = 0.0 if expected is None else in_steps(preferred, expected, self._step)
         row = _Row(case.name, call.text, position, found, distance, divergence(logits, before), steps)
         self._rows.append(row)
         where = f"in the case '{case.name}', the row of position {position}"

@@ -96,9 +96,9 @@ def regret(found: Float32, expected: Rows) -> float:
     return float(values[0] - values[where[0] if len(where) else -1])
 
 
-def regret_in_steps(found: Float32, expected: Rows, step: float) -> float:
-    """The regret in steps of a float type at the size of the expected row; `step` is that of the type near 1."""
-    return regret(found, expected) / (step * 2.0 ** math.floor(math.log2(spread(expected))))
+def in_steps(difference: float, row: Rows, step: float) -> float:
+    """A difference of logits in steps of a float type at the size of the single row; `step` is that of the type near 1."""
+    return difference / (step * 2.0 ** math.floor(math.log2(spread(row))))
 
 
 def spread(row: Rows) -> float:
