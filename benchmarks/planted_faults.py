@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.common import machine
 from benchmarks.common.rounds import Failed, call
-from examples.checkpoints.planted_faults import FAULTS, plant, widen
+from examples.checkpoints.planted_faults import COPIES, FAULTS, LEVELS, plant, widen
 from examples.demo_training.scenes import SEED, scene_questions
 from fastvlm_edge import FastVLMError
 from fastvlm_edge.bench.record import digits, write_json
@@ -34,14 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "examples" / "demo" / "fastvlm-demo"
 NARROW, WIDE = "demo", "demo, 896 wide"
 NONE = "none"
-COPIES = (7, 12)
-"""Of every channel of the residual stream and of the MLP: 896 and 4,608 instead of 128 and 384."""
 SMALL, USUAL, LARGEST = 100.0, 300.0, 10_000.0
 """Scales: that of the outliers of OPT (arXiv 2211.10438, section 3), and larger ones."""
 INTEGERS = ("int8", "int4")
 FLOATS = ("fp16", "bf16")
-LEVELS = {"no AVX2": "Nehalem", "AVX2": "Haswell"}
-"""Instructions -> a processor of qemu that has them and nothing newer."""
 IN_FLOATS = ("keys", "everywhere", "massive_residual", "massive_token", "key_biases")
 """Faults that concern float types as well."""
 

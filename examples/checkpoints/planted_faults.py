@@ -31,6 +31,10 @@ SCALES = (10.0, 300.0, 10_000.0)
 """Not powers of two: a fault must not be undone exactly by chance."""
 SEVERAL = 6
 """Channels of a fault with several of them: LLM.int8() finds outliers in at most seven, the same ones in all layers."""
+COPIES = (7, 12)
+"""For `widen`, of every channel of the residual stream and of the MLP: 896 and 4,608 of the demo, about the widths of the 0.5B."""
+LEVELS = {"no AVX2": "Nehalem", "AVX2": "Haswell"}
+"""Instructions -> a processor of qemu that has them and nothing newer, on which answers are compared as well."""
 
 
 @dataclass

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planted_faults import COPIES, LEVELS
-from examples.checkpoints.planted_faults import FAULTS, plant, widen
+from examples.checkpoints.planted_faults import COPIES, FAULTS, LEVELS, plant, widen
 from fastvlm_edge import FastVLM
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import PrecisionRefused
