@@ -60,7 +60,7 @@ def cases() -> Iterator[Case]:
     yield Case(NARROW, "norms", SMALL, INTEGERS, levels=True)
     for name, fault in FAULTS.items():
         scale = USUAL if USUAL in fault.scales else fault.scales[-1]
-        yield Case(NARROW, name, scale, (*(FLOATS if name in IN_FLOATS else ()), *INTEGERS))
+        yield Case(NARROW, name, scale, (*(FLOATS if name in IN_FLOATS else ()), *INTEGERS), levels=name == "norms")
     for name in ("norms", "everywhere", "massive_token"):
         yield Case(NARROW, name, LARGEST, INTEGERS)
     for name in (NONE, "norms", "everywhere"):
