@@ -100,8 +100,6 @@ class DeviceCache:
         self._position_bytes = spec.head_dim * storage(spec.dtype).itemsize
         self.context = spec.context
         self.length = 0
-        self.revision = 0
-        """Counts every change of the contents."""
         self.capacity = 0
         self.address = 0
         self._replace(capacity_for(1))
@@ -123,7 +121,6 @@ class DeviceCache:
         height = self._parts * self._rows
         self._cuda.copy_2d(self.address + position * size, self.capacity * size, kv_new, width * size, seq * size, height, self._stream)
         self.length = end
-        self.revision += 1
 
     def resize(self, positions: int) -> None:
         """Take the capacity for `positions`, at least `length`, after all work that uses the cache.
@@ -137,12 +134,10 @@ class DeviceCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"length {length} is outside the {self.length} positions of the cache")
         self.length = length
-        self.revision += 1
 
     def reset(self) -> None:
         """Forget all positions. The buffer stays."""
         self.length = 0
-        self.revision += 1
 
     def read(self, length: int, first: int = 0) -> NDArray[np.float32]:
         """Positions `first` to `length - 1` on the host: [layers, 2, kv_heads, positions, head_dim]. No work may be in progress."""

@@ -1,8 +1,9 @@
-"""The KV cache of the onnxruntime backend: one contiguous buffer, to which one strided copy appends."""
+"""The KV cache of the onnxruntime backend: one buffer with a row for each slot, to which strided copies append."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,86 +22,126 @@ def next_capacity(needed: int) -> int:
     return -(-needed // step) * step
 
 
-class KVCache:
-    """Buffer [layers, 2, batch, kv_heads, capacity, head_dim] on the host.
+@dataclass(frozen=True, eq=False)
+class HostSlot:
+    """A copy of the positions of a slot in host memory."""
 
-    The capacity grows in the steps of `next_capacity`, to at most `context`. The graph attends to the whole buffer, so it should not be
-    much larger than the conversation: at position 300, a capacity of 384 instead of 512 saves 3 % of a decode step. Growing costs one copy.
-    Positions that were never written are zero: the graph masks them, but a mask does not stop a NaN.
+    data: NDArray[Any]  # [layers, 2, kv_heads, positions, head_dim]
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return int(self.data.shape[3])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.data.nbytes
+
+
+class KVCache:
+    """Buffer [layers, 2, rows, kv_heads, capacity, head_dim] on the host; row i is slot i.
+
+    Rows and capacity grow as they are needed: to at most `slots` and `context`, the capacity in the steps of `next_capacity`. The graph
+    attends to the whole capacity, so it should not be much larger than the longest conversation: at position 300, a capacity of 384
+    instead of 512 saves 3 % of a decode step. Growing costs one copy. Positions that were never written are zero: the graph masks them, but
+    a mask does not stop a NaN.
     """
 
-    def __init__(self, *, layers: int, kv_heads: int, head_dim: int, context: int, dtype: str, batch: int = 1) -> None:
+    def __init__(self, *, layers: int, kv_heads: int, head_dim: int, context: int, dtype: str, slots: int = 1) -> None:
         """`dtype` is the name that the manifest uses; bfloat16 is kept as raw uint16 bits."""
-        self._outer = (layers, 2, batch, kv_heads)
-        self._head_dim = head_dim
+        self._shape = (layers, 2, kv_heads, head_dim)
         self._dtype = storage(dtype)
         self.context = context
-        self.length = 0
-        self.revision = 0
-        """Counts every change of the contents."""
-        self.buffer = self._allocate(min(FIRST_CAPACITY, context))
+        self.lengths = [0] * slots
+        """Number of positions in each slot."""
+        self.buffer = self._allocate(1, min(FIRST_CAPACITY, context))
+
+    @property
+    def rows(self) -> int:
+        """Number of slots that have memory."""
+        return int(self.buffer.shape[2])
 
     @property
     def capacity(self) -> int:
-        """Number of positions that fit before the buffer has to grow."""
+        """Number of positions that fit into a slot before the buffer has to grow."""
         return int(self.buffer.shape[4])
 
-    def append(self, kv_new: NDArray[Any], position: int) -> bool:
-        """Write `kv_new` [layers, 2, batch, kv_heads, seq, head_dim] at `position` and forget all positions after it.
+    def append(self, kv_new: NDArray[Any], slot: int = 0) -> None:
+        """Append `kv_new` [layers, 2, n, kv_heads, seq, head_dim] to the slots from `slot` on; `reserve` made the room before."""
+        seq = kv_new.shape[4]
+        for row in range(kv_new.shape[2]):
+            start = self.lengths[slot + row]
+            self.buffer[:, :, slot + row, :, start : start + seq] = kv_new[:, :, row]
+            self.lengths[slot + row] = start + seq
 
-        Returns whether the buffer grew, which invalidates earlier views. Raises FastVLMError past the context.
+    def reserve(self, slot: int, positions: int) -> bool:
+        """Make room for `positions` in a slot and those before it. Returns whether the buffer changed, which invalidates earlier views.
+
+        Raises FastVLMError past the context, or without memory.
         """
-        if not 0 <= position <= self.length:
-            raise ValueError(f"position {position} is outside the {self.length} positions of the cache")
-        end = position + kv_new.shape[4]
-        grew = self.reserve(end)
-        self.buffer[:, :, :, :, position:end] = kv_new
-        self.length = end
-        self.revision += 1
-        return grew
+        check_context(positions, self.context)
+        capacity = self.capacity if positions <= self.capacity else min(next_capacity(positions), self.context)
+        return self._resize(max(self.rows, slot + 1), capacity)
 
-    def reserve(self, positions: int) -> bool:
-        """Make room for `positions` in total. Returns whether the buffer grew. Raises FastVLMError past the context."""
-        return positions > self.capacity and self._grow(positions)
+    def extend(self, length: int, slot: int = 0) -> None:
+        """Set the length of a slot after a graph has written into the buffer itself; `reserve` made the room before."""
+        if not self.lengths[slot] <= length <= self.capacity:
+            raise ValueError(f"length {length} is outside {self.lengths[slot]} to {self.capacity}")
+        self.lengths[slot] = length
 
-    def extend(self, length: int) -> None:
-        """Set the length after a graph has written into the buffer itself; `reserve` made the room before."""
-        if not self.length <= length <= self.capacity:
-            raise ValueError(f"length {length} is outside {self.length} to {self.capacity}")
-        self.length = length
-        self.revision += 1
+    def truncate(self, length: int, slot: int = 0) -> None:
+        """Forget every position of a slot from `length` on."""
+        if not 0 <= length <= self.lengths[slot]:
+            raise ValueError(f"length {length} is outside the {self.lengths[slot]} positions of slot {slot}")
+        self.lengths[slot] = length
 
-    def truncate(self, length: int) -> None:
-        """Forget every position from `length` on."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length {length} is outside the {self.length} positions of the cache")
-        self.length = length
-        self.revision += 1
-
-    def reset(self) -> bool:
-        """Forget all positions and release the memory beyond the first capacity. Returns whether the buffer changed."""
-        self.length = 0
-        self.revision += 1
-        if self.capacity <= FIRST_CAPACITY:
+    def reset(self, slot: int = 0) -> bool:
+        """Forget a slot, and release the memory that the others do not need. Returns whether the buffer changed."""
+        self.lengths[slot] = 0
+        used = [number for number, length in enumerate(self.lengths) if length]
+        capacity = min(next_capacity(max(*self.lengths, FIRST_CAPACITY)), self.context)
+        if used and self.capacity < 2 * capacity:  # not worth a copy
             return False
-        self.buffer = self._allocate(FIRST_CAPACITY)
-        return True
+        return self._resize(used[-1] + 1 if used else 1, capacity)
 
-    def views(self) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Name and contiguous view [batch, kv_heads, capacity, head_dim] of every `past_key_values` input of the decoder."""
+    def save(self, slot: int) -> HostSlot:
+        """A copy of a slot. Raises MemoryError."""
+        return HostSlot(self.buffer[:, :, slot, :, : self.lengths[slot]].copy())
+
+    def copy(self, source: int, target: int, length: int) -> bool:
+        """Let slot `target` hold the first `length` positions of slot `source`. Returns whether the buffer changed."""
+        changed = self.reserve(target, length)
+        self.buffer[:, :, target, :, :length] = self.buffer[:, :, source, :, :length]
+        self.lengths[target] = length
+        return changed
+
+    def restore(self, saved: HostSlot, slot: int, length: int) -> bool:
+        """Let a slot hold the first `length` positions of a copy. Returns whether the buffer changed."""
+        changed = self.reserve(slot, length)
+        self.buffer[:, :, slot, :, :length] = saved.data[:, :, :, :length]
+        self.lengths[slot] = length
+        return changed
+
+    def views(self, slot: int = 0, rows: int = 1) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Name and contiguous view [rows, kv_heads, capacity, head_dim] of every `past_key_values` input of the decoder, from `slot` on."""
         for layer, pair in enumerate(self.buffer):
-            yield f"past_key_values.{layer}.key", pair[0]
-            yield f"past_key_values.{layer}.value", pair[1]
+            yield f"past_key_values.{layer}.key", pair[0, slot : slot + rows]
+            yield f"past_key_values.{layer}.value", pair[1, slot : slot + rows]
 
-    def _grow(self, needed: int) -> bool:
-        check_context(needed, self.context)
-        larger = self._allocate(min(next_capacity(needed), self.context))
-        larger[:, :, :, :, : self.length] = self.buffer[:, :, :, :, : self.length]
-        self.buffer = larger
+    def _resize(self, rows: int, capacity: int) -> bool:
+        if (rows, capacity) == (self.rows, self.capacity):
+            return False
+        other = self._allocate(rows, capacity)
+        for slot, length in enumerate(self.lengths[: min(rows, self.rows)]):
+            other[:, :, slot, :, :length] = self.buffer[:, :, slot, :, :length]
+        self.buffer = other
         return True
 
-    def _allocate(self, capacity: int) -> NDArray[Any]:
+    def _allocate(self, rows: int, capacity: int) -> NDArray[Any]:
+        layers, pair, kv_heads, head_dim = self._shape
         try:
-            return np.zeros((*self._outer, capacity, self._head_dim), dtype=self._dtype)
+            return np.zeros((layers, pair, rows, kv_heads, capacity, head_dim), dtype=self._dtype)
         except MemoryError:
-            raise FastVLMError(f"there is not enough memory for a KV cache of {capacity} positions", "shorten the conversation") from None
+            what = f"there is not enough memory for a KV cache of {rows} x {capacity} positions"
+            raise FastVLMError(what, "shorten the conversation, or use fewer slots") from None

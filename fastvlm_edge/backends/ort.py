@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
-from fastvlm_edge.backends.kv_cache import KVCache
+from fastvlm_edge.backends.kv_cache import HostSlot, KVCache
 from fastvlm_edge.backends.ort_session import DTYPES, Setup, check_shapes, check_tensors, on_device, ort_value, run
-from fastvlm_edge.backends.protocol import Decoder, ImageFeatures, StepOutput, check_context, check_pixels, same_pictures
+from fastvlm_edge.backends.protocol import Decoder, ImageFeatures, SavedSlot, StepOutput, check_context, check_pixels, same_pictures
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest
 from fastvlm_edge.progress import Progress, SilentProgress
@@ -46,17 +46,17 @@ class HostFeatures:
 
 @dataclass(eq=False)
 class _Call:
-    """A binding of the decoder for one pair (seq, m), with the buffers that it reads and writes."""
+    """A binding of the decoder for n rows of seq ids and m positions each, with the buffers that it reads and writes."""
 
     binding: Any
-    input_ids: NDArray[np.int64]  # [1, seq]
-    position_ids: NDArray[np.int64]  # [1, seq]
-    logit_positions: NDArray[np.int64]  # [1, m]
-    kv_new: NDArray[Any] | None  # [layers, 2, 1, kv_heads, seq, head_dim]; None where the graph appends to the cache itself
-    top_values: NDArray[Any]  # [1, m, candidates]
-    top_ids: NDArray[np.int64]  # [1, m, candidates]
-    log_normalizer: NDArray[Any]  # [1, m]
-    logits: NDArray[Any] | None  # [1, m, vocab]
+    input_ids: NDArray[np.int64]  # [n, seq]
+    position_ids: NDArray[np.int64]  # [n, seq]
+    logit_positions: NDArray[np.int64]  # [n, m]
+    kv_new: NDArray[Any] | None  # [layers, 2, n, kv_heads, seq, head_dim]; None where the graph appends to the cache itself
+    top_values: NDArray[Any]  # [n, m, candidates]
+    top_ids: NDArray[np.int64]  # [n, m, candidates]
+    log_normalizer: NDArray[Any]  # [n, m]
+    logits: NDArray[Any] | None  # [n, m, vocab]
 
 
 class OrtVision:
@@ -133,92 +133,139 @@ class OrtDecoder:
         path, self._session = setup.load("decoder")
         spec = self._spec = setup.manifest.decoder
         self._appends, self._output_types = check_decoder(path, self._session, spec)
-        self.cache = KVCache(layers=spec.layers, kv_heads=spec.kv_heads, head_dim=spec.head_dim, context=spec.context, dtype=spec.dtype)
+        self.cache = KVCache(
+            layers=spec.layers, kv_heads=spec.kv_heads, head_dim=spec.head_dim, context=spec.context, dtype=spec.dtype, slots=setup.slots
+        )
         self._image_features: tuple[ImageFeatures, ...] = ()
-        self._features = join_features((), spec)
-        self._shared_inputs: list[tuple[str, Any]] | None = None
-        self._calls: dict[tuple[int, int, bool], _Call] = {}
+        self._features = self._no_features = ort_value(join_features((), spec), spec.dtype)
+        self._kept: Any = None
+        """The memory that `_features` points to."""
+        self._views: dict[tuple[int, int], list[tuple[str, Any]]] = {}
+        self._calls: dict[tuple[int, int, int, int, bool], _Call] = {}
 
     def step(
         self,
         input_ids: Sequence[int],
         image_features: tuple[ImageFeatures, ...] = (),
         *,
+        slot: int = 0,
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
-        """Run the decoder on `input_ids` and append their keys and values to the cache; see `Backend.step`."""
-        seq, start = len(input_ids), self.cache.length
-        check_context(start + seq, self.cache.context)
+        """Run the decoder on `input_ids` and append their keys and values to a slot; see `Backend.step`."""
+        seq = len(input_ids)
         positions = (seq - 1,) if logit_positions is None else logit_positions
-        self._set_image_features(image_features)
-        if self._appends and self.cache.reserve(start + seq):
-            self._forget_bindings()
-        call = self._call(seq, len(positions), want_logits)
-        call.input_ids[0] = input_ids
-        call.position_ids[0] = range(start, start + seq) if seq < _KEPT_SEQ else np.arange(start, start + seq)
-        call.logit_positions[0] = positions
-        run(self._session, call.binding, "the decoder graph")
-        if call.kv_new is None:
-            self.cache.extend(start + seq)
-        elif self.cache.append(call.kv_new, start):
-            self._forget_bindings()
-        types = self._output_types
-        return StepOutput(
-            top_values=to_float32(call.top_values[0], types["top_values"]),
-            top_ids=call.top_ids[0],
-            log_normalizer=to_float32(call.log_normalizer[0], types["log_normalizer"]),
-            logits=None if call.logits is None else to_float32(call.logits[0], types["logits"]),
-        )
+        visual = max(input_ids) >= self._spec.vocab
+        if visual:
+            self._set_image_features(image_features)
+        call = self._run(slot, np.array([input_ids], np.int64), positions, want_logits, visual=visual)
+        return self._output(call, 0)
+
+    def decode(self, input_ids: Sequence[int], *, want_logits: bool = False) -> StepOutput:
+        """Append one text token to each of the slots 0 to n-1; see `Backend.decode`."""
+        call = self._run(0, np.array(input_ids, np.int64)[:, None], (0,), want_logits, visual=False)
+        return self._output(call, (slice(None), 0))
 
     def cached(self, length: int, first: int = 0) -> NDArray[np.float32]:
-        """Keys and values of the positions `first` to `length - 1` in the cache: [layers, 2, kv_heads, positions, head_dim]."""
+        """Keys and values of the positions `first` to `length - 1` in slot 0: [layers, 2, kv_heads, positions, head_dim]."""
         stored: NDArray[Any] = self.cache.buffer[:, :, 0, :, first:length]
         return np.array(to_float32(stored, self._spec.dtype))
 
-    def reset(self) -> None:
-        """Forget all positions, and release the memory of a long conversation."""
-        if self.cache.reset():
-            self._forget_bindings()
+    def truncate(self, length: int, slot: int = 0) -> None:
+        """Forget the positions of a slot from `length` on."""
+        self.cache.truncate(length, slot)
+
+    def reset(self, slot: int = 0) -> None:
+        """Forget all positions of a slot, and release the memory of a long conversation."""
+        self._changed(self.cache.reset(slot))
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let slot `target` hold the first `length` positions of slot `source`."""
+        self._changed(self.cache.copy(source, target, length))
+
+    def save(self, slot: int) -> HostSlot | None:
+        """A copy of a slot."""
+        try:
+            return self.cache.save(slot)
+        except MemoryError:
+            return None
+
+    def restore(self, saved: SavedSlot, slot: int, length: int) -> None:
+        """Let a slot hold the first `length` positions of a copy."""
+        assert isinstance(saved, HostSlot)
+        self._changed(self.cache.restore(saved, slot, length))
+
+    def _run(self, slot: int, ids: NDArray[np.int64], positions: Sequence[int], want_logits: bool, *, visual: bool) -> _Call:
+        """Run the slots from `slot` on, one row of `ids` [n, seq] each, and append their keys and values."""
+        (rows, seq), cache = ids.shape, self.cache
+        last, starts = slot + rows - 1, cache.lengths[slot : slot + rows]
+        check_context(max(starts) + seq, cache.context)
+        self._changed(cache.reserve(last, max(starts) + (seq if self._appends else 0)))
+        call = self._call(slot, rows, seq, len(positions), want_logits, visual)
+        call.input_ids[:] = ids
+        for row, start in enumerate(starts):
+            call.position_ids[row] = range(start, start + seq) if seq < _KEPT_SEQ else np.arange(start, start + seq)
+        call.logit_positions[:] = positions
+        run(self._session, call.binding, "the decoder graph")
+        if call.kv_new is not None:
+            self._changed(cache.reserve(last, max(starts) + seq))
+            cache.append(call.kv_new, slot)
+        else:
+            for row, start in enumerate(starts):
+                cache.extend(start + seq, slot + row)
+        return call
+
+    def _output(self, call: _Call, index: Any) -> StepOutput:
+        """The part of the outputs [n, m, ...] that `index` chooses."""
+        types = self._output_types
+        return StepOutput(
+            top_values=to_float32(call.top_values[index], types["top_values"]),
+            top_ids=call.top_ids[index],
+            log_normalizer=to_float32(call.log_normalizer[index], types["log_normalizer"]),
+            logits=None if call.logits is None else to_float32(call.logits[index], types["logits"]),
+        )
 
     def _set_image_features(self, image_features: tuple[ImageFeatures, ...]) -> None:
         """Concatenate `image_features` into the graph input of that name, unless it holds them already."""
-        if same_pictures(image_features, self._image_features):
+        if self._kept is not None and same_pictures(image_features, self._image_features):
             return
-        self._features = join_features(image_features, self._spec)
+        self._kept = join_features(image_features, self._spec)
+        self._features = ort_value(self._kept, self._spec.dtype)
         self._image_features = image_features
-        self._forget_bindings()
 
-    def _forget_bindings(self) -> None:
-        self._calls.clear()
-        self._shared_inputs = None
+    def _changed(self, changed: bool) -> None:
+        """Forget what points to the buffer if it is another one now."""
+        if changed:
+            self._calls.clear()
+            self._views.clear()
 
-    def _call(self, seq: int, m: int, want_logits: bool) -> _Call:
-        key = (seq, m, want_logits)
-        call = self._calls.get(key)
-        if call is None:
-            call = self._bind(seq, m, want_logits)
-            if seq <= _KEPT_SEQ:
-                self._calls[key] = call
-        return call
+    def _call(self, slot: int, rows: int, seq: int, m: int, want_logits: bool, visual: bool) -> _Call:
+        key = (slot, rows, seq, m, want_logits)
+        if visual or seq > _KEPT_SEQ:
+            return self._bind(*key, features=self._features if visual else self._no_features)
+        if key not in self._calls:
+            self._calls[key] = self._bind(*key, features=self._no_features)
+        return self._calls[key]
 
-    def _bind(self, seq: int, m: int, want_logits: bool) -> _Call:
+    def _bind(self, slot: int, rows: int, seq: int, m: int, want_logits: bool, *, features: Any) -> _Call:
         spec, types = self._spec, self._output_types
-        if self._shared_inputs is None:
-            views = [*self.cache.views(), ("image_features", self._features)]
-            self._shared_inputs = [(name, ort_value(view, spec.dtype)) for name, view in views]
+        past = self._views.get((slot, rows))
+        if past is None:
+            past = [(name, ort_value(view, spec.dtype)) for name, view in self.cache.views(slot, rows)]
+            self._views[slot, rows] = past
+        kv_new = None if self._appends else np.empty((spec.layers, 2, rows, spec.kv_heads, seq, spec.head_dim), storage(spec.dtype))
         call = _Call(
             binding=self._session.io_binding(),
-            input_ids=np.empty((1, seq), np.int64),
-            position_ids=np.empty((1, seq), np.int64),
-            logit_positions=np.empty((1, m), np.int64),
-            kv_new=None if self._appends else np.empty((spec.layers, 2, 1, spec.kv_heads, seq, spec.head_dim), storage(spec.dtype)),
-            top_values=np.empty((1, m, spec.candidates), storage(types["top_values"])),
-            top_ids=np.empty((1, m, spec.candidates), np.int64),
-            log_normalizer=np.empty((1, m), storage(types["log_normalizer"])),
-            logits=np.empty((1, m, spec.vocab), storage(types["logits"])) if want_logits else None,
+            input_ids=np.empty((rows, seq), np.int64),
+            position_ids=np.empty((rows, seq), np.int64),
+            logit_positions=np.empty((rows, m), np.int64),
+            kv_new=kv_new,
+            top_values=np.empty((rows, m, spec.candidates), storage(types["top_values"])),
+            top_ids=np.empty((rows, m, spec.candidates), np.int64),
+            log_normalizer=np.empty((rows, m), storage(types["log_normalizer"])),
+            logits=np.empty((rows, m, spec.vocab), storage(types["logits"])) if want_logits else None,
         )
-        for name, value in self._shared_inputs:
+        for name, value in (*past, ("image_features", features)):
             call.binding.bind_ortvalue_input(name, value)
         for name in ("input_ids", "position_ids", "logit_positions"):
             call.binding.bind_ortvalue_input(name, ort_value(getattr(call, name), "int64"))
@@ -226,28 +273,34 @@ class OrtDecoder:
         for name in given:
             call.binding.bind_ortvalue_output(name, ort_value(getattr(call, name), types[name]))
         if self._appends:
-            for name, value in self._shared_inputs[:-1]:  # all but image_features
+            for name, value in past:
                 call.binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
         return call
 
 
-class Cache(Protocol):
+class _Cache(Protocol):
     """How much of the cache is valid."""
 
-    length: int
-    revision: int
-
-    def truncate(self, length: int) -> None:
-        """Forget every position from `length` on."""
+    lengths: list[int]
 
 
 class CachingDecoder(Decoder, Protocol):
-    """A decoder with its cache, on the host or on a device; see OrtDecoder."""
+    """A decoder with its cache, on the host or on a device; the calls are those of `Backend`."""
 
     @property
-    def cache(self) -> Cache: ...
+    def cache(self) -> _Cache: ...
 
     def cached(self, length: int, first: int = 0) -> NDArray[np.float32]: ...
+
+    def decode(self, input_ids: Sequence[int], *, want_logits: bool = False) -> StepOutput: ...
+
+    def truncate(self, length: int, slot: int = 0) -> None: ...
+
+    def copy(self, source: int, target: int, length: int) -> None: ...
+
+    def save(self, slot: int) -> SavedSlot | None: ...
+
+    def restore(self, saved: SavedSlot, slot: int, length: int) -> None: ...
 
 
 class OrtBackend:
@@ -260,14 +313,16 @@ class OrtBackend:
         *,
         threads: int | None = None,
         progress: Progress | None = None,
+        slots: int = 1,
         cuda: bool = False,
         load_decoder: Callable[[Setup], CachingDecoder] = OrtDecoder,
     ) -> None:
         """Load both graphs in parallel. `cuda` needs a decoder on the device. Raises FastVLMError if onnxruntime refuses a graph."""
         progress = progress or SilentProgress()
-        setup = on_device(directory, manifest, cuda=cuda, threads=threads)
+        setup = on_device(directory, manifest, cuda=cuda, threads=threads, slots=slots)
         self.name = "ort-cuda" if cuda else "ort"
         self.description = setup.description
+        self.slots = slots
         self._dtype = setup.manifest.decoder.dtype
         progress.stage(f"loading {manifest.name} ({manifest.precision})", 2)
         with ThreadPoolExecutor(2) as pool:
@@ -279,14 +334,9 @@ class OrtBackend:
         progress.done()
 
     @property
-    def length(self) -> int:
-        """Number of positions in the cache."""
-        return self._decoder.cache.length
-
-    @property
-    def revision(self) -> int:
-        """Differs after every change of the cache."""
-        return self._decoder.cache.revision
+    def lengths(self) -> Sequence[int]:
+        """Number of positions in each slot."""
+        return self._decoder.cache.lengths
 
     def encode(self, pixel_values: NDArray[np.float32]) -> HostFeatures:
         """pixel_values [1, 3, S, S] -> features [tokens, hidden]."""
@@ -305,19 +355,36 @@ class OrtBackend:
         input_ids: Sequence[int],
         image_features: tuple[ImageFeatures, ...] = (),
         *,
+        slot: int = 0,
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
-        """Run the decoder on `input_ids` and append their keys and values to the cache; see `Backend.step`."""
-        return self._decoder.step(input_ids, image_features, logit_positions=logit_positions, want_logits=want_logits)
+        """Run the decoder on `input_ids` and append their keys and values to a slot; see `Backend.step`."""
+        return self._decoder.step(input_ids, image_features, slot=slot, logit_positions=logit_positions, want_logits=want_logits)
 
-    def truncate(self, length: int) -> None:
-        """Forget the positions from `length` on."""
-        self._decoder.cache.truncate(length)
+    def decode(self, input_ids: Sequence[int], *, want_logits: bool = False) -> StepOutput:
+        """Append one text token to each of the slots 0 to n-1; see `Backend.decode`."""
+        return self._decoder.decode(input_ids, want_logits=want_logits)
 
-    def reset(self) -> None:
-        """Forget all positions, and release the memory of a long conversation."""
-        self._decoder.reset()
+    def truncate(self, length: int, slot: int = 0) -> None:
+        """Forget the positions of a slot from `length` on."""
+        self._decoder.truncate(length, slot)
+
+    def reset(self, slot: int = 0) -> None:
+        """Forget all positions of a slot, and release the memory of a long conversation."""
+        self._decoder.reset(slot)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let slot `target` hold the first `length` positions of slot `source`."""
+        self._decoder.copy(source, target, length)
+
+    def save(self, slot: int) -> SavedSlot | None:
+        """A copy of a slot."""
+        return self._decoder.save(slot)
+
+    def restore(self, saved: SavedSlot, slot: int, length: int) -> None:
+        """Let a slot hold the first `length` positions of a copy."""
+        self._decoder.restore(saved, slot, length)
 
     def close(self) -> None:
         """Release sessions, cache and buffers."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fastvlm_edge.backends.dtypes import storage, to_float32
 from fastvlm_edge.backends.ort import check_decoder, join_features
 from fastvlm_edge.backends.ort_session import ONNX_BFLOAT16, Setup, lacks_memory, ort_value, refuse, run
-from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput, check_context, same_pictures
+from fastvlm_edge.backends.protocol import ImageFeatures, OneSlot, StepOutput, check_context, same_pictures
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import DecoderSpec
 from fastvlm_edge.nvidia.cuda import OutOfDeviceMemory
@@ -77,22 +77,19 @@ class DeviceCache:
     def __init__(self, spec: DecoderSpec, device: str) -> None:
         """Raises OutOfDeviceMemory."""
         self.context = spec.context
-        self.length = 0
-        self.revision = 0
-        """Counts every change of the contents."""
+        self.lengths = [0]
         self._dtype = spec.dtype
         shape = (1, spec.kv_heads, spec.context, spec.head_dim)
         self.layers = [(DeviceArray(shape, spec.dtype, device), DeviceArray(shape, spec.dtype, device)) for _ in range(spec.layers)]
 
     def extend(self, length: int) -> None:
         """Set the length after the graph has appended."""
-        self.length = length
-        self.revision += 1
+        self.lengths[0] = length
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length {length} is outside the {self.length} positions of the cache")
+        if not 0 <= length <= self.lengths[0]:
+            raise ValueError(f"length {length} is outside the {self.lengths[0]} positions of the cache")
         self.extend(length)
 
     def read(self, length: int, first: int = 0) -> NDArray[np.float32]:
@@ -115,7 +112,7 @@ class _Call:
     """On the host: top_values, top_ids, log_normalizer and, if wanted, logits."""
 
 
-class DeviceDecoder:
+class DeviceDecoder(OneSlot):
     """`decoder.cuda.onnx` and the KV cache that it extends."""
 
     def __init__(self, setup: Setup) -> None:
@@ -136,11 +133,12 @@ class DeviceDecoder:
         input_ids: Sequence[int],
         image_features: tuple[ImageFeatures, ...] = (),
         *,
+        slot: int = 0,
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
         """Run the decoder on `input_ids` and append their keys and values to the cache; see `Backend.step`."""
-        seq, start = len(input_ids), self.cache.length
+        seq, start = len(input_ids), self.cache.lengths[0]
         check_context(start + seq, self.cache.context)
         asked = (seq - 1,) if logit_positions is None else tuple(logit_positions)
         self._set_image_features(image_features)
@@ -165,7 +163,11 @@ class DeviceDecoder:
         """Keys and values of the positions `first` to `length - 1` in the cache: [layers, 2, kv_heads, positions, head_dim]."""
         return self.cache.read(length, first)
 
-    def reset(self) -> None:
+    def truncate(self, length: int, slot: int = 0) -> None:
+        """Forget the positions from `length` on."""
+        self.cache.truncate(length)
+
+    def reset(self, slot: int = 0) -> None:
         """Forget all positions. The memory is kept."""
         self.cache.truncate(0)
 

@@ -103,6 +103,8 @@ class Setup:
     """With the types of the graphs that run, see `on_device`."""
     threads: int
     cuda: bool
+    slots: int = 1
+    """Most conversations in the cache."""
 
     def load(self, part: str) -> tuple[Path, ort.InferenceSession]:
         """Load `vision` or `decoder`; returns the path of the graph and its session. Raises FastVLMError if onnxruntime refuses it."""
@@ -115,7 +117,7 @@ class Setup:
         return f"onnxruntime {ort.__version__}, {'CUDA' if self.cuda else 'CPU'}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
-def on_device(directory: Path, manifest: Manifest, *, cuda: bool = False, threads: int | None = None) -> Setup:
+def on_device(directory: Path, manifest: Manifest, *, cuda: bool = False, threads: int | None = None, slots: int = 1) -> Setup:
     """Choose the graphs to run. On the CPU these are `*.cpu.onnx`, which compute in FP32, if the model directory has them.
 
     Raises FastVLMError if it has no decoder for the CUDA provider.
@@ -125,7 +127,7 @@ def on_device(directory: Path, manifest: Manifest, *, cuda: bool = False, thread
         raise FastVLMError(what, "convert the checkpoint again with this version and --precision int4, int8, fp16 or bf16")
     if graph_name("decoder", manifest, cuda).endswith(_CPU_GRAPH):
         manifest = replace(manifest, decoder=replace(manifest.decoder, dtype="float32"))
-    return Setup(directory, manifest, threads or available_threads(), cuda)
+    return Setup(directory, manifest, threads or available_threads(), cuda, slots)
 
 
 def graph_name(part: str, manifest: Manifest, cuda: bool) -> str:

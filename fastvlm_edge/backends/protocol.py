@@ -1,4 +1,4 @@
-"""The interface of a backend, which runs the two graphs and owns the KV cache."""
+"""The interface of a backend, which runs the two graphs and owns the KV cache: one slot for each conversation that it holds."""
 
 from __future__ import annotations
 
@@ -43,54 +43,97 @@ class StepOutput:
     """[m, vocab], or None if they were not requested."""
 
 
-class Decoder(Protocol):
-    """Runs the decoder for one conversation at a time.
+class SavedSlot(Protocol):
+    """A copy of the first positions of a slot, in host or device memory as the backend chooses."""
 
-    Positions are implied: a step continues after the positions that the cache holds.
-    """
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+
+
+class Decoder(Protocol):
+    """Runs the decoder. Positions are implied: a call continues after those that the slot holds."""
 
     def step(
         self,
         input_ids: Sequence[int],
         image_features: tuple[ImageFeatures, ...] = (),
         *,
+        slot: int = 0,
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
-        """Run the decoder on `input_ids` and append their keys and values to the cache.
+        """Run the decoder on `input_ids` and append their keys and values to a slot.
 
         An id below `vocab` is a text token; `vocab + k` is row k of all `image_features`, concatenated. `logit_positions` are indices into
         `input_ids`; None means the last one. Raises FastVLMError if the context is full or the library fails; the cache is then unchanged.
         """
 
-    def reset(self) -> None:
-        """Forget all positions."""
+    def reset(self, slot: int = 0) -> None:
+        """Forget all positions of a slot."""
 
 
 class Backend(Decoder, Protocol):
-    """Runs `vision.onnx` and `decoder.onnx` (docs/graphs.md) for one conversation at a time."""
+    """Runs `vision.onnx` and `decoder.onnx` (docs/graphs.md). One call at a time, but for `encode`, which may run beside the others."""
 
     name: str
     """A name that `select` takes, never `auto`."""
     description: str
     """Library, version and device, as text for users."""
+    slots: int
+    """Most conversations that the cache holds at a time."""
 
     @property
-    def length(self) -> int:
-        """Number of positions in the cache."""
-
-    @property
-    def revision(self) -> int:
-        """Differs after every change of the cache, so that whoever relies on its contents notices changes made by others."""
+    def lengths(self) -> Sequence[int]:
+        """Number of positions in each slot: [slots]."""
 
     def encode(self, pixel_values: NDArray[np.float32]) -> ImageFeatures:
         """Run the vision encoder: pixel_values [1, 3, S, S] in 0..1 -> the features of that picture."""
 
-    def truncate(self, length: int) -> None:
-        """Forget the positions from `length` on, when a conversation branches or a draft was rejected."""
+    def decode(self, input_ids: Sequence[int], *, want_logits: bool = False) -> StepOutput:
+        """Append one text token to each of the slots 0 to n-1, in one call. Row i of the output is that of slot i. Errors as in `step`."""
+
+    def truncate(self, length: int, slot: int = 0) -> None:
+        """Forget the positions of a slot from `length` on, when a conversation branches or a draft was rejected."""
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let slot `target` hold the first `length` positions of slot `source`, and nothing else."""
+
+    def save(self, slot: int) -> SavedSlot | None:
+        """A copy of a slot that outlives it. None if the backend has no copies, or there is no memory for it."""
+
+    def restore(self, saved: SavedSlot, slot: int, length: int) -> None:
+        """Let a slot hold the first `length` positions of a copy, and nothing else."""
 
     def close(self) -> None:
         """Release sessions and memory. The backend cannot be used afterwards."""
+
+
+class OneSlot(Decoder, Protocol):
+    """What a backend with one slot has to answer to the calls for several."""
+
+    slots: int = 1
+
+    def decode(self, input_ids: Sequence[int], *, want_logits: bool = False) -> StepOutput:
+        """`step` for the only slot."""
+        (token_id,) = input_ids
+        return self.step((token_id,), want_logits=want_logits)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """There is no other slot."""
+        raise ValueError(f"slot {source} cannot be copied to slot {target}: this backend has one slot")
+
+    def save(self, slot: int) -> SavedSlot | None:
+        """Not offered."""
+        return None
+
+    def restore(self, saved: SavedSlot, slot: int, length: int) -> None:
+        """`save` gives nothing that could be restored."""
+        raise ValueError("this backend has no copies of slots")
 
 
 def same_pictures(some: tuple[ImageFeatures, ...], others: tuple[ImageFeatures, ...]) -> bool:

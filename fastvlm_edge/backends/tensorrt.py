@@ -22,7 +22,7 @@ from fastvlm_edge.backends.decoder_contexts import Calls, Contexts, DynamicConte
 from fastvlm_edge.backends.device_memory import Arena, Buffer, DeviceCache, DeviceFeatures, FeatureStore, aligned, cache_addresses
 from fastvlm_edge.backends.dtypes import storage
 from fastvlm_edge.backends.engine_files import EngineFiles
-from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput, check_context, check_pixels, same_pictures
+from fastvlm_edge.backends.protocol import ImageFeatures, OneSlot, StepOutput, check_context, check_pixels, same_pictures
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import gpu_extra, install_advice
 from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest, VisionSpec
@@ -291,7 +291,7 @@ class _Decoder:
         self._cuda.copy(self._host_out.address, self._out.address, self._output_bytes, self._stream)
 
 
-class TensorRTBackend:
+class TensorRTBackend(OneSlot):
     """Implements `backends.protocol.Backend` with TensorRT engines."""
 
     name = "tensorrt"
@@ -363,14 +363,9 @@ class TensorRTBackend:
         progress.advance()
 
     @property
-    def length(self) -> int:
-        """Number of positions in the cache."""
-        return self._decoder.cache.length
-
-    @property
-    def revision(self) -> int:
-        """Differs after every change of the cache."""
-        return self._decoder.cache.revision
+    def lengths(self) -> Sequence[int]:
+        """Number of positions in the cache: [1]."""
+        return [self._decoder.cache.length]
 
     def save_kernels(self) -> None:
         """Save the kernels that TensorRT for RTX has compiled for this GPU. TensorRT itself compiles at build time and has none."""
@@ -399,6 +394,7 @@ class TensorRTBackend:
         input_ids: Sequence[int],
         image_features: tuple[ImageFeatures, ...] = (),
         *,
+        slot: int = 0,
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
@@ -417,11 +413,11 @@ class TensorRTBackend:
                 decoder.cache.truncate(start)
                 raise
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int, slot: int = 0) -> None:
         """Forget the positions from `length` on."""
         self._decoder.cache.truncate(length)
 
-    def reset(self) -> None:
+    def reset(self, slot: int = 0) -> None:
         """Forget all positions, and release the memory of a longer conversation.
 
         The capacity becomes the one that the forgotten positions need. So a conversation like the last one needs no new memory, CUDA graph

@@ -16,8 +16,7 @@ class Session:
     """Feeds one conversation at a time to a backend.
 
     `prefill` returns a ticket, and only its holder may `decode`. The next prefill takes the cache over; `decode` then raises FastVLMError
-    for the older ticket. If anything but the session has changed the cache (`Backend.revision`), the session reuses nothing of it.
-    `lock` makes each call atomic; hold it to keep other threads out for longer.
+    for the older ticket. `lock` makes each call atomic; hold it to keep other threads out for longer.
     """
 
     def __init__(self, backend: Backend, *, vocab: int) -> None:
@@ -27,7 +26,6 @@ class Session:
         self._ids: list[int] = []  # ids of the cache; may be longer than the cache, never shorter
         self._image_features: tuple[ImageFeatures, ...] = ()
         self._ticket: object | None = None
-        self._revision: int | None = None  # of the cache after the last step that was made here
 
     def prefill(
         self,
@@ -55,11 +53,11 @@ class Session:
     def decode(self, ticket: object, token_id: int, *, want_logits: bool = False) -> StepOutput:
         """Append one id and return the output after it. Raises FastVLMError if the cache was used for something else since."""
         with self.lock:
-            if ticket is not self._ticket or self._backend.revision != self._revision:
+            if ticket is not self._ticket:
                 raise FastVLMError(
                     "this reply was cut short, because the same model was used for something else", "finish one stream before the next"
                 )
-            del self._ids[self._backend.length :]  # an id whose step failed is not in the cache
+            del self._ids[self._backend.lengths[0] :]  # an id whose step failed is not in the cache
             self._ids.append(token_id)
             return self._step((token_id,), want_logits=want_logits)
 
@@ -94,19 +92,13 @@ class Session:
             self._backend.reset()
         # Recorded before the steps: if an exception ends one of them, the length of the cache tells how many of these ids are in it.
         self._ids, self._image_features = list(ids), image_features
-        self._revision = self._backend.revision
         return kept
 
     def _step(self, ids: Sequence[int], *, logit_positions: Sequence[int] | None = None, want_logits: bool = False) -> StepOutput:
-        try:
-            return self._backend.step(ids, self._image_features, logit_positions=logit_positions, want_logits=want_logits)
-        finally:  # a failed step may change the revision too, although it leaves the earlier positions as they were
-            self._revision = self._backend.revision
+        return self._backend.step(ids, self._image_features, logit_positions=logit_positions, want_logits=want_logits)
 
     def _common_length(self, ids: Sequence[int], image_features: tuple[ImageFeatures, ...]) -> int:
         """Number of leading ids that are in the cache already. Rows of an image count only if it is the same image."""
-        if self._backend.revision != self._revision:
-            return 0
         same_rows = 0
         for new, old in zip(image_features, self._image_features, strict=False):
             if new is not old:
@@ -114,7 +106,7 @@ class Session:
             same_rows += new.rows
         first_unknown = self._vocab + same_rows
         length = 0
-        for new_id, old_id in zip(ids, self._ids[: self._backend.length], strict=False):
+        for new_id, old_id in zip(ids, self._ids[: self._backend.lengths[0]], strict=False):
             if new_id != old_id or new_id >= first_unknown:
                 break
             length += 1

@@ -228,7 +228,7 @@ def test_the_cache_grows_over_its_buckets_and_keeps_what_it_held(models: Models,
                 output = backend.step(ids[start:stop], image_features, want_logits=True)
                 assert output.logits is not None
                 rows.append(output.logits[-1].copy())
-                assert backend.length == stop
+                assert backend.lengths[0] == stop
             return rows
         finally:
             backend.close()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY, next_capacity
-from fastvlm_edge.backends.protocol import ImageFeatures, StepOutput
+from fastvlm_edge.backends.protocol import ImageFeatures, OneSlot, StepOutput
 from fastvlm_edge.model_dir.manifest import Manifest
 from tests.support.graph_interpreter import Interpreter
 
@@ -32,7 +32,7 @@ class HeldFeatures:
         return self.data.astype(np.float32)
 
 
-class RoundedBackend:
+class RoundedBackend(OneSlot):
     """Implements `Checked`. As on a GPU, the cache keeps its capacity and its old contents."""
 
     name = "tensorrt"
@@ -44,7 +44,7 @@ class RoundedBackend:
         self.vision = Interpreter(directory / "vision.onnx", exact=exact)
         self.decoder = Interpreter(directory / "decoder.onnx", exact=exact)
         self.dtype: Any = np.float64 if exact else TYPES[self.spec.dtype]
-        self.length = self.revision = 0
+        self.lengths = [0]
         self.cache = self.empty(FIRST_CAPACITY)
 
     def empty(self, capacity: int) -> NDArray[Any]:
@@ -65,10 +65,12 @@ class RoundedBackend:
         input_ids: Sequence[int],
         image_features: tuple[ImageFeatures, ...] = (),
         *,
+        slot: int = 0,
         logit_positions: Sequence[int] | None = None,
         want_logits: bool = False,
     ) -> StepOutput:
-        start, end = self.length, self.length + len(input_ids)
+        start = self.lengths[0]
+        end = start + len(input_ids)
         pictures = [features.data for features in image_features if isinstance(features, HeldFeatures)]
         feeds = {
             "input_ids": np.array([input_ids], np.int64),
@@ -85,7 +87,7 @@ class RoundedBackend:
             larger[..., :start, :] = self.cache[..., :start, :]
             self.cache = larger
         self.cache[..., start:end, :] = out["kv_new"]
-        self.length, self.revision = end, self.revision + 1
+        self.lengths = [end]
         floats = {name: out[name][0].astype(np.float32) for name in ("top_values", "log_normalizer", "logits")}
         return StepOutput(floats["top_values"], out["top_ids"][0], floats["log_normalizer"], floats["logits"] if want_logits else None)
 
@@ -93,10 +95,10 @@ class RoundedBackend:
         """Run the decoder once; tests override this."""
         return self.decoder.run(feeds)
 
-    def truncate(self, length: int) -> None:
-        self.length, self.revision = length, self.revision + 1
+    def truncate(self, length: int, slot: int = 0) -> None:
+        self.lengths = [length]
 
-    def reset(self) -> None:
+    def reset(self, slot: int = 0) -> None:
         self.truncate(0)
 
     def close(self) -> None:

@@ -186,7 +186,7 @@ class _DecoderCheck:
         backend.reset()
         written: list[tuple[int, int, Float32]] = []
         for call in case.calls:
-            if backend.length > call.at:
+            if backend.lengths[0] > call.at:
                 self._compare_earlier(case, written)
                 written = []
                 backend.truncate(call.at)
@@ -196,7 +196,7 @@ class _DecoderCheck:
             for index, position in enumerate(call.compared):
                 self._compare(case, call, position, output, index)
             if case.fills:
-                written.append((call.at, backend.length, self._norms(call.at, backend.length)))
+                written.append((call.at, backend.lengths[0], self._norms(call.at, backend.lengths[0])))
             progress.advance(len(call.ids))
         self._compare_cache(case)
 

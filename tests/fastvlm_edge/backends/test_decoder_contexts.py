@@ -206,7 +206,7 @@ def test_static_engines_for_a_longer_conversation_that_do_not_fit_are_explained(
         for _ in range(2):
             with pytest.raises(FastVLMError, match="MiB of GPU memory are needed"):
                 backend.step([5])
-        assert backend.length == 140
+        assert backend.lengths[0] == 140
         for each in (backend, ort):
             each.truncate(100)  # as a chat whose last question did not fit
         assert_same(backend, ort, [5])
@@ -318,7 +318,7 @@ def test_every_failure_of_a_call_of_tensorrt_leaves_the_backend_usable(
                 backend.step(ids)
         except type(error):
             failures, at, left = failures + 1, at + 5, 0
-            length = backend.length
+            length = backend.lengths[0]
             if length:
                 ort.step(IDS[:length])
             assert_same(backend, ort, [9])
@@ -332,7 +332,7 @@ def test_every_failure_of_a_call_of_tensorrt_leaves_the_backend_usable(
 def test_static_engines_are_verified_like_others(directory: Path) -> None:
     folder = build_engines(directory, static=CAPACITIES, verified=False)
     backend = load(directory, FakeCuda())
-    assert read_record(folder).verified and backend.length == 0
+    assert read_record(folder).verified and backend.lengths[0] == 0
     backend.close()
 
 

@@ -187,7 +187,7 @@ def test_truncate_and_reset_leave_no_trace(backend: TensorRTBackend, ort: OrtBac
     assert np.array_equal(logits(backend, IDS[200:230]), logits(ort, IDS[200:230]))
     for each in (backend, ort):
         each.reset()
-        assert each.length == 0
+        assert each.lengths[0] == 0
     assert np.array_equal(logits(backend, IDS[:9]), logits(ort, IDS[:9]))
     with pytest.raises(ValueError, match="outside the 9 positions"):
         backend.truncate(10)
@@ -200,7 +200,7 @@ def test_the_context_is_the_limit(directory: Path, cuda: FakeCuda) -> None:
     backend.step(IDS[:99])
     with pytest.raises(FastVLMError, match="101 positions do not fit into the context of 100"):
         backend.step(IDS[:2])
-    assert backend.length == 99
+    assert backend.lengths[0] == 99
 
 
 @pytest.mark.parametrize("length", [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
@@ -219,7 +219,7 @@ def test_calls_longer_than_the_engine_takes(backend: TensorRTBackend, ort: OrtBa
 def test_too_many_positions_are_refused_before_anything_runs(backend: TensorRTBackend) -> None:
     with pytest.raises(FastVLMError, match=f"logits of {POSITIONS + 1} positions were requested; the engine computes 1 to {POSITIONS}"):
         backend.step(IDS[:30], logit_positions=range(POSITIONS + 1))
-    assert backend.length == 0
+    assert backend.lengths[0] == 0
 
 
 # Pictures -----------------------------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def test_a_cache_that_cannot_grow_stays_as_it_was(directory: Path, ort: OrtBacke
         each.step(IDS[:120])
     with pytest.raises(FastVLMError, match="MiB of GPU memory are needed"):
         backend.step(IDS[120:140])
-    assert backend.length == 120
+    assert backend.lengths[0] == 120
     assert np.array_equal(logits(backend, [9]), logits(ort, [9]))
     backend.close()
     assert not any(tight.live().values())
@@ -364,9 +364,9 @@ def test_reset_waits_for_a_call_of_another_thread(backend: TensorRTBackend) -> N
     with backend._working():
         other.start()
         other.join(0.2)
-        assert other.is_alive() and backend.length == 300
+        assert other.is_alive() and backend.lengths[0] == 300
     other.join()
-    assert backend.length == 0
+    assert backend.lengths[0] == 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), FastVLMError("the engine failed")])
@@ -390,7 +390,7 @@ def test_an_interrupted_call_leaves_the_backend_usable(
     with pytest.raises(type(error)):
         backend.step(IDS[100 : 100 + 5 * CHUNK])  # five calls of the engine
     monkeypatch.undo()
-    assert backend.length == 100
+    assert backend.lengths[0] == 100
     for token in IDS[:4]:
         assert np.array_equal(logits(backend, [token]), logits(ort, [token]))
 
@@ -514,7 +514,7 @@ def test_unverified_engines_are_compared_once_and_then_believed(referenced: Path
     assert not read_record(folder).verified
     monkeypatch.setattr(reference_module, "OrtBackend", None)  # the stored answers are enough
     backend = load(referenced, FakeCuda())
-    assert backend.length == 0 and backend._decoder.cache.capacity == FIRST_CAPACITY
+    assert backend.lengths[0] == 0 and backend._decoder.cache.capacity == FIRST_CAPACITY
     record = read_record(folder)
     assert record.verified and record.parity["device"] == "Fake GPU"
     assert len(record.parity["cases"]) == 9 and record.parity["positions"] == 2048
@@ -673,7 +673,7 @@ def test_one_wrong_row_of_logits_is_enough(referenced: Path, monkeypatch: pytest
 
     def wrong(self: TensorRTBackend, input_ids: Any, *given: Any, **options: Any) -> Any:
         output = step(self, input_ids, *given, **options)
-        if self.length == 512 and len(input_ids) == 512 and output.logits is not None:
+        if self.lengths[0] == 512 and len(input_ids) == 512 and output.logits is not None:
             output.logits[7] = output.logits[6]
         return output
 

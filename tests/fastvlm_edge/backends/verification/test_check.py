@@ -132,7 +132,7 @@ class Faulty(OrtBackend):
     spoil: Callable[[Any, int, int, StepOutput], StepOutput]
 
     def step(self, input_ids: Any, *given: Any, **options: Any) -> StepOutput:
-        before = self.length
+        before = self.lengths[0]
         return type(self).spoil(self, before, len(input_ids), super().step(input_ids, *given, **options))
 
 
@@ -229,7 +229,7 @@ def test_a_mask_that_hides_the_last_position_is_found(fp16: Path) -> None:
     class Hidden(OrtBackend):
         def step(self, input_ids: Any, *given: Any, **options: Any) -> StepOutput:
             cache: Any = self._decoder.cache
-            start, buffer = self.length, cache.buffer
+            start, buffer = self.lengths[0], cache.buffer
             if not start:
                 return super().step(input_ids, *given, **options)
             kept = buffer[..., start - 1, :].copy()
