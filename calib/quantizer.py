@@ -44,7 +44,7 @@ from fastvlm_edge.convert.reference.decoder import Arithmetic
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.evaluation.data import Dataset, Example, open_data
-from fastvlm_edge.generation.generate import check_room
+from fastvlm_edge.generation.answer import check_room
 from fastvlm_edge.inputs.preprocess import preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer

@@ -14,13 +14,19 @@ from fastvlm_edge.extras import package_errors
 from fastvlm_edge.version import __version__
 
 if TYPE_CHECKING:
-    from fastvlm_edge.generation.reply import Reply, Timings
+    from fastvlm_edge.generation.chat import Chat
+    from fastvlm_edge.generation.engine import Counters
+    from fastvlm_edge.generation.images import EncodedImage
+    from fastvlm_edge.generation.reply import Confidence, Reply, Timings
     from fastvlm_edge.generation.sampling import SamplingParams
-    from fastvlm_edge.generation.vlm import BackendInfo, Chat, EncodedImage, FastVLM, ReplyStream
+    from fastvlm_edge.generation.stream import ReplyStream
+    from fastvlm_edge.generation.vlm import BackendInfo, FastVLM
 
 __all__ = [
     "BackendInfo",
     "Chat",
+    "Confidence",
+    "Counters",
     "EncodedImage",
     "FastVLM",
     "FastVLMError",
@@ -36,11 +42,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "BackendInfo": "generation.vlm",
-    "Chat": "generation.vlm",
-    "EncodedImage": "generation.vlm",
+    "Chat": "generation.chat",
+    "Confidence": "generation.reply",
+    "Counters": "generation.engine",
+    "EncodedImage": "generation.images",
     "FastVLM": "generation.vlm",
     "Reply": "generation.reply",
-    "ReplyStream": "generation.vlm",
+    "ReplyStream": "generation.stream",
     "SamplingParams": "generation.sampling",
     "Timings": "generation.reply",
 }

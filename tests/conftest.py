@@ -14,6 +14,7 @@ from hypothesis import settings
 from fastvlm_edge import FastVLM
 from fastvlm_edge.backends.load_engines import load_engines
 from fastvlm_edge.backends.verification.reference import REFERENCE_NAME, compute_reference
+from fastvlm_edge.generation.engine import Engine
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import FileRecord, read_manifest, sha256
 from fastvlm_edge.model_dir.verified import remember
@@ -66,7 +67,7 @@ def vlm(request: pytest.FixtureRequest, model_dir: Path, tmp_path_factory: pytes
     manifest = read_manifest(directory)
     with fake_gpu(cuda):
         backend = load_engines(directory, manifest)
-    with FastVLM(manifest, TextTokenizer(directory / "tokenizer.json"), backend) as loaded:
+    with FastVLM(manifest, TextTokenizer(directory / "tokenizer.json"), Engine(backend, manifest.decoder)) as loaded:
         yield loaded
     assert not any(cuda.live().values())
 

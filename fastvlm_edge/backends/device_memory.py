@@ -187,6 +187,11 @@ class DeviceFeatures:
     address: int
     rows: int
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take on the device."""
+        return self.rows * self.store.row_bytes()
+
     def numpy(self) -> NDArray[np.float32]:
         """A copy on the host: [rows, hidden]."""
         return self.store.read(self)

@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
 from fastvlm_edge.backends.kv_cache import HostSlot, KVCache
 from fastvlm_edge.backends.ort_session import DTYPES, Setup, check_shapes, check_tensors, on_device, ort_value, run
-from fastvlm_edge.backends.protocol import Decoder, ImageFeatures, SavedSlot, StepOutput, check_context, check_pixels, same_pictures
+from fastvlm_edge.backends.protocol import (
+    Decoder,
+    ImageFeatures,
+    SavedSlot,
+    StepOutput,
+    check_context,
+    check_pixels,
+    position_bytes,
+    same_pictures,
+)
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest
 from fastvlm_edge.progress import Progress, SilentProgress
@@ -38,6 +47,11 @@ class HostFeatures:
     def rows(self) -> int:
         """Number of visual tokens."""
         return int(self.data.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return self.data.nbytes
 
     def numpy(self) -> NDArray[np.float32]:
         """A copy as float32: [rows, hidden]."""
@@ -324,6 +338,7 @@ class OrtBackend:
         self.description = setup.description
         self.slots = slots
         self._dtype = setup.manifest.decoder.dtype
+        self.position_bytes = position_bytes(setup.manifest.decoder)
         progress.stage(f"loading {manifest.name} ({manifest.precision})", 2)
         with ThreadPoolExecutor(2) as pool:
             vision, decoder = pool.submit(OrtVision, setup), pool.submit(load_decoder, setup)

@@ -9,8 +9,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fastvlm_edge.backends.dtypes import storage
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.model_dir.manifest import VisionSpec
+from fastvlm_edge.model_dir.manifest import DecoderSpec, VisionSpec
 
 PREFILL_CHUNK = 512
 """Largest number of ids per call. Longer prompts are several calls."""
@@ -24,6 +25,10 @@ class ImageFeatures(Protocol):
     @property
     def rows(self) -> int:
         """Number of visual tokens."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
 
     def numpy(self) -> NDArray[np.float32]:
         """A copy on the host: [rows, hidden]."""
@@ -86,6 +91,8 @@ class Backend(Decoder, Protocol):
     """Library, version and device, as text for users."""
     slots: int
     """Most conversations that the cache holds at a time."""
+    position_bytes: int
+    """Memory of one position of one slot."""
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -134,6 +141,11 @@ class OneSlot(Decoder, Protocol):
     def restore(self, saved: SavedSlot, slot: int, length: int) -> None:
         """`save` gives nothing that could be restored."""
         raise ValueError("this backend has no copies of slots")
+
+
+def position_bytes(spec: DecoderSpec) -> int:
+    """Memory of the keys and values of one position of one conversation."""
+    return spec.layers * 2 * spec.kv_heads * spec.head_dim * storage(spec.dtype).itemsize
 
 
 def same_pictures(some: tuple[ImageFeatures, ...], others: tuple[ImageFeatures, ...]) -> bool:

@@ -22,7 +22,7 @@ from fastvlm_edge.backends.decoder_contexts import Calls, Contexts, DynamicConte
 from fastvlm_edge.backends.device_memory import Arena, Buffer, DeviceCache, DeviceFeatures, FeatureStore, aligned, cache_addresses
 from fastvlm_edge.backends.dtypes import storage
 from fastvlm_edge.backends.engine_files import EngineFiles
-from fastvlm_edge.backends.protocol import ImageFeatures, OneSlot, StepOutput, check_context, check_pixels, same_pictures
+from fastvlm_edge.backends.protocol import ImageFeatures, OneSlot, StepOutput, check_context, check_pixels, position_bytes, same_pictures
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import gpu_extra, install_advice
 from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest, VisionSpec
@@ -304,6 +304,7 @@ class TensorRTBackend(OneSlot):
         progress = progress or SilentProgress()
         self._manifest, self._cuda = manifest, platform.cuda
         self._files = EngineFiles(directory, manifest, platform.cuda, platform.load)
+        self.position_bytes = position_bytes(manifest.decoder)
         self._lock = threading.RLock()
         self._closed = False
         self._undo = contextlib.ExitStack()

@@ -15,8 +15,10 @@ from fastvlm_edge.bench.record import DECODE
 from fastvlm_edge.bench.timed_backend import TimedBackend
 from fastvlm_edge.bench.workload import TEXT_TOKENS, WORDS, Pictures, question_near
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.engine import Engine
+from fastvlm_edge.generation.images import EncodedImage
 from fastvlm_edge.generation.reply import Reply
-from fastvlm_edge.generation.vlm import EncodedImage, FastVLM, load_parts
+from fastvlm_edge.generation.vlm import FastVLM, load_parts
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.machine.peak_memory import DeviceMemory, peak_host_mib
@@ -127,7 +129,8 @@ class Subject:
         """The caller still has to close the backend."""
         self._timed = TimedBackend(backend)
         endless = replace(manifest, text=replace(manifest.text, stop_ids=[]))
-        self._vlm = FastVLM(endless, tokenizer, self._timed)
+        engine = Engine(self._timed, manifest.decoder)
+        self._vlm = FastVLM(endless, tokenizer, engine, prefix_cache=False, image_cache=0)  # but a chat still goes on where it was
         self._length = length_of(manifest, tokenizer)
         self._pictures = Pictures(None if settings.image is None else Path(settings.image))
         self._new_tokens = settings.new_tokens
@@ -161,7 +164,7 @@ class Subject:
         chat = self._vlm.chat()
         self._timed.step_seconds = 0.0
         warm = chat.ask(self._question(number + 1), self._kept, max_new_tokens=1)  # other words, so that only the beginning is shared
-        if warm.timings.prefilled_tokens > warm.timings.prompt_tokens - self._kept.image_features.rows:
+        if warm.timings.prefilled_tokens > warm.timings.prompt_tokens - self._kept.rows:
             raise FastVLMError("the picture was not found in the KV cache, which is a bug in fastvlm-edge bench", "please report it")
         yield _figure("ttft_warm_ms", warm.timings.ttft_ms)
         yield from self._prefill(warm, "warm_prefill_ms", "warm_first_sample_ms")

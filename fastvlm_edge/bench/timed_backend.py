@@ -20,6 +20,7 @@ class TimedBackend:
         self.name = backend.name
         self.description = backend.description
         self.slots = backend.slots
+        self.position_bytes = backend.position_bytes
         self.step_seconds = 0.0
         """Time spent in `step` since this was last set to 0."""
 

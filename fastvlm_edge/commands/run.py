@@ -19,6 +19,7 @@ from fastvlm_edge.backends.protocol import PREFILL_CHUNK
 from fastvlm_edge.backends.select import BACKENDS
 from fastvlm_edge.commands.arguments import positive
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.engine import Engine
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.sampling import SamplingParams
 from fastvlm_edge.generation.vlm import FastVLM, check_question, load_parts
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     def check(manifest: Manifest, tokenizer: TextTokenizer) -> None:
         check_question(manifest, tokenizer, options.prompt, len(images), special_tokens=sampling.get("special_tokens", False))
 
-    parts = load_parts(
+    manifest, tokenizer, backend = load_parts(
         options.model,
         options.backend,
         threads=options.threads,
@@ -56,7 +57,9 @@ def main(arguments: Sequence[str]) -> int:
         progress=progress,
         check=check,
     )
-    with FastVLM(*parts, geometry=options.geometry, background=options.background, prefill_chunk=options.prefill_chunk) as vlm:
+    engine = Engine(backend, manifest.decoder)
+    form = {"geometry": options.geometry, "background": options.background, "prefill_chunk": options.prefill_chunk}
+    with FastVLM(manifest, tokenizer, engine, **form) as vlm:
         recorder = PowerRecorder(find_sensor(card=vlm.backend.name != "ort"))
         stream = vlm.stream(options.prompt, images, **sampling)
         if options.json:

@@ -31,9 +31,10 @@ from fastvlm_edge.evaluation.metrics import (
     textvqa_accuracy,
     vqa_accuracy,
 )
-from fastvlm_edge.generation.generate import check_room
+from fastvlm_edge.generation.answer import check_room
+from fastvlm_edge.generation.images import EncodedImage
 from fastvlm_edge.generation.reply import Reply
-from fastvlm_edge.generation.vlm import EncodedImage, FastVLM
+from fastvlm_edge.generation.vlm import FastVLM
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.progress import Progress, SilentProgress

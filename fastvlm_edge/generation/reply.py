@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastvlm_edge.generation.generate import StopReason
+from fastvlm_edge.generation.answer import StopReason
 
 
 @dataclass(frozen=True)
@@ -16,19 +18,42 @@ class Timings:
     preprocess_ms: float
     """Reading, decoding and resizing the images."""
     vision_ms: float
-    """Running the vision encoder; 0 if every image was an `EncodedImage`."""
+    """Running the vision encoder; 0 if every image was an `EncodedImage`, or encoded for an earlier question."""
+    queue_ms: float
+    """Waiting until the model had room for this question."""
     prefill_ms: float
-    """From the ids of the conversation to the first sampled token."""
+    """From then to the first sampled token, the steps of other conversations in between included."""
     ttft_ms: float
-    """Time to first token: the three above plus the tokenizer."""
+    """Time to first token: the four above plus the tokenizer."""
     decode_tokens_per_second: float
     """Speed of all tokens after the first; 0 if there was only one."""
     prompt_tokens: int
     """Positions of the conversation before the reply, visual tokens included."""
+    cached_tokens: int
+    """How many of `prompt_tokens` were in the KV cache already."""
     prefilled_tokens: int
-    """How many of `prompt_tokens` were computed; the others were in the KV cache already."""
+    """How many of them were computed: the others."""
+    cached_images: int
+    """How many images were encoded for an earlier question, and still known by their content."""
     new_tokens: int
     """Number of tokens in the reply."""
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """How likely the model found the tokens of its reply: probabilities, 0 to 1. They are not calibrated."""
+
+    mean: float
+    """Geometric mean: exp of the mean log probability."""
+    least: float
+    """That of the least likely token."""
+
+
+def confidence(log_probabilities: Sequence[float]) -> Confidence | None:
+    """From the natural logarithms of the probabilities of all tokens; None without a token."""
+    if not log_probabilities:
+        return None
+    return Confidence(math.exp(math.fsum(log_probabilities) / len(log_probabilities)), math.exp(min(log_probabilities)))
 
 
 @dataclass(frozen=True)
@@ -41,6 +66,8 @@ class Reply:
     stop_reason: StopReason
     stop_string: str | None
     """The stop string that ended the reply, if one did."""
+    confidence: Confidence | None
+    """Of `token_ids`; None if there is none."""
     backend: str
     """`ort`, `ort-cuda` or `tensorrt`."""
     precision: str

@@ -26,6 +26,11 @@ class Detokenizer:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether the last character is not complete yet."""
+        return bool(self._decoder.getstate()[0])
+
     def flush(self) -> str:
         """Call at the end of the reply: U+FFFD if the last character is incomplete, else an empty string."""
         return self._decoder.decode(b"", final=True)

@@ -72,8 +72,8 @@ def test_json_is_one_object_and_nothing_else(run: list[str], vlm: FastVLM, pictu
     assert document["backend_description"].startswith("onnxruntime ")
     timings = document["timings"]
     assert set(timings) == {
-        *("preprocess_ms", "vision_ms", "prefill_ms", "ttft_ms", "decode_tokens_per_second"),
-        *("prompt_tokens", "prefilled_tokens", "new_tokens"),
+        *("preprocess_ms", "vision_ms", "queue_ms", "prefill_ms", "ttft_ms", "decode_tokens_per_second"),
+        *("prompt_tokens", "cached_tokens", "prefilled_tokens", "cached_images", "new_tokens"),
     }
     assert timings["ttft_ms"] >= timings["preprocess_ms"] + timings["vision_ms"] + timings["prefill_ms"] - 0.01
     assert timings["new_tokens"] == 12
@@ -97,7 +97,7 @@ def test_every_option_reaches_the_model(run: list[str], vlm: FastVLM, picture: s
         picture,
     ]
     assert main([*run, *options.split(), *extra, "--json"]) == 0
-    cropped = FastVLM(vlm.manifest, vlm._tokenizer, vlm._backend, geometry="crop")
+    cropped = FastVLM(vlm.manifest, vlm._tokenizer, vlm._engine, geometry="crop")
     reply = cropped.generate(
         PROMPT,
         [picture, picture],

@@ -180,7 +180,7 @@ def test_auto_takes_the_engines(fp16: Built) -> None:
 def test_decoding_replays_a_cuda_graph_and_gives_the_tokens_of_decoding_without(
     vlm: FastVLM, scenes: list[Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cuda: Any = vars(vlm._backend)["_cuda"]
+    cuda: Any = vars(vlm._engine.backend)["_cuda"]
     if not cuda.supports_graphs:
         pytest.skip(f"{cuda.binding} has no CUDA graphs")
     captures: list[Any] = []
@@ -240,7 +240,7 @@ def test_the_cache_grows_over_its_buckets_and_keeps_what_it_held(models: Models,
 
 
 def test_truncated_positions_are_forgotten(vlm: FastVLM) -> None:
-    backend: Any = vlm._backend
+    backend: Any = vlm._engine.backend
     ids = [5 + index % 300 for index in range(200)]
     backend.reset()
     backend.step(ids[:150])

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY, next_capacity
-from fastvlm_edge.backends.protocol import ImageFeatures, OneSlot, StepOutput
+from fastvlm_edge.backends.protocol import ImageFeatures, OneSlot, StepOutput, position_bytes
 from fastvlm_edge.model_dir.manifest import Manifest
 from tests.support.graph_interpreter import Interpreter
 
@@ -27,6 +27,10 @@ class HeldFeatures:
     @property
     def rows(self) -> int:
         return len(self.data)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
 
     def numpy(self) -> NDArray[np.float32]:
         return self.data.astype(np.float32)
@@ -45,6 +49,7 @@ class RoundedBackend(OneSlot):
         self.decoder = Interpreter(directory / "decoder.onnx", exact=exact)
         self.dtype: Any = np.float64 if exact else TYPES[self.spec.dtype]
         self.lengths = [0]
+        self.position_bytes = position_bytes(self.spec)
         self.cache = self.empty(FIRST_CAPACITY)
 
     def empty(self, capacity: int) -> NDArray[Any]:

@@ -128,7 +128,7 @@ def test_on_every_backend_warm_computes_no_visual_token_again(vlm: FastVLM, mode
     tokenizer = TextTokenizer(model_dir / "tokenizer.json")
     free = iter([10 << 30, *[6 << 30] * 9])
     memory = DeviceMemory(lambda: next(free))
-    lines = list(measure_backend(vlm._backend, vlm.manifest, tokenizer, settings, memory))
+    lines = list(measure_backend(vlm._engine.backend, vlm.manifest, tokenizer, settings, memory))
     found = lines_of(lines)
     facts = {name: value for line in lines if "facts" in line for name, value in line["facts"].items()}
     plan = plan_for(vlm.manifest, tokenizer, settings)

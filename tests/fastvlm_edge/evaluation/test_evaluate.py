@@ -69,7 +69,7 @@ def subject(vlm: FastVLM, model_dir: Path) -> Subject:
 
 def one_by_one(subject: Subject, prompt: str, image: Image.Image, answer: list[int]) -> np.ndarray:
     """Whole rows of logits along an answer, from single decode steps after a prefill of the whole prompt."""
-    backend, encoded = subject.vlm._backend, subject.vlm.encode_image(image)
+    backend, encoded = subject.vlm._engine.backend, subject.vlm.encode_image(image)
     backend.reset()
     rows = []
     for part in (subject._prompt_ids(prompt), *[[token] for token in answer[:-1]]):

@@ -24,12 +24,10 @@ from fastvlm_edge import Chat, FastVLM, FastVLMError, ReplyStream, SamplingParam
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
 from fastvlm_edge.backends.protocol import LOGIT_POSITIONS
 from fastvlm_edge.backends.select import select
-from fastvlm_edge.generation.session import Session
 from fastvlm_edge.inputs.preprocess import preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, FileRecord, read_manifest, sha256
-from tests.support.fake_engine import CHUNK
 from tests.support.fake_model import HEAD_DIM, HIDDEN, IMAGE_SIZE, KV_HEADS, LAYERS, TOKEN_COUNT, TOKENS, VOCAB, build_model
 
 PROMPT = "What does the meter read?"
@@ -97,7 +95,7 @@ def reference(model_dir: Path) -> Reference:
 
 def with_stop_ids(vlm: FastVLM, *stop_ids: int) -> FastVLM:
     text = dataclasses.replace(vlm.manifest.text, stop_ids=list(stop_ids))
-    return FastVLM(dataclasses.replace(vlm.manifest, text=text), vlm._tokenizer, vlm._backend)
+    return FastVLM(dataclasses.replace(vlm.manifest, text=text), vlm._tokenizer, vlm._engine)
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, LONG_PROMPT])
@@ -106,7 +104,8 @@ def test_generation_equals_recomputing_everything(vlm: FastVLM, reference: Refer
     expected = reference.greedy(ids, reference.features(data.astronaut()), 60)
     reply = vlm.generate(prompt, data.astronaut(), max_new_tokens=60)
     assert reply.token_ids == expected and len(expected) == 60
-    assert reply.stop_reason == "length" and reply.timings.prompt_tokens == reply.timings.prefilled_tokens == len(ids)
+    timings = reply.timings
+    assert reply.stop_reason == "length" and timings.prompt_tokens == timings.cached_tokens + timings.prefilled_tokens == len(ids)
 
 
 def test_the_long_prompt_crosses_a_cache_bucket(reference: Reference) -> None:
@@ -135,7 +134,7 @@ def test_text_alone_and_several_pictures(vlm: FastVLM, reference: Reference) -> 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 511, 512])
 def test_chunked_prefill_equals_one_shot(model_dir: Path, vlm: FastVLM, chunk: int) -> None:
-    chunked = FastVLM(vlm.manifest, vlm._tokenizer, vlm._backend, prefill_chunk=chunk)
+    chunked = FastVLM(vlm.manifest, vlm._tokenizer, vlm._engine, prefill_chunk=chunk)
     expected = vlm.generate(LONG_PROMPT, data.coffee(), max_new_tokens=24)
     assert chunked.generate(LONG_PROMPT, data.coffee(), max_new_tokens=24).token_ids == expected.token_ids
 
@@ -159,13 +158,13 @@ def scoring(vlm: FastVLM) -> None:
 
 def an_interrupted_question(vlm: FastVLM) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        step = vlm._backend.step
+        step = vlm._engine.backend.step
 
         def interrupted(*arguments: Any, **options: Any) -> Any:
             step(*arguments, **options)
             raise KeyboardInterrupt
 
-        patch.setattr(vlm._backend, "step", interrupted)
+        patch.setattr(vlm._engine.backend, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             vlm.generate(LONG_PROMPT, data.coffee(), max_new_tokens=3)
 
@@ -243,12 +242,17 @@ def test_logits_continue_what_is_in_the_cache(vlm: FastVLM, reference: Reference
     image, ids = vlm.encode_image(data.coffee()), reference.ids(PROMPT)
     vlm.generate(PROMPT, image, max_new_tokens=4)
     steps: list[int] = []
-    step = vlm._backend.step
-    monkeypatch.setattr(vlm._backend, "step", lambda given, *rest, **options: steps.append(len(given)) or step(given, *rest, **options))
+    step = vlm._engine.backend.step
+    monkeypatch.setattr(
+        vlm._engine.backend, "step", lambda given, *rest, **options: steps.append(len(given)) or step(given, *rest, **options)
+    )
     list(vlm.logits([*ids, *range(20)], [image], start=len(ids) - 1))
     assert steps == [16, 5]
     steps.clear()
-    list(vlm.logits([*ids, *range(20)], [vlm.encode_image(data.coffee())], start=len(ids) - 1))  # encoded anew, so it may be another one
+    list(vlm.logits([*ids, *range(20)], [vlm.encode_image(data.coffee().copy())], start=len(ids) - 1))
+    assert steps == [16, 5], "the same picture is known by its content"
+    steps.clear()
+    list(vlm.logits([*ids, *range(20)], [vlm.encode_image(data.rocket())], start=len(ids) - 1))
     assert len(steps) == 3 and steps[1:] == [16, 5] and steps[0] >= TOKENS
 
 
@@ -267,7 +271,7 @@ def test_ids_that_cannot_be_scored(vlm: FastVLM, ids: list[int], start: int, say
 
 
 def test_logits_of_any_positions_and_rollback(vlm: FastVLM, reference: Reference) -> None:
-    backend = vlm._backend
+    backend = vlm._engine.backend
     ids = reference.ids(PROMPT, 0)
     backend.reset()
     backend.step(ids[:5])
@@ -282,15 +286,20 @@ def test_logits_of_any_positions_and_rollback(vlm: FastVLM, reference: Reference
     output = backend.step([77], want_logits=True)
     assert output.logits is not None
     np.testing.assert_allclose(output.logits[0], reference.logits([*ids[:9], 77], reference.features()), atol=1e-4)
+    backend.reset()
+    vlm._engine._slots.recover()
 
 
 def test_decoding_binds_anew_only_where_the_cache_grows(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    if vlm._backend.name != "ort":
+    if vlm._engine.backend.name != "ort":
         pytest.skip("tests/fastvlm_edge/backends/test_tensorrt_backend.py looks at its graphs")
     made: list[tuple[Any, ...]] = []
-    decoder = vlm._backend._decoder  # type: ignore[attr-defined]
+    decoder = vlm._engine.backend._decoder  # type: ignore[attr-defined]
     decoder._calls.clear()
     bind = decoder._bind
+    vlm._engine.backend.reset()
+    vlm._engine._slots.recover()
+    vlm._engine._slots.clear()
     monkeypatch.setattr(decoder, "_bind", lambda *key, **options: made.append(key) or bind(*key, **options))
     vlm.generate(PROMPT, data.coffee(), max_new_tokens=150)
     assert made == [(0, 1, 46, 1, False), (0, 1, 1, 1, False), (0, 1, 1, 1, False)]  # 46 + 150 positions cross one border, at 128
@@ -312,7 +321,7 @@ def test_a_context_that_fills_up(tmp_path: Path) -> None:
         with pytest.raises(FastVLMError, match="start a new conversation"):
             chat.ask("And now?")
         with pytest.raises(FastVLMError, match="101 positions do not fit into the context of 100"):
-            vlm._backend.step([1] * (101 - vlm._backend.lengths[0]))
+            vlm._engine.backend.step([1] * (101 - vlm._engine.backend.lengths[0]))
 
 
 def test_an_end_id_ends_the_reply_and_is_not_part_of_it(vlm: FastVLM) -> None:
@@ -407,14 +416,14 @@ def test_an_encoded_image_is_not_encoded_again(vlm: FastVLM, monkeypatch: pytest
     assert encoded.numpy().shape == (TOKENS, HIDDEN) and encoded.numpy().dtype == np.float32
     reply = vlm.generate(PROMPT, [encoded, data.astronaut()], max_new_tokens=20)
     assert reply.token_ids == expected.token_ids
-    monkeypatch.setattr(vlm._backend, "encode", None)
+    monkeypatch.setattr(vlm._engine.backend, "encode", None)
     alone = vlm.generate(PROMPT, encoded, max_new_tokens=5)
     assert alone.timings.vision_ms == alone.timings.preprocess_ms == 0
 
 
 def test_geometry_can_be_overridden(model_dir: Path, vlm: FastVLM) -> None:
-    cropped = FastVLM(vlm.manifest, vlm._tokenizer, vlm._backend, geometry="crop")
-    expected = vlm._backend.encode(preprocess(data.coffee(), IMAGE_SIZE, "crop")).numpy()
+    cropped = FastVLM(vlm.manifest, vlm._tokenizer, vlm._engine, geometry="crop")
+    expected = vlm._engine.backend.encode(preprocess(data.coffee(), IMAGE_SIZE, "crop")).numpy()
     assert np.array_equal(cropped.encode_image(data.coffee()).numpy(), expected)
     assert not np.array_equal(vlm.encode_image(data.coffee()).numpy(), expected)
 
@@ -477,86 +486,28 @@ def test_a_stream_closed_before_its_first_piece_has_no_reply(vlm: FastVLM) -> No
 def test_an_interrupt_leaves_the_model_usable(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     expected = vlm.generate(LONG_PROMPT, data.coffee(), max_new_tokens=20).token_ids
     calls = 0
-    step = vlm._backend.step
+    backend = vlm._engine.backend
 
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        output = step(*arguments, **options)
-        if calls == at:
-            raise KeyboardInterrupt
-        return output
+    def interrupted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            output = call(*arguments, **options)
+            if calls >= at:
+                raise KeyboardInterrupt
+            return output
+
+        return run
 
     chat = vlm.chat()
-    monkeypatch.setattr(vlm._backend, "step", interrupted)
+    monkeypatch.setattr(backend, "decode", interrupted(backend.decode))
+    monkeypatch.setattr(backend, "step", interrupted(backend.step))
     with pytest.raises(KeyboardInterrupt):
         chat.ask(LONG_PROMPT, data.coffee(), max_new_tokens=20)
     monkeypatch.undo()
     assert vlm.generate(LONG_PROMPT, data.coffee(), max_new_tokens=20).token_ids == expected
     chat.reset()
     assert chat.ask(LONG_PROMPT, data.coffee(), max_new_tokens=20).token_ids == expected
-
-
-def test_a_prefill_that_fails_in_its_second_chunk_keeps_the_first(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk = 2 * CHUNK
-    failing_call = 4 if vlm._backend.name == "tensorrt" else 2  # an engine needs two calls for a chunk: the first appends to the cache
-    ids = [1 + position % (VOCAB - 1) for position in range(2 * chunk)]
-    session, decoder, calls = Session(vlm._backend, vocab=VOCAB), vlm._backend._decoder, 0  # type: ignore[attr-defined]
-    step = decoder.step
-
-    def failing(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == failing_call:
-            raise FastVLMError("the GPU failed")
-        return step(*arguments, **options)
-
-    _, output, computed = session.prefill(ids, (), chunk=chunk)
-    expected = output.top_values.copy()
-    assert computed == 2 * chunk
-    monkeypatch.setattr(decoder, "step", failing)
-    with pytest.raises(FastVLMError, match="the GPU failed"):
-        session.prefill(ids, (), chunk=chunk)
-    monkeypatch.undo()
-    assert vlm._backend.lengths[0] == chunk
-    _, output, computed = session.prefill(ids, (), chunk=chunk, reuse=True)
-    assert computed == chunk
-    np.testing.assert_allclose(output.top_values, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("fails", ["before", "after"])
-def test_an_id_whose_step_failed_is_no_part_of_the_conversation(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
-    """The caller may decode another id in its place; later questions reuse that one and not the failed one."""
-    backend, session = vlm._backend, Session(vlm._backend, vocab=VOCAB)
-    ids, failed, instead, following = [1 + position % (VOCAB - 1) for position in range(30)], 5, 9, 7
-    expected = {token: session.prefill([*ids, token, following], ())[1].top_values.copy() for token in (failed, instead)}
-    ticket = session.prefill(ids, ())[0]
-    step = backend.step
-
-    def failing(*arguments: Any, **options: Any) -> Any:
-        if fails == "after":
-            step(*arguments, **options)
-            backend.truncate(len(ids))
-        raise FastVLMError("the GPU failed")
-
-    monkeypatch.setattr(backend, "step", failing)
-    with pytest.raises(FastVLMError, match="the GPU failed"):
-        session.decode(ticket, failed)
-    monkeypatch.undo()
-    session.decode(ticket, instead)
-    assert backend.lengths[0] == len(ids) + 1
-    for token, left in ((instead, 1), (failed, 2)):
-        _, output, computed = session.prefill([*ids, token, following], (), reuse=True)
-        assert computed == left, token
-        np.testing.assert_allclose(output.top_values, expected[token], rtol=1e-4, atol=1e-5)
-
-
-def test_a_newer_question_ends_an_open_stream_with_an_error(vlm: FastVLM) -> None:
-    stream = vlm.stream(PROMPT, data.coffee(), max_new_tokens=40)
-    next(stream)
-    vlm.generate("Another one.", max_new_tokens=2)
-    with pytest.raises(FastVLMError, match=r"cut short, .*; finish one stream"):
-        list(stream)
 
 
 def test_threads_wait_for_each_other(vlm: FastVLM) -> None:
@@ -672,7 +623,7 @@ def test_backends_and_options_that_are_refused(model_dir: Path, vlm: FastVLM) ->
     with pytest.raises(FastVLMError, match="prefill_chunk is 0"):
         FastVLM.load(model_dir, prefill_chunk=0)
     with pytest.raises(FastVLMError, match=r"shape \[1, 3, 8, 8\], but this model takes \[1, 3, 256, 256\]"):
-        vlm._backend.encode(np.zeros((1, 3, 8, 8), np.float32))
+        vlm._engine.backend.encode(np.zeros((1, 3, 8, 8), np.float32))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,186 @@
+"""One reply while it is generated: the engine pushes the outputs of the model in, text comes out through a queue."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvlm_edge.backends.protocol import StepOutput
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.engine import Part, Work
+from fastvlm_edge.generation.images import EncodedImage
+from fastvlm_edge.generation.sampling import Sampler, SamplingParams
+from fastvlm_edge.inputs.detokenize import Detokenizer
+from fastvlm_edge.inputs.stop_strings import StopStrings
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.model_dir.manifest import Manifest
+
+StopReason = Literal["stop", "length", "context", "cancelled"]
+"""`stop`: the model or a stop string ended the reply. `length`: it has max_new_tokens tokens. `context`: the context is full.
+`cancelled`: the caller closed the stream."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the text of a reply."""
+
+    text: str
+    tokens: int
+    """Number of ids of the reply when it was shown."""
+
+
+class Answer(Work):
+    """A reply. The engine's thread fills it; the caller reads `events`."""
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        manifest: Manifest,
+        ids: Sequence[int],
+        images: tuple[EncodedImage, ...],
+        params: SamplingParams,
+        *,
+        reuse: bool,
+        chunk: int,
+        piecewise: bool,
+    ) -> None:
+        """`ids` is the whole conversation up to where the reply begins, and must leave room in the context (`check_room`).
+
+        Without `piecewise`, the text is one piece, at the end.
+        """
+        context = manifest.decoder.context
+        super().__init__(ids, images, positions=min(len(ids) + params.max_new_tokens, context), most_kept=len(ids) - 1 if reuse else 0)
+        self._text, self._context, self._params, self._chunk, self._piecewise = manifest.text, context, params, chunk, piecewise
+        self.wants_logits = params.wants_logits
+        self._sampler = Sampler(params, manifest.text.token_count, ids)
+        self._detokenizer = Detokenizer(tokenizer, special_tokens=params.special_tokens)
+        self._stops = StopStrings(params.stop)
+        self._held = ""
+        """Text that is not given out yet, because the reply is not read piecewise."""
+        self.events: SimpleQueue[Piece | None] = SimpleQueue()
+        """Pieces of the text, and None at the end; then `error` says whether it failed."""
+        self.token_ids: list[int] = []
+        """Ids of the reply so far, without the one that ended it."""
+        self.log_probabilities: list[float] = []
+        """Natural logarithm of the model's probability of each of them."""
+        self.stop_reason: StopReason = "cancelled"
+        self.stop_string: str | None = None
+        self.submitted = time.perf_counter()
+        self._began = self._first = self._last = 0.0
+        self.sampled = 0
+
+    @property
+    def queue_seconds(self) -> float:
+        """Time that it waited for a slot."""
+        return self._began - self.submitted if self._began else 0.0
+
+    @property
+    def prefill_seconds(self) -> float:
+        """From then to the first sampled token; 0 if there is none yet."""
+        return self._first - self._began if self._first else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of all tokens after the first; 0 if there was only one."""
+        seconds = self._last - self._first
+        return (self.sampled - 1) / seconds if self.sampled > 1 and seconds > 0 else 0.0
+
+    def begin(self, kept: int) -> None:
+        self._began = time.perf_counter()
+        super().begin(kept)
+
+    def part(self, at: int) -> Part:
+        end = min(at + self._chunk, len(self.ids))
+        last = end == len(self.ids)
+        return Part(self.ids[at:end], None, self.wants_logits and last, last)
+
+    def push(self, output: StepOutput, row: int) -> int | None:
+        logits = None if output.logits is None else output.logits[row]
+        token_id = self._sampler.next(output.top_values[row], output.top_ids[row], logits)
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        self.sampled += 1
+        if token_id in self._text.stop_ids:
+            self.stop_reason = "stop"
+            return None
+        self.token_ids.append(token_id)
+        self.log_probabilities.append(_log_probability(output, row, token_id))
+        self._say(self._stops.push(self._detokenizer.push(token_id)))
+        if self._stops.found is not None:
+            self.stop_reason = "stop"
+        elif len(self.token_ids) >= self._params.max_new_tokens:
+            self.stop_reason = "length"
+        elif len(self.ids) + len(self.token_ids) >= self._context:
+            self.stop_reason = "context"
+        else:
+            return token_id
+        return None
+
+    def end(self) -> None:
+        if self.error is None and not self.cancelled:
+            self._say(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
+            self.stop_string = self._stops.found
+        if self._held:
+            self.events.put(Piece(self._held, len(self.token_ids)))
+        self.events.put(None)
+
+    def _say(self, text: str) -> None:
+        if text and self._piecewise:
+            self.events.put(Piece(text, len(self.token_ids)))
+        else:
+            self._held += text
+
+
+def _log_probability(output: StepOutput, row: int, token_id: int) -> float:
+    found = output.top_values[row][output.top_ids[row] == token_id] if output.logits is None else output.logits[row][[token_id]]
+    return float(found[0]) - float(output.log_normalizer[row])
+
+
+class Score(Work):
+    """The logits after each of `ids[start:]`, for up to LOGIT_POSITIONS ids."""
+
+    def __init__(self, ids: Sequence[int], images: tuple[EncodedImage, ...], start: int, *, chunk: int) -> None:
+        super().__init__(ids, images, positions=len(ids), most_kept=start)
+        self._start, self._chunk = start, chunk
+        self._done: SimpleQueue[None] = SimpleQueue()
+        self._found: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+
+    def part(self, at: int) -> Part:
+        if at < self._start:
+            return Part(self.ids[at : min(at + self._chunk, self._start)], None, False, False)
+        return Part(self.ids[at:], range(len(self.ids) - at), True, True)
+
+    def push(self, output: StepOutput, row: int) -> int | None:
+        assert output.logits is not None
+        self._found = output.logits.astype(np.float32), output.log_normalizer.astype(np.float32)  # copies
+        return None
+
+    def end(self) -> None:
+        self._done.put(None)
+
+    def result(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Wait for the logits [n, vocab] and their log normalizers [n]."""
+        self._done.get()
+        if self.error is not None:
+            raise self.error
+        assert self._found is not None
+        return self._found
+
+
+def check_room(ids: Sequence[int], manifest: Manifest) -> None:
+    """Raise FastVLMError if a conversation leaves no position for a reply."""
+    context, vocab = manifest.decoder.context, manifest.decoder.vocab
+    if len(ids) < context:
+        return
+    visual = sum(token_id >= vocab for token_id in ids)
+    remedy = "shorten the prompt" if len(ids) - visual >= context // 2 else "use fewer images"
+    raise FastVLMError(
+        f"the conversation has {len(ids)} tokens ({visual} of them visual), which leaves no room for a reply in the context of {context}",
+        f"{remedy}, start a new conversation, or convert with a larger --context",
+    )

@@ -1,0 +1,149 @@
+"""`ReplyStream`: a reply as it is read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.answer import Answer, Piece, StopReason
+from fastvlm_edge.generation.reply import Reply, Timings, confidence
+
+
+@dataclass(frozen=True)
+class Started:
+    """An answer that the engine works on, and what its caller did before."""
+
+    answer: Answer
+    preprocess_seconds: float
+    vision_seconds: float
+    before_seconds: float
+    """From the question to the engine."""
+    cached_images: int
+
+
+class ReplyStream:
+    """Iterate for the pieces of a reply as strings. `reply` is the whole reply, after the last piece or after `close`.
+
+    The engine goes on generating while nobody reads. Any thread may call `close`.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[bool], Started],
+        backend: str,
+        precision: str,
+        leave: Callable[[Answer | None, str, bool], None] | None = None,
+    ) -> None:
+        """`start` reads the pictures and hands the question to the engine; its argument says whether the text is read in pieces.
+
+        `leave` is called once, at the end: with the answer if there is one, the text that was read, and whether that is all of it.
+        """
+        self._start, self._backend, self._precision, self._leave = start, backend, precision, leave
+        self._lock = threading.Lock()
+        self._started: Started | None = None
+        self._pieces: list[Piece] = []
+        self._reply: Reply | None = None
+        self._closed = False
+
+    def __iter__(self) -> ReplyStream:
+        return self
+
+    def __next__(self) -> str:
+        return self._next(piecewise=True)
+
+    @property
+    def reply(self) -> Reply:
+        """The finished reply. Raises FastVLMError before the end, and if the stream was closed before its first piece."""
+        if self._reply is None and self._closed:
+            raise FastVLMError("there is no reply, because the stream was closed before its first piece")
+        if self._reply is None:
+            raise FastVLMError("the reply is not finished", "read the stream to its end, or close it")
+        return self._reply
+
+    def close(self) -> None:
+        """Stop the generation. The text that was read, if any, becomes the reply, with stop reason `cancelled`."""
+        self._end(whole=False)
+
+    def wait(self) -> Reply:
+        """Read to the end."""
+        try:
+            while True:
+                self._next(piecewise=False)
+        except StopIteration:
+            return self.reply
+        except BaseException:
+            self.close()
+            raise
+
+    def _next(self, *, piecewise: bool) -> str:
+        if self._closed:
+            raise StopIteration
+        try:
+            if self._started is None:
+                self._started = self._start(piecewise)
+            event = self._started.answer.events.get()
+        except BaseException:
+            self.close()
+            raise
+        if event is not None and not self._closed:
+            self._pieces.append(event)
+            return event.text
+        error = self._started.answer.error
+        self._end(whole=error is None and not self._started.answer.cancelled)
+        if error is not None:
+            raise error
+        raise StopIteration
+
+    def _end(self, *, whole: bool) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        answer = None if self._started is None else self._started.answer
+        if answer is not None and not whole:
+            answer.cancel()
+        text = "".join(piece.text for piece in self._pieces)
+        if answer is not None and (whole or self._pieces):
+            assert self._started is not None
+            self._reply = self._make_reply(self._started, text, whole)
+        if self._leave is not None:
+            self._leave(answer, text, whole)
+
+    def _make_reply(self, started: Started, text: str, whole: bool) -> Reply:
+        answer = started.answer
+        tokens = len(answer.token_ids) if whole else self._pieces[-1].tokens
+        reason: StopReason = answer.stop_reason if whole else "cancelled"
+        timings = Timings(
+            preprocess_ms=started.preprocess_seconds * 1e3,
+            vision_ms=started.vision_seconds * 1e3,
+            queue_ms=answer.queue_seconds * 1e3,
+            prefill_ms=answer.prefill_seconds * 1e3,
+            ttft_ms=(started.before_seconds + answer.queue_seconds + answer.prefill_seconds) * 1e3,
+            decode_tokens_per_second=answer.tokens_per_second,
+            prompt_tokens=len(answer.ids),
+            cached_tokens=answer.kept,
+            prefilled_tokens=len(answer.ids) - answer.kept,
+            cached_images=started.cached_images,
+            new_tokens=tokens,
+        )
+        return Reply(
+            text=text,
+            token_ids=answer.token_ids[:tokens],
+            stop_reason=reason,
+            stop_string=answer.stop_string if whole else None,
+            confidence=confidence(answer.log_probabilities[:tokens]),
+            backend=self._backend,
+            precision=self._precision,
+            timings=timings,
+        )
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # it may not have been made completely
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "finished" if self._reply is not None else "closed" if self._closed else "not finished"
+        return f"<ReplyStream, {state}>"
