@@ -28,6 +28,7 @@ NEEDED_BY = {
     "cuda": "tensorrt",
     "pynvml": "tensorrt",
     "matplotlib": "bench",
+    "llguidance": "structured",
 }
 """Module of a dependency -> the extra of pyproject.toml that installs it; "" stands for the dependencies of the runtime."""
 

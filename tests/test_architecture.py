@@ -35,7 +35,7 @@ ON_DEMAND = {
 only a bundle starts at `bundle_entry`."""
 
 PACKAGES = {
-    "runtime": {"numpy", "PIL", "tokenizers", "onnxruntime"},
+    "runtime": {"numpy", "PIL", "tokenizers", "onnxruntime", "llguidance"},
     "engines": {"numpy"},
     "convert": {"numpy", "tokenizers", "torch", "onnx", "ml_dtypes", "huggingface_hub", "jinja2"},
     "calib": {"numpy", "torch", "onnx", "ml_dtypes"},

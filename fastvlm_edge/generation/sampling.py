@@ -119,7 +119,7 @@ class Sampler:
         raise _no_candidate(top_values)
 
     def _draw(self, top_values: NDArray[Any], top_ids: NDArray[Any]) -> int:
-        real = top_ids < self._token_count
+        real = (top_ids < self._token_count) & (top_values != -np.inf)  # a grammar masks with -inf
         ids = top_ids[real][: self._params.top_k]
         values = top_values[real][: self._params.top_k].astype(np.float64)
         if not len(ids) or not math.isfinite(values[0]):

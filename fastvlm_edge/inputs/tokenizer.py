@@ -71,6 +71,15 @@ class TextTokenizer:
             known = self._bytes[token_id] = b"" if token is None else _to_bytes(token)
         return known
 
+    def text_bytes(self, count: int) -> list[bytes]:
+        """The bytes of every id below `count`, for a grammar. b"" for an id without a token, for special tokens and for `<image>`."""
+        found = [b""] * count
+        added = self._tokenizer.get_added_tokens_decoder()
+        for token, token_id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if token_id < count and token_id not in self.special_ids and token != _IMAGE_MARK:
+                found[token_id] = token.encode("utf-8") if token_id in added else _to_bytes(token)
+        return found
+
 
 def _byte_alphabet() -> dict[str, int]:
     """Character -> byte, as in byte-level BPE (GPT-2, `bytes_to_unicode`).
