@@ -22,6 +22,8 @@ from fastvlm_edge.model_dir.manifest import sha256
 RUNTIME = ("numpy>=1.26", "pillow>=10.3", "tokenizers>=0.20", "onnxruntime>=1.23")
 """Requirements of the runtime, as in pyproject.toml. Their own requirements (sympy and protobuf, huggingface_hub and its HTTP client) are
 for tools and downloads. Inference does not import them, so they are left out."""
+STRUCTURED = ("llguidance>=1.6,<2",)
+"""Requirements of structured answers, the extra `structured`. 1.6 is the last one with wheels for glibc 2.28."""
 _OLDEST_GLIBC = 17
 
 
@@ -39,10 +41,11 @@ class Wheel:
 
 def requirements(target: BundleTarget) -> tuple[str, ...]:
     """Requirements that pip resolves for `target`."""
+    common = (*RUNTIME, *STRUCTURED)
     if target.cuda is None:
-        return RUNTIME
+        return common
     oldest = "12.6" if target.cuda == 12 else f"{target.cuda}.0"
-    return (*RUNTIME, f"cuda-bindings>={oldest},<{target.cuda + 1}", "cuda-pathfinder>=1.1", "nvidia-ml-py>=12.560")
+    return (*common, f"cuda-bindings>={oldest},<{target.cuda + 1}", "cuda-pathfinder>=1.1", "nvidia-ml-py>=12.560")
 
 
 def collect_wheels(target: BundleTarget, folder: Path) -> list[Wheel]:

@@ -26,7 +26,7 @@ from fastvlm_edge import FastVLM, FastVLMError, bundle_entry, cli
 from fastvlm_edge.bundling import start, unit
 from fastvlm_edge.bundling.archive import HEADER_BYTES, source_files, write_bundle
 from fastvlm_edge.bundling.start import Bundle, BundleError, ensure
-from fastvlm_edge.bundling.wheels import RUNTIME, Wheel, collect_wheels, requirements
+from fastvlm_edge.bundling.wheels import RUNTIME, STRUCTURED, Wheel, collect_wheels, requirements
 from fastvlm_edge.machine.boards.systems import SYSTEMS, BundleTarget
 from fastvlm_edge.machine.boards.targets import bundle_target
 from tests.support.fake_model import build_model
@@ -44,7 +44,7 @@ QUESTION = ("--prompt", "What is it?", "--max-new-tokens", "6")
 def made(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     (folder / "wheels").mkdir()
-    for name in ("numpy", "pillow", "tokenizers", "onnxruntime"):
+    for name in ("numpy", "pillow", "tokenizers", "onnxruntime", "llguidance"):
         wheel_of_installed(name, folder / "wheels")
     command = ["bundle", str(model_dir), "--target", "x86_64", "--wheels", str(folder / "wheels"), "-o", str(folder / "app")]
     if platform.machine() != "x86_64":
@@ -116,6 +116,27 @@ assert not {{"torch", "onnx", "huggingface_hub"}} & set(sys.modules)
     assert run("--version").stdout.startswith("fastvlm-edge ")
 
 
+def test_structured_answers_are_in_a_bundle(run: Run, bare: dict[str, str]) -> None:
+    run("prepare")
+    runtime = next(Path(bare["FASTVLM_EDGE_STATE"]).glob("runtime-*/fastvlm_edge")).parent
+    model = next(Path(bare["FASTVLM_EDGE_STATE"]).glob("model-*/fastvlm.json")).parent
+    python = next(Path(bare["PATH"]).glob("python3*"))
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(runtime)!r})
+from fastvlm_edge.generation.answer_format import answer_format
+from fastvlm_edge.generation.grammar import compile_grammar
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.model_dir.manifest import read_manifest
+model = Path({str(model)!r})
+state = compile_grammar(TextTokenizer(model / "tokenizer.json"), read_manifest(model), answer_format(choices=["yes"])).begin()
+assert state.forced(9)
+"""
+    done = subprocess.run([str(python), "-I", "-c", code], env=bare, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_engine_builder_imports_without_onnx_and_torch(run: Run) -> None:
     done = run("build")
     assert done.returncode == 1
@@ -155,7 +176,7 @@ def test_a_damaged_unpacked_file_is_found_at_the_next_start_and_unpacked_again(r
 
 def test_licences_of_everything_can_be_read(run: Run, made: Path) -> None:
     listed = run("licenses").stdout
-    for name in ("fastvlm-edge", "numpy", "onnxruntime", "pillow", "tokenizers", "model"):
+    for name in ("fastvlm-edge", "llguidance", "numpy", "onnxruntime", "pillow", "tokenizers", "model"):
         assert re.search(rf"^{name}\s", listed, re.MULTILINE)
     assert "NumPy Developers" in run("licenses", "numpy").stdout
     assert all(row["files"] for row in _open(made).index["licences"])
@@ -170,7 +191,7 @@ def test_about_names_every_wheel_with_its_hash_and_none_of_them_is_a_framework(r
         inside = {name.removeprefix("wheels/") for name in archive.namelist() if name.startswith("wheels/")}
         assert inside == set(wheels)
         assert all(hashlib.sha256(archive.read(f"wheels/{name}")).hexdigest() == digest for name, digest in wheels.items())
-    assert {wheel["name"] for wheel in about["wheels"]} == {"numpy", "pillow", "tokenizers", "onnxruntime"}
+    assert {wheel["name"] for wheel in about["wheels"]} == {"numpy", "pillow", "tokenizers", "onnxruntime", "llguidance"}
     assert not [
         name for name in Bundle(made, about["index_sha256"]).files("runtime") if name.startswith(("torch", "onnx/", "transformers"))
     ]
@@ -389,17 +410,18 @@ def test_a_model_of_more_than_four_gigabytes_is_bundled_and_unpacked(tmp_path: P
 def test_wheels_fit_the_python_and_cuda_of_each_system() -> None:
     assert "cuda-bindings>=12.6,<13" in requirements(SYSTEMS["orin-jp6"])
     assert "cuda-bindings>=13.0,<14" in requirements(SYSTEMS["thor"])
-    assert requirements(SYSTEMS["x86_64"]) == RUNTIME
+    assert requirements(SYSTEMS["x86_64"]) == (*RUNTIME, *STRUCTURED)
 
 
 def test_a_bundle_has_the_packages_that_the_project_needs() -> None:
-    dependencies = re.search(r"^dependencies = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert dependencies
-    assert tuple(json.loads(dependencies.group(1))) == RUNTIME
+    for name, expected in (("dependencies", RUNTIME), ("structured", STRUCTURED)):
+        needs = re.search(rf"^{name} = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        assert needs
+        assert tuple(json.loads(needs.group(1))) == expected
 
 
 def test_a_folder_of_wheels_is_enough_and_of_several_the_fitting_newest_is_taken(tmp_path: Path) -> None:
-    versions = {"numpy": "2.0", "pillow": "11.0", "tokenizers": "0.21", "onnxruntime": "1.23"}
+    versions = {"numpy": "2.0", "pillow": "11.0", "tokenizers": "0.21", "onnxruntime": "1.23", "llguidance": "1.6.1"}
     for name, version in versions.items():
         _tiny_wheel(tmp_path, name, version)
     _tiny_wheel(tmp_path, "numpy", "2.1")
