@@ -76,7 +76,9 @@ def _run(arguments: Sequence[str] | None) -> int:
                 f"{options.command} needs Python 3.10 or newer, and this is Python {version}", "run: python3 -m fastvlm_edge doctor"
             )
         status: int = import_module(f"fastvlm_edge.commands.{options.command}").main(options.arguments)
-    except SystemExit as leave:  # argparse: --help, --version, wrong usage
+    except SystemExit as leave:  # argparse: --help, --version, wrong usage; or a broken package
+        if (failure := import_failure(leave)) is not None:
+            raise failure from leave
         status = leave.code if isinstance(leave.code, int) else EXIT_FAILED
     sys.stdout.flush()
     return status

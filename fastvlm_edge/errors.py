@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_SHOWN = 150
+
 
 class FastVLMError(Exception):
     """What is wrong, and what to do about it.
@@ -31,7 +33,14 @@ class PackageError(FastVLMError, ImportError):
     """A package that is not installed, or is installed and cannot be loaded. It is also an ImportError, as Python programs expect."""
 
 
-def last_line(error: BaseException) -> str:
-    """An exception as Python prints it, but only its last line: numpy explains itself in thirty, and ends with the cause."""
+def one_line(error: BaseException) -> str:
+    """An exception as Python prints it, in one line.
+
+    Of a long text it keeps the first and the last line. numpy explains itself in thirty, of which one has the cause.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
+    original = [line for line in lines if line.startswith("Original error was:")]
+    text = " ".join(original or lines)
+    if len(text) > 2 * _SHOWN and len(lines) > 1:
+        text = f"{lines[0][:_SHOWN]} ... {lines[-1][:_SHOWN]}"
+    return f"{type(error).__name__}: {text[: 2 * _SHOWN]}" if text else type(error).__name__

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.extras import install_command
+from fastvlm_edge.extras import TORCH_PAGE, install_command
 from fastvlm_edge.generation.vlm import FastVLM
 
 HOME = Path(__file__).resolve().parents[1] / "demo"
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _next_steps(picture: str) -> str:
     """What to type next."""
-    install = "" if find_spec("torch") else f"  {install_command('convert')}\n"
+    install = "" if find_spec("torch") else f"  {install_command('convert')}  # after PyTorch's CPU build, see {TORCH_PAGE}\n"
     return (
         "Next, ask this small model something else. It knows meters, dials, signs, labels and coloured shapes:\n"
         f'  fastvlm-edge run {_shown(MODEL)} --image {_shown(HOME / picture)} "What colour is the circle?"\n'

@@ -200,7 +200,7 @@ def _python(facts: Facts) -> list[Finding]:
         text = f"{python.version}; {_dotted(OLDEST_PYTHON)} or newer is needed"
         mend = f"{FLASH} brings Python 3.10" if facts.jetson else "sudo apt install python3.10-venv && python3.10 -m venv .venv"
         findings = [problem("python", text, mend)]
-    missing = [name for name, version in python.packages.items() if version is None]
+    missing = [name for module, (name, _) in PACKAGES.items() if python.packages[name] is None and module not in python.broken]
     if missing:
         text = f"{', '.join(missing)} missing: convert, build and run need them{_place()}"
         return [*findings, problem("packages", text, install_command())]

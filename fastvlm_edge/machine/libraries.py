@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -17,21 +17,24 @@ PACKAGES = {
     "onnxruntime": ("onnxruntime", "1.23"),
 }
 """Module -> distribution, and the oldest version that the runtime supports (as in pyproject.toml)."""
-OPTIONAL = (
-    "torch",
-    "onnx",
-    "ml_dtypes",
-    "huggingface_hub",
-    "jinja2",
-    "matplotlib",
-    "pillow_heif",
-    "pynvml",
-    "cuda.bindings",
-    "pycuda",
-    "tensorrt",
-    "tensorrt_rtx",
-)
-"""Modules that some parts need. They may be absent, but if they are installed, Python has to be able to load them."""
+OPTIONAL = {
+    "torch": "torch",
+    "onnx": "onnx",
+    "ml_dtypes": "ml_dtypes",
+    "huggingface_hub": "huggingface_hub",
+    "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
+    "pillow_heif": "pillow-heif",
+    "pynvml": "nvidia-ml-py",
+    "cuda.bindings": "cuda-bindings",
+    "pycuda": "pycuda",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
+}
+"""Module -> distribution, for what only some parts need. It may be absent, but if it is installed, Python has to be able to load it."""
+NEEDS = {"onnxruntime": "numpy", "onnx": "ml_dtypes"}
+"""Module -> another one of the same table that it imports."""
+FILES_GONE = "its files are missing, but pip lists it"
 _LIBRARIES = (
     "usr/lib/{arch}-linux-gnu",
     "usr/lib/{arch}-linux-gnu/nvidia",
@@ -57,7 +60,7 @@ class Python:
     onnxruntime_gpu: str | None = None
     """Version of `onnxruntime-gpu`, which installs the same module."""
     broken: dict[str, str] = field(default_factory=dict)
-    """Module of PACKAGES or OPTIONAL that is installed but cannot be imported -> the last line of the exception."""
+    """Module of PACKAGES or OPTIONAL that is installed but cannot be imported -> why, in one line."""
 
 
 @dataclass(frozen=True)
@@ -118,24 +121,33 @@ class Driver:
 def read_python(probe: Probe) -> Python:
     """Version, virtual environment, versions of the packages that the runtime needs, and which packages are broken.
 
-    Every package is imported in a process of its own, several at a time. The optional ones, most of which need numpy, only if those of the
-    runtime are whole.
+    Every package is imported in a process of its own, at most four at a time. Those that need a package that is missing or broken are not
+    examined: they could not be imported either. Most of the optional ones need numpy.
     """
     packages = {}
     cpu, gpu = probe.package_version("onnxruntime"), probe.package_version("onnxruntime-gpu")
     for module, (name, _) in PACKAGES.items():
         version = cpu or gpu if name == "onnxruntime" else probe.package_version(name)
         packages[name] = (version or "unknown") if probe.has_module(module) else None
-    broken = _import_errors(probe, PACKAGES) or _import_errors(probe, OPTIONAL)
+    runtime = {module: name for module, (name, _) in PACKAGES.items()}
+    if gpu:
+        runtime["onnxruntime"] = "onnxruntime-gpu"
+    broken = _import_errors(probe, runtime)
+    if not broken and None not in packages.values():
+        broken = _import_errors(probe, OPTIONAL)
     return Python(".".join(map(str, probe.python)), probe.environment, packages, cpu, gpu, broken)
 
 
-def _import_errors(probe: Probe, modules: Iterable[str]) -> dict[str, str]:
-    """Module that is installed but cannot be imported -> why."""
-    installed = [module for module in modules if probe.has_module(module)]
+def _import_errors(probe: Probe, distributions: Mapping[str, str]) -> dict[str, str]:
+    """Module that is installed but cannot be imported -> why. A module of NEEDS is left out if what it needs is missing or broken."""
+    installed = [module for module in distributions if probe.has_module(module)]
+    gone = [module for module, name in distributions.items() if module not in installed and probe.package_version(name) is not None]
+    broken = dict.fromkeys(gone, FILES_GONE)
     with ThreadPoolExecutor(max_workers=min(4, probe.cores)) as pool:
         reasons = pool.map(lambda module: (module, probe.import_error(module)), installed)
-        return {module: reason for module, reason in reasons if reason is not None}
+        broken.update({module: reason for module, reason in reasons if reason is not None})
+    whole = set(installed) - set(broken)
+    return {module: why for module, why in broken.items() if module not in NEEDS or NEEDS[module] in whole}
 
 
 def read_tensorrt(probe: Probe) -> TensorRT:

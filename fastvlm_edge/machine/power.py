@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from fastvlm_edge.errors import last_line
+from fastvlm_edge.errors import one_line
 from fastvlm_edge.machine.heat import HeatSensors
 from fastvlm_edge.machine.probe import Probe
 
@@ -345,7 +345,7 @@ def _find_card(load_nvml: Callable[[], Any]) -> Sensor | NoSensor:
     except ModuleNotFoundError:
         return NoSensor("no INA3221 or INA238 in /sys, and nvidia-ml-py, which reads an NVIDIA card, is not installed")
     except Exception as error:  # a package that is broken may raise anything
-        return NoSensor(f"no INA3221 or INA238 in /sys, and nvidia-ml-py, for NVIDIA cards, cannot be loaded ({last_line(error)})")
+        return NoSensor(f"no INA3221 or INA238 in /sys, and nvidia-ml-py, for NVIDIA cards, cannot be loaded ({one_line(error)})")
     try:
         nvml.nvmlInit()
         sensor = NvmlSensor(nvml, _first_visible(nvml))

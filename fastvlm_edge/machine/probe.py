@@ -42,10 +42,11 @@ import os, sys
 sys.path[:] = sys.argv[2:]
 status = 0
 try:
-    __import__(sys.argv[1])
+    from fastvlm_edge.extras import import_package
+    import_package(sys.argv[1])
 except BaseException as error:
-    from fastvlm_edge.errors import last_line
-    print("\\n" + last_line(error), flush=True)
+    from fastvlm_edge.errors import one_line
+    print("\\n" + one_line(error), flush=True)
     status = 3
 os._exit(status)
 """
@@ -54,7 +55,7 @@ _IMPORT_SECONDS = 60
 
 
 def _import_error(name: str) -> str | None:
-    """Why a module cannot be imported, as the last line of its exception; None if it can. Another process tries it, which may crash."""
+    """Why a module cannot be imported, as its exception in one line; None if it can. Another process tries it, which may crash."""
     if not sys.executable:
         return None
     command = [sys.executable, "-c", _IMPORT, name, *sys.path]

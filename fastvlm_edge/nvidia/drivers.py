@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastvlm_edge.errors import FastVLMError, last_line
+from fastvlm_edge.errors import FastVLMError, one_line
 from fastvlm_edge.extras import gpu_extra, install_advice
 from fastvlm_edge.nvidia import cuda_python, pycuda_driver
 from fastvlm_edge.nvidia.cuda import Cuda
@@ -19,12 +19,14 @@ def open_cuda() -> Cuda:
         pass
     except Exception as error:  # a package that is broken may raise anything
         raise FastVLMError(
-            f"cuda-python is installed but cannot be loaded ({last_line(error)})", "run: pip install --force-reinstall cuda-bindings"
+            f"cuda-python is installed but cannot be loaded ({one_line(error)})", "run: pip install --force-reinstall cuda-bindings"
         ) from error
     else:
         return cuda_python.CudaPython(module, binding)
     try:
         module, binding = pycuda_driver.load()
     except ModuleNotFoundError:
-        raise FastVLMError("CUDA is used through the package cuda-python, which is not installed", install_advice(gpu_extra())) from None
+        raise FastVLMError(
+            "CUDA is used through the package cuda-python, which is not installed", install_advice(gpu_extra(), "cuda")
+        ) from None
     return pycuda_driver.PyCuda(module, binding)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm_edge.errors import FastVLMError, last_line
+from fastvlm_edge.errors import FastVLMError, one_line
 from fastvlm_edge.extras import gpu_extra, install_advice
 from fastvlm_edge.nvidia.cuda import (
     SYNC,
@@ -44,7 +44,7 @@ def load() -> tuple[Any, str]:
     except Exception as error:  # a package that is broken may raise anything
         if "libcuda" in str(error):
             raise no_driver() from error
-        raise FastVLMError(f"PyCUDA cannot be loaded ({last_line(error)})", install_advice(gpu_extra())) from error
+        raise FastVLMError(f"PyCUDA cannot be loaded ({one_line(error)})", install_advice(gpu_extra())) from error
     return driver, f"PyCUDA {package.VERSION_TEXT}"
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.errors import FastVLMError, last_line
+from fastvlm_edge.errors import FastVLMError, one_line
 from fastvlm_edge.extras import install_command
 from fastvlm_edge.nvidia.cuda import OutOfDeviceMemory
 
@@ -417,7 +417,7 @@ def find_library(names: Sequence[str] = LIBRARIES) -> Library:
             module = importlib.import_module(name)
         except Exception as error:  # a package that is broken may raise anything
             if not isinstance(error, ModuleNotFoundError):
-                broken = f"{name} is installed but cannot be loaded ({last_line(error)})"
+                broken = f"{name} is installed but cannot be loaded ({one_line(error)})"
             elif error.name not in (name, f"{name}_bindings", f"{name}_libs"):
                 broken = f"{name} is installed but needs {error.name}, which is not"
         else:

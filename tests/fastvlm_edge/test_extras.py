@@ -9,19 +9,34 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from collections.abc import Callable
+from importlib import metadata
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fastvlm_edge import extras
 from fastvlm_edge.bundling import start
 from fastvlm_edge.cli import _explain
 from fastvlm_edge.commands import convert
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.extras import DISTRIBUTIONS, NEEDED_BY, gpu_extra, import_failure, install_command, missing_package
+from fastvlm_edge.extras import (
+    DISTRIBUTIONS,
+    NEEDED_BY,
+    broken_package,
+    gpu_extra,
+    import_failure,
+    install_command,
+    missing_package,
+)
 from fastvlm_edge.machine import probe
 from fastvlm_edge.machine.host import read_jetson
+from fastvlm_edge.machine.libraries import FILES_GONE, PACKAGES, read_python
 from fastvlm_edge.machine.probe import Probe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,19 +120,70 @@ def test_the_gpu_packages_and_the_doctor_agree_on_what_a_jetson_is(
     assert (read_jetson(here) is not None, gpu_extra()) == (jetson, "tensorrt" if jetson else "rtx")
 
 
-def test_a_package_of_nobody_is_not_explained() -> None:
+def test_a_package_of_nobody_is_not_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", listed({}))
     assert missing_package("fastvlm_edge.missing") is None
     error = missing_package("torch.nn", "training needs")
     assert error is not None and error.what == "training needs the package torch, which is not installed"
-    assert error.mend == f"run: {install_command('convert')}"
+    assert error.mend is not None and error.mend.endswith(f"run: {install_command('convert')}")
 
 
-def test_a_package_that_is_broken_is_not_called_missing() -> None:
+def listed(versions: dict[str, str]) -> Callable[[str], str]:
+    """`importlib.metadata.version` where pip lists only these."""
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    return version
+
+
+def test_a_package_that_is_broken_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", listed({}))
     cause = ImportError("libcublas.so.12: cannot open shared object file", name="torch._C")
     error = _explain(cause)
     assert error.what == "torch is installed but cannot be loaded (ImportError: libcublas.so.12: cannot open shared object file)"
     assert error.mend == "run: pip install --force-reinstall torch"
     assert "not installed" in _explain(ModuleNotFoundError("No module named 'torch'", name="torch")).what
+
+
+def test_the_requirement_of_a_single_package_is_that_of_its_extra(project: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", listed({}))
+    error = missing_package("matplotlib")
+    (wanted,) = (need for need in project["optional-dependencies"]["bench"] if need.startswith("matplotlib"))
+    assert error is not None and error.mend == f'run: pip install "{wanted}"'
+
+
+@pytest.mark.parametrize(
+    ("module", "version", "command"),
+    [
+        ("onnx", "1.19.0", "pip install --force-reinstall --no-deps onnx==1.19.0"),
+        ("PIL", "12.1", "pip install --force-reinstall --no-deps pillow==12.1"),
+        ("cuda.bindings", "13.0.3", "pip install --force-reinstall --no-deps cuda-bindings==13.0.3"),
+        ("torch", "2.13.0+cpu", "pip install --force-reinstall --no-deps torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"),
+        ("torch", "2.13.0", "pip install --force-reinstall --no-deps torch==2.13.0"),  # for CUDA, from PyPI
+        ("torch", "2.5.0a0+872d972e41.nv24.8", "pip install --force-reinstall --no-deps torch==2.5.0a0+872d972e41.nv24.8"),
+    ],
+)
+def test_a_package_whose_files_are_gone_is_installed_again_in_the_same_version(
+    module: str, version: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip calls it satisfied, so the command that installs an extra does nothing."""
+    monkeypatch.setattr(metadata, "version", listed({DISTRIBUTIONS.get(module, module): version}))
+    error = missing_package(module)
+    monkeypatch.setattr(extras, "find_spec", lambda _name: None)
+    assert broken_package(module, FILES_GONE).mend == f"run: {command}"
+    if module != "cuda.bindings":
+        assert error is not None and error.mend == f"run: {command}"
+        assert f"completely: pip lists version {version}, but its files are missing" in error.what
+
+
+def test_a_broken_pytorch_is_not_replaced_by_its_build_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", listed({"torch": "2.13.0+cpu"}))
+    monkeypatch.setattr(extras, "find_spec", lambda _name: ModuleSpec("torch", None, origin="/site-packages/torch/__init__.py"))
+    mend = broken_package("torch", "OSError: no").mend
+    assert mend == "run: pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cpu"
 
 
 def test_an_accuracy_drop_without_questions_is_told_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +214,16 @@ BROKEN = {
         "raise RuntimeError('IMPORTANT\\n\\nOriginal error was: no SSE\\n')",
         "(RuntimeError: Original error was: no SSE)",
     ),
+    "explained first": (
+        "raise ImportError('libfoo.so.1: no such file\\nSee the page on errors.')",
+        "(ImportError: libfoo.so.1: no such file See",
+    ),
+    "explained last": (
+        "raise ImportError('Loading failed:\\n' + 'x\\n' * 999 + 'no libfoo.so.1')",
+        "(ImportError: Loading failed: ... no libfoo.so.1)",
+    ),
+    "ends the program": ("import sys; sys.exit(3)", "(SystemExit: 3)"),
+    "ends the program in silence": ("raise SystemExit", "(SystemExit)"),
     "a dependency is missing": ("import no_such_package", "(ModuleNotFoundError: No module named 'no_such_package')"),
     "a part is missing": ("import onnx._part", "(ModuleNotFoundError: No module named 'onnx._part')"),
     "cut off": ("def (", "(SyntaxError: invalid syntax (__init__.py, line 1))"),
@@ -174,6 +250,22 @@ def test_every_kind_of_broken_package_is_one_sentence(kind: str, tmp_path: Path)
     said = run_with(package.parent, program)
     assert said.startswith("PackageError onnx is installed but cannot be loaded ") and why in said
     assert said.endswith("| run: pip install --force-reinstall onnx\n")
+
+
+def test_an_empty_package_is_broken(tmp_path: Path) -> None:
+    """Where pip has lost most files of a package, what is left can still be imported."""
+    package = tmp_path / "site-packages" / "onnx"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    program = """
+        from fastvlm_edge.cli import _explain
+        import onnx
+        try:
+            onnx.load("x")
+        except AttributeError as error:
+            print(_explain(error))
+    """
+    assert run_with(package.parent, program).startswith("onnx is installed but cannot be loaded (AttributeError: ")
 
 
 def test_a_name_that_a_whole_package_lacks_is_a_bug_of_ours() -> None:
@@ -240,6 +332,13 @@ def run_with(folder: Path, program: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
 
 
+def test_a_package_that_ends_the_program_is_not_silent(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit")
+    command = [sys.executable, "-m", "fastvlm_edge", "run", "MODEL", "--prompt", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert done.returncode == 1 and "error: numpy is installed but cannot be loaded (SystemExit)" in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments", ["run MODEL --prompt x", "bench MODEL", "eval MODEL --data MODEL", "build MODEL", "convert MODEL -o OUT"]
 )
@@ -265,6 +364,61 @@ def test_the_doctor_imports_every_package(tmp_path: Path) -> None:
     assert "OSError: libjpeg.so.8" in broken[0]["text"] and broken[0]["mend"].endswith("pip install --force-reinstall pillow")
     assert "its import ends the process: Illegal instruction" in broken[1]["text"]
     assert all("pillow" not in finding["text"] for finding in report["findings"] if finding["status"] == "ok")
+
+
+@pytest.mark.parametrize("text", ["", "raise SystemExit", "raise ImportError('no libfoo')"])
+def test_the_doctor_names_the_root_cause_only(text: str, tmp_path: Path) -> None:
+    """onnxruntime and most optional packages need numpy, and an empty numpy can be imported."""
+    (tmp_path / "numpy.py").write_text(text)
+    program = "from fastvlm_edge.cli import main; raise SystemExit(0 if main(['doctor', '--json']) == 1 else 2)"
+    findings = json.loads(run_with(tmp_path, program))["findings"]
+    (broken,) = (finding["text"] for finding in findings if "cannot be loaded" in finding["text"])
+    assert broken.startswith("numpy is installed but cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("whole", "fails", "accused"),
+    [
+        ([], "onnxruntime", []),
+        (["numpy"], "onnxruntime", ["onnxruntime"]),
+        ([*PACKAGES], "onnx", []),
+        ([*PACKAGES, "ml_dtypes"], "onnx", ["onnx"]),
+        (["numpy", "PIL"], "torch", []),
+    ],
+)
+def test_what_needs_a_missing_package_is_not_accused(whole: list[str], fails: str, accused: list[str]) -> None:
+    python = read_python(
+        Probe(
+            has_module=lambda name: name in whole or name == fails,
+            import_error=lambda name: "no" if name == fails else None,
+            package_version=lambda _name: None,
+        )
+    )
+    assert [*python.broken] == accused
+
+
+def test_files_that_are_gone_are_found_by_the_doctor() -> None:
+    """Of a runtime that is otherwise whole: numpy's, then torch's."""
+    for gone in ("numpy", "torch"):
+        python = read_python(Probe(has_module=lambda name: name in PACKAGES and name != gone, package_version=lambda _name: "1.0"))  # noqa: B023
+        assert python.broken.get(gone) == FILES_GONE
+
+
+@pytest.mark.parametrize(("cores", "most"), [(1, 1), (64, 4)])
+def test_few_packages_are_imported_at_once(cores: int, most: int) -> None:
+    lock, running, seen = threading.Lock(), 0, 0
+
+    def try_import(_name: str) -> None:
+        nonlocal running, seen
+        with lock:
+            running += 1
+            seen = max(seen, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+
+    read_python(Probe(has_module=lambda _name: True, import_error=try_import, package_version=lambda _name: "1.0", cores=cores))
+    assert seen == most
 
 
 def test_an_import_that_does_not_end_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

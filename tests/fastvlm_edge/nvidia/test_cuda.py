@@ -342,7 +342,7 @@ def test_without_a_binding_it_has_the_command_that_installs_one(driver: StubDriv
     hide(monkeypatch, "cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.cuda")
     with pytest.raises(FastVLMError, match="cuda-python, which is not installed") as caught:
         open_cuda()
-    assert caught.value.mend == install_advice(gpu_extra())
+    assert caught.value.mend == install_advice(gpu_extra(), "cuda")
 
 
 def test_a_broken_binding_is_named(driver: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ class Board:
     environ: dict[str, str] = field(default_factory=dict)
     free_bytes: int = 40 << 30
     broken: dict[str, str] = field(default_factory=dict)
-    """Module that is installed but cannot be imported -> the last line of the exception."""
+    """Module that is installed but cannot be imported -> why, in one line."""
 
     def but(self, *, without: Sequence[str] = (), files: dict[str, str] | None = None, **changes: Any) -> Board:
         """The same machine with other files. Paths that begin with one of `without` are removed."""
