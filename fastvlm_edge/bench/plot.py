@@ -32,7 +32,9 @@ def check_matplotlib() -> None:
 
 
 def plot_files(prefix: Path, drawings: Sequence[str] = DRAWINGS) -> list[Path]:
-    """The files that `draw` may write."""
+    """The files that `draw` may write. Raises FastVLMError if the prefix has no name, such as `.`."""
+    if not prefix.name:
+        raise FastVLMError(f"--plot {prefix} is a directory", f"add a beginning for the names of the files: --plot {prefix / 'bench'}")
     return [prefix.with_name(f"{prefix.name}-{name}.{kind}") for name in drawings for kind in FORMATS]
 
 

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fastvlm_edge.model_dir.manifest import STRIDE
+
+
+def given(text: str) -> str:
+    """A text that is not empty. A shell passes an empty one for a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, as a variable of the shell that is not set")
+    return text
+
+
+def given_path(text: str) -> Path:
+    """A path that is not empty, which `Path` would take for the working directory."""
+    return Path(given(text))
 
 
 def positive(text: str) -> int:

@@ -19,7 +19,7 @@ from fastvlm_edge.bench.processes import CHILD, Measurement
 from fastvlm_edge.bench.record import check_writable, read_json, read_records, write_json
 from fastvlm_edge.bench.table import format_record
 from fastvlm_edge.bench.workload import TEXT_TOKENS, Pictures
-from fastvlm_edge.commands.arguments import at_least, positive
+from fastvlm_edge.commands.arguments import at_least, given_path, positive
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.progress import Progress, SilentProgress, stderr_progress
 
@@ -169,8 +169,8 @@ def compare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvlm-edge bench compare", description="Say which figures changed between two records by more than the noise."
     )
-    parser.add_argument("before", metavar="A.json", type=Path, help="a record, written with -o or --json")
-    parser.add_argument("after", metavar="B.json", type=Path, help="another record")
+    parser.add_argument("before", metavar="A.json", type=given_path, help="a record, written with -o or --json")
+    parser.add_argument("after", metavar="B.json", type=given_path, help="another record")
     parser.add_argument("--across-machines", action="store_true", help="compare even if the machines differ")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
@@ -182,14 +182,18 @@ def parser() -> argparse.ArgumentParser:
         description="Measure model directories on this machine (docs/bench.md): time to first token for new and known pictures, decoding, "
         "memory and energy. `fastvlm-edge bench compare A.json B.json` says what changed between two records.",
     )
-    parser.add_argument("models", metavar="MODEL", type=Path, nargs="+", help="model directory to measure, or record to print and draw")
+    parser.add_argument(
+        "models", metavar="MODEL", type=given_path, nargs="+", help="model directory to measure, or record to print and draw"
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    group.add_argument("-o", "--output", metavar="FILE", type=Path, help="also write the JSON to FILE")
+    group.add_argument("-o", "--output", metavar="FILE", type=given_path, help="also write the JSON to FILE")
     group.add_argument(
-        "--plot", metavar="PREFIX", type=Path, help="write PREFIX-ttft, PREFIX-decode and PREFIX-accuracy, each .png and .svg"
+        "--plot", metavar="PREFIX", type=given_path, help="write PREFIX-ttft, PREFIX-decode and PREFIX-accuracy, each .png and .svg"
     )
-    group.add_argument("--eval", metavar="FILE", type=Path, action="append", default=[], help="output of eval --json, for PREFIX-accuracy")
+    group.add_argument(
+        "--eval", metavar="FILE", type=given_path, action="append", default=[], help="output of eval --json, for PREFIX-accuracy"
+    )
     group = parser.add_argument_group("measurement")
     group.add_argument("--processes", metavar="N", type=positive, default=5, help="each process reloads the model (default: %(default)s)")
     group.add_argument("--runs", metavar="N", type=positive, default=3, help="runs per process, after a warm-up (default: %(default)s)")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastvlm_edge.backends.ort_session import share_arena
-from fastvlm_edge.commands.arguments import positive
+from fastvlm_edge.commands.arguments import given_path, positive
 from fastvlm_edge.engines.build import LAYERS_NAME, Options, build, read_layers
 from fastvlm_edge.engines.layers import count_kinds
 from fastvlm_edge.machine.boards.targets import BUILD_NAMES, TARGETS
@@ -75,7 +74,7 @@ def _table() -> str:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastvlm-edge build", description="Build TensorRT engines for a model directory.")
-    parser.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="model directory that fastvlm-edge convert wrote")
+    parser.add_argument("model", metavar="MODEL", type=given_path, nargs="?", help="model directory that fastvlm-edge convert wrote")
     parser.add_argument(
         "--target",
         metavar="NAME",

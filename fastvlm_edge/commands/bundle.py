@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastvlm_edge.bundling.archive import check_new_file, write_bundle
 from fastvlm_edge.bundling.wheels import collect_wheels
+from fastvlm_edge.commands.arguments import given_path
 from fastvlm_edge.machine.boards.systems import SYSTEMS
 from fastvlm_edge.machine.boards.targets import BUNDLE_NAMES, bundle_target
 from fastvlm_edge.model_dir.manifest import read_manifest
@@ -49,14 +50,14 @@ def parser() -> argparse.ArgumentParser:
         + f"also the names of one board, for the bundle of its system: {', '.join(name for name in BUNDLE_NAMES if name not in SYSTEMS)}\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="model directory that fastvlm-edge convert wrote")
-    parser.add_argument("-o", "--output", metavar="NAME", type=Path, required=True, help="file to write")
+    parser.add_argument("model", metavar="MODEL", type=given_path, help="model directory that fastvlm-edge convert wrote")
+    parser.add_argument("-o", "--output", metavar="NAME", type=given_path, required=True, help="file to write")
     parser.add_argument("--target", metavar="NAME", required=True, help="the board or computer, see below")
     parser.add_argument("--python", metavar="3.X", type=_python, help="Python of the board, for aarch64 and x86_64 (default: this one's)")
     parser.add_argument(
         "--wheels",
         metavar="DIR",
-        type=Path,
+        type=given_path,
         help="take the packages from this directory, without a network; an empty one is filled by downloading them",
     )
     parser.add_argument("--force", action="store_true", help="replace NAME if it exists")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from fastvlm_edge.commands.arguments import multiple_of_64, positive
+from fastvlm_edge.commands.arguments import given, given_path, multiple_of_64, positive
 from fastvlm_edge.doctor.facts import has_gpu
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.cache_dir import cache_dir
@@ -82,8 +82,8 @@ def parser() -> argparse.ArgumentParser:
         prog="fastvlm-edge convert",
         description="Turn a FastVLM checkpoint into a model directory. The new graphs are compared with PyTorch before it is written.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or a hub id such as apple/FastVLM-0.5B")
-    parser.add_argument("-o", "--output", metavar="MODEL", type=Path, required=True, help="model directory to write")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=given, help="checkpoint directory, or a hub id such as apple/FastVLM-0.5B")
+    parser.add_argument("-o", "--output", metavar="MODEL", type=given_path, required=True, help="model directory to write")
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -100,9 +100,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calib",
         metavar="DATA",
+        type=given,
         help="calibrate int8 (the default here, too) or int4 with DATA: a folder of pictures, or a file of questions as for `eval`",
     )
-    parser.add_argument("--images", metavar="DIR", type=Path, help="folder of the pictures of DATA (default: beside DATA)")
+    parser.add_argument("--images", metavar="DIR", type=given_path, help="folder of the pictures of DATA (default: beside DATA)")
     parser.add_argument(
         "--calib-limit", metavar="N", type=positive, default=128, help="number of calibration examples (default: %(default)s)"
     )

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastvlm_edge.commands.arguments import given
 from fastvlm_edge.doctor.check_board import check_board
 from fastvlm_edge.doctor.check_model import check_model
 from fastvlm_edge.doctor.check_onnxruntime import check_onnxruntime
@@ -45,7 +46,11 @@ def parser() -> argparse.ArgumentParser:
         description="Examine this machine, and say what keeps FastVLM from running well. The exit status is 1 if there is a problem.",
     )
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="model directory: also check that it is complete and that its engines run on this machine"
+        "model",
+        metavar="MODEL",
+        type=given,
+        nargs="?",
+        help="model directory: also check that it is complete and that its engines run on this machine",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser

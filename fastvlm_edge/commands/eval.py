@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from fastvlm_edge.backends.select import BACKENDS
 from fastvlm_edge.bench.record import check_writable
+from fastvlm_edge.commands.arguments import given, given_path
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.evaluation.data import open_data
 from fastvlm_edge.evaluation.evaluate import MAX_NEW_TOKENS, AnswerFile, Evaluation, Subject, check_answers, format_table
@@ -73,10 +73,12 @@ def parser() -> argparse.ArgumentParser:
         prog="fastvlm-edge eval",
         description="Measure the accuracy of a model on a file of questions, and optionally its distance from a reference (docs/eval.md).",
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="model directory, written by fastvlm-edge convert")
+    parser.add_argument("model", metavar="MODEL", type=given_path, help="model directory, written by fastvlm-edge convert")
     group = parser.add_argument_group("questions")
-    group.add_argument("--data", metavar="FILE", required=True, help="JSON lines, LLaVA JSON, a WebDataset tar, TextVQA, DocVQA, ...")
-    group.add_argument("--images", metavar="DIR", type=Path, help="folder of the pictures (default: beside FILE)")
+    group.add_argument(
+        "--data", metavar="FILE", type=given, required=True, help="JSON lines, LLaVA JSON, a WebDataset tar, TextVQA, DocVQA, ..."
+    )
+    group.add_argument("--images", metavar="DIR", type=given_path, help="folder of the pictures (default: beside FILE)")
     group.add_argument("--limit", metavar="N", type=int, help="evaluate a reproducible random subset of N questions")
     group.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the subset that --limit chooses (default: %(default)s)")
     group.add_argument(
@@ -87,8 +89,8 @@ def parser() -> argparse.ArgumentParser:
         "--max-new-tokens", metavar="N", type=int, default=MAX_NEW_TOKENS, help="longest answer, in tokens (default: %(default)s)"
     )
     group.add_argument("--special-tokens", action="store_true", help="read special tokens in the data as tokens, and show those of answers")
-    group.add_argument("--reference", metavar="MODEL2", type=Path, help="compare tokens and logits with this model directory")
-    group.add_argument("--save", metavar="FILE.jsonl", type=Path, help="write each answer to this file as soon as it is known")
+    group.add_argument("--reference", metavar="MODEL2", type=given_path, help="compare tokens and logits with this model directory")
+    group.add_argument("--save", metavar="FILE.jsonl", type=given_path, help="write each answer to this file as soon as it is known")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     group = parser.add_argument_group("backend")
     group.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_edge.bench.plot import check_matplotlib
-from fastvlm_edge.commands.arguments import multiple_of_64, positive
+from fastvlm_edge.commands.arguments import given, given_path, multiple_of_64, positive
 from fastvlm_edge.engines.memory import predicted_peak
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.boards.rates import BOARDS, Board, Mode
@@ -164,12 +164,14 @@ def parser() -> argparse.ArgumentParser:
         + "".join(f"  {board.name:10}{board.title}: {', '.join(mode.name for mode in board.modes)}\n" for board in BOARDS.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help=f"model directory, or a released size: {', '.join(SIZES)}")
+    parser.add_argument("model", metavar="MODEL", type=given, help=f"model directory, or a released size: {', '.join(SIZES)}")
     parser.add_argument("--target", metavar="NAME", required=True, help="the board, see below")
     parser.add_argument("--power", metavar="MODE", help="power mode (default: the fastest)")
     parser.add_argument("--precision", choices=PRECISIONS, help="predict only this one (default: all, with a recommendation)")
     parser.add_argument("--image-size", metavar="PX", type=multiple_of_64, help="256 to 1536 in steps of 64 (default: that of the model)")
     parser.add_argument("--context", metavar="N", type=positive, help="positions of the KV cache (default: those of the model)")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw time to first token against resolution for all boards (PNG or SVG)")
+    parser.add_argument(
+        "--plot", metavar="FILE", type=given_path, help="draw time to first token against resolution for all boards (PNG or SVG)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser

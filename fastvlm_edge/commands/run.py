@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from fastvlm_edge.backends.protocol import PREFILL_CHUNK
 from fastvlm_edge.backends.select import BACKENDS
-from fastvlm_edge.commands.arguments import positive
+from fastvlm_edge.commands.arguments import given, positive
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.engine import Engine
 from fastvlm_edge.generation.reply import Reply
@@ -157,7 +157,7 @@ def _images(options: argparse.Namespace) -> list[ImageInput]:
 def _summary(reply: Reply, power: PowerFigures | NoSensor) -> str:
     """One short line; `--json` has all figures."""
     timings = reply.timings
-    speed = f", then {timings.decode_tokens_per_second:.1f} tokens/s" if timings.decode_tokens_per_second else ""
+    speed = f", then {timings.decode_tokens_per_second:.1f} tokens/s" if timings.new_tokens > 1 else ""
     tokens = f"{timings.new_tokens} token{'s' * (timings.new_tokens != 1)}{_ENDS.get(reply.stop_reason, '')}"
     return f"[{tokens}, first after {timings.ttft_ms:.0f} ms{speed}; {reply.backend}, {reply.precision}{_power(power)}]"
 
@@ -200,7 +200,7 @@ def _last_word(groups: list[list[str]]) -> str | None:
 def parser() -> argparse.ArgumentParser:
     """The options of `fastvlm-edge run`."""
     parser = _Parser(prog="fastvlm-edge run", description="Ask a question about an image. The reply streams to stdout.")
-    parser.add_argument("model", metavar="MODEL", help="model directory, made by fastvlm-edge convert")
+    parser.add_argument("model", metavar="MODEL", type=given, help="model directory, made by fastvlm-edge convert")
     parser.add_argument("question", metavar="QUESTION", nargs="*", help="the question, before or after the options")
     parser.add_argument(
         "--image",

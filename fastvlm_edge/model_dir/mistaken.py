@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir.json_record import parse_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_URL = re.compile(
@@ -14,7 +15,7 @@ _HUB_URL = re.compile(
 )
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
-_OF_CHECKPOINTS = ("config.json", "*.safetensors", "*/config.json", "snapshots")
+_CHECKPOINTS_INSIDE = ("*/config.json", "snapshots/*/config.json")
 _SHOWN = 80
 
 
@@ -78,8 +79,10 @@ def _explain(directory: Path, manifest_name: str) -> FastVLMError:
     above = [parent for parent in directory.resolve().parents[:2] if (parent / manifest_name).is_file()]
     if above:
         return FastVLMError(f"{directory} is a part of a model directory", f"give {above[0]}")
-    if any(path for pattern in _OF_CHECKPOINTS for path in directory.glob(pattern)):
+    if _is_config(directory / "config.json") or any(directory.glob("*.safetensors")):
         return FastVLMError(f"{directory} is a checkpoint, not a model directory", _convert(text))
+    if any(_is_config(path) for pattern in _CHECKPOINTS_INSIDE for path in directory.glob(pattern)):
+        return FastVLMError(f"{directory} has a checkpoint in it, and is not a model directory", _convert(text))
     return FastVLMError(
         f"{directory} is not a model directory: it has no {manifest_name}", f"run: fastvlm-edge convert CHECKPOINT -o {directory}"
     )
@@ -91,6 +94,15 @@ def _about_file(path: Path, manifest_name: str) -> FastVLMError:
     if looks_like_picture(path.name):
         return FastVLMError(f"{path} is a picture, not a model directory", f"give the model directory first, and then --image {path}")
     return FastVLMError(f"{path} is a file, not a model directory", "give a directory that `fastvlm-edge convert` wrote")
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a file is the `config.json` of a checkpoint, and not of any other program."""
+    try:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 def _convert(checkpoint: str) -> str:

@@ -290,6 +290,27 @@ def _size(directory: Path) -> float:
     return sum((directory / name).stat().st_size for name in read_manifest(directory).files) / 1e6
 
 
+@pytest.mark.parametrize(
+    ("arguments", "which"),
+    [
+        ("convert CHECKPOINT -o", "-o/--output"),
+        ("convert -o MODEL", "CHECKPOINT"),
+        ("convert CHECKPOINT -o MODEL --calib", "--calib"),
+        ("bundle MODEL --target x86_64 -o", "-o/--output"),
+        ("bench MODEL -o", "-o/--output"),
+        ("bench MODEL --plot", "--plot"),
+        ("eval MODEL --data FILE --save", "--save"),
+        ("eval MODEL --data", "--data"),
+        ("plan 0.5b --target orin --plot", "--plot"),
+        *((command, "MODEL") for command in ("run", "bench", "build", "doctor", "eval --data FILE", "plan --target orin")),
+    ],
+)
+def test_an_empty_argument_is_not_the_working_directory(arguments: str, which: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which is what a shell makes of a variable that is not set."""
+    assert main([*arguments.split(), ""]) == 2
+    assert f"argument {which}: it is empty" in capsys.readouterr().err
+
+
 def test_a_module_of_the_project_that_is_missing_is_a_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "fastvlm_edge.convert.pipeline", None)
     assert main(["convert", "x", "-o", "y"]) == 1

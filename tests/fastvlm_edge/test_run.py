@@ -17,7 +17,7 @@ from fastvlm_edge.cli import main
 from fastvlm_edge.commands import demo, run
 
 MODEL = str(demo.MODEL)
-SHAPES, METER = str(demo.HOME / "shapes.jpg"), str(demo.HOME / "meter.jpg")
+SHAPES, METER, SIGN = (str(demo.HOME / f"{name}.jpg") for name in ("shapes", "meter", "sign"))
 QUESTION, ANSWER = "What colour is the circle?", "purple"
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -177,3 +177,12 @@ def test_pictures_are_checked_but_not_kept_in_memory(tmp_path: Path) -> None:
     Image.new("RGB", (2000, 2000)).save(path)
     options = run.parser().parse_args([MODEL, "--image", str(path), "x"])
     assert run._images(options) == [str(path)]
+
+
+@pytest.mark.parametrize(("most", "tokens"), [("1", 1), ("9", 1), ("2", 2)])
+def test_one_token_has_no_speed(most: str, tokens: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not even with the step that ended the reply, which computes no token of it."""
+    question = QUESTION if tokens == 1 else "What is on the sign?"
+    assert main(["run", MODEL, "--image", SHAPES if tokens == 1 else SIGN, question, "--max-new-tokens", most]) == 0
+    summary = capsys.readouterr().err.splitlines()[-1]
+    assert summary.startswith(f"[{tokens} token") and ("tokens/s" in summary) == (tokens > 1)

@@ -133,3 +133,8 @@ def test_a_drawing_that_fails_leaves_one_json_object(
     assert main(["bench", str(tmp_path / "a.json"), "--json", "--plot", str(tmp_path / "p")]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["kind"] == "fastvlm-edge bench" and "No space left" in report["error"]["message"]
+
+
+def test_a_prefix_without_a_name_is_one_sentence(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(model_dir), "--plot", "."]) == 1
+    assert "--plot . is a directory; add a beginning" in capsys.readouterr().err

@@ -50,11 +50,26 @@ def test_a_directory_of_engines(tmp_path: Path) -> None:
         FastVLM.load(model / "engines" / "orin")
 
 
-def test_a_hub_cache(tmp_path: Path) -> None:
-    snapshot = tmp_path / "models--apple--FastVLM-0.5B" / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    with pytest.raises(FastVLMError, match=r"is a checkpoint, not a model directory; run: fastvlm-edge convert .*FastVLM-0.5B -o model"):
-        FastVLM.load(snapshot.parents[1])
+@pytest.mark.parametrize("below", ["models--apple--FastVLM-0.5B/snapshots/" + "0" * 40, "output/checkpoint-100"])
+def test_a_folder_with_a_checkpoint_in_it(tmp_path: Path, below: str) -> None:
+    """A hub cache, and a trainer's folder. `convert` finds what is in them."""
+    inside = tmp_path / below
+    inside.mkdir(parents=True)
+    folder = tmp_path / Path(below).parts[0]
+    with pytest.raises(FastVLMError, match=r"it has no fastvlm\.json"):
+        FastVLM.load(folder)
+    (inside / "config.json").write_text('{"model_type": "llava_qwen2"}')
+    with pytest.raises(FastVLMError, match=rf"has a checkpoint in it.*; run: fastvlm-edge convert {folder} -o model"):
+        FastVLM.load(folder)
+
+
+@pytest.mark.parametrize("config", ['{"editor": {}}', "[" * 99999, "", '"model_type"'])
+@pytest.mark.parametrize("place", [".", "tool"])
+def test_a_config_of_another_program_is_no_checkpoint(tmp_path: Path, place: str, config: str) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "config.json").write_text(config)
+    with pytest.raises(FastVLMError, match=r"it has no fastvlm\.json"):
+        FastVLM.load(tmp_path)
 
 
 @pytest.mark.parametrize(
