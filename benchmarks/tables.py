@@ -266,6 +266,36 @@ def planted_faults() -> str:
     return "\n".join(lines)
 
 
+def planted_faults_levels() -> str:
+    """The same for the faults that emulated processors answered as well."""
+    document = load("planted_faults")
+    sides = {
+        side: {(row["fault"], row["scale"]): row for row in document[side]["results"] if row["model"] == "demo"}
+        for side in ("before", "after")
+    }
+    levels: list[str] = []
+    for row in sides["after"].values():
+        for precision in ("int8", "int4"):
+            levels += [level for level in row.get(precision, {}).get("levels", {}) if level not in levels]
+    if not levels:
+        raise ValueError("planted_faults.json has no answers of emulated processors")
+    lines = [
+        f"| fault | scale | | {' | '.join(f'{level}, before | {level}' for level in levels)} |",
+        "| --- " * (3 + 2 * len(levels)) + "|",
+    ]
+    for (fault, scale), row in sides["after"].items():
+        for precision in ("int8", "int4"):
+            if "levels" in row.get(precision, {}):
+                found = [sides[side][fault, scale][precision] for side in sides]
+                cells = [
+                    "refused" if "refused" in one else f"{100 * one['levels'][level]['exact_match']:.0f}"
+                    for level in levels
+                    for one in found
+                ]
+                lines.append(f"| {fault.replace('_', ' ')} | {scale:,.0f} | {precision} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def prefill_w8a8() -> str:
     """Times of `prefill_w8a8.json` as a table."""
     many, one = load("prefill_w8a8")["time"]["sum_of_least_ms"].values()
@@ -552,6 +582,7 @@ TABLES = {
     "plan_error": plan_error,
     "prefill_w8a8": prefill_w8a8,
     "planted_faults": planted_faults,
+    "planted_faults_levels": planted_faults_levels,
     "settings": settings,
     "onnxruntime_versions": onnxruntime_versions,
     "chunks": chunks,
