@@ -130,7 +130,8 @@ class Subject:
         self._timed = TimedBackend(backend)
         endless = replace(manifest, text=replace(manifest.text, stop_ids=[]))
         engine = Engine(self._timed, manifest.decoder)
-        self._vlm = FastVLM(endless, tokenizer, engine, prefix_cache=False, image_cache=0)  # but a chat still goes on where it was
+        # Every figure is that of plain work; but a chat still goes on where it was.
+        self._vlm = FastVLM(endless, tokenizer, engine, prefix_cache=False, image_cache=0, speculate=False)
         self._length = length_of(manifest, tokenizer)
         self._pictures = Pictures(None if settings.image is None else Path(settings.image))
         self._new_tokens = settings.new_tokens

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.backends.protocol import StepOutput
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.draft import MOST, PromptLookup, StepCosts
 from fastvlm_edge.generation.engine import Part, Work
 from fastvlm_edge.generation.images import EncodedImage
 from fastvlm_edge.generation.sampling import Sampler, SamplingParams
@@ -49,6 +50,7 @@ class Answer(Work):
         reuse: bool,
         chunk: int,
         piecewise: bool,
+        speculate: bool,
     ) -> None:
         """`ids` is the whole conversation up to where the reply begins, and must leave room in the context (`check_room`).
 
@@ -61,6 +63,7 @@ class Answer(Work):
         self._sampler = Sampler(params, manifest.text.token_count, ids)
         self._detokenizer = Detokenizer(tokenizer, special_tokens=params.special_tokens)
         self._stops = StopStrings(params.stop)
+        self._lookup = PromptLookup(ids, manifest.decoder.vocab) if speculate else None
         self._held = ""
         """Text that is not given out yet, because the reply is not read piecewise."""
         self.events: SimpleQueue[Piece | None] = SimpleQueue()
@@ -110,6 +113,8 @@ class Answer(Work):
             self.stop_reason = "stop"
             return None
         self.token_ids.append(token_id)
+        if self._lookup is not None:
+            self._lookup.append(token_id)
         self.log_probabilities.append(_log_probability(output, row, token_id))
         self._say(self._stops.push(self._detokenizer.push(token_id)))
         if self._stops.found is not None:
@@ -121,6 +126,12 @@ class Answer(Work):
         else:
             return token_id
         return None
+
+    def draft(self, costs: StepCosts) -> list[int]:
+        if self._lookup is None:
+            return []
+        left = min(self._params.max_new_tokens, self._context - len(self.ids)) - len(self.token_ids)
+        return self._lookup.draft(costs, min(MOST, left - 1))
 
     def end(self) -> None:
         if self.error is None and not self.cancelled:

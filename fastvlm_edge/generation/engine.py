@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from fastvlm_edge.backends.kv_cache import next_capacity
 from fastvlm_edge.backends.protocol import Backend, StepOutput
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.draft import StepCosts
 from fastvlm_edge.generation.images import EncodedImage
 from fastvlm_edge.generation.slots import Slots
 from fastvlm_edge.machine.memory import read_memory
@@ -70,6 +72,10 @@ class Work(ABC):
     def push(self, output: StepOutput, row: int) -> int | None:
         """Take one row of an output. Returns the id to append, or None at the end."""
 
+    def draft(self, costs: StepCosts) -> list[int]:
+        """Ids that may follow `next_id`, to be verified in the same step."""
+        return []
+
     @abstractmethod
     def end(self) -> None:
         """Nothing more comes: it is finished, cancelled, or has an `error`."""
@@ -91,6 +97,10 @@ class Counters:
     """Pictures that were asked about and not encoded by the caller before."""
     cached_images: int = 0
     """How many of them were in the cache of pictures."""
+    drafted_tokens: int = 0
+    """Tokens that were guessed and verified."""
+    accepted_tokens: int = 0
+    """How many of them were right."""
     running: int = 0
     """Requests that have a slot now."""
     waiting: int = 0
@@ -126,6 +136,7 @@ class Engine:
         self._closed = False
         self._process = os.getpid()
         self._counters = Counters()
+        self._costs = StepCosts()
 
     def submit(self, work: Work) -> None:
         """Hand in work. Raises FastVLMError if the engine is closed, or belongs to another process."""
@@ -260,6 +271,11 @@ class Engine:
         """One step of all running work."""
         running = list(self._running)
         ids = [self._next_id(work) for work in running]
+        draft = running[0].draft(self._costs) if len(running) == 1 else []
+        if draft:
+            self._verify(running[0], [*ids, *draft])
+            return
+        began = time.perf_counter()
         try:
             output = self.backend.decode(ids, want_logits=any(work.wants_logits for work in running))
         except BaseException as error:
@@ -268,10 +284,31 @@ class Engine:
             else:
                 self._decode_one_by_one(running)
             return
+        if len(ids) == 1:
+            self._costs.add(1, time.perf_counter() - began)
         for slot, token_id in enumerate(ids):
             self._slots.append(slot, [token_id])
         for row, work in enumerate(running):
             self._push(work, output, row)
+
+    def _verify(self, work: Work, ids: Sequence[int]) -> None:
+        """One step of the only running work, with the id that it appends and a draft of those after it."""
+        start, began = self._slots.length(0), time.perf_counter()
+        try:
+            output = self.backend.step(ids, slot=0, logit_positions=range(len(ids)), want_logits=work.wants_logits)
+            self._costs.add(len(ids), time.perf_counter() - began)
+            self._slots.append(0, ids)
+            for row in range(len(ids)):
+                work.next_id = work.push(output, row)
+                if row + 1 == len(ids) or work.next_id != ids[row + 1]:
+                    break
+            self._slots.truncate(0, start + row + 1)
+        except BaseException as error:
+            self._fail(work, error)
+            return
+        self.count(drafted_tokens=len(ids) - 1, accepted_tokens=row)
+        if work.next_id is None:
+            self._leave(work)
 
     def _decode_one_by_one(self, running: list[Work]) -> None:
         """After a step that failed for all, so that only those end for which it is to blame."""

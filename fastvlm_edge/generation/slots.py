@@ -108,6 +108,11 @@ class Slots:
                 self._backend.truncate(len(held.ids), slot)
             del held.ids[length:]
 
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget the positions of a slot from `length` on."""
+        self._backend.truncate(length, slot)
+        del self._held[slot].ids[length:]
+
     def move(self, source: int, target: int) -> None:
         """Let slot `target` hold what slot `source` holds, and empty that."""
         self._backend.copy(source, target, self._backend.lengths[source])

@@ -121,18 +121,20 @@ class FastVLM:
         prefill_chunk: int = PREFILL_CHUNK,
         prefix_cache: bool = True,
         image_cache: int = IMAGE_CACHE,
+        speculate: bool = True,
     ) -> None:
         """Use `FastVLM.load`."""
         self.manifest = manifest
         self.geometry = geometry or manifest.vision.geometry
         self.background = background
-        _check_options(self.geometry, background, prefill_chunk, prefix_cache, image_cache)
+        _check_options(self.geometry, background, prefill_chunk, image_cache, prefix_cache=prefix_cache, speculate=speculate)
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, manifest)
         self._engine = engine
         self._chunk = prefill_chunk
         self._prefix_cache = prefix_cache
         self._images = ImageCache(image_cache)
+        self._speculate = speculate
         self._digest = model_digest(manifest)
         self._vision = threading.Lock()
         """Held while a picture is encoded."""
@@ -152,6 +154,7 @@ class FastVLM:
         cache_memory: int | None = None,
         prefix_cache: bool = True,
         image_cache: int = IMAGE_CACHE,
+        speculate: bool = True,
         tune_process: bool = False,
         progress: Progress | None = None,
     ) -> FastVLM:
@@ -165,13 +168,16 @@ class FastVLM:
         `slots` is how many questions are answered at a time, where the backend has slots; memory is only taken for those in use.
         `cache_memory` bounds the keys and values of all conversations, in bytes; None takes what full slots need, but at most a quarter of
         the memory that is available now. `prefix_cache` begins a question with what earlier ones have computed of it. `image_cache` is how
-        many bytes of encoded pictures are kept, to be found by their content; 0 keeps none.
+        many bytes of encoded pictures are kept, to be found by their content; 0 keeps none. `speculate` lets the decoder verify guesses of
+        the next tokens where they were often right and a step of several ids costs little; no reply depends on it.
 
         `tune_process` saves memory with two settings that affect the whole process until it ends (`backends.select.select`): the commands
         of the toolkit turn it on, a program that embeds the model decides for itself. Replies are the same either way. Raises FastVLMError
         if the directory is incomplete, damaged, or does not fit this machine.
         """
-        _check_options(geometry, background, prefill_chunk, prefix_cache, image_cache)  # before minutes of loading
+        _check_options(
+            geometry, background, prefill_chunk, image_cache, prefix_cache=prefix_cache, speculate=speculate
+        )  # before minutes of loading
         if cache_memory is not None:
             check_integer("cache_memory", cache_memory, least=1)
         manifest, tokenizer, loaded = load_parts(
@@ -186,6 +192,7 @@ class FastVLM:
             prefill_chunk=prefill_chunk,
             prefix_cache=prefix_cache,
             image_cache=image_cache,
+            speculate=speculate,
         )
 
     @property
@@ -389,6 +396,7 @@ class FastVLM:
             reuse=question.reuse,
             chunk=self._chunk,
             piecewise=piecewise,
+            speculate=self._speculate,
         )
         started = Started(
             answer,
@@ -431,11 +439,12 @@ def _check_ids(input_ids: Sequence[int], start: int) -> None:
         raise FastVLMError(f"start is {start!r}", "give an integer")
 
 
-def _check_options(geometry: str | None, background: Colour, prefill_chunk: int, prefix_cache: bool, image_cache: int) -> None:
+def _check_options(geometry: str | None, background: Colour, prefill_chunk: int, image_cache: int, **switches: bool) -> None:
     to_colour(background)
     if geometry is not None and geometry not in GEOMETRIES:
         raise FastVLMError(f"unknown geometry {geometry!r}", f"use one of: {', '.join(GEOMETRIES)}")
     check_integer("prefill_chunk", prefill_chunk, least=1)
-    if not isinstance(prefix_cache, bool):
-        raise FastVLMError(f"prefix_cache is {prefix_cache!r}", "give True or False")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise FastVLMError(f"{name} is {value!r}", "give True or False")
     check_integer("image_cache", image_cache, least=0)

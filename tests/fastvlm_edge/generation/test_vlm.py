@@ -296,6 +296,7 @@ def test_decoding_binds_anew_only_where_the_cache_grows(vlm: FastVLM, monkeypatc
     made: list[tuple[Any, ...]] = []
     decoder = vlm._engine.backend._decoder  # type: ignore[attr-defined]
     decoder._calls.clear()
+    monkeypatch.setattr(vlm, "_speculate", False)
     bind = decoder._bind
     vlm._engine.backend.reset()
     vlm._engine._slots.recover()
