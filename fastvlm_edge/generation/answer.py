@@ -68,8 +68,6 @@ class Answer(Work):
         """Text that is not given out yet, because the reply is not read piecewise."""
         self.events: SimpleQueue[Piece | None] = SimpleQueue()
         """Pieces of the text, and None at the end; then `error` says whether it failed."""
-        self.token_ids: list[int] = []
-        """Ids of the reply so far, without the one that ended it."""
         self.log_probabilities: list[float] = []
         """Natural logarithm of the model's probability of each of them."""
         self.stop_reason: StopReason = "cancelled"

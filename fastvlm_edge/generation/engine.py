@@ -51,6 +51,8 @@ class Work(ABC):
         self.positions, self.most_kept = positions, most_kept
         self.kept = 0
         """How many of the first `ids` were in the cache already."""
+        self.token_ids: list[int] = []
+        """Ids of the reply so far, without the one that ended it."""
         self.next_id: int | None = None
         """The id that the next decode step appends."""
         self.cancelled = False
@@ -167,6 +169,10 @@ class Engine:
         with self._lock:
             running = len(self._running) + (self._prefilling is not None)
             return replace(self._counters, running=running, waiting=len(self._waiting), saved_bytes=self._slots.saved_bytes)
+
+    def running(self) -> list[Work]:
+        """The work that is generating now."""
+        return list(self._running)
 
     def count(self, **more: int) -> None:
         """Add to counters."""
@@ -358,6 +364,7 @@ class Engine:
             del self._running[last]
             if follows:
                 self._slots.move(last + 1, last)
+        self.count(new_tokens=len(work.token_ids))
         work.end()
 
 

@@ -60,6 +60,7 @@ def test_threads_with_their_own_pictures_get_the_answers_of_single_runs(engine: 
         assert reply.token_ids == alone(prompt, picture, max_new_tokens=tokens).token_ids
     counters = engine.counters()
     assert (counters.requests, counters.running, counters.waiting) == (60, 0, 0)
+    assert counters.new_tokens == sum(len(reply.token_ids) for reply in replies)
     assert counters.images == 48 and counters.cached_images == 44, "four pictures, each encoded once"
 
 

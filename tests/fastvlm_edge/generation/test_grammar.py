@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -515,7 +516,11 @@ def test_what_becomes_too_complex_in_the_middle_is_an_error_and_no_short_answer(
 
 
 def test_without_the_package_the_error_names_the_extra(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
     monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.setattr("fastvlm_edge.extras.metadata.version", unknown)
     with pytest.raises(PackageError, match=r"structured answers need the package llguidance.*\[structured\]"):
         compiled(text, choices=["a"])
 
