@@ -84,6 +84,8 @@ class Options:
     """Largest accepted loss in percentage points. None bounds the damage to the image features (DAMAGE) instead."""
     cache: Path | None = None
     """Directory for observations, so that a second calibration is faster; None keeps nothing."""
+    special_tokens: bool = False
+    """Whether special tokens in questions and answers are read as tokens, as in `SamplingParams`."""
 
 
 class Quantizer:
@@ -144,7 +146,7 @@ class Quantizer:
         pictures, questions = _Pictures(folder), []
         for example, image in self.data.read(minimum=self.minimum):
             try:
-                question = _question(example, manifest, tokenizer)
+                question = _question(example, manifest, tokenizer, special_tokens=self.options.special_tokens)
                 check_room(question.ids, manifest)
                 pictures.add(preprocess(image, manifest.vision.image_size, manifest.vision.geometry))
             except FastVLMError as error:
@@ -338,13 +340,14 @@ def _encode(
     return features
 
 
-def _question(example: Example, manifest: Manifest, tokenizer: TextTokenizer) -> Question:
+def _question(example: Example, manifest: Manifest, tokenizer: TextTokenizer, *, special_tokens: bool) -> Question:
     """An example as the runtime would ask it, with its most frequent answer, or with a stock answer if the data has none."""
     template = ChatTemplate(tokenizer, manifest)
     known = bool(example.answers) and example.prompt is not None
     answer = max(set(example.answers), key=example.answers.count) if known else ANSWER
-    asked = [*template.opening(), *template.turn(example.prompt or QUESTION, (manifest.vision.tokens,))]
-    return Question([*asked, *tokenizer.encode(answer), template.closing()[0]], len(asked), known)
+    turn = template.turn(example.prompt or QUESTION, (manifest.vision.tokens,), special_tokens=special_tokens)
+    asked = [*template.opening(), *turn]
+    return Question([*asked, *tokenizer.encode(answer, special_tokens=special_tokens), template.closing()[0]], len(asked), known)
 
 
 def _enough(conversations: Iterator[tuple[Question, Float32]]) -> Iterator[tuple[list[int], Float32]]:

@@ -24,13 +24,17 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     if options.accuracy_drop is not None and options.calib is None:
         raise FastVLMError("--accuracy-drop needs questions to measure the accuracy", "add --calib DATA")
+    if options.special_tokens and options.calib is None:
+        raise FastVLMError("--special-tokens is for the questions of --calib", "add --calib DATA, or leave it out")
     convert = import_module("fastvlm_edge.convert.pipeline").convert
     import_module("fastvlm_edge.backends.ort_session").share_arena()  # for the comparison with PyTorch
     calibrate = None
     if options.calib is not None:
         quantizer = import_module("fastvlm_edge.calib.quantizer")
         cache = cache_dir() / "calibration"
-        settings = quantizer.Options(options.calib, options.images, options.calib_limit, options.accuracy_drop, cache)
+        settings = quantizer.Options(
+            options.calib, options.images, options.calib_limit, options.accuracy_drop, cache, options.special_tokens
+        )
         calibrate = quantizer.Quantizer(settings).calibrate
     manifest: Manifest = convert(
         options.checkpoint,
@@ -112,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="POINTS",
         type=float,
         help="largest accepted accuracy loss, in percentage points; the encoder uses INT8 as far as this allows",
+    )
+    parser.add_argument(
+        "--special-tokens", action="store_true", help="read special tokens in DATA as tokens, as `eval` does with this option"
     )
     parser.add_argument("--force", action="store_true", help="replace MODEL if it exists")
     return parser

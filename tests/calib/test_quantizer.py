@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from fastvlm_edge import FastVLM, FastVLMError
@@ -29,6 +30,8 @@ from fastvlm_edge.convert.graphs.placement import check_placement
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import PrecisionRefused, precision_plan
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
+from fastvlm_edge.evaluation.data import Example
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.engine_record import VISION_GRAPHS
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
 from tests.support.checkpoints import write_checkpoint
@@ -218,11 +221,30 @@ def test_the_command_passes_everything_on(model_dir: Path, tmp_path: Path, monke
 
     monkeypatch.setattr("fastvlm_edge.convert.pipeline.convert", convert)
     images = Path(data).parent
-    options = f"--precision int8 --calib {data} --calib-limit 9 --accuracy-drop 1.5 --images {images}"
+    options = f"--precision int8 --calib {data} --calib-limit 9 --accuracy-drop 1.5 --images {images} --special-tokens"
     assert main(["convert", str(DEMO), "-o", str(tmp_path / "model"), *options.split()]) == 0
     quantizer = seen["calibrate"].__self__
     assert isinstance(quantizer, Quantizer)
-    assert quantizer.options == Options(data, images, limit=9, accuracy_drop=1.5, cache=tmp_path / "cache" / "calibration")
+    cache = tmp_path / "cache" / "calibration"
+    assert quantizer.options == Options(data, images, limit=9, accuracy_drop=1.5, cache=cache, special_tokens=True)
+
+
+def test_special_tokens_of_the_data_are_read_if_asked_for(model_dir: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<loc_12>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = TextTokenizer(tmp_path / "tokenizer.json")
+    example = Example("1", tmp_path / "1.png", "What is at <loc_12>?", ("a sign at <loc_12>",))
+    literal, read = (module._question(example, read_manifest(model_dir), ours, special_tokens=each) for each in (False, True))
+    token = ours.control_id("<loc_12>")
+    assert token not in literal.ids
+    assert read.ids[: read.answer].count(token) == read.ids[read.answer :].count(token) == 1
+    assert len(read.positions) < len(literal.positions)
+
+
+def test_special_tokens_without_data_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(DEMO), "-o", str(tmp_path / "model"), "--special-tokens"]) == 1
+    assert "--special-tokens is for the questions of --calib" in capsys.readouterr().err
 
 
 def test_the_cache_knows_pictures_by_their_pixels_not_by_where_they_lie(tmp_path: Path) -> None:
