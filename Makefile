@@ -29,9 +29,9 @@ $(LEAN)/.ready: pyproject.toml constraints.txt
 	$(LEAN)/bin/pip install --quiet --constraint constraints.txt --editable .
 	touch $(LEAN)/.ready
 
-# Ends with the slowest twenty; a test that hangs is cut off after ten minutes.
+# Two processes, each of which takes whole files. Ends with the slowest twenty; a test that hangs is cut off after ten minutes.
 test: lint
-	$(BIN)/python -m pytest --durations=20 --durations-min=1 --timeout=600
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20 --durations-min=1 --timeout=600
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from fastvlm_edge.backends.load_engines import load_engines
 from fastvlm_edge.backends.verification.reference import REFERENCE_NAME, compute_reference
 from fastvlm_edge.generation.engine import Engine
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.machine.probe import usable_cores
 from fastvlm_edge.model_dir.manifest import FileRecord, read_manifest, sha256
 from fastvlm_edge.model_dir.verified import remember
 from fastvlm_edge.progress import SilentProgress
@@ -24,6 +26,10 @@ from tests.support.fake_engine import build_engines, fake_gpu
 from tests.support.fake_libcuda import Libcuda, compiler, machine_with_libcuda
 from tests.support.fake_model import build_model
 from tests.support.host_as_gpu import host_as_gpu
+
+# Several workers of pytest-xdist share the cores. PyTorch's threads would otherwise wait for each other in loops that use them up.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 settings.register_profile("fastvlm-edge", deadline=None)  # a loaded machine may pause at any time
 settings.load_profile("fastvlm-edge")
