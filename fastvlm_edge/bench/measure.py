@@ -190,10 +190,10 @@ class Subject:
         return question_near(self._length, self._plan.prompt_tokens, WORDS[number % len(WORDS)])
 
     def _prefill(self, reply: Reply, decoder: str, sample: str) -> Iterator[Line]:
-        """Split `timings.prefill_ms` into the time of the decoder and the time of the sampler."""
+        """Split the time from the engine to the first token into that of the decoder and that of all else, most of it the sampler."""
         steps = self._timed.step_seconds * 1e3
         yield _figure(decoder, steps)
-        yield _figure(sample, max(0.0, reply.timings.prefill_ms - steps))
+        yield _figure(sample, max(0.0, reply.timings.queue_ms + reply.timings.prefill_ms - steps))
 
 
 def _figure(name: str, value: float) -> Line:
