@@ -48,13 +48,14 @@ class Subject:
     def together(self, count: int, tokens: int) -> float:
         """Tokens per second in all, while `count` conversations about as many pictures are generating."""
         images = [self.vlm.encode_image(self.pictures.new()) for _ in range(count)]
-        streams = [self.vlm.stream(f"{number}. {QUESTION}", image, max_new_tokens=tokens * 3) for number, image in enumerate(images)]
-        threads = [threading.Thread(target=stream.wait) for stream in streams]
+        streams = [self.vlm.stream(f"{number}. {QUESTION}", image, max_new_tokens=4 * tokens + 200) for number, image in enumerate(images)]
+        threads = [threading.Thread(target=lambda stream=stream: list(stream)) for stream in streams]  # type: ignore[misc]
         for thread in threads:
             thread.start()
-        while self.engine.counters().running < count or any(not len(work.token_ids) for work in self.engine.running()):
+        while len(works := self.engine.running()) < count:
+            if not any(thread.is_alive() for thread in threads):
+                raise RuntimeError("the replies ended before all were generating: give more --tokens")
             time.sleep(0.002)
-        works = self.engine.running()
         before, began = sum(len(work.token_ids) for work in works), time.perf_counter()
         while sum(len(work.token_ids) for work in works) - before < tokens * count:
             time.sleep(0.002)
