@@ -49,7 +49,7 @@ class Subject:
         """Tokens per second in all, while `count` conversations about as many pictures are generating."""
         images = [self.vlm.encode_image(self.pictures.new()) for _ in range(count)]
         streams = [self.vlm.stream(f"{number}. {QUESTION}", image, max_new_tokens=4 * tokens + 200) for number, image in enumerate(images)]
-        threads = [threading.Thread(target=lambda stream=stream: list(stream)) for stream in streams]  # type: ignore[misc]
+        threads = [threading.Thread(target=lambda stream=stream: list(stream)) for stream in streams]
         for thread in threads:
             thread.start()
         while len(works := self.engine.running()) < count:

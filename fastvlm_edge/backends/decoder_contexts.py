@@ -1,10 +1,12 @@
 """The execution contexts of the decoder: one engine of any size, or static engines for the capacity of the cache.
 
-A context that a CUDA graph has captured must not change, so prefill, decoding and drafts each have their own.
+A context that a CUDA graph has captured must not change. So prefill and drafts have one each, and decoding has one for each group of slots
+that are decoded in one call.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +35,8 @@ class Contexts(Protocol):
     """Most ids per call."""
     most_positions: int
     """Most positions per call whose logits are computed."""
+    batch: int
+    """Most slots that one call decodes."""
     most_rows: int
     """Most rows of image_features."""
     padded_rows: int
@@ -48,9 +52,8 @@ class Contexts(Protocol):
     def prefill(self) -> Calls:
         """For up to `chunk` ids, of text and pictures."""
 
-    @property
-    def decode(self) -> Calls:
-        """For one id of text, as a CUDA graph."""
+    def decode(self, slot: int, rows: int) -> Calls:
+        """For one id of text in each of `rows` slots from `slot` on, as a CUDA graph. Raises OutOfDeviceMemory."""
 
     def short(self, ids: int) -> Calls:
         """For several ids of text, such as a draft."""
@@ -72,13 +75,16 @@ class DynamicContexts:
         last = engine.profiles - 1
         self.chunk = engine.largest("input_ids")[1]
         self.most_positions = engine.largest("logit_positions")[1]
+        self.batch = engine.largest("input_ids", last)[0]
         self.most_rows = engine.largest("image_features")[0]
         self._most_short = engine.largest("input_ids", last)[1] if last else 0
 
         def calls(profile: int, rows: int | None, *, captured: bool = False) -> Calls:
             return Calls(engine.context(profile, scratch.address, scratch.nbytes, stream, captured=captured), rows=rows)
 
-        self.prefill, self.decode = calls(0, None), calls(last, 1, captured=True)
+        self.prefill = calls(0, None)
+        self._new_decode = functools.partial(calls, last, 1, captured=True)
+        self._decode = {(0, 1): self._new_decode()}
         self._short = calls(last, 1) if last else self.prefill
 
     def capacity_for(self, needed: int) -> int:
@@ -87,6 +93,11 @@ class DynamicContexts:
     def use(self, capacity: int) -> None:
         pass
 
+    def decode(self, slot: int, rows: int) -> Calls:
+        if (slot, rows) not in self._decode:
+            self._decode[slot, rows] = self._new_decode()
+        return self._decode[slot, rows]
+
     def short(self, ids: int) -> Calls:
         return self._short if ids <= self._most_short else self.prefill
 
@@ -94,22 +105,25 @@ class DynamicContexts:
         return {"decoder": self._engine}
 
     def release(self) -> None:
-        for calls in (self.prefill, self.decode, self._short):
+        for calls in (self.prefill, *self._decode.values(), self._short):
             calls.context.close()
 
 
 class StaticContexts:
     """Two engines of fixed shapes for the capacity of the cache, one for prefill and one for decoding. Each holds all weights.
 
-    Only those of the present capacity are loaded. Drafts run as prefill.
+    Only those of the present capacity are loaded. Drafts run as prefill. Slots are decoded one after the other.
     """
+
+    batch = 1
 
     def __init__(self, files: EngineFiles, spec: DecoderSpec, arena: Arena, stream: int) -> None:
         self._files, self._stream = files, stream
         self._scratch = arena.buffer(0)
         self._capacity = 0
         self._engines: dict[str, LoadedEngine] = {}
-        self._calls: dict[str, Calls] = {}
+        self._prefill: Calls | None = None
+        self._decode: dict[int, Calls] = {}
         self.use(files.capacities[0])
         prefill = self._engines[static_part(PREFILL, files.capacities[0])]
         self.chunk = prefill.largest("input_ids")[1]
@@ -118,11 +132,13 @@ class StaticContexts:
 
     @property
     def prefill(self) -> Calls:
-        return self._calls[PREFILL]
+        assert self._prefill is not None
+        return self._prefill
 
-    @property
-    def decode(self) -> Calls:
-        return self._calls[DECODE]
+    def decode(self, slot: int, rows: int) -> Calls:
+        if slot not in self._decode:
+            self._decode[slot] = self._context(DECODE, captured=True)
+        return self._decode[slot]
 
     def capacity_for(self, needed: int) -> int:
         return next(capacity for capacity in self._files.capacities if capacity >= needed)
@@ -140,14 +156,15 @@ class StaticContexts:
                 part = static_part(kind, capacity)
                 self._engines[part] = self._files.load(part)
             self._scratch.reserve(max(1, *(engine.scratch_bytes for engine in self._engines.values())))
-            for kind in (PREFILL, DECODE):
-                self._calls[kind] = self._context(self._engines[static_part(kind, capacity)], captured=kind == DECODE)
+            self._capacity = capacity
+            self._prefill = self._context(PREFILL, captured=False)
+            self.decode(0, 1)
         except BaseException:
             self.release()
             raise
-        self._capacity = capacity
 
-    def _context(self, engine: LoadedEngine, *, captured: bool) -> Calls:
+    def _context(self, kind: str, *, captured: bool) -> Calls:
+        engine = self._engines[static_part(kind, self._capacity)]
         context = engine.context(0, self._scratch.address, self._scratch.nbytes, self._stream, captured=captured)
         sizes = (engine.largest("input_ids")[1], engine.largest("logit_positions")[1], engine.largest("image_features")[0])
         return Calls(context, *sizes)
@@ -160,7 +177,10 @@ class StaticContexts:
 
     def release(self) -> None:
         self._capacity = 0
-        while self._calls:
-            self._calls.popitem()[1].context.close()
+        prefill, self._prefill = self._prefill, None
+        if prefill is not None:
+            prefill.context.close()
+        while self._decode:
+            self._decode.popitem()[1].context.close()
         while self._engines:
             self._engines.popitem()[1].close()

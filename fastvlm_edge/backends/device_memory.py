@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
-from fastvlm_edge.backends.kv_cache import next_capacity
+from fastvlm_edge.backends.kv_cache import Slots, check_length, next_capacity
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import DecoderSpec
 from fastvlm_edge.nvidia.cuda import Cuda, PinnedMemory
@@ -88,95 +88,219 @@ class Buffer:
             self._cuda.free(address)
 
 
-class DeviceCache:
-    """The KV cache as one buffer [layers, 2, 1, kv_heads, capacity, head_dim] on the device; `KVCache` is the same in host memory."""
+@dataclass(frozen=True)
+class Block:
+    """Where keys and values [layers, 2, rows, kv_heads, capacity, head_dim] are on the device."""
 
-    def __init__(self, cuda: Cuda, spec: DecoderSpec, stream: int, capacity_for: Callable[[int], int] = next_capacity) -> None:
+    address: int
+    rows: int
+    capacity: int
+
+
+class DeviceCache(Slots):
+    """The KV cache as one buffer [layers, 2, rows, kv_heads, capacity, head_dim] on the device; `KVCache` is the same in host memory.
+
+    Row i is slot i. Rows are added as slots are used. What a call enqueues runs in the order of the stream.
+    """
+
+    def __init__(
+        self, cuda: Cuda, spec: DecoderSpec, stream: int, capacity_for: Callable[[int], int] = next_capacity, slots: int = 1
+    ) -> None:
         """`capacity_for` tells which capacity holds a number of positions."""
+        super().__init__(slots)
         self._cuda, self._stream, self._capacity_for = cuda, stream, capacity_for
         self._parts = spec.layers * 2
-        self._rows = spec.kv_heads
+        self._heads = spec.kv_heads
         self._dtype = spec.dtype
         self._position_bytes = spec.head_dim * storage(spec.dtype).itemsize
         self.context = spec.context
-        self.length = 0
-        self.capacity = 0
-        self.address = 0
-        self._replace(capacity_for(1))
+        self._block = Block(0, 0, 0)
+        self._replace(1, capacity_for(1))
 
-    def part(self, layer: int, value: int) -> int:
-        """Address of the keys (0) or values (1) of a layer: [1, kv_heads, capacity, head_dim]."""
-        return self.address + (2 * layer + value) * self._rows * self.capacity * self._position_bytes
+    @property
+    def rows(self) -> int:
+        """Number of slots that have memory."""
+        return self._block.rows
 
-    def bytes_at(self, capacity: int) -> int:
-        """Size of a buffer for `capacity` positions, in bytes."""
-        return self._parts * self._rows * capacity * self._position_bytes
+    @property
+    def capacity(self) -> int:
+        """Number of positions that fit into a slot before the buffer has to grow."""
+        return self._block.capacity
 
-    def append(self, kv_new: int, position: int, seq: int, width: int) -> None:
-        """Enqueue the copy of the first `seq` of `kv_new` [layers, 2, 1, kv_heads, width, head_dim] to `position`; forget all after it.
+    def part(self, layer: int, value: int, slot: int) -> int:
+        """Address of the keys (0) or values (1) of a layer, from a slot on: [rows - slot, kv_heads, capacity, head_dim]."""
+        return self._block.address + self._offset(self._block, (2 * layer + value) * self.rows + slot)
 
-        `grow` must have made room before.
+    def bytes_at(self, capacity: int, rows: int = 1) -> int:
+        """Size of a buffer of `rows` slots for `capacity` positions each, in bytes."""
+        return self._parts * rows * self._heads * capacity * self._position_bytes
+
+    def append(self, kv_new: int, slot: int, rows: int, seq: int, width: int) -> None:
+        """Enqueue the copy of the first `seq` positions of `kv_new` [layers, 2, rows, kv_heads, width, head_dim] to the ends of the slots.
+
+        They are those from `slot` on; `resize` must have made room before.
         """
-        end, size = position + seq, self._position_bytes
-        height = self._parts * self._rows
-        self._cuda.copy_2d(self.address + position * size, self.capacity * size, kv_new, width * size, seq * size, height, self._stream)
-        self.length = end
+        new, starts = Block(kv_new, rows, width), self.lengths[slot : slot + rows]
+        if rows == self.rows and len({*starts}) == 1:
+            self._copy_rows(self._block, starts[0], new, seq)
+        else:
+            for row, start in enumerate(starts):
+                self._copy(self._block, slot + row, start, new, row, seq)
+        for row, start in enumerate(starts):
+            self.lengths[slot + row] = start + seq
 
-    def resize(self, positions: int) -> None:
-        """Take the capacity for `positions`, at least `length`, after all work that uses the cache.
+    def resize(self, slots: int, positions: int) -> None:
+        """Take rows for the first `slots` and those in use, and the capacity for `positions`, at least those in use.
 
-        If it raises OutOfDeviceMemory, nothing has changed.
+        Call it after all work that uses the cache. If it raises OutOfDeviceMemory, nothing has changed.
         """
-        self._replace(self._capacity_for(positions))
+        used = max(slot + 1 for slot, length in enumerate(self.lengths) if length or slot < slots)
+        self._replace(used, self._capacity_for(max(positions, 1, *self.lengths)))
 
-    def truncate(self, length: int) -> None:
-        """Forget every position from `length` on."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length {length} is outside the {self.length} positions of the cache")
-        self.length = length
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Enqueue the copy of the first `length` positions of a slot to another. If it fails, that one is empty."""
+        self.check(length, source)
+        if source != target:
+            self.lengths[target] = 0
+            self._copy(self._block, target, 0, self._block, source, length)
+        self.lengths[target] = length
 
-    def reset(self) -> None:
-        """Forget all positions. The buffer stays."""
-        self.length = 0
+    def save(self, slot: int, memory: HeldMemory) -> DeviceSlot:
+        """Enqueue the copy of a slot to memory of its own. Raises OutOfDeviceMemory."""
+        length = self.lengths[slot]
+        nbytes = aligned(max(self.bytes_at(length), 1))
+        saved = DeviceSlot(memory, memory.allocate(nbytes), length, nbytes)
+        memory.release_with(saved, saved.address)
+        self._copy(Block(saved.address, 1, length), 0, 0, self._block, slot, length)
+        return saved
+
+    def restore(self, saved: DeviceSlot, slot: int, length: int) -> None:
+        """Enqueue the copy of the first `length` positions of a saved slot. If it fails, the slot is empty."""
+        check_length(length, saved.length, "the copy")
+        self.lengths[slot] = 0
+        self._copy(self._block, slot, 0, Block(saved.address, 1, saved.length), 0, length)
+        self.lengths[slot] = length
 
     def read(self, length: int, first: int = 0) -> NDArray[np.float32]:
-        """Positions `first` to `length - 1` on the host: [layers, 2, kv_heads, positions, head_dim]. No work may be in progress."""
-        cuda, size, count = self._cuda, self._position_bytes, length - first
-        parts, width = self._parts * self._rows, count * size
-        pinned = cuda.allocate_pinned(parts * width)
+        """Positions `first` to `length - 1` of slot 0 on the host: [layers, 2, kv_heads, positions, head_dim].
+
+        No work may be in progress.
+        """
+        cuda, size, count, heads = self._cuda, self._position_bytes, length - first, self._heads
+        width = count * size
+        pinned = cuda.allocate_pinned(self._parts * heads * width)
         try:
-            for part in range(parts):
-                cuda.copy(pinned.address + part * width, self.address + (part * self.capacity + first) * size, width, self._stream)
+            for index in range(self._parts * heads):
+                part, head = divmod(index, heads)
+                source = self._block.address + self._offset(self._block, part * self.rows, head) + first * size
+                cuda.copy(pinned.address + index * width, source, width, self._stream)
             cuda.synchronize(self._stream)
-            stored = pinned.view((self._parts // 2, 2, self._rows, count, size // storage(self._dtype).itemsize), storage(self._dtype))
+            stored = pinned.view((self._parts // 2, 2, heads, count, size // storage(self._dtype).itemsize), storage(self._dtype))
             return np.array(to_float32(stored, self._dtype))
         finally:
             pinned.free()
 
     def free(self) -> None:
         """Release the memory."""
-        address, self.address = self.address, 0
+        address, self._block = self._block.address, Block(0, 0, 0)
         if address:
             self._cuda.free(address)
 
-    def _replace(self, capacity: int) -> None:
-        """Move to a buffer of another capacity. Positions never written are zero: the graph masks them, but a mask does not stop a NaN."""
-        cuda, size = self._cuda, self._position_bytes
-        address = cuda.allocate(aligned(self.bytes_at(capacity)))
+    def _replace(self, rows: int, capacity: int) -> None:
+        """Move to another buffer. Positions never written are zero: the graph masks them, but a mask does not stop a NaN."""
+        cuda, nbytes = self._cuda, self.bytes_at(capacity, rows)
+        block = Block(cuda.allocate(aligned(nbytes)), rows, capacity)
         try:
-            cuda.zero(address, self.bytes_at(capacity), self._stream)
-            if self.length:
-                height = self._parts * self._rows
-                cuda.copy_2d(address, capacity * size, self.address, self.capacity * size, self.length * size, height, self._stream)
+            cuda.zero(block.address, nbytes, self._stream)
+            for slot, length in enumerate(self.lengths):
+                self._copy(block, slot, 0, self._block, slot, length)
             cuda.synchronize(self._stream)
         except BaseException:
             with contextlib.suppress(FastVLMError):
                 cuda.synchronize(self._stream)
-            cuda.free(address)
+            cuda.free(block.address)
             raise
-        old, self.address, self.capacity = self.address, address, capacity
-        if old:
-            cuda.free(old)
+        old, self._block = self._block, block
+        if old.address:
+            cuda.free(old.address)
+
+    def _copy(self, target: Block, row: int, position: int, source: Block, source_row: int, count: int) -> None:
+        """Enqueue the copy of the first `count` positions of a row of `source` to `position` in a row of `target`."""
+        if not count:
+            return
+        if target.rows == source.rows == 1:
+            self._copy_rows(target, position, source, count)
+            return
+        size = self._position_bytes
+        for head in range(self._heads):
+            to = target.address + self._offset(target, row, head) + position * size
+            at = source.address + self._offset(source, source_row, head)
+            pitches = self._offset(target, target.rows), self._offset(source, source.rows)
+            self._cuda.copy_2d(to, pitches[0], at, pitches[1], count * size, self._parts, self._stream)
+
+    def _copy_rows(self, target: Block, position: int, source: Block, count: int) -> None:
+        """Enqueue the copy of the first `count` positions of every row of `source` to `position` in those of `target`, as many rows."""
+        size, height = self._position_bytes, self._parts * target.rows * self._heads
+        to, pitch = target.address + position * size, target.capacity * size
+        self._cuda.copy_2d(to, pitch, source.address, source.capacity * size, count * size, height, self._stream)
+
+    def _offset(self, block: Block, row: int, head: int = 0) -> int:
+        """Bytes before a row, counted over all layers, and a head in it."""
+        return (row * self._heads + head) * block.capacity * self._position_bytes
+
+
+class HeldMemory:
+    """Owns the device memory of objects that callers hold: image features, and copies of slots.
+
+    They may become garbage at any moment, also during the capture of a CUDA graph, when freeing memory is forbidden. Their memory therefore
+    waits in a queue until `sweep`.
+    """
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._live: set[int] = set()
+        self._dead: deque[int] = deque()
+
+    def allocate(self, nbytes: int) -> int:
+        """Allocate memory, which is at the latest released by `free`. Raises OutOfDeviceMemory."""
+        address = self._cuda.allocate(nbytes)
+        self._live.add(address)
+        return address
+
+    def release_with(self, holder: object, address: int) -> None:
+        """Release memory when nothing refers to `holder` any more."""
+        weakref.finalize(holder, self._dead.append, address)
+
+    def holds(self, address: int) -> bool:
+        """Whether the memory at an address is still allocated."""
+        return address in self._live
+
+    def sweep(self) -> None:
+        """Free the memory of objects that are garbage. No work may be in progress."""
+        while self._dead:
+            address = self._dead.popleft()
+            if address in self._live:
+                self._live.remove(address)
+                self._cuda.free(address)
+
+    def free(self) -> None:
+        """Release all memory, also that of objects that are still referred to."""
+        with contextlib.ExitStack() as rest:
+            while self._live:
+                rest.callback(self._cuda.free, self._live.pop())
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceSlot:
+    """A copy of the positions of a slot on the device: [layers, 2, kv_heads, length, head_dim].
+
+    Its memory is released when nothing refers to it any more.
+    """
+
+    memory: HeldMemory
+    address: int
+    length: int
+    nbytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,17 +322,11 @@ class DeviceFeatures:
 
 
 class FeatureStore:
-    """Owns the memory of every DeviceFeatures.
+    """Makes and reads DeviceFeatures."""
 
-    Features may become garbage at any moment, also during the capture of a CUDA graph, when freeing memory is forbidden. Their memory
-    therefore waits in a queue until `sweep`.
-    """
-
-    def __init__(self, cuda: Cuda, spec: DecoderSpec, stream: int, lock: AbstractContextManager[Any]) -> None:
+    def __init__(self, cuda: Cuda, memory: HeldMemory, spec: DecoderSpec, stream: int, lock: AbstractContextManager[Any]) -> None:
         """The backend holds `lock` while it uses the stream, so that no other work gets into a CUDA graph that it captures."""
-        self._cuda, self._spec, self._stream, self._lock = cuda, spec, stream, lock
-        self._live: set[int] = set()
-        self._dead: deque[int] = deque()
+        self._cuda, self._memory, self._spec, self._stream, self._lock = cuda, memory, spec, stream, lock
 
     def row_bytes(self) -> int:
         """Size of one visual token in bytes."""
@@ -216,22 +334,13 @@ class FeatureStore:
 
     def new(self, rows: int) -> DeviceFeatures:
         """Allocate memory for the features of a picture. Raises OutOfDeviceMemory."""
-        features = DeviceFeatures(self, self._cuda.allocate(aligned(rows * self.row_bytes())), rows)
-        self._live.add(features.address)
-        weakref.finalize(features, self._dead.append, features.address)
+        features = DeviceFeatures(self, self._memory.allocate(aligned(rows * self.row_bytes())), rows)
+        self._memory.release_with(features, features.address)
         return features
 
     def holds(self, features: object) -> bool:
         """Whether `features` belong to this store and are still allocated."""
-        return isinstance(features, DeviceFeatures) and features.store is self and features.address in self._live
-
-    def sweep(self) -> None:
-        """Free the memory of features that are garbage. No work may be in progress."""
-        while self._dead:
-            address = self._dead.popleft()
-            if address in self._live:
-                self._live.remove(address)
-                self._cuda.free(address)
+        return isinstance(features, DeviceFeatures) and features.store is self and self._memory.holds(features.address)
 
     def read(self, features: DeviceFeatures) -> NDArray[np.float32]:
         """A copy on the host: [rows, hidden]. Raises FastVLMError if the backend was closed."""
@@ -259,15 +368,9 @@ class FeatureStore:
         finally:
             pinned.free()
 
-    def free(self) -> None:
-        """Release all memory, also that of features that are still referred to."""
-        with contextlib.ExitStack() as rest:
-            while self._live:
-                rest.callback(self._cuda.free, self._live.pop())
 
-
-def cache_addresses(cache: DeviceCache, layers: int) -> Iterator[tuple[str, int]]:
-    """Name and address of every `past_key_values` input of the decoder."""
+def cache_addresses(cache: DeviceCache, layers: int, slot: int) -> Iterator[tuple[str, int]]:
+    """Name and address of every `past_key_values` input of the decoder, from a slot on."""
     for layer in range(layers):
         for value, part in enumerate(("key", "value")):
-            yield f"past_key_values.{layer}.{part}", cache.part(layer, value)
+            yield f"past_key_values.{layer}.{part}", cache.part(layer, value, slot)

@@ -22,6 +22,28 @@ def next_capacity(needed: int) -> int:
     return -(-needed // step) * step
 
 
+def check_length(length: int, held: int, where: str) -> None:
+    """Raise ValueError if `length` is not a number of the `held` positions of `where`."""
+    if not 0 <= length <= held:
+        raise ValueError(f"length {length} is outside the {held} positions of {where}")
+
+
+class Slots:
+    """The number of positions that each slot of a cache holds."""
+
+    def __init__(self, slots: int) -> None:
+        self.lengths = [0] * slots
+
+    def truncate(self, length: int, slot: int = 0) -> None:
+        """Forget every position of a slot from `length` on."""
+        self.check(length, slot)
+        self.lengths[slot] = length
+
+    def check(self, length: int, slot: int) -> None:
+        """Raise ValueError if a slot does not hold the first `length` positions."""
+        check_length(length, self.lengths[slot], f"slot {slot}")
+
+
 @dataclass(frozen=True, eq=False)
 class HostSlot:
     """A copy of the positions of a slot in host memory."""
@@ -39,7 +61,7 @@ class HostSlot:
         return self.data.nbytes
 
 
-class KVCache:
+class KVCache(Slots):
     """Buffer [layers, 2, rows, kv_heads, capacity, head_dim] on the host; row i is slot i.
 
     Rows and capacity grow as they are needed: to at most `slots` and `context`, the capacity in the steps of `next_capacity`. The graph
@@ -50,11 +72,10 @@ class KVCache:
 
     def __init__(self, *, layers: int, kv_heads: int, head_dim: int, context: int, dtype: str, slots: int = 1) -> None:
         """`dtype` is the name that the manifest uses; bfloat16 is kept as raw uint16 bits."""
+        super().__init__(slots)
         self._shape = (layers, 2, kv_heads, head_dim)
         self._dtype = storage(dtype)
         self.context = context
-        self.lengths = [0] * slots
-        """Number of positions in each slot."""
         self.buffer = self._allocate(1, min(FIRST_CAPACITY, context))
 
     @property
@@ -90,12 +111,6 @@ class KVCache:
             raise ValueError(f"length {length} is outside {self.lengths[slot]} to {self.capacity}")
         self.lengths[slot] = length
 
-    def truncate(self, length: int, slot: int = 0) -> None:
-        """Forget every position of a slot from `length` on."""
-        if not 0 <= length <= self.lengths[slot]:
-            raise ValueError(f"length {length} is outside the {self.lengths[slot]} positions of slot {slot}")
-        self.lengths[slot] = length
-
     def reset(self, slot: int = 0) -> bool:
         """Forget a slot, and release the memory that the others do not need. Returns whether the buffer changed."""
         self.lengths[slot] = 0
@@ -111,6 +126,7 @@ class KVCache:
 
     def copy(self, source: int, target: int, length: int) -> bool:
         """Let slot `target` hold the first `length` positions of slot `source`. Returns whether the buffer changed."""
+        self.check(length, source)
         changed = self.reserve(target, length)
         self.buffer[:, :, target, :, :length] = self.buffer[:, :, source, :, :length]
         self.lengths[target] = length
@@ -118,6 +134,7 @@ class KVCache:
 
     def restore(self, saved: HostSlot, slot: int, length: int) -> bool:
         """Let a slot hold the first `length` positions of a copy. Returns whether the buffer changed."""
+        check_length(length, saved.length, "the copy")
         changed = self.reserve(slot, length)
         self.buffer[:, :, slot, :, :length] = saved.data[:, :, :, :length]
         self.lengths[slot] = length

@@ -35,7 +35,7 @@ def open_platform(library: str) -> Platform:
     return Platform(cuda, found.name, found.version, found.load)
 
 
-def load_engines(directory: Path, manifest: Manifest, *, progress: Progress | None = None) -> TensorRTBackend:
+def load_engines(directory: Path, manifest: Manifest, *, slots: int = 1, progress: Progress | None = None) -> TensorRTBackend:
     """Load the engines of a model directory that run on this machine. If they were never verified here, do that first.
 
     Raises FastVLMError, with the command to run, if there are no engines or TensorRT refuses them, or if they disagree with the reference,
@@ -53,9 +53,9 @@ def load_engines(directory: Path, manifest: Manifest, *, progress: Progress | No
         platform.cuda.close()
         raise
     if judged:
-        return TensorRTBackend(folder, manifest, platform, progress=progress)
+        return TensorRTBackend(folder, manifest, platform, slots=slots, progress=progress)
     try:
-        backend, figures = verify_engines(directory, folder, folder, manifest, platform, progress)
+        backend, figures = verify_engines(directory, folder, folder, manifest, platform, progress, slots=slots)
     except EnginesDisagreeError as error:
         _keep_figures(folder, record, error.figures)
         raise
@@ -66,7 +66,7 @@ def load_engines(directory: Path, manifest: Manifest, *, progress: Progress | No
         serving = open_platform(record.library)  # before the other is closed, so that the CUDA context stays
     finally:
         backend.close()
-    return TensorRTBackend(folder, manifest, serving, progress=progress)
+    return TensorRTBackend(folder, manifest, serving, slots=slots, progress=progress)
 
 
 def _keep_figures(folder: Path, record: EngineRecord, figures: dict[str, Any]) -> None:
@@ -114,6 +114,7 @@ def verify_engines(
     progress: Progress,
     *,
     onnxruntime: bool = False,
+    slots: int = 1,
 ) -> tuple[TensorRTBackend, dict[str, Any]]:
     """Load the engines in `folder` and check them. Returns the backend, which owns `platform`, and the figures for the record.
 
@@ -130,7 +131,8 @@ def verify_engines(
         platform.cuda.close()
         raise
     device = platform.cuda.device
-    backend = TensorRTBackend(folder, manifest, dataclasses.replace(platform, load=_waiting(platform.load)), progress=progress)
+    waiting = dataclasses.replace(platform, load=_waiting(platform.load))
+    backend = TensorRTBackend(folder, manifest, waiting, slots=slots, progress=progress)
     try:
         findings = check(backend, reference, manifest, progress, f"the engines for {place.name} (first load only)")
         figures = {**findings.figures, "device": device.name, "compute_capability": list(device.compute_capability)}

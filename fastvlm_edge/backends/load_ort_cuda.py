@@ -80,7 +80,13 @@ def describe_device(probe: Probe) -> tuple[str, str]:
 
 
 def load_ort_cuda(
-    directory: Path, manifest: Manifest, *, threads: int | None = None, progress: Progress | None = None, probe: Probe | None = None
+    directory: Path,
+    manifest: Manifest,
+    *,
+    threads: int | None = None,
+    slots: int = 1,
+    progress: Progress | None = None,
+    probe: Probe | None = None,
 ) -> OrtBackend:
     """Load both graphs on the GPU. Where they never ran with this GPU, driver, onnxruntime and these files, check them first.
 
@@ -95,8 +101,8 @@ def load_ort_cuda(
     if known is not None and known.concerns(now):
         if known.faults:
             raise _disagreement(known, directory, "at an earlier load")
-        return _load(directory, manifest, threads, progress)
-    backend = _load(directory, manifest, threads, progress)
+        return _load(directory, manifest, threads, slots, progress)
+    backend = _load(directory, manifest, threads, slots, progress)
     try:
         reference = read_reference(directory)
         findings = check(backend, reference, manifest, progress, "ort-cuda (first load only)")
@@ -114,8 +120,8 @@ def load_ort_cuda(
     return backend
 
 
-def _load(directory: Path, manifest: Manifest, threads: int | None, progress: Progress) -> OrtBackend:
-    return OrtBackend(directory, manifest, threads=threads, progress=progress, cuda=True, load_decoder=DeviceDecoder)
+def _load(directory: Path, manifest: Manifest, threads: int | None, slots: int, progress: Progress) -> OrtBackend:
+    return OrtBackend(directory, manifest, threads=threads, slots=slots, progress=progress, cuda=True, load_decoder=DeviceDecoder)
 
 
 def _disagreement(verdict: Verdict, directory: Path, when: str) -> FastVLMError:

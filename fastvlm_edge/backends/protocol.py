@@ -120,29 +120,6 @@ class Backend(Decoder, Protocol):
         """Release sessions and memory. The backend cannot be used afterwards."""
 
 
-class OneSlot(Decoder, Protocol):
-    """What a backend with one slot has to answer to the calls for several."""
-
-    slots: int = 1
-
-    def decode(self, input_ids: Sequence[int], *, want_logits: bool = False) -> StepOutput:
-        """`step` for the only slot."""
-        (token_id,) = input_ids
-        return self.step((token_id,), want_logits=want_logits)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """There is no other slot."""
-        raise ValueError(f"slot {source} cannot be copied to slot {target}: this backend has one slot")
-
-    def save(self, slot: int) -> SavedSlot | None:
-        """Not offered."""
-        return None
-
-    def restore(self, saved: SavedSlot, slot: int, length: int) -> None:
-        """`save` gives nothing that could be restored."""
-        raise ValueError("this backend has no copies of slots")
-
-
 def position_bytes(spec: DecoderSpec) -> int:
     """Memory of the keys and values of one position of one conversation."""
     return spec.layers * 2 * spec.kv_heads * spec.head_dim * storage(spec.dtype).itemsize

@@ -27,7 +27,7 @@ def select(
     tune_process: bool = False,
     progress: Progress | None = None,
 ) -> Backend:
-    """Load the model directory into a backend.
+    """Load the model directory into a backend whose cache holds at most `slots` conversations.
 
     `tensorrt` runs the engines that `fastvlm-edge build` made, `ort` is onnxruntime on the CPU, `ort-cuda` is onnxruntime on an NVIDIA GPU.
     Engines and `ort-cuda` are checked at their first load on a GPU, and refused if their answers are not those of the conversion.
@@ -61,11 +61,11 @@ def _load(name: str, directory: Path, manifest: Manifest, threads: int | None, s
     if name == "tensorrt":
         from fastvlm_edge.backends.load_engines import load_engines
 
-        return load_engines(directory, manifest, progress=progress)
+        return load_engines(directory, manifest, slots=slots, progress=progress)
     if name == "ort-cuda":
         from fastvlm_edge.backends.load_ort_cuda import load_ort_cuda
 
-        return load_ort_cuda(directory, manifest, threads=threads, progress=progress)
+        return load_ort_cuda(directory, manifest, threads=threads, slots=slots, progress=progress)
     from fastvlm_edge.backends.ort import OrtBackend
 
     return OrtBackend(directory, manifest, threads=threads, slots=slots, progress=progress)

@@ -215,6 +215,7 @@ def build_engines(
     target: str = "sm87",
     profiles: int = 1,
     static: Sequence[int] = (),
+    max_batch: int = 1,
     verified: bool = True,
     kernels: bool = False,
     weights: int = 1,
@@ -222,18 +223,20 @@ def build_engines(
 ) -> Path:
     """Write `engines/<target>/` of fake engines into a model directory and return it.
 
-    `static` are the capacities of static engines. `changes` are fields of the record.
+    `static` are the capacities of static engines. `max_batch` is the largest number of conversations in a call; with two profiles, in
+    one of the second. `changes` are fields of the record.
     """
     manifest = read_manifest(model)
     decoder, vision = manifest.decoder, manifest.vision
     pixels = (1, 3, vision.image_size, vision.image_size)
 
-    def shapes(ids: Sizes, positions: Sizes, rows: Sizes, capacities: Sizes) -> dict[str, Any]:
-        cache = [(1, decoder.kv_heads, capacity, decoder.head_dim) for capacity in capacities]
+    def shapes(batch: int, ids: Sizes, positions: Sizes, rows: Sizes, capacities: Sizes) -> dict[str, Any]:
+        batches = (1, batch)
+        cache = [(size, decoder.kv_heads, capacity, decoder.head_dim) for size, capacity in zip(batches, capacities, strict=True)]
         return {
-            "input_ids": [(1, count) for count in ids],
-            "position_ids": [(1, count) for count in ids],
-            "logit_positions": [(1, count) for count in positions],
+            "input_ids": list(zip(batches, ids, strict=True)),
+            "position_ids": list(zip(batches, ids, strict=True)),
+            "logit_positions": list(zip(batches, positions, strict=True)),
             "image_features": [(count, decoder.hidden) for count in rows],
             **{f"past_key_values.{n}.{part}": cache for n in range(decoder.layers) for part in ("key", "value")},
         }
@@ -243,8 +246,8 @@ def build_engines(
         engines[part] = [{name: [smallest, largest] for name, (smallest, _, largest) in profile.items()}]
     if not static:
         sizes = (128, -(-decoder.context // 512) * 512)
-        both = [shapes((1, CHUNK), (1, POSITIONS), (1, decoder.context), sizes), shapes((1, POSITIONS), (1, POSITIONS), (1, 1), sizes)]
-        engines["decoder"] = both[:profiles]
+        prefill = shapes(max_batch if profiles == 1 else 1, (1, CHUNK), (1, POSITIONS), (1, decoder.context), sizes)
+        engines["decoder"] = [prefill, shapes(max_batch, (1, POSITIONS), (1, POSITIONS), (1, 1), sizes)][:profiles]
     directory = model / ENGINES / target
     directory.mkdir(parents=True)
     files = {}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY, next_capacity
-from fastvlm_edge.backends.protocol import ImageFeatures, OneSlot, StepOutput, position_bytes
+from fastvlm_edge.backends.protocol import ImageFeatures, SavedSlot, StepOutput, position_bytes
 from fastvlm_edge.model_dir.manifest import Manifest
 from tests.support.graph_interpreter import Interpreter
 
@@ -36,11 +36,12 @@ class HeldFeatures:
         return self.data.astype(np.float32)
 
 
-class RoundedBackend(OneSlot):
-    """Implements `Checked`. As on a GPU, the cache keeps its capacity and its old contents."""
+class RoundedBackend:
+    """Implements `Checked`, with one slot. As on a GPU, the cache keeps its capacity and its old contents."""
 
     name = "tensorrt"
     description = "interpreter"
+    slots = 1
 
     def __init__(self, directory: Path, manifest: Manifest, *, exact: bool = False) -> None:
         """With `exact`, everything is computed in float64."""
@@ -99,6 +100,19 @@ class RoundedBackend(OneSlot):
     def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the decoder once; tests override this."""
         return self.decoder.run(feeds)
+
+    def decode(self, input_ids: Sequence[int], *, want_logits: bool = False) -> StepOutput:
+        (token_id,) = input_ids
+        return self.step((token_id,), want_logits=want_logits)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        raise NotImplementedError
+
+    def save(self, slot: int) -> SavedSlot | None:
+        return None
+
+    def restore(self, saved: SavedSlot, slot: int, length: int) -> None:
+        raise NotImplementedError
 
     def truncate(self, length: int, slot: int = 0) -> None:
         self.lengths = [length]

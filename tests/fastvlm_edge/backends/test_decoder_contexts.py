@@ -362,7 +362,7 @@ def pair(directory: Path) -> tuple[TensorRTBackend, FakeCuda]:
 
 
 def context_of(backend: TensorRTBackend) -> Any:
-    return backend._contexts.decode.context
+    return backend._contexts.decode(0, 1).context
 
 
 VIOLATIONS: dict[str, tuple[Callable[[TensorRTBackend], object], str]] = {

@@ -326,6 +326,6 @@ def test_features_of_the_gpu_do_not_fit_another_type(model: Path, tmp_path: Path
     other = build_model(tmp_path / "half", dtype="float16")
     half = OrtBackend(other, read_manifest(other), threads=1)
     with pytest.raises(FastVLMError, match="another model or backend"):
-        backend.step([1], (half.upload(np.zeros((1, 8), np.float32)),))
+        backend.step([512], (half.upload(np.zeros((1, 8), np.float32)),))
     half.close()
     backend.close()

@@ -161,7 +161,7 @@ def test_work_that_cannot_be_recorded_runs_as_it_is(
 def test_decoding_takes_the_last_profile_and_prefill_the_first(directory: Path, cuda: FakeCuda, ort: OrtBackend, profiles: int) -> None:
     build_engines(directory, profiles=profiles)
     backend = load(directory, cuda)
-    contexts = (backend._contexts.prefill.context, backend._contexts.decode.context)
+    contexts = (backend._contexts.prefill.context, backend._contexts.decode(0, 1).context)
     assert [context.profile for context in contexts] == [0, profiles - 1]  # type: ignore[attr-defined]
     for step in ([*IDS[:30]], [IDS[30]], [IDS[31]], [IDS[32]]):
         assert np.array_equal(logits(backend, step), logits(ort, step))
@@ -686,10 +686,10 @@ def test_one_wrong_row_of_logits_is_enough(referenced: Path, monkeypatch: pytest
 def test_a_position_that_the_cache_loses_when_it_grows_is_found(referenced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_cache = DeviceCache._replace
 
-    def losing(self: DeviceCache, capacity: int) -> None:
-        self.length = max(self.length - 1, 0)
-        replace_cache(self, capacity)
-        self.length += 1 if self.length else 0
+    def losing(self: DeviceCache, rows: int, capacity: int) -> None:
+        self.lengths[0] = max(self.lengths[0] - 1, 0)
+        replace_cache(self, rows, capacity)
+        self.lengths[0] += 1 if self.lengths[0] else 0
 
     monkeypatch.setattr(DeviceCache, "_replace", losing)
     assert "decoder.engine disagrees" in fault_in(referenced)
@@ -701,10 +701,10 @@ def test_a_position_that_is_lost_where_only_a_long_conversation_grows_is_found(
 ) -> None:
     replace_cache = DeviceCache._replace
 
-    def losing(self: DeviceCache, capacity: int) -> None:
-        replace_cache(self, capacity)
+    def losing(self: DeviceCache, rows: int, capacity: int) -> None:
+        replace_cache(self, rows, capacity)
         if capacity == 1536:
-            at = self.address + lost * self._position_bytes
+            at = self.part(0, 0, 0) + lost * self._position_bytes
             self._cuda.zero(at, self._position_bytes, self._stream)
             self._cuda.synchronize(self._stream)
 
@@ -734,10 +734,10 @@ def test_a_gpu_without_memory_for_the_whole_context_is_verified_up_to_there(
 ) -> None:
     resize = DeviceCache.resize
 
-    def short(self: DeviceCache, positions: int) -> None:
+    def short(self: DeviceCache, slots: int, positions: int) -> None:
         if positions > 1024:
             raise OutOfDeviceMemory(1 << 30, 1 << 20)
-        resize(self, positions)
+        resize(self, slots, positions)
 
     monkeypatch.setattr(DeviceCache, "resize", short)
     with fake_gpu(FakeCuda()):
