@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastvlm_edge.generation.chat import Chat
     from fastvlm_edge.generation.engine import Counters
     from fastvlm_edge.generation.images import EncodedImage
+    from fastvlm_edge.generation.logprobs import LogProb, TokenLogProb
     from fastvlm_edge.generation.reply import Confidence, Reply, Timings
     from fastvlm_edge.generation.sampling import SamplingParams
     from fastvlm_edge.generation.stream import ReplyStream
@@ -30,10 +31,12 @@ __all__ = [
     "EncodedImage",
     "FastVLM",
     "FastVLMError",
+    "LogProb",
     "Reply",
     "ReplyStream",
     "SamplingParams",
     "Timings",
+    "TokenLogProb",
     "__version__",
 ]
 
@@ -47,10 +50,12 @@ _HOMES = {
     "Counters": "generation.engine",
     "EncodedImage": "generation.images",
     "FastVLM": "generation.vlm",
+    "LogProb": "generation.logprobs",
     "Reply": "generation.reply",
     "ReplyStream": "generation.stream",
     "SamplingParams": "generation.sampling",
     "Timings": "generation.reply",
+    "TokenLogProb": "generation.logprobs",
 }
 
 

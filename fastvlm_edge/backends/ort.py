@@ -33,7 +33,8 @@ from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest
 from fastvlm_edge.progress import Progress, SilentProgress
 
 _KEPT_SEQ = 16
-"""Bindings for calls of up to this many ids (decoding, drafts) are kept. Those of a prefill chunk are used once."""
+"""Bindings for calls of up to this many ids (decoding, drafts) are kept, unless they have several rows of logits, which are large. Those of
+a prefill chunk are used once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +256,7 @@ class OrtDecoder:
 
     def _call(self, slot: int, rows: int, seq: int, m: int, want_logits: bool, visual: bool) -> _Call:
         key = (slot, rows, seq, m, want_logits)
-        if visual or seq > _KEPT_SEQ:
+        if visual or seq > _KEPT_SEQ or (want_logits and m > 1):
             return self._bind(*key, features=self._features if visual else self._no_features)
         if key not in self._calls:
             self._calls[key] = self._bind(*key, features=self._no_features)

@@ -17,9 +17,11 @@ from typing import IO, Any
 
 from fastvlm_edge.backends.protocol import PREFILL_CHUNK
 from fastvlm_edge.backends.select import BACKENDS
-from fastvlm_edge.commands.arguments import given, positive
+from fastvlm_edge.commands.arguments import given, given_path, positive
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.answer_format import answer_format, read_schema, schema_text
 from fastvlm_edge.generation.engine import Engine
+from fastvlm_edge.generation.grammar import compile_grammar
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.sampling import SamplingParams
 from fastvlm_edge.generation.vlm import FastVLM, check_question, load_parts
@@ -41,12 +43,15 @@ def main(arguments: Sequence[str]) -> int:
     """Stream the reply to stdout and print one line about it on stderr, or print one object with `--json`."""
     options = parser().parse_args(arguments)
     _check_places(options)
-    sampling = _sampling(options)
+    wanted = _format(options)
+    sampling = _sampling(options, wanted)
     images = _images(options)
     progress = SilentProgress() if options.json or options.quiet else stderr_progress()
 
     def check(manifest: Manifest, tokenizer: TextTokenizer) -> None:
-        check_question(manifest, tokenizer, options.prompt, len(images), special_tokens=sampling.get("special_tokens", False))
+        check_question(manifest, tokenizer, options.prompt, len(images), special_tokens=sampling.special_tokens)
+        if sampling.format is not None:
+            compile_grammar(tokenizer, manifest, sampling.format)
 
     manifest, tokenizer, backend = load_parts(
         options.model,
@@ -61,7 +66,8 @@ def main(arguments: Sequence[str]) -> int:
     form = {"geometry": options.geometry, "background": options.background, "prefill_chunk": options.prefill_chunk}
     with FastVLM(manifest, tokenizer, engine, **form) as vlm:
         recorder = PowerRecorder(find_sensor(card=vlm.backend.name != "ort"))
-        stream = vlm.stream(options.prompt, images, **sampling)
+        keywords = {name: value for name, value in vars(sampling).items() if name != "format"}
+        stream = vlm.stream(options.prompt, images, **keywords, **wanted)
         if options.json:
             with recorder:
                 for _ in stream:
@@ -103,16 +109,27 @@ def _check_places(options: argparse.Namespace) -> None:
         raise FastVLMError(f"the question is the name of a picture, {prompt}", f'give it with --image {shlex.quote(prompt)} "QUESTION"')
 
 
-def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that were given, for `FastVLM.stream`. Raises FastVLMError for a value that is out of range or has no effect."""
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingParams)}
+def _format(options: argparse.Namespace) -> dict[str, Any]:
+    """What the reply must look like, as a keyword of `FastVLM.stream`. Raises FastVLMError if the schema is not usable."""
+    if options.json_schema is not None:
+        schema = read_schema(options.json_schema)
+        schema_text(schema)
+        return {"json_schema": schema}
+    return {name: value for name in ("choices", "regex") if (value := getattr(options, name)) is not None}
+
+
+def _sampling(options: argparse.Namespace, wanted: dict[str, Any]) -> SamplingParams:
+    """The options of the reply. Raises FastVLMError for a value that is out of range or has no effect."""
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingParams) if field.name != "format"}
     given = {name: value for name, value in given.items() if value is not None}
     idle = [f"--{name.replace('_', '-')}" for name in _NEED_TEMPERATURE if name in given and "temperature" not in given]
-    params = SamplingParams(**given)
+    params = SamplingParams(**given, format=answer_format(**wanted))
     if idle:
         what = f"{', '.join(idle)} without --temperature: the most likely token is always taken"
         raise FastVLMError(what, f"add --temperature 0.7, or leave {'it' if len(idle) == 1 else 'them'} out")
-    return {field.name: getattr(params, field.name) for field in dataclasses.fields(SamplingParams)}
+    if params.logprobs is not None and not options.json:
+        raise FastVLMError("--logprobs without --json: only the JSON object has them", "add --json")
+    return params
 
 
 class _Piped(io.BytesIO):
@@ -241,6 +258,18 @@ def parser() -> argparse.ArgumentParser:
         "--special-tokens",
         action="store_true",
         help="read special tokens in the prompt, such as <loc_12> of a fine-tune, as tokens, and show those in the reply",
+    )
+    group.add_argument(
+        "--logprobs",
+        metavar="N",
+        type=int,
+        help="with --json: the log probability of each token, and the N most likely ones at its place (at most 20)",
+    )
+    group = parser.add_argument_group("what the reply must look like (one of these; needs llguidance)").add_mutually_exclusive_group()
+    group.add_argument("--json-schema", metavar="FILE", type=given_path, help="JSON that is valid for the schema in this file")
+    group.add_argument("--choice", metavar="TEXT", dest="choices", action="append", help="one of the texts; give it once for each")
+    group.add_argument(
+        "--regex", metavar="REGEX", help="text that matches this regular expression as a whole, in the syntax of Rust's regex"
     )
     group = parser.add_argument_group("how it runs")
     group.add_argument(

@@ -11,12 +11,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvlm_edge.backends.protocol import StepOutput
+from fastvlm_edge.backends.protocol import LOGIT_POSITIONS, StepOutput
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.draft import MOST, PromptLookup, StepCosts
 from fastvlm_edge.generation.engine import Part, Work
+from fastvlm_edge.generation.grammar import Grammar, allowed_candidates
 from fastvlm_edge.generation.images import EncodedImage
-from fastvlm_edge.generation.sampling import Sampler, SamplingParams
+from fastvlm_edge.generation.logprobs import TokenLogProb, log_probability, most_likely, token_logprobs
+from fastvlm_edge.generation.sampling import MAX_TOP_K, Sampler, SamplingParams
 from fastvlm_edge.inputs.detokenize import Detokenizer
 from fastvlm_edge.inputs.stop_strings import StopStrings
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
@@ -46,6 +48,7 @@ class Answer(Work):
         ids: Sequence[int],
         images: tuple[EncodedImage, ...],
         params: SamplingParams,
+        grammar: Grammar | None = None,
         *,
         reuse: bool,
         chunk: int,
@@ -54,12 +57,15 @@ class Answer(Work):
     ) -> None:
         """`ids` is the whole conversation up to where the reply begins, and must leave room in the context (`check_room`).
 
-        Without `piecewise`, the text is one piece, at the end.
+        `grammar` is that of `params.format`. Without `piecewise`, the text is one piece, at the end.
         """
         context = manifest.decoder.context
         super().__init__(ids, images, positions=min(len(ids) + params.max_new_tokens, context), most_kept=len(ids) - 1 if reuse else 0)
+        self._tokenizer = tokenizer
         self._text, self._context, self._params, self._chunk, self._piecewise = manifest.text, context, params, chunk, piecewise
-        self.wants_logits = params.wants_logits
+        self._state = None if grammar is None else grammar.begin()
+        # The candidates often hold nothing that a grammar allows. Another step for the rest of the row would cost much more than its copy.
+        self.wants_logits = params.wants_logits or grammar is not None
         self._sampler = Sampler(params, manifest.text.token_count, ids)
         self._detokenizer = Detokenizer(tokenizer, special_tokens=params.special_tokens)
         self._stops = StopStrings(params.stop)
@@ -70,6 +76,8 @@ class Answer(Work):
         """Pieces of the text, and None at the end; then `error` says whether it failed."""
         self.log_probabilities: list[float] = []
         """Natural logarithm of the model's probability of each of them."""
+        self._most_likely: list[list[tuple[int, float]]] = []
+        """At the place of each of them."""
         self.stop_reason: StopReason = "cancelled"
         self.stop_string: str | None = None
         self.submitted = time.perf_counter()
@@ -92,6 +100,12 @@ class Answer(Work):
         seconds = self._last - self._first
         return (self.sampled - 1) / seconds if self.sampled > 1 and seconds > 0 else 0.0
 
+    def logprobs(self, count: int) -> list[TokenLogProb] | None:
+        """Those of the first `count` ids, or None if they were not asked for."""
+        if self._params.logprobs is None:
+            return None
+        return token_logprobs(self._tokenizer, self.token_ids[:count], self.log_probabilities, self._most_likely)
+
     def begin(self, kept: int) -> None:
         self._began = time.perf_counter()
         super().begin(kept)
@@ -102,8 +116,7 @@ class Answer(Work):
         return Part(self.ids[at:end], None, self.wants_logits and last, last)
 
     def push(self, output: StepOutput, row: int) -> int | None:
-        logits = None if output.logits is None else output.logits[row]
-        token_id = self._sampler.next(output.top_values[row], output.top_ids[row], logits)
+        token_id = self._choose(output, row)
         self._last = time.perf_counter()
         self._first = self._first or self._last
         self.sampled += 1
@@ -113,9 +126,13 @@ class Answer(Work):
         self.token_ids.append(token_id)
         if self._lookup is not None:
             self._lookup.append(token_id)
-        self.log_probabilities.append(_log_probability(output, row, token_id))
+        self.log_probabilities.append(log_probability(output, row, token_id))
+        if self._params.logprobs is not None:
+            self._most_likely.append(most_likely(output, row, self._params.logprobs, self._text.token_count))
         self._say(self._stops.push(self._detokenizer.push(token_id)))
-        if self._stops.found is not None:
+        if self._state is not None:
+            self._state.accept(token_id)
+        if self._stops.found is not None or (self._state is not None and self._state.ended):
             self.stop_reason = "stop"
         elif len(self.token_ids) >= self._params.max_new_tokens:
             self.stop_reason = "length"
@@ -126,10 +143,25 @@ class Answer(Work):
         return None
 
     def draft(self, costs: StepCosts) -> list[int]:
-        if self._lookup is None:
-            return []
         left = min(self._params.max_new_tokens, self._context - len(self.ids)) - len(self.token_ids)
+        forced = [] if self._state is None else self._state.forced(min(LOGIT_POSITIONS, left) - 1)
+        if forced or self._lookup is None:
+            return forced
         return self._lookup.draft(costs, min(MOST, left - 1))
+
+    def _choose(self, output: StepOutput, row: int) -> int:
+        """The next id, as if everything that the grammar does not allow had been masked in the whole row."""
+        values, ids = output.top_values[row], output.top_ids[row]
+        logits = None if output.logits is None else output.logits[row]
+        if self._state is not None:
+            assert logits is not None
+            whole, allowed = logits, self._state.allowed()
+            if self._params.wants_logits:
+                logits = np.where(allowed, whole[: len(allowed)], -np.inf)
+            else:
+                count = 1 if self._params.temperature == 0 else self._params.top_k or MAX_TOP_K
+                values, ids = allowed_candidates(values, ids, allowed, count, lambda: whole)
+        return self._sampler.next(values, ids, logits)
 
     def end(self) -> None:
         if self.error is None and not self.cancelled:
@@ -144,11 +176,6 @@ class Answer(Work):
             self.events.put(Piece(text, len(self.token_ids)))
         else:
             self._held += text
-
-
-def _log_probability(output: StepOutput, row: int, token_id: int) -> float:
-    found = output.top_values[row][output.top_ids[row] == token_id] if output.logits is None else output.logits[row][[token_id]]
-    return float(found[0]) - float(output.log_normalizer[row])
 
 
 class Score(Work):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.answer import Answer
+from fastvlm_edge.generation.answer_format import answer_format
 from fastvlm_edge.generation.images import EncodedImage, Images
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.sampling import SamplingParams, stop_strings
@@ -72,6 +73,12 @@ class Chat:
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] | None = None,
         special_tokens: bool = False,
+        logprobs: int | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: Mapping[str, Any] | bool | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> Reply:
         """Ask the next question, with or without a new image. Options and errors as in `FastVLM.generate`."""
         return self.stream(
@@ -85,6 +92,12 @@ class Chat:
             repetition_penalty=repetition_penalty,
             stop=stop,
             special_tokens=special_tokens,
+            logprobs=logprobs,
+            response_format=response_format,
+            json_schema=json_schema,
+            choices=choices,
+            regex=regex,
+            grammar=grammar,
         ).wait()
 
     def stream(
@@ -100,6 +113,12 @@ class Chat:
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] | None = None,
         special_tokens: bool = False,
+        logprobs: int | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: Mapping[str, Any] | bool | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> ReplyStream:
         """Like `ask`, piece by piece. The turn is over when the stream is read to its end, closed, or no longer referred to."""
         params = SamplingParams(
@@ -111,6 +130,8 @@ class Chat:
             repetition_penalty=repetition_penalty,
             stop=stop_strings(stop),
             special_tokens=special_tokens,
+            logprobs=logprobs,
+            format=answer_format(response_format=response_format, json_schema=json_schema, choices=choices, regex=regex, grammar=grammar),
         )
         with self._lock:
             if self._turn is not None:

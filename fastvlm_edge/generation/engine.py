@@ -277,9 +277,7 @@ class Engine:
         """One step of all running work."""
         running = list(self._running)
         ids = [self._next_id(work) for work in running]
-        draft = running[0].draft(self._costs) if len(running) == 1 else []
-        if draft:
-            self._verify(running[0], [*ids, *draft])
+        if len(running) == 1 and self._verify(running[0]):
             return
         began = time.perf_counter()
         try:
@@ -297,10 +295,13 @@ class Engine:
         for row, work in enumerate(running):
             self._push(work, output, row)
 
-    def _verify(self, work: Work, ids: Sequence[int]) -> None:
-        """One step of the only running work, with the id that it appends and a draft of those after it."""
-        start, began = self._slots.length(0), time.perf_counter()
+    def _verify(self, work: Work) -> bool:
+        """One step of the only running work, with the id that it appends and a draft of those after it. False if there is no draft."""
         try:
+            ids = [self._next_id(work), *work.draft(self._costs)]
+            if len(ids) == 1:
+                return False
+            start, began = self._slots.length(0), time.perf_counter()
             output = self.backend.step(ids, slot=0, logit_positions=range(len(ids)), want_logits=work.wants_logits)
             self._costs.add(len(ids), time.perf_counter() - began)
             self._slots.append(0, ids)
@@ -311,10 +312,11 @@ class Engine:
             self._slots.truncate(0, start + row + 1)
         except BaseException as error:
             self._fail(work, error)
-            return
+            return True
         self.count(drafted_tokens=len(ids) - 1, accepted_tokens=row)
         if work.next_id is None:
             self._leave(work)
+        return True
 
     def _decode_one_by_one(self, running: list[Work]) -> None:
         """After a step that failed for all, so that only those end for which it is to blame."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastvlm_edge.generation.answer import StopReason
+from fastvlm_edge.generation.logprobs import TokenLogProb
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Reply:
     """The stop string that ended the reply, if one did."""
     confidence: Confidence | None
     """Of `token_ids`; None if there is none."""
+    logprobs: list[TokenLogProb] | None
+    """Of `token_ids`, if `logprobs` was given."""
     backend: str
     """`ort`, `ort-cuda` or `tensorrt`."""
     precision: str

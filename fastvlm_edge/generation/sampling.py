@@ -11,9 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.answer_format import AnswerFormat
 
 MAX_TOP_K = 64
 """The decoder graph outputs this many candidates (`top_values`, `top_ids`); sampling chooses among them."""
+MAX_LOGPROBS = 20
+"""Most alternatives of each token in a reply, as in the OpenAI API."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class SamplingParams:
 
     Otherwise a prompt holds their characters, so that text of others can never give control tokens, and a reply leaves them out.
     """
+    logprobs: int | None = None
+    """Let the reply have the log probability of each token, and this many of the most likely tokens at its place, 0 to 20."""
+    format: AnswerFormat | None = None
+    """What the reply must look like."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", stop_strings(self.stop))
@@ -52,6 +59,12 @@ class SamplingParams:
             check_integer("seed", self.seed, least=0)
         if not isinstance(self.special_tokens, bool):
             raise FastVLMError(f"special_tokens is {self.special_tokens!r}", "give True or False")
+        if self.logprobs is not None:
+            check_integer("logprobs", self.logprobs, least=0)
+            if self.logprobs > MAX_LOGPROBS:
+                raise FastVLMError(f"logprobs is {self.logprobs}", f"give at most {MAX_LOGPROBS}")
+        if not isinstance(self.format, (AnswerFormat, type(None))):
+            raise FastVLMError(f"format is a {type(self.format).__name__}", "give one that answer_format made, or None")
         _check_number("repetition_penalty", self.repetition_penalty, "above 0 (1 means no penalty)", lambda value: value > 0)
 
     @property

@@ -135,6 +135,7 @@ class ReplyStream:
             stop_reason=reason,
             stop_string=answer.stop_string if whole else None,
             confidence=confidence(answer.log_probabilities[:tokens]),
+            logprobs=answer.logprobs(tokens),
             backend=self._backend,
             precision=self._precision,
             timings=timings,

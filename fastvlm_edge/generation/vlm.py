@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,10 @@ from fastvlm_edge.backends.protocol import LOGIT_POSITIONS, PREFILL_CHUNK, Backe
 from fastvlm_edge.backends.select import select
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.answer import Answer, Score, check_room
+from fastvlm_edge.generation.answer_format import answer_format
 from fastvlm_edge.generation.chat import Chat
 from fastvlm_edge.generation.engine import Counters, Engine
+from fastvlm_edge.generation.grammar import Grammar, compile_grammar
 from fastvlm_edge.generation.images import EncodedImage, ImageCache, Images, image_key, model_digest
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.sampling import SamplingParams, check_integer, stop_strings
@@ -39,6 +41,8 @@ SLOTS = 4
 """Questions that are answered at a time unless `load` is told otherwise."""
 IMAGE_CACHE = 64 << 20
 """Bytes of encoded pictures that are kept: 70 of the 0.5B at 1024 px."""
+_GRAMMARS = 16
+"""Formats of answers that are kept compiled."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class _Question:
     images: list[ImageInput | EncodedImage]
     """The images of this question."""
     params: SamplingParams
+    grammar: Grammar | None
     reuse: bool
     """Whether to begin with what the cache holds of the conversation."""
     seconds: float
@@ -136,6 +141,7 @@ class FastVLM:
         self._images = ImageCache(image_cache)
         self._speculate = speculate
         self._digest = model_digest(manifest)
+        self._grammar = lru_cache(_GRAMMARS)(partial(compile_grammar, tokenizer, manifest))
         self._vision = threading.Lock()
         """Held while a picture is encoded."""
 
@@ -217,11 +223,20 @@ class FastVLM:
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] | None = None,
         special_tokens: bool = False,
+        logprobs: int | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: Mapping[str, Any] | bool | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> Reply:
         """Answer a question about no image, one, or several.
 
-        The options are described in `SamplingParams`; `stop` is one string, several, or None. Raises FastVLMError if an option is out of
-        range, an image cannot be read, or the context is full.
+        The options are described in `SamplingParams`; `stop` is one string, several, or None. At most one of the last five holds the reply
+        to a format: `response_format` (that of the OpenAI API), `json_schema`, `choices`, `regex`, or `grammar` in llguidance's Lark
+        syntax. A reply that `max_new_tokens` or the context cut off may not match it.
+
+        Raises FastVLMError if an option is out of range, a format is not supported, an image cannot be read, or the context is full.
         """
         stream = self.stream(
             prompt,
@@ -234,6 +249,12 @@ class FastVLM:
             repetition_penalty=repetition_penalty,
             stop=stop,
             special_tokens=special_tokens,
+            logprobs=logprobs,
+            response_format=response_format,
+            json_schema=json_schema,
+            choices=choices,
+            regex=regex,
+            grammar=grammar,
         )
         return stream.wait()
 
@@ -250,6 +271,12 @@ class FastVLM:
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] | None = None,
         special_tokens: bool = False,
+        logprobs: int | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: Mapping[str, Any] | bool | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> ReplyStream:
         """Like `generate`, piece by piece. The question is checked now; images are read when the first piece is requested."""
         params = SamplingParams(
@@ -261,6 +288,8 @@ class FastVLM:
             repetition_penalty=repetition_penalty,
             stop=stop_strings(stop),
             special_tokens=special_tokens,
+            logprobs=logprobs,
+            format=answer_format(response_format=response_format, json_schema=json_schema, choices=choices, regex=regex, grammar=grammar),
         )
         return self._ask(self._template.opening(), (), prompt, image, params)
 
@@ -366,7 +395,8 @@ class FastVLM:
         first_row = sum(each.rows for each in earlier)
         ids = [*history, *self._template.turn(prompt, rows, first_row=first_row, special_tokens=params.special_tokens)]
         check_room(ids, self.manifest)  # before the vision encoder runs in vain
-        question = _Question(ids, earlier, images, params, reuse or self._prefix_cache, time.perf_counter() - began)
+        grammar = None if params.format is None else self._grammar(params.format)
+        question = _Question(ids, earlier, images, params, grammar, reuse or self._prefix_cache, time.perf_counter() - began)
         return ReplyStream(partial(self._start, question), self.backend.name, self.manifest.precision, leave)
 
     def _start(self, question: _Question, piecewise: bool) -> Started:
@@ -393,6 +423,7 @@ class FastVLM:
             question.ids,
             (*question.earlier, *encoded),
             question.params,
+            question.grammar,
             reuse=question.reuse,
             chunk=self._chunk,
             piecewise=piecewise,

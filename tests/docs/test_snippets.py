@@ -44,6 +44,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "fastvlm_edge" / "demo").symlink_to(ROOT / "fastvlm_edge" / "demo")
     for name, (kind, index) in PICTURES.items():
         make_scene("heldout", 0, index, kind=kind).image.save(folder / name)
+    (schema,) = [block.text for block in blocks(read("docs/run.md")) if block.language == "json"]
+    (folder / "schema.json").write_text(schema, encoding="utf-8")
     (convert,) = [words for words in commands("README.md") if words[0] == "convert"]
     assert run(folder, "-m", "fastvlm_edge", *convert).startswith("model: ")
     return folder

@@ -132,6 +132,13 @@ def test_quiet_prints_the_reply_only(capsys: pytest.CaptureFixture[str]) -> None
         ),
         (["x", "--top-p", "0.9", "--seed", "1"], "--top-p, --seed without --temperature: the most likely token is always taken"),
         (["x", "--seed", "-1"], "seed is -1; give an integer of at least 0"),
+        (["x", "--json-schema", "gone.json"], "the schema gone.json cannot be read"),
+        (["x", "--json-schema", METER], "is not JSON"),
+        (["x", "--json-schema", "/dev/null"], "the schema /dev/null is not JSON"),
+        (["x", "--choice", "a", "--choice", "a"], "the choice 'a' is given twice"),
+        (["x", "--choice", ""], "give a string of at least one character"),
+        (["x", "--regex", "(?=a)b"], "the regex cannot be used: look-around"),
+        (["x", "--logprobs", "2"], "--logprobs without --json: only the JSON object has them; add --json"),
     ],
 )
 def test_it_is_refused_before_the_model_loads(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +160,8 @@ def test_a_model_directory_in_the_place_of_the_question(capsys: pytest.CaptureFi
         ([MODEL, "x", "--prompt", "y"], "the question is given twice"),
         ([MODEL, METER, "x"], "2 arguments after MODEL: give pictures with --image, and put the question in quotes"),
         ([MODEL, "What", "is", "this"], "3 arguments after MODEL"),
+        ([MODEL, "x", "--choice", "a", "--regex", "a"], "argument --regex: not allowed with argument --choice"),
+        ([MODEL, "x", "--json-schema", ""], "argument --json-schema: it is empty"),
     ],
 )
 def test_wrong_usage(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +179,33 @@ def test_sampling_takes_effect_with_a_temperature(capsys: pytest.CaptureFixture[
     with FastVLM.load(MODEL, "ort") as vlm:
         assert sampled == vlm.generate("Hello.", **options).token_ids != greedy  # type: ignore[arg-type]
         assert greedy == vlm.generate("Hello.", max_new_tokens=8).token_ids
+
+
+def test_the_reply_has_the_format_that_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"circle": {"enum": ["red", "purple"]}}, "required": ["circle"], "maxProperties": 1}'
+    )
+
+    def printed(*arguments: str) -> str:
+        assert main(["run", MODEL, "--image", SHAPES, QUESTION, *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert json.loads(printed("--json-schema", str(schema)))["circle"] in ("red", "purple")
+    assert printed("--choice", "red", "--choice", ANSWER) == ANSWER + "\n"
+    assert printed("--choice", "red") == "red\n"
+    assert printed("--regex", "[a-z]{3}", "-q")[3:] == "\n"
+    (token,) = json.loads(printed("--regex", "[a-z]+", "--json", "--logprobs", "3"))["logprobs"]
+    assert token["text"] == ANSWER and len(token["top"]) == 3
+
+
+@pytest.mark.parametrize("content", ["null", "false", "3", '{"not": {}}'])
+@pytest.mark.usefixtures("never_loads")
+def test_a_schema_that_cannot_be_kept(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text(content)
+    assert main(["run", MODEL, "x", "--json-schema", str(path)]) == 1
+    assert "the JSON schema" in capsys.readouterr().err
 
 
 def test_pictures_are_checked_but_not_kept_in_memory(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from fastvlm_edge import Chat, FastVLM, FastVLMError, ReplyStream, SamplingParam
 from fastvlm_edge.backends.dtypes import from_float32, storage, to_float32
 from fastvlm_edge.backends.protocol import LOGIT_POSITIONS
 from fastvlm_edge.backends.select import select
+from fastvlm_edge.generation.answer_format import answer_format
 from fastvlm_edge.inputs.preprocess import preprocess
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
@@ -671,9 +672,10 @@ def test_no_stop_string(vlm: FastVLM) -> None:
 @pytest.mark.parametrize("call", [FastVLM.generate, FastVLM.stream, Chat.ask, Chat.stream])
 def test_the_options_of_sampling_are_keywords(call: Callable[..., Any]) -> None:
     parameters = inspect.signature(call).parameters
-    fields = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    fields = {field.name: field.default for field in dataclasses.fields(SamplingParams) if field.name != "format"}
     found = {name: each.default for name, each in parameters.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
-    assert found == {**fields, "stop": None}
+    formats = inspect.signature(answer_format).parameters
+    assert found == {**fields, "stop": None, **{name: each.default for name, each in formats.items()}}
 
 
 def test_every_option_of_sampling_reaches_the_sampler(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -686,9 +688,12 @@ def test_every_option_of_sampling_reaches_the_sampler(vlm: FastVLM, monkeypatch:
 
     monkeypatch.setattr(FastVLM, "_ask", ask)
     options: dict[str, Any] = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 7, "top_p": 0.9, "seed": 1, "repetition_penalty": 1.1}
+    options |= {"logprobs": 2, "special_tokens": True}
     for call in (vlm.generate, vlm.stream, vlm.chat().ask, vlm.chat().stream):
         call(PROMPT, None, stop="zzz", **options)
-    assert seen == 4 * [SamplingParams(**options, stop=("zzz",))]
+        call(PROMPT, None, stop="zzz", regex="[0-9]", **options)
+    plain, digit = (SamplingParams(**options, stop=("zzz",), format=answer_format(regex=regex)) for regex in (None, "[0-9]"))
+    assert seen == 4 * [plain, digit]
 
 
 def test_objects_describe_themselves(model_dir: Path) -> None:
