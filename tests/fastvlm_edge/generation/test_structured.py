@@ -228,6 +228,14 @@ def test_forced_ids_take_no_step_of_their_own(tiny: FastVLM, monkeypatch: pytest
     assert reply.timings.new_tokens == len(reply.token_ids)
 
 
+def test_the_rows_of_a_step_of_forced_ids_are_not_kept_in_memory(tiny: FastVLM) -> None:
+    """16 rows of logits of the real vocabulary are 10 MB, and there are 15 such sizes."""
+    tiny.generate(PROMPT, json_schema=LONG)
+    backend: Any = tiny._engine.backend
+    kept = [(rows, want_logits) for _, _, _, rows, want_logits in backend._decoder._calls]
+    assert (1, True) in kept and not [rows for rows, want_logits in kept if want_logits and rows > 1]
+
+
 def test_a_complete_answer_ends_without_another_step(tiny: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = tiny._tokenizer.encode("a")
     steps = steps_of(tiny, monkeypatch)
