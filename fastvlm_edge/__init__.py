@@ -14,6 +14,7 @@ from fastvlm_edge.extras import package_errors
 from fastvlm_edge.version import __version__
 
 if TYPE_CHECKING:
+    from fastvlm_edge.generation.async_vlm import AsyncChat, AsyncFastVLM, AsyncReplyStream
     from fastvlm_edge.generation.chat import Chat
     from fastvlm_edge.generation.engine import Counters
     from fastvlm_edge.generation.images import EncodedImage
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from fastvlm_edge.generation.vlm import BackendInfo, FastVLM
 
 __all__ = [
+    "AsyncChat",
+    "AsyncFastVLM",
+    "AsyncReplyStream",
     "BackendInfo",
     "Chat",
     "Confidence",
@@ -44,6 +48,9 @@ __all__ = [
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
+    "AsyncChat": "generation.async_vlm",
+    "AsyncFastVLM": "generation.async_vlm",
+    "AsyncReplyStream": "generation.async_vlm",
     "BackendInfo": "generation.vlm",
     "Chat": "generation.chat",
     "Confidence": "generation.reply",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Literal
@@ -39,7 +39,7 @@ class Piece:
 
 
 class Answer(Work):
-    """A reply. The engine's thread fills it; the caller reads `events`."""
+    """A reply. The engine's thread fills it; the caller reads `events`, or gives a `sink`."""
 
     def __init__(
         self,
@@ -54,10 +54,12 @@ class Answer(Work):
         chunk: int,
         piecewise: bool,
         speculate: bool,
+        sink: Callable[[Piece | None], None] | None = None,
     ) -> None:
         """`ids` is the whole conversation up to where the reply begins, and must leave room in the context (`check_room`).
 
-        `grammar` is that of `params.format`. Without `piecewise`, the text is one piece, at the end.
+        `grammar` is that of `params.format`. Without `piecewise`, the text is one piece, at the end. `sink` takes what else goes to
+        `events`, in the engine's thread: it must not wait. If it raises RuntimeError, nobody listens any more, and the answer is cancelled.
         """
         context = manifest.decoder.context
         super().__init__(ids, images, positions=min(len(ids) + params.max_new_tokens, context), most_kept=len(ids) - 1 if reuse else 0)
@@ -74,6 +76,7 @@ class Answer(Work):
         """Text that is not given out yet, because the reply is not read piecewise."""
         self.events: SimpleQueue[Piece | None] = SimpleQueue()
         """Pieces of the text, and None at the end; then `error` says whether it failed."""
+        self._sink = sink or self.events.put
         self.log_probabilities: list[float] = []
         """Natural logarithm of the model's probability of each of them."""
         self._most_likely: list[list[tuple[int, float]]] = []
@@ -168,14 +171,20 @@ class Answer(Work):
             self._say(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
             self.stop_string = self._stops.found
         if self._held:
-            self.events.put(Piece(self._held, len(self.token_ids)))
-        self.events.put(None)
+            self._give(Piece(self._held, len(self.token_ids)))
+        self._give(None)
 
     def _say(self, text: str) -> None:
         if text and self._piecewise:
-            self.events.put(Piece(text, len(self.token_ids)))
+            self._give(Piece(text, len(self.token_ids)))
         else:
             self._held += text
+
+    def _give(self, event: Piece | None) -> None:
+        try:
+            self._sink(event)
+        except RuntimeError:
+            self.cancel()
 
 
 class Score(Work):

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.answer import Answer, Piece, StopReason
@@ -24,6 +25,12 @@ class Started:
     cached_images: int
 
 
+class Starts(Protocol):
+    """`FastVLM._start`."""
+
+    def __call__(self, piecewise: bool, sink: Callable[[Piece | None], None] | None, wanted: Callable[[], bool]) -> Started | None: ...
+
+
 class ReplyStream:
     """Iterate for the pieces of a reply as strings. `reply` is the whole reply, after the last piece or after `close`.
 
@@ -32,13 +39,16 @@ class ReplyStream:
 
     def __init__(
         self,
-        start: Callable[[bool], Started],
+        start: Starts,
         backend: str,
         precision: str,
         leave: Callable[[Answer | None, str, bool], None] | None = None,
+        *,
+        reads_images: bool = False,
     ) -> None:
-        """`start` reads the pictures and hands the question to the engine; its argument says whether the text is read in pieces.
+        """`start` reads the images, if there are any (`reads_images`), and hands the question to the engine.
 
+        It is told whether the text is read in pieces and who takes them, and asks whether the answer is still wanted: None if not.
         `leave` is called once, at the end: with the answer if there is one, the text that was read, and whether that is all of it.
         """
         self._start, self._backend, self._precision, self._leave = start, backend, precision, leave
@@ -47,6 +57,7 @@ class ReplyStream:
         self._pieces: list[Piece] = []
         self._reply: Reply | None = None
         self._closed = False
+        self.reads_images = reads_images
 
     def __iter__(self) -> ReplyStream:
         return self
@@ -82,12 +93,28 @@ class ReplyStream:
         if self._closed:
             raise StopIteration
         try:
-            if self._started is None:
-                self._started = self._start(piecewise)
+            if self._started is None and not self._begin(piecewise=piecewise):
+                raise StopIteration
+            assert self._started is not None
             event = self._started.answer.events.get()
         except BaseException:
             self.close()
             raise
+        return self._take(event)
+
+    def _begin(self, *, piecewise: bool, sink: Callable[[Piece | None], None] | None = None) -> bool:
+        """Read the images and hand the question to the engine, which calls `sink`. False if the stream was closed meanwhile."""
+        started = self._start(piecewise, sink, lambda: not self._closed)
+        with self._lock:
+            self._started = started
+            closed = self._closed
+        if closed and started is not None:
+            started.answer.cancel()
+        return not closed
+
+    def _take(self, event: Piece | None) -> str:
+        """The text of an event of the answer. Raises StopIteration at the end, and the error of an answer that failed."""
+        assert self._started is not None
         if event is not None and not self._closed:
             self._pieces.append(event)
             return event.text

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastvlm_edge.backends.protocol import LOGIT_POSITIONS, PREFILL_CHUNK, Backend
 from fastvlm_edge.backends.select import select
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.generation.answer import Answer, Score, check_room
+from fastvlm_edge.generation.answer import Answer, Piece, Score, check_room
 from fastvlm_edge.generation.answer_format import answer_format
 from fastvlm_edge.generation.chat import Chat
 from fastvlm_edge.generation.engine import Counters, Engine
@@ -397,10 +397,13 @@ class FastVLM:
         check_room(ids, self.manifest)  # before the vision encoder runs in vain
         grammar = None if params.format is None else self._grammar(params.format)
         question = _Question(ids, earlier, images, params, grammar, reuse or self._prefix_cache, time.perf_counter() - began)
-        return ReplyStream(partial(self._start, question), self.backend.name, self.manifest.precision, leave)
+        reads_images = any(not isinstance(each, EncodedImage) for each in images)
+        return ReplyStream(partial(self._start, question), self.backend.name, self.manifest.precision, leave, reads_images=reads_images)
 
-    def _start(self, question: _Question, piecewise: bool) -> Started:
-        """Encode the images, and hand the question to the engine."""
+    def _start(
+        self, question: _Question, piecewise: bool, sink: Callable[[Piece | None], None] | None, wanted: Callable[[], bool]
+    ) -> Started | None:
+        """Encode the images, and hand the question to the engine. None if the answer is no longer wanted."""
         began = time.perf_counter()
         encoded: list[EncodedImage] = []
         preprocess_seconds = vision_seconds = 0.0
@@ -409,14 +412,20 @@ class FastVLM:
             if isinstance(image, EncodedImage):
                 encoded.append(image)
                 continue
+            if not wanted():
+                return None
             start = time.perf_counter()
             pixel_values = self._preprocess(image)
             middle = time.perf_counter()
+            if not wanted():
+                return None
             known, found = self._encode(pixel_values)
             encoded.append(known)
             cached += found
             preprocess_seconds += middle - start
             vision_seconds += time.perf_counter() - middle
+        if not wanted():
+            return None
         answer = Answer(
             self._tokenizer,
             self.manifest,
@@ -428,6 +437,7 @@ class FastVLM:
             chunk=self._chunk,
             piecewise=piecewise,
             speculate=self._speculate,
+            sink=sink,
         )
         started = Started(
             answer,
