@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastvlm_edge.backends.kv_cache import next_capacity
 from fastvlm_edge.backends.protocol import Backend
 from fastvlm_edge.bench.energy import Meter
-from fastvlm_edge.bench.record import DECODE
+from fastvlm_edge.bench.record import DECODE, EACH, TOGETHER, UNDER_LOAD
 from fastvlm_edge.bench.timed_backend import TimedBackend
 from fastvlm_edge.bench.workload import TEXT_TOKENS, WORDS, Pictures, question_near
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.engine import Engine
 from fastvlm_edge.generation.images import EncodedImage
 from fastvlm_edge.generation.reply import Reply
+from fastvlm_edge.generation.stream import ReplyStream
 from fastvlm_edge.generation.vlm import FastVLM, load_parts
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
@@ -45,6 +47,8 @@ class Settings:
     depths: tuple[int, ...] | None = None
     """Positions before a reply at which decoding is timed, besides those of the question itself. None means those of DEPTHS that fit."""
     image: str | None = None
+    slots: tuple[int, ...] = ()
+    """Numbers of conversations at once with which to measure, in ascending order."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,9 @@ def measure(directory: Path, settings: Settings) -> Iterator[Line]:
     """Load a model directory and measure it. Yields every figure at once, so that none is lost if the measurement is stopped."""
     memory = _device_memory(settings.backend)
     began = time.perf_counter()
-    manifest, tokenizer, backend = load_parts(directory, settings.backend, threads=settings.threads, tune_process=True)
+    manifest, tokenizer, backend = load_parts(
+        directory, settings.backend, threads=settings.threads, slots=max(settings.slots, default=1), tune_process=True
+    )
     yield _figure("load_ms", (time.perf_counter() - began) * 1e3)
     with closing(backend):
         yield {"facts": {"backend": backend.name, "runs_on": backend.description}}
@@ -119,6 +125,13 @@ def measure_backend(
         yield _figure("peak_memory_deepest_mib", peak_host_mib())
     if memory is not None:
         yield _figure("peak_device_memory_mib", memory.look())
+    if settings.slots:
+        yield {"facts": {"slots": backend.slots}}
+        for number in range(settings.runs + 1):
+            yield from subject.known_pictures(number)
+        for slots in settings.slots:
+            if slots <= backend.slots:
+                yield from subject.together(slots, settings.runs)
     yield {"facts": {"power": subject.meter.facts()}}
 
 
@@ -129,9 +142,13 @@ class Subject:
         """The caller still has to close the backend."""
         self._timed = TimedBackend(backend)
         endless = replace(manifest, text=replace(manifest.text, stop_ids=[]))
-        engine = Engine(self._timed, manifest.decoder)
+        whole = next_capacity(manifest.decoder.context) * backend.position_bytes
+        engine = Engine(self._timed, manifest.decoder, cache_memory=backend.slots * whole)  # so that no conversation waits for memory
         # Every figure is that of plain work; but a chat still goes on where it was.
         self._vlm = FastVLM(endless, tokenizer, engine, prefix_cache=False, image_cache=0, speculate=False)
+        self._remembering = FastVLM(endless, tokenizer, engine, speculate=False)
+        """The same model, as `FastVLM.load` gives it, but for guesses."""
+        self._room = manifest.decoder.context - plan.prompt_tokens
         self._length = length_of(manifest, tokenizer)
         self._pictures = Pictures(None if settings.image is None else Path(settings.image))
         self._new_tokens = settings.new_tokens
@@ -185,6 +202,61 @@ class Subject:
                 yield _figure(f"{DECODE}@{reply.timings.prompt_tokens}", reply.timings.decode_tokens_per_second)
                 if depth == self._plan.prompt_tokens:
                     yield from _joules("joules_per_token", energy.joules, self._new_tokens)
+
+    def known_pictures(self, number: int) -> Iterator[Line]:
+        """Measure a new conversation about a picture of an earlier one, and a second turn. The run with number 0 is not timed."""
+        picture = self._pictures.new()
+        chat = self._remembering.chat()
+        chat.ask(self._question(0), picture, max_new_tokens=1)
+        follow = chat.ask("b", max_new_tokens=1)
+        repeated = self._remembering.generate(self._question(1), picture, max_new_tokens=1)
+        if repeated.timings.cached_images != 1 or follow.timings.cached_tokens < self._plan.prompt_tokens:
+            raise FastVLMError("the picture was not known any more, which is a bug in fastvlm-edge bench", "please report it")
+        if number:
+            yield _figure("ttft_repeated_picture_ms", repeated.timings.ttft_ms)
+            yield _figure("ttft_follow_up_ms", follow.timings.ttft_ms)
+
+    def together(self, slots: int, runs: int) -> Iterator[Line]:
+        """Measure decoding with so many conversations at once, and a new picture while all but one are answered."""
+        for number in range(runs + 1):
+            with self._answers(slots) as streams:
+                seconds = self._decode_together(slots, streams[-1])
+            with self._answers(slots - 1) as streams:
+                reply = self._vlm.generate(self._question(number), self._pictures.new(), max_new_tokens=1)
+                if self._vlm.counters().running < slots - 1:
+                    what = f"{slots - 1} answers of {self._room} tokens ended before the first token of another one"
+                    raise FastVLMError(what, "convert with a larger --context, or leave out --slots")
+            if number:
+                speed = (self._new_tokens - 1) / seconds
+                yield _figure(f"{TOGETHER}@{slots}", slots * speed)
+                yield _figure(f"{EACH}@{slots}", speed)
+                yield _figure(f"{UNDER_LOAD}@{slots}", reply.timings.ttft_ms)
+
+    @contextmanager
+    def _answers(self, count: int) -> Iterator[list[ReplyStream]]:
+        """So many answers that are generated meanwhile, each as long as the context allows."""
+        streams = [
+            self._vlm.chat().stream(self._question(number), self._kept, max_new_tokens=self._room) for number in range(count)
+        ]  # of chats, which share what they have in common
+        try:
+            for stream in streams:
+                next(stream, None)
+            yield streams
+        finally:
+            for stream in streams:
+                stream.close()
+            while self._vlm.counters().running:
+                time.sleep(0.001)
+
+    def _decode_together(self, slots: int, stream: ReplyStream) -> float:
+        """Seconds that `new_tokens` - 1 steps of all take."""
+        self._timed.decodes.clear()
+        for _ in stream:
+            ends = [end for rows, end in list(self._timed.decodes) if rows == slots]
+            if len(ends) >= self._new_tokens:
+                return ends[self._new_tokens - 1] - ends[0]
+        what = f"{slots} conversations at once ended before they had {self._new_tokens} tokens"
+        raise FastVLMError(what, "use fewer --new-tokens, or convert with a larger --context")
 
     def _question(self, number: int) -> str:
         return question_near(self._length, self._plan.prompt_tokens, WORDS[number % len(WORDS)])

@@ -14,7 +14,7 @@ from fastvlm_edge.extras import package_errors
 from fastvlm_edge.model_dir.atomic import whole_file
 
 FORMATS = ("png", "svg")
-DRAWINGS = ("ttft", "decode", "accuracy")
+DRAWINGS = ("ttft", "decode", "slots", "accuracy")
 PARTS = (
     ("preprocess_ms", "preprocess", "#9aa7b4"),
     ("vision_ms", "vision", "#2f6f9f"),
@@ -39,7 +39,9 @@ def plot_files(prefix: Path, drawings: Sequence[str] = DRAWINGS) -> list[Path]:
 
 
 def draw(prefix: Path, records: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]] = ()) -> list[Path]:
-    """Write PREFIX-ttft, PREFIX-decode and, with results of `fastvlm-edge eval`, PREFIX-accuracy. Returns the paths.
+    """Write PREFIX-ttft, PREFIX-decode, PREFIX-slots if that was measured, and with results of `fastvlm-edge eval` PREFIX-accuracy.
+
+    Returns the paths.
 
     Raises FastVLMError if matplotlib is missing, the disk is full, or an evaluation belongs to none of the measured models.
     """
@@ -49,6 +51,8 @@ def draw(prefix: Path, records: Sequence[dict[str, Any]], evaluations: Sequence[
         written += _save(prefix, "ttft", lambda figure: draw_ttft(figure, [record for record in records if "ttft_cold_ms" in record]))
     if any("decode_by_depth" in record for record in records):
         written += _save(prefix, "decode", lambda figure: draw_decode(figure, [each for each in records if "decode_by_depth" in each]))
+    if any("by_slots" in record for record in records):
+        written += _save(prefix, "slots", lambda figure: draw_slots(figure, [each for each in records if "by_slots" in each]))
     if evaluations:
         points = accuracy_points(records, evaluations)
         written += _save(prefix, "accuracy", lambda figure: draw_accuracy(figure, points))
@@ -95,14 +99,34 @@ def draw_decode(figure: Any, records: Sequence[dict[str, Any]]) -> None:
         speeds = [entry["tokens_per_second"] for entry in entries]
         medians = [speed["median"] for speed in speeds]
         reach = [[max(0.0, s["median"] - s["min"]) for s in speeds], [max(0.0, s["max"] - s["median"]) for s in speeds]]
-        model = record["model"]
-        label = f"{model['precision']}, {model['image_size']} px, {record.get('backend', '')}"
-        axes.errorbar([entry["depth"] for entry in entries], medians, yerr=reach, marker="o", capsize=3, label=label)
+        axes.errorbar([entry["depth"] for entry in entries], medians, yerr=reach, marker="o", capsize=3, label=_label(record))
     axes.set_xlabel("positions in the context")
     axes.set_ylabel("decoded tokens/s")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
     _finish(axes, records)
+
+
+def draw_slots(figure: Any, records: Sequence[dict[str, Any]]) -> None:
+    """Draw decoded tokens/s by the number of conversations at once: of all together, and dashed of each."""
+    axes = figure.add_subplot()
+    for record in records:
+        entries = [entry for entry in record["by_slots"] if "tokens_per_second_each" in entry]
+        numbers = [entry["slots"] for entry in entries]
+        (line,) = axes.plot(numbers, [entry["tokens_per_second"]["median"] for entry in entries], marker="o", label=_label(record))
+        each = [entry["tokens_per_second_each"]["median"] for entry in entries]
+        axes.plot(numbers, each, "--", marker="o", color=line.get_color(), label="each conversation")
+    axes.set_xlabel("conversations at once")
+    axes.set_ylabel("decoded tokens/s")
+    axes.set_xticks(sorted({entry["slots"] for record in records for entry in record["by_slots"]}))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    _finish(axes, records)
+
+
+def _label(record: dict[str, Any]) -> str:
+    model = record["model"]
+    return f"{model['precision']}, {model['image_size']} px, {record.get('backend', '')}"
 
 
 def accuracy_points(records: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,6 +18,9 @@ from fastvlm_edge.model_dir.json_record import from_json, parse_json
 SCHEMA = 1
 KIND = "fastvlm-edge bench"
 DECODE = "decode_tokens_per_second"
+TOGETHER, EACH, UNDER_LOAD = "decode_together_tokens_per_second", "decode_each_tokens_per_second", "ttft_under_load_ms"
+BY_SLOTS = {TOGETHER: "tokens_per_second", EACH: "tokens_per_second_each", UNDER_LOAD: "ttft_under_load_ms"}
+"""Figures of several conversations at once -> their names in `by_slots`."""
 _PARTS: dict[str, dict[str, type]] = {
     "model": {"name": str, "precision": str, "image_size": int},
     "machine": {},
@@ -35,6 +38,11 @@ FIGURES = {
     "warm_first_sample_ms": "  first sample",
     "ttft_first_question_ms": "first token, first question",
     DECODE: "decode",
+    TOGETHER: "decode",
+    EACH: "  each of them",
+    UNDER_LOAD: "  first token, new picture",
+    "ttft_repeated_picture_ms": "first token, picture asked about before",
+    "ttft_follow_up_ms": "first token, follow-up question",
     "load_ms": "load",
     "peak_memory_mib": "peak host memory",
     "peak_memory_deepest_mib": "  at the deepest context",
@@ -42,14 +50,15 @@ FIGURES = {
     "joules_per_picture": "energy, first token of a picture",
     "joules_per_token": "energy, one decoded token",
 }
-"""Name of a figure -> its title in tables. Decoding is measured at several depths: `decode_tokens_per_second@2048`."""
+"""Name of a figure -> its title in tables. Decoding is measured at several depths, `decode_tokens_per_second@2048`, and the figures of
+`BY_SLOTS` with several conversations at once, `decode_together_tokens_per_second@4`."""
 
 
 def unit(figure: str) -> str:
     """Unit of a figure, from its name."""
     if figure.startswith("decode"):
         return "tokens/s"
-    return "ms" if figure.endswith("_ms") else "MiB" if figure.endswith("_mib") else "J"
+    return "ms" if figure.partition("@")[0].endswith("_ms") else "MiB" if figure.endswith("_mib") else "J"
 
 
 def more_is_better(figure: str) -> bool:
@@ -98,7 +107,7 @@ class Samples:
 
 
 def document_of(samples: Samples, facts: dict[str, Any], *, partial: bool) -> dict[str, Any]:
-    """The record as a JSON object: first the figures, then `decode_by_depth`, then what they depend on."""
+    """The record as a JSON object: first the figures, then `decode_by_depth` and `by_slots`, then what they depend on."""
     found = samples.summaries()
     depths = sorted((int(name.partition("@")[2]), name) for name in found if name.startswith(f"{DECODE}@"))
     document: dict[str, Any] = {"kind": KIND, "schema": SCHEMA, "partial": partial}
@@ -106,24 +115,35 @@ def document_of(samples: Samples, facts: dict[str, Any], *, partial: bool) -> di
     if depths:
         document[DECODE] = found[depths[0][1]]
         document["decode_by_depth"] = [{"depth": depth, "tokens_per_second": found[name]} for depth, name in depths]
+    numbers = sorted({int(name.partition("@")[2]) for name in found if name.partition("@")[0] in BY_SLOTS})
+    if numbers:
+        document["by_slots"] = [
+            {"slots": number, **{key: found[f"{name}@{number}"] for name, key in BY_SLOTS.items() if f"{name}@{number}" in found}}
+            for number in numbers
+        ]
     return document | facts
 
 
 def figures_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name -> summary of every figure in a record. Decoding appears once for each depth."""
+    """Name -> summary of every figure in a record. Decoding appears once for each depth and number of conversations."""
     found: dict[str, dict[str, Any]] = {}
     for name in FIGURES:
         if name == DECODE:
             found |= {f"{DECODE}@{entry['depth']}": entry["tokens_per_second"] for entry in document.get("decode_by_depth", ())}
-        elif name in document:
+        elif name == TOGETHER:  # all of one number, then all of the next
+            for entry in document.get("by_slots", ()):
+                found |= {f"{each}@{entry['slots']}": entry[key] for each, key in BY_SLOTS.items() if entry.get(key) is not None}
+        elif name in document and name not in BY_SLOTS:
             found[name] = document[name]
     return found
 
 
 def title_of(figure: str) -> str:
     """Title of a figure of `figures_of`, for tables."""
-    name, _, depth = figure.partition("@")
-    return f"{FIGURES[name]} at {depth} positions" if depth else FIGURES[name]
+    name, _, number = figure.partition("@")
+    if name == TOGETHER:
+        return f"{FIGURES[name]}, {number} conversation{'' if number == '1' else 's'} at once"
+    return f"{FIGURES[name]} at {number} positions" if name == DECODE and number else FIGURES[name]
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
@@ -195,6 +215,14 @@ class _Depth:
     tokens_per_second: _Summary
 
 
+@dataclass(frozen=True)
+class _Slots:
+    slots: int
+    tokens_per_second: _Summary | None = None
+    tokens_per_second_each: _Summary | None = None
+    ttft_under_load_ms: _Summary | None = None
+
+
 def _check_values(document: dict[str, Any]) -> None:
     """Raise ValueError for the first value that no measurement writes."""
     for part, keys in _PARTS.items():
@@ -204,6 +232,7 @@ def _check_values(document: dict[str, Any]) -> None:
             if not isinstance(document[part].get(key), kind):
                 raise ValueError(f"{key} of {part} is {str(document[part].get(key))[:40]!r}, not of type {kind.__name__}")
     from_json(list[_Depth], document.get("decode_by_depth", []), "decode_by_depth")
+    from_json(list[_Slots], document.get("by_slots", []), "by_slots")
     for name, figure in figures_of(document).items():
         summary: _Summary = from_json(_Summary, figure, name)
         values = [value for group in summary.samples for value in group]

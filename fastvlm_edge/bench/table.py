@@ -21,7 +21,11 @@ def format_record(document: dict[str, Any]) -> str:
     ]
     if "warm_prefilled_tokens" in document:
         lines[-1] += f", {document['warm_prefilled_tokens']} of them computed if the picture is in the cache"
-    lines += ["", *aligned(rows), "", *map(_engines, document["engines"])]
+    missing = [slots for slots in settings.get("slots", ()) if slots > document.get("slots", slots)]
+    lines += ["", *aligned(rows), ""]
+    if missing:
+        lines.append(f"{document['backend']} answers at most {document['slots']} at once: {', '.join(map(str, missing))} not measured")
+    lines += [*map(_engines, document["engines"])]
     lines += [_power(document["power"]), *_state(document["state"])]
     memory = f"{machine['memory_gib']} GiB"
     lines.append(f"{machine.get('board', machine['cpu'])}, {machine['cores']} cores, {memory}, {machine['date']}")

@@ -12,7 +12,7 @@ from fastvlm_edge.backends.protocol import Backend, ImageFeatures, SavedSlot, St
 
 
 class TimedBackend:
-    """Passes every call of the `Backend` protocol on to another backend, and measures the time of `step`."""
+    """Passes every call of the `Backend` protocol on to another backend, and measures the time of `step` and `decode`."""
 
     def __init__(self, backend: Backend) -> None:
         """`close` also closes `backend`."""
@@ -23,6 +23,8 @@ class TimedBackend:
         self.position_bytes = backend.position_bytes
         self.step_seconds = 0.0
         """Time spent in `step` since this was last set to 0."""
+        self.decodes: list[tuple[int, float]] = []
+        """Rows and time of the end (`time.perf_counter`) of every call of `decode` since this was last emptied."""
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -52,7 +54,9 @@ class TimedBackend:
         """Decode with the backend, and add its time to `step_seconds`."""
         began = time.perf_counter()
         output = self._backend.decode(input_ids, want_logits=want_logits)
-        self.step_seconds += time.perf_counter() - began
+        ended = time.perf_counter()
+        self.step_seconds += ended - began
+        self.decodes.append((len(input_ids), ended))
         return output
 
     def truncate(self, length: int, slot: int = 0) -> None:

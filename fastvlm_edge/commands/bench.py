@@ -63,6 +63,7 @@ def _work(options: argparse.Namespace) -> list[Work]:
         new_tokens=options.new_tokens,
         depths=options.depths,
         image=options.image,
+        slots=tuple(sorted(set(options.slots))),
     )
     work: list[Work] = []
     for model in options.models:
@@ -137,8 +138,8 @@ def _write(documents: list[dict[str, Any]], output: Path | None) -> None:
 
 def _be_process(model: Path, settings: dict[str, Any]) -> int:
     """Be one process of a measurement: print every figure as a line of JSON. The command line prints an error as JSON too (`--json`)."""
-    depths = settings["depths"] and tuple(settings["depths"])  # JSON has no tuples
-    for line in measure(model, Settings(**{**settings, "depths": depths})):
+    depths, slots = settings["depths"] and tuple(settings["depths"]), tuple(settings["slots"])  # JSON has no tuples
+    for line in measure(model, Settings(**{**settings, "depths": depths, "slots": slots})):
         print(json.dumps(line), flush=True)
     return 0
 
@@ -189,7 +190,10 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     group.add_argument("-o", "--output", metavar="FILE", type=given_path, help="also write the JSON to FILE")
     group.add_argument(
-        "--plot", metavar="PREFIX", type=given_path, help="write PREFIX-ttft, PREFIX-decode and PREFIX-accuracy, each .png and .svg"
+        "--plot",
+        metavar="PREFIX",
+        type=given_path,
+        help="write PREFIX-ttft, -decode, -slots and -accuracy, each .png and .svg",
     )
     group.add_argument(
         "--eval", metavar="FILE", type=given_path, action="append", default=[], help="output of eval --json, for PREFIX-accuracy"
@@ -206,8 +210,11 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--depths",
         metavar="N,N",
-        type=_depths,
+        type=_numbers,
         help=f"positions at which to measure decoding (default: {shown}, as far as they fit)",
+    )
+    group.add_argument(
+        "--slots", metavar="N,N", type=_numbers, default=(), help="also measure with so many conversations at once, such as 1,2,4,8"
     )
     group = parser.add_argument_group("execution")
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="backend to use (default: %(default)s)")
@@ -220,5 +227,5 @@ def _several(text: str) -> int:
     return at_least(text, 2)
 
 
-def _depths(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in text.split(","))

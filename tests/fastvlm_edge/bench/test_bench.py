@@ -20,9 +20,12 @@ from PIL import Image
 
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.bench import energy
+from fastvlm_edge.bench.compare import compare, format_changes
 from fastvlm_edge.bench.measure import Settings, measure, measure_backend, plan_for
 from fastvlm_edge.bench.processes import Measurement
-from fastvlm_edge.bench.record import FIGURES, Samples, read_records, write_json
+from fastvlm_edge.bench.record import FIGURES, Samples, _check_values, figures_of, read_records, write_json
+from fastvlm_edge.bench.table import format_record
+from fastvlm_edge.bench.timed_backend import TimedBackend
 from fastvlm_edge.bench.workload import Pictures, question, question_near
 from fastvlm_edge.cli import main
 from fastvlm_edge.inputs.image_input import load_rgb
@@ -37,6 +40,7 @@ from fastvlm_edge.nvidia import drivers
 from fastvlm_edge.nvidia.description import describe_gpu
 from fastvlm_edge.progress import SilentProgress
 from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_model import build_model
 
 NAMED = (
     *("preprocess_ms", "vision_ms", "prefill_ms", "first_sample_ms", "ttft_cold_ms", "ttft_warm_ms"),
@@ -287,6 +291,102 @@ def test_a_board_is_named_in_the_machine(tmp_path: Path) -> None:
     assert set(IDENTITY) - {"gpu"} <= set(described)
 
 
+# Several conversations at once ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slots_record(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("slots") / "record.json"
+    assert main(["bench", str(model_dir), *QUICK, "--slots", "4,1,2,2", "-o", str(path)]) == 0
+    (document,) = read_records(path)
+    return document
+
+
+def test_slots_are_measured_for_every_number_of_conversations(slots_record: dict[str, Any], record: dict[str, Any]) -> None:
+    assert [entry["slots"] for entry in slots_record["by_slots"]] == [1, 2, 4] and slots_record["slots"] == 4
+    for entry in slots_record["by_slots"]:
+        for key in ("tokens_per_second", "tokens_per_second_each", "ttft_under_load_ms"):
+            assert [len(group) for group in entry[key]["samples"]] == [2] and entry[key]["min"] > 0
+        assert entry["tokens_per_second"]["max"] == pytest.approx(entry["slots"] * entry["tokens_per_second_each"]["max"], rel=1e-3)
+    for name in ("ttft_repeated_picture_ms", "ttft_follow_up_ms"):
+        assert [len(group) for group in slots_record[name]["samples"]] == [2]
+    assert "by_slots" not in record and "slots" not in record and record["settings"]["slots"] == [], "off unless asked for"
+    assert not {"ttft_repeated_picture_ms", "ttft_follow_up_ms"} & set(record)
+    text = format_record(slots_record)
+    for line in (
+        "decode, 1 conversation at once ",
+        "decode, 4 conversations at once ",
+        "  each of them",
+        "first token, follow-up question",
+    ):
+        assert line in text
+    assert "not measured" not in text.replace("power: not measured", "")
+
+
+def test_a_record_with_slots_compares_with_itself_and_with_an_older_one(slots_record: dict[str, Any], record: dict[str, Any]) -> None:
+    alike = compare(slots_record, slots_record)
+    assert {change.figure for change in alike} == set(figures_of(slots_record))
+    text = format_changes(alike, [])
+    assert re.search(r"(?m)^decode, 4 conversations at once +\S+ +\S+ +tokens/s ", text)
+    assert len(re.findall(r"(?m)^  first token, new picture +\S+ +\S+ +ms ", text)) == 3
+    older = json.loads(json.dumps(record))
+    del older["settings"]["slots"]
+    assert {change.figure for change in compare(older, slots_record)} == set(figures_of(record))
+    damaged = json.loads(json.dumps(slots_record))
+    damaged["by_slots"][1]["tokens_per_second"]["samples"] = []
+    with pytest.raises(ValueError, match="decode_together_tokens_per_second@2 has no samples"):
+        _check_values(damaged)
+
+
+def test_all_conversations_run_while_they_are_measured(vlm: FastVLM, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every backend: numbers for which it has no slots are left out and named."""
+    running: list[tuple[str, int]] = []
+    generate = FastVLM.generate
+
+    def spy(self: FastVLM, prompt: str, image: Any = None, **sampling: Any) -> Any:
+        before = self.counters().running
+        reply = generate(self, prompt, image, **sampling)
+        running.append(("cold" if isinstance(image, bytes) else "kept", before))
+        return reply
+
+    monkeypatch.setattr(FastVLM, "generate", spy)
+    backend = vlm._engine.backend
+    settings = Settings(runs=1, new_tokens=9, depths=(), slots=(1, 2, backend.slots, backend.slots + 1))
+    lines = list(measure_backend(backend, vlm.manifest, TextTokenizer(model_dir / "tokenizer.json"), settings))
+    found = lines_of(lines)
+    measured = sorted({1, backend.slots} | ({2} if backend.slots > 1 else set()))
+    assert sorted(int(name.partition("@")[2]) for name in found if name.startswith("decode_each")) == measured
+    assert {"facts": {"slots": backend.slots}} in lines
+    under_load = [number for picture, number in running[-2 * len([each for each in settings.slots if each <= backend.slots]) :]]
+    assert sorted(set(under_load)) == [number - 1 for number in measured]
+
+
+def test_only_steps_of_all_conversations_count(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of one take 4 ms, those of three together 12 ms: a third of the steps each, the same speed in all."""
+    decode = TimedBackend.decode
+
+    def slow(self: TimedBackend, ids: Any, **options: Any) -> Any:
+        time.sleep(0.004 * len(ids))
+        return decode(self, ids, **options)
+
+    monkeypatch.setattr(TimedBackend, "decode", slow)
+    found = lines_of(list(measure(model_dir, Settings("ort", 1, runs=1, new_tokens=9, depths=(), slots=(1, 3)))))
+    assert 60 < found["decode_together_tokens_per_second@1"][0] <= 250
+    assert 60 < found["decode_together_tokens_per_second@3"][0] <= 250
+    assert found["decode_each_tokens_per_second@3"][0] <= 250 / 3
+
+
+def test_answers_that_end_too_early_are_an_error(model_dir: Path, tmp_path: Path) -> None:
+    directory = build_model(tmp_path / "small", context=70)
+    with pytest.raises(FastVLMError, match=r"ended before .*--context"):
+        list(measure(directory, Settings("ort", 1, runs=1, new_tokens=20, depths=(), slots=(8,))))
+
+
+def test_a_backend_with_fewer_slots_says_so(slots_record: dict[str, Any]) -> None:
+    text = format_record(slots_record | {"backend": "tensorrt", "slots": 1})
+    assert "tensorrt answers at most 1 at once: 2, 4 not measured" in text
+
+
 # What goes wrong ------------------------------------------------------------------------------------------------------------------
 
 
@@ -393,7 +493,7 @@ def test_wrong_options_are_told_before_anything_is_measured(
 
 
 def test_wrong_usage_is_status_2(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--runs", "0"], ["--new-tokens", "1"], ["--depths", "a"]):
+    for arguments in (["--runs", "0"], ["--new-tokens", "1"], ["--depths", "a"], ["--slots", "0,2"], ["--slots", ""]):
         assert main(["bench", str(model_dir), *arguments]) == 2
     assert main(["bench"]) == 2
     assert "Traceback" not in capsys.readouterr().err

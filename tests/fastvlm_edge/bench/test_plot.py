@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from fastvlm_edge import FastVLMError
-from fastvlm_edge.bench.plot import accuracy_points, draw, draw_decode, draw_ttft
+from fastvlm_edge.bench.plot import accuracy_points, draw, draw_decode, draw_slots, draw_ttft
 from fastvlm_edge.bench.record import Samples, document_of, write_json
 from fastvlm_edge.cli import main
 
@@ -59,6 +59,19 @@ def test_decoding_is_drawn_against_depth_a_line_for_each_record() -> None:
     lines: list[Any] = [container.lines[0] for container in figure.axes[0].containers if isinstance(container, ErrorbarContainer)]
     assert [list(line.get_xdata()) for line in lines] == [[290, 1024]] * 2
     assert list(lines[0].get_ydata()) == [80.0, pytest.approx(22.66)]
+
+
+def test_several_conversations_are_drawn_in_all_and_each(tmp_path: Path) -> None:
+    def summary(value: float) -> dict[str, Any]:
+        return {"median": value, "min": value, "max": value, "samples": [[value]]}
+
+    entries = [{"slots": n, "tokens_per_second": summary(s), "tokens_per_second_each": summary(s / n)} for n, s in ((1, 10.0), (4, 24.0))]
+    figure = Figure()
+    draw_slots(figure, [record_of() | {"by_slots": [*entries, {"slots": 8}]}])
+    lines: list[Any] = figure.axes[0].get_lines()
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in lines] == [([1, 4], [10.0, 24.0]), ([1, 4], [10.0, 6.0])]
+    written = draw(tmp_path / "x", [record_of() | {"by_slots": entries}, record_of(precision="int8")])
+    assert [path.name for path in written][-2:] == ["x-slots.png", "x-slots.svg"]
 
 
 def test_png_and_svg_are_written_and_nothing_else(tmp_path: Path) -> None:
