@@ -89,7 +89,7 @@ class Measurement:
     def _steps(self) -> int:
         """Number of figures that every process gives, for the progress bar."""
         together = 3 * len(self.settings.slots) + 2 if self.settings.slots else 0
-        return 3 + self.settings.runs * (8 + len(self.plan.depths) + together)
+        return 3 + (len(self.plan.depths) > 1) + self.settings.runs * (9 + len(self.plan.depths) + together)
 
     def _run_one(self, number: int, progress: Progress) -> None:
         settings = json.dumps(dataclasses.asdict(self.settings))

@@ -233,6 +233,8 @@ def _check_values(document: dict[str, Any]) -> None:
                 raise ValueError(f"{key} of {part} is {str(document[part].get(key))[:40]!r}, not of type {kind.__name__}")
     from_json(list[_Depth], document.get("decode_by_depth", []), "decode_by_depth")
     from_json(list[_Slots], document.get("by_slots", []), "by_slots")
+    from_json(list[int], document["settings"].get("slots", []), "slots of settings")
+    from_json(int, document.get("slots", 1), "slots")
     for name, figure in figures_of(document).items():
         summary: _Summary = from_json(_Summary, figure, name)
         values = [value for group in summary.samples for value in group]

@@ -8,6 +8,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -273,6 +274,11 @@ def test_aclose_and_a_stream_that_was_left(vlm: FastVLM) -> None:
             break
         gc.collect()
         await until(lambda: vlm.counters().running == 0)
+        async with aclosing(model.stream(PROMPT, max_new_tokens=LONG)) as left:
+            async for _ in left:
+                break
+        assert left.reply.stop_reason == "cancelled"
+        await until(lambda: vlm.counters().running == 0)
         unread = model.stream(PROMPT, max_new_tokens=LONG)
         await unread.aclose()
         assert [piece async for piece in unread] == []
@@ -280,7 +286,7 @@ def test_aclose_and_a_stream_that_was_left(vlm: FastVLM) -> None:
             _ = unread.reply
 
     run(main())
-    check_free(vlm, 2)
+    check_free(vlm, 3)
 
 
 def test_another_task_may_close_a_stream_that_is_read(vlm: FastVLM) -> None:
