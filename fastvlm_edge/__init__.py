@@ -16,6 +16,7 @@ from fastvlm_edge.version import __version__
 if TYPE_CHECKING:
     from fastvlm_edge.generation.async_vlm import AsyncChat, AsyncFastVLM, AsyncReplyStream
     from fastvlm_edge.generation.chat import Chat
+    from fastvlm_edge.generation.chat_file import Turn
     from fastvlm_edge.generation.engine import Counters
     from fastvlm_edge.generation.images import EncodedImage
     from fastvlm_edge.generation.logprobs import LogProb, TokenLogProb
@@ -41,6 +42,7 @@ __all__ = [
     "SamplingParams",
     "Timings",
     "TokenLogProb",
+    "Turn",
     "__version__",
 ]
 
@@ -63,6 +65,7 @@ _HOMES = {
     "SamplingParams": "generation.sampling",
     "Timings": "generation.reply",
     "TokenLogProb": "generation.logprobs",
+    "Turn": "generation.chat_file",
 }
 
 

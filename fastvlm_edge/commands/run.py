@@ -36,22 +36,23 @@ from fastvlm_edge.progress import SilentProgress, stderr_progress
 
 _NEED_TEMPERATURE = ("top_k", "top_p", "seed")
 """Options that have no effect on greedy decoding."""
-_ENDS = {"length": ", cut off by --max-new-tokens", "context": ", the context is full"}
+ENDS = {"length": ", cut off by --max-new-tokens", "context": ", the context is full"}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Stream the reply to stdout and print one line about it on stderr, or print one object with `--json`."""
     options = parser().parse_args(arguments)
     _check_places(options)
-    wanted = _format(options)
-    sampling = _sampling(options, wanted)
+    sampling = sampling_options(options)
     images = _images(options)
     progress = SilentProgress() if options.json or options.quiet else stderr_progress()
 
     def check(manifest: Manifest, tokenizer: TextTokenizer) -> None:
-        check_question(manifest, tokenizer, options.prompt, len(images), special_tokens=sampling.special_tokens)
-        if sampling.format is not None:
-            compile_grammar(tokenizer, manifest, sampling.format)
+        special = sampling.get("special_tokens", False)
+        check_question(manifest, tokenizer, options.prompt, len(images), system=options.system, special_tokens=special)
+        wanted = answer_format(**_format(options))
+        if wanted is not None:
+            compile_grammar(tokenizer, manifest, wanted)
 
     manifest, tokenizer, backend = load_parts(
         options.model,
@@ -66,8 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     form = {"geometry": options.geometry, "background": options.background, "prefill_chunk": options.prefill_chunk}
     with FastVLM(manifest, tokenizer, engine, **form) as vlm:
         recorder = PowerRecorder(find_sensor(card=vlm.backend.name != "ort"))
-        keywords = {name: value for name, value in vars(sampling).items() if name != "format"}
-        stream = vlm.stream(options.prompt, images, **keywords, **wanted)
+        stream = vlm.stream(options.prompt, images, system=options.system, **sampling)
         if options.json:
             with recorder:
                 for _ in stream:
@@ -118,9 +118,11 @@ def _format(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in ("choices", "regex") if (value := getattr(options, name)) is not None}
 
 
-def _sampling(options: argparse.Namespace, wanted: dict[str, Any]) -> SamplingParams:
-    """The options of the reply. Raises FastVLMError for a value that is out of range or has no effect."""
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingParams) if field.name != "format"}
+def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, for `FastVLM.stream`. Raises FastVLMError for a value that is out of range or has no effect."""
+    wanted = _format(options)
+    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name != "format"]
+    given: dict[str, Any] = {name: getattr(options, name, None) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     idle = [f"--{name.replace('_', '-')}" for name in _NEED_TEMPERATURE if name in given and "temperature" not in given]
     params = SamplingParams(**given, format=answer_format(**wanted))
@@ -129,7 +131,7 @@ def _sampling(options: argparse.Namespace, wanted: dict[str, Any]) -> SamplingPa
         raise FastVLMError(what, f"add --temperature 0.7, or leave {'it' if len(idle) == 1 else 'them'} out")
     if params.logprobs is not None and not options.json:
         raise FastVLMError("--logprobs without --json: only the JSON object has them", "add --json")
-    return params
+    return {**given, **wanted}
 
 
 class _Piped(io.BytesIO):
@@ -175,7 +177,7 @@ def _summary(reply: Reply, power: PowerFigures | NoSensor) -> str:
     """One short line; `--json` has all figures."""
     timings = reply.timings
     speed = f", then {timings.decode_tokens_per_second:.1f} tokens/s" if timings.new_tokens > 1 else ""
-    tokens = f"{timings.new_tokens} token{'s' * (timings.new_tokens != 1)}{_ENDS.get(reply.stop_reason, '')}"
+    tokens = f"{timings.new_tokens} token{'s' * (timings.new_tokens != 1)}{ENDS.get(reply.stop_reason, '')}"
     return f"[{tokens}, first after {timings.ttft_ms:.0f} ms{speed}; {reply.backend}, {reply.precision}{_power(power)}]"
 
 
@@ -227,8 +229,24 @@ def parser() -> argparse.ArgumentParser:
         help="image file, or - for stdin; several may be given, or none to ask without an image",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="the question, instead of QUESTION")
+    add_reply_options(parser)
+    group = add_loading_options(parser)
+    group.add_argument(
+        "--logprobs",
+        metavar="N",
+        type=int,
+        help="with --json: the log probability of each token, and the N most likely ones at its place (at most 20)",
+    )
+    group.add_argument("-q", "--quiet", action="store_true", help="print nothing but the reply and errors")
+    group.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+def add_reply_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `SamplingParams`, and the system prompt."""
     defaults = SamplingParams()
     group = parser.add_argument_group("the reply")
+    group.add_argument("--system", metavar="TEXT", help='the system prompt, "" for none (default: that of the model)')
     group.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=defaults.max_new_tokens, help="longest reply, in tokens (default: %(default)s)"
     )
@@ -259,18 +277,16 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read special tokens in the prompt, such as <loc_12> of a fine-tune, as tokens, and show those in the reply",
     )
-    group.add_argument(
-        "--logprobs",
-        metavar="N",
-        type=int,
-        help="with --json: the log probability of each token, and the N most likely ones at its place (at most 20)",
-    )
     group = parser.add_argument_group("what the reply must look like (one of these; needs llguidance)").add_mutually_exclusive_group()
     group.add_argument("--json-schema", metavar="FILE", type=given_path, help="JSON that is valid for the schema in this file")
     group.add_argument("--choice", metavar="TEXT", dest="choices", action="append", help="one of the texts; give it once for each")
     group.add_argument(
         "--regex", metavar="REGEX", help="text that matches this regular expression as a whole, in the syntax of Rust's regex"
     )
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What `load_parts` and `FastVLM` take."""
     group = parser.add_argument_group("how it runs")
     group.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="what runs the model; auto takes the best that can (default: %(default)s)"
@@ -291,6 +307,4 @@ def parser() -> argparse.ArgumentParser:
         help="tokens per prefill call (default: %(default)s); smaller uses less memory",
     )
     group.add_argument("--verify", action="store_true", help="first compare the sha256 of every model file with the manifest")
-    group.add_argument("-q", "--quiet", action="store_true", help="print nothing but the reply and errors")
-    group.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    return parser
+    return group

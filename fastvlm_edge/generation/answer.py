@@ -218,8 +218,8 @@ class Score(Work):
         return self._found
 
 
-def check_room(ids: Sequence[int], manifest: Manifest) -> None:
-    """Raise FastVLMError if a conversation leaves no position for a reply."""
+def check_room(ids: Sequence[int], manifest: Manifest, *, or_else: str = "start a new conversation") -> None:
+    """Raise FastVLMError, with the other remedy `or_else`, if a conversation leaves no position for a reply."""
     context, vocab = manifest.decoder.context, manifest.decoder.vocab
     if len(ids) < context:
         return
@@ -227,5 +227,5 @@ def check_room(ids: Sequence[int], manifest: Manifest) -> None:
     remedy = "shorten the prompt" if len(ids) - visual >= context // 2 else "use fewer images"
     raise FastVLMError(
         f"the conversation has {len(ids)} tokens ({visual} of them visual), which leaves no room for a reply in the context of {context}",
-        f"{remedy}, start a new conversation, or convert with a larger --context",
+        f"{remedy}, {or_else}, or convert with a larger --context",
     )

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.answer import Answer
 from fastvlm_edge.generation.answer_format import answer_format
-from fastvlm_edge.generation.images import EncodedImage, Images
+from fastvlm_edge.generation.chat_file import CONTEXTS, Model, Turn, conversation_ids, text_of, write_chat
+from fastvlm_edge.generation.images import EncodedImage, Images, rows_of
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.sampling import SamplingParams, stop_strings
 from fastvlm_edge.generation.stream import ReplyStream
 from fastvlm_edge.inputs.detokenize import Detokenizer
-from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
+
+_OR_ELSE = 'start a new conversation, begin it with context="slide" so that its oldest turns leave'
 
 
 class Asks(Protocol):
@@ -33,6 +39,9 @@ class Asks(Protocol):
         *,
         reuse: bool,
         leave: Callable[[Answer | None, str, bool], None],
+        pixels: list[NDArray[np.uint8] | None],
+        or_else: str,
+        dropped_turns: int,
     ) -> ReplyStream: ...
 
 
@@ -43,17 +52,28 @@ class Chat:
     conversation as it was. A reply that was cut short stays in it as far as it was read.
     """
 
-    def __init__(self, ask: Asks, model: str, tokenizer: TextTokenizer, template: ChatTemplate) -> None:
+    def __init__(self, ask: Asks, model: Model, *, system: str | None, context: str, turns: Sequence[Turn] = ()) -> None:
+        if context not in CONTEXTS:
+            raise FastVLMError(f"context is {context!r}", f"use one of: {', '.join(CONTEXTS)}")
         self._ask = ask
         self._model = model
-        self._tokenizer = tokenizer
-        self._template = template
+        self._opening = model.template.opening(system)
+        self._system = model.manifest.text.system_prompt if system is None else system
+        self._context = context
+        self._turns: tuple[Turn, ...] = ()
         self._ids: list[int] = []
-        self._images: tuple[EncodedImage, ...] = ()
+        """Those of the turns, up to the end of the last reply."""
         self._lock = threading.RLock()
         self._turn: object | None = None
         """The turn whose reply is open."""
         self._open: weakref.ref[ReplyStream] | None = None
+        if turns:
+            self._turns, self._ids = tuple(turns), self._ids_of(turns)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation so far, without a reply that is still open."""
+        return self._turns
 
     @property
     def token_count(self) -> int:
@@ -137,10 +157,23 @@ class Chat:
             if self._turn is not None:
                 what = "the reply before this question is still open in this conversation"
                 raise FastVLMError(what, "read its stream to the end or close it, or call cancel() of the chat")
-            history = [*self._ids, *self._template.closing()] if self._ids else self._template.opening()
+            turns = self._turns if self._context == "error" else self._turns_with_room(prompt, image, params)
+            dropped = len(self._turns) - len(turns)
+            ids = self._ids_of(turns) if dropped else self._ids
+            pixels: list[NDArray[np.uint8] | None] = []
             turn = object()
-            leave = partial(self._leave, turn, params.special_tokens)
-            stream = self._ask(history, self._images, prompt, image, params, reuse=True, leave=leave)
+            stream = self._ask(
+                [*ids, *self._model.template.closing()] if turns else self._opening,
+                tuple(EncodedImage(each.image_features, each.key) for before in turns for each in before.images),
+                prompt,
+                image,
+                params,
+                reuse=True,
+                leave=partial(self._leave, turn, turns, prompt, pixels, params.special_tokens),
+                pixels=pixels,
+                or_else=_OR_ELSE if turns else "ask less at a time",
+                dropped_turns=dropped,
+            )
             self._turn, self._open = turn, weakref.ref(stream)
             return stream
 
@@ -155,26 +188,74 @@ class Chat:
         with self._lock:
             stream = None if self._open is None else self._open()
             self._turn, self._open = None, None
-            self._ids, self._images = [], ()
+            self._ids, self._turns = [], ()
         if stream is not None:
             stream.close()
 
-    def __repr__(self) -> str:
-        return f"<Chat of {self.token_count} positions with {self._model}>"
+    def save(self, path: str | os.PathLike[str], *, pictures: Literal["embed", "hash"] = "embed") -> None:
+        """Write the conversation to a JSON file, which `FastVLM.load_chat` continues. A reply that is open is not part of it.
 
-    def _leave(self, turn: object, special_tokens: bool, answer: Answer | None, text: str, whole: bool) -> None:
-        """The reply of a turn has ended."""
+        The pictures are in it as the model saw them, square and reduced; with `pictures="hash"` only their sha256 is. Raises FastVLMError
+        if the file cannot be written, or exists and is not a saved conversation.
+        """
+        write_chat(
+            path,
+            self._turns,
+            system=self._system,
+            context=self._context,
+            pictures=pictures,
+            name=self._model.manifest.name,
+            digest=self._model.digest,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Chat of {self.token_count} positions with {self._model.manifest.name}>"
+
+    def _leave(
+        self,
+        turn: object,
+        turns: tuple[Turn, ...],
+        prompt: str,
+        pixels: list[NDArray[np.uint8] | None],
+        special_tokens: bool,
+        answer: Answer | None,
+        text: str,
+        whole: bool,
+    ) -> None:
+        """The reply of a turn after `turns` has ended."""
         with self._lock:
             if turn is not self._turn:
                 return
             self._turn, self._open = None, None
             if answer is None or not (whole or text):
                 return
+            tokenizer = self._model.tokenizer
             if whole and answer.stop_string is None:
                 said = answer.token_ids
             else:
-                said = shown_ids(answer.token_ids, text, self._tokenizer, special_tokens=special_tokens)
-            self._ids, self._images = [*answer.ids, *said], answer.images
+                said = shown_ids(answer.token_ids, text, tokenizer, special_tokens=special_tokens)
+            images = answer.images[len(answer.images) - len(pixels) :]
+            seen = tuple(EncodedImage(image.image_features, image.key, kept) for image, kept in zip(images, pixels, strict=True))
+            reply = text_of(said, tokenizer, special_tokens=special_tokens)
+            self._turns = (*turns, Turn(prompt, seen, special_tokens, reply, tuple(said)))
+            self._ids = [*answer.ids, *said]
+
+    def _ids_of(self, turns: Sequence[Turn]) -> list[int]:
+        """Ids of a conversation, up to the end of its last reply."""
+        pieces = [(turn.prompt, [image.rows for image in turn.images], turn.special_tokens, turn.reply_ids) for turn in turns]
+        return conversation_ids(self._model.template, self._opening, pieces)
+
+    def _turns_with_room(self, prompt: str, image: Images, params: SamplingParams) -> tuple[Turn, ...]:
+        """The last turns that fit into the context with a question and room for its reply, which is at most a quarter of the context."""
+        manifest = self._model.manifest
+        context = manifest.decoder.context
+        needed = len(self._model.template.turn(prompt, rows_of(image, manifest), special_tokens=params.special_tokens))
+        needed += len(self._model.template.closing()) + min(params.max_new_tokens, context // 4)
+        turns, taken = self._turns, len(self._ids)
+        while turns and taken + needed > context:
+            turns = turns[1:]
+            taken = len(self._ids_of(turns))
+        return turns
 
 
 def shown_ids(token_ids: Sequence[int], text: str, tokenizer: TextTokenizer, *, special_tokens: bool) -> list[int]:

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,14 @@ from fastvlm_edge.model_dir.manifest import Manifest
 class EncodedImage:
     """An image after the vision encoder. Pass it as `image` to ask about the same image again without encoding it again."""
 
-    def __init__(self, image_features: ImageFeatures, key: bytes) -> None:
-        """Made by `FastVLM.encode_image`. `key` is that of `image_key`."""
+    def __init__(self, image_features: ImageFeatures, key: bytes, pixels: NDArray[np.uint8] | None = None) -> None:
+        """Made by `FastVLM.encode_image`. `key` is that of `image_key`.
+
+        `pixels` is the picture that the encoder saw, [image_size, image_size, 3]. A chat saves it; caches are without.
+        """
         self.image_features = image_features
         self.key = key
+        self.pixels = pixels
 
     @property
     def rows(self) -> int:
@@ -39,6 +43,18 @@ class EncodedImage:
 
 Images: TypeAlias = "ImageInput | EncodedImage | Sequence[ImageInput | EncodedImage] | None"
 """No image, one, or a list or tuple of images."""
+
+
+def as_list(images: Images) -> list[ImageInput | EncodedImage]:
+    """The images one by one."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [cast("ImageInput | EncodedImage", images)]
+
+
+def rows_of(images: Images, manifest: Manifest) -> list[int]:
+    """Number of visual tokens of each image."""
+    return [image.rows if isinstance(image, EncodedImage) else manifest.vision.tokens for image in as_list(images)]
 
 
 def model_digest(manifest: Manifest) -> bytes:

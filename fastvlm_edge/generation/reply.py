@@ -76,6 +76,8 @@ class Reply:
     precision: str
     """The precision the model was converted with, such as `int4`."""
     timings: Timings
+    dropped_turns: int = 0
+    """How many turns left a chat with `context="slide"` so that this one had room."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object. The times in it are rounded to 3 decimals."""

@@ -43,6 +43,7 @@ class ReplyStream:
         backend: str,
         precision: str,
         leave: Callable[[Answer | None, str, bool], None] | None = None,
+        dropped_turns: int = 0,
         *,
         reads_images: bool = False,
     ) -> None:
@@ -52,6 +53,7 @@ class ReplyStream:
         `leave` is called once, at the end: with the answer if there is one, the text that was read, and whether that is all of it.
         """
         self._start, self._backend, self._precision, self._leave = start, backend, precision, leave
+        self._dropped_turns = dropped_turns
         self._lock = threading.Lock()
         self._started: Started | None = None
         self._pieces: list[Piece] = []
@@ -166,6 +168,7 @@ class ReplyStream:
             backend=self._backend,
             precision=self._precision,
             timings=timings,
+            dropped_turns=self._dropped_turns,
         )
 
     def __del__(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,15 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.answer import Answer, Piece, Score, check_room
 from fastvlm_edge.generation.answer_format import answer_format
 from fastvlm_edge.generation.chat import Chat
+from fastvlm_edge.generation.chat_file import Model, read_chat
 from fastvlm_edge.generation.engine import Counters, Engine
 from fastvlm_edge.generation.grammar import Grammar, compile_grammar
-from fastvlm_edge.generation.images import EncodedImage, ImageCache, Images, image_key, model_digest
+from fastvlm_edge.generation.images import EncodedImage, ImageCache, Images, as_list, image_key, model_digest, rows_of
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.sampling import SamplingParams, check_integer, stop_strings
 from fastvlm_edge.generation.stream import ReplyStream, Started
 from fastvlm_edge.inputs.image_input import ImageInput
-from fastvlm_edge.inputs.preprocess import GEOMETRIES, preprocess
+from fastvlm_edge.inputs.preprocess import GEOMETRIES, preprocess, to_pixels
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.rgb import Colour, to_colour
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
@@ -88,10 +89,14 @@ def load_parts(
     return manifest, tokenizer, loaded
 
 
-def check_question(manifest: Manifest, tokenizer: TextTokenizer, prompt: str, images: int, *, special_tokens: bool = False) -> None:
+def check_question(
+    manifest: Manifest, tokenizer: TextTokenizer, prompt: str, images: int, *, system: str | None = None, special_tokens: bool = False
+) -> None:
     """Raise FastVLMError for a prompt that is not text, or that leaves no room for a reply beside this number of images."""
     template = ChatTemplate(tokenizer, manifest)
-    check_room([*template.opening(), *template.turn(prompt, [manifest.vision.tokens] * images, special_tokens=special_tokens)], manifest)
+    check_room(
+        [*template.opening(system), *template.turn(prompt, [manifest.vision.tokens] * images, special_tokens=special_tokens)], manifest
+    )
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class _Question:
     """The images of this question."""
     params: SamplingParams
     grammar: Grammar | None
+    pixels: list[NDArray[np.uint8] | None] | None
+    """Filled with those of each image when it is read, unless it is None."""
     reuse: bool
     """Whether to begin with what the cache holds of the conversation."""
     seconds: float
@@ -229,12 +236,14 @@ class FastVLM:
         choices: Sequence[str] | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        system: str | None = None,
     ) -> Reply:
         """Answer a question about no image, one, or several.
 
-        The options are described in `SamplingParams`; `stop` is one string, several, or None. At most one of the last five holds the reply
+        The options are described in `SamplingParams`; `stop` is one string, several, or None. At most one of these five holds the reply
         to a format: `response_format` (that of the OpenAI API), `json_schema`, `choices`, `regex`, or `grammar` in llguidance's Lark
-        syntax. A reply that `max_new_tokens` or the context cut off may not match it.
+        syntax. A reply that `max_new_tokens` or the context cut off may not match it. `system` is the system prompt: "" is none, None
+        that of the model.
 
         Raises FastVLMError if an option is out of range, a format is not supported, an image cannot be read, or the context is full.
         """
@@ -255,6 +264,7 @@ class FastVLM:
             choices=choices,
             regex=regex,
             grammar=grammar,
+            system=system,
         )
         return stream.wait()
 
@@ -277,6 +287,7 @@ class FastVLM:
         choices: Sequence[str] | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        system: str | None = None,
     ) -> ReplyStream:
         """Like `generate`, piece by piece. The question is checked now; images are read when the first piece is requested."""
         params = SamplingParams(
@@ -291,16 +302,31 @@ class FastVLM:
             logprobs=logprobs,
             format=answer_format(response_format=response_format, json_schema=json_schema, choices=choices, regex=regex, grammar=grammar),
         )
-        return self._ask(self._template.opening(), (), prompt, image, params)
+        return self._ask(self._template.opening(system), (), prompt, image, params)
 
-    def chat(self) -> Chat:
-        """Begin a conversation of several turns."""
-        return Chat(self._ask, self.manifest.name, self._tokenizer, self._template)
+    def chat(self, *, system: str | None = None, context: Literal["error", "slide"] = "error") -> Chat:
+        """Begin a conversation of several turns.
+
+        `system` is its system prompt: "" is none, None that of the model. When the context is full, a question is an error; with
+        `context="slide"`, the oldest turns leave instead, with their pictures (`Reply.dropped_turns`). Raises FastVLMError for other
+        values.
+        """
+        return Chat(self._ask, self._known_as(), system=system, context=context)
+
+    def load_chat(self, path: str | os.PathLike[str], images: Images = None) -> Chat:
+        """Continue a conversation that `Chat.save` wrote, exactly where it was. `images` are those of which it has only the sha256.
+
+        Raises FastVLMError if the file is damaged or of another model, or the images are not those of the conversation.
+        """
+        encoded = [image if isinstance(image, EncodedImage) else self.encode_image(image) for image in as_list(images)]
+        model = self._known_as()
+        saved, turns = read_chat(path, model, {image.key: image for image in encoded})
+        return Chat(self._ask, model, system=saved.system, context=saved.context, turns=turns)
 
     def encode_image(self, image: ImageInput) -> EncodedImage:
         """Run only the vision encoder. Raises FastVLMError if the image cannot be read."""
         self._engine.check_open()
-        return self._encode(self._preprocess(image))[0]
+        return self._encode_to_keep(self._preprocess(image))
 
     def logits(self, input_ids: Sequence[int], images: Sequence[EncodedImage] = (), *, start: int = 0) -> Iterator[NDArray[np.float32]]:
         """Logits after each of `input_ids[start:]`, to score a given text: blocks [up to 16, token_count] float32.
@@ -383,22 +409,26 @@ class FastVLM:
         *,
         reuse: bool = False,
         leave: Callable[[Answer | None, str, bool], None] | None = None,
+        pixels: list[NDArray[np.uint8] | None] | None = None,
+        or_else: str = "start a new conversation",
+        dropped_turns: int = 0,
     ) -> ReplyStream:
         """Check a question that follows the conversation `history` with the images `earlier`, and return the stream that will answer it.
 
-        With `reuse` it begins with what the cache holds of it, even if the model was loaded without `prefix_cache`.
+        With `reuse` it begins with what the cache holds of it, even if the model was loaded without `prefix_cache`. `pixels` is filled with
+        those of its pictures; `or_else` is a remedy for a full context.
         """
         self._engine.check_open()
         began = time.perf_counter()
-        images = _as_list(image)
-        rows = [each.rows if isinstance(each, EncodedImage) else self.manifest.vision.tokens for each in images]
+        rows = rows_of(image, self.manifest)
         first_row = sum(each.rows for each in earlier)
         ids = [*history, *self._template.turn(prompt, rows, first_row=first_row, special_tokens=params.special_tokens)]
-        check_room(ids, self.manifest)  # before the vision encoder runs in vain
+        check_room(ids, self.manifest, or_else=or_else)  # before the vision encoder runs in vain
         grammar = None if params.format is None else self._grammar(params.format)
-        question = _Question(ids, earlier, images, params, grammar, reuse or self._prefix_cache, time.perf_counter() - began)
-        reads_images = any(not isinstance(each, EncodedImage) for each in images)
-        return ReplyStream(partial(self._start, question), self.backend.name, self.manifest.precision, leave, reads_images=reads_images)
+        images, seconds = as_list(image), time.perf_counter() - began
+        question = _Question(ids, earlier, images, params, grammar, pixels, reuse or self._prefix_cache, seconds)
+        start, reads_images = partial(self._start, question), any(not isinstance(each, EncodedImage) for each in images)
+        return ReplyStream(start, self.backend.name, self.manifest.precision, leave, dropped_turns, reads_images=reads_images)
 
     def _start(
         self, question: _Question, piecewise: bool, sink: Callable[[Piece | None], None] | None, wanted: Callable[[], bool]
@@ -410,7 +440,9 @@ class FastVLM:
         cached = 0
         for image in question.images:
             if isinstance(image, EncodedImage):
-                encoded.append(image)
+                encoded.append(EncodedImage(image.image_features, image.key))
+                if question.pixels is not None:
+                    question.pixels.append(image.pixels)
                 continue
             if not wanted():
                 return None
@@ -421,6 +453,8 @@ class FastVLM:
                 return None
             known, found = self._encode(pixel_values)
             encoded.append(known)
+            if question.pixels is not None:
+                question.pixels.append(to_pixels(pixel_values))
             cached += found
             preprocess_seconds += middle - start
             vision_seconds += time.perf_counter() - middle
@@ -462,14 +496,15 @@ class FastVLM:
             self._images.put(image)
             return image, False
 
+    def _known_as(self) -> Model:
+        return Model(self.manifest, self._digest, self._tokenizer, self._template, self._encode_to_keep)
+
+    def _encode_to_keep(self, pixel_values: NDArray[np.float32]) -> EncodedImage:
+        image = self._encode(pixel_values)[0]
+        return EncodedImage(image.image_features, image.key, to_pixels(pixel_values))
+
     def _preprocess(self, image: ImageInput) -> NDArray[np.float32]:
         return preprocess(image, self.manifest.vision.image_size, self.geometry, self.background)
-
-
-def _as_list(image: Images) -> list[ImageInput | EncodedImage]:
-    if image is None:
-        return []
-    return list(image) if isinstance(image, (list, tuple)) else [cast("ImageInput | EncodedImage", image)]
 
 
 def _check_ids(input_ids: Sequence[int], start: int) -> None:

@@ -28,9 +28,20 @@ def preprocess(image: ImageInput, image_size: int, geometry: str, background: Co
         raise FastVLMError(f"unknown geometry {geometry!r}", f"use one of: {', '.join(GEOMETRIES)}")
     rgb = load_rgb(image, background)
     square = pad_and_resize(rgb, image_size) if geometry == "pad" else resize_and_crop(rgb, image_size)
-    planes = np.asarray(square).transpose(2, 0, 1)[np.newaxis]  # [1, 3, S, S] uint8
+    return to_pixel_values(np.asarray(square))
+
+
+def to_pixel_values(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The square picture [image_size, image_size, 3] -> pixel_values [1, 3, image_size, image_size] float32 in 0..1."""
+    planes = pixels.transpose(2, 0, 1)[np.newaxis]
     pixel_values: NDArray[np.float32] = np.divide(planes, np.float32(255), dtype=np.float32, order="C")
     return pixel_values
+
+
+def to_pixels(pixel_values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The inverse of `to_pixel_values`, exactly."""
+    pixels: NDArray[np.uint8] = np.rint(pixel_values[0] * 255).astype(np.uint8).transpose(1, 2, 0)
+    return np.ascontiguousarray(pixels)
 
 
 def pad_and_resize(image: Image.Image, size: int) -> Image.Image:

@@ -26,12 +26,19 @@ class ChatTemplate:
         self._start = tokenizer.control_id("<|im_start|>")
         self._end = tokenizer.control_id("<|im_end|>")
 
-    def opening(self) -> list[int]:
-        """Ids of the system prompt, with which a conversation begins; none if the model was trained without one (it is empty)."""
-        if not self._system_prompt:
+    def opening(self, system: str | None = None) -> list[int]:
+        """Ids of the system prompt, with which a conversation begins; none if it is empty.
+
+        None is that of the model, which is empty if it was trained without one. Raises FastVLMError if it is not a string.
+        """
+        if system is None:
+            system = self._system_prompt
+        if not isinstance(system, str):
+            raise FastVLMError(f"the system prompt is of type {type(system).__name__}, not str", 'give a string, "" for none')
+        if not system:
             return []
         encode = self._tokenizer.encode
-        return [self._start, *encode(f"system\n{self._system_prompt}"), self._end, *encode("\n")]
+        return [self._start, *encode(f"system\n{system}"), self._end, *encode("\n")]
 
     def turn(self, prompt: str, image_rows: Sequence[int] = (), *, first_row: int = 0, special_tokens: bool = False) -> list[int]:
         """Ids of one question, up to where the reply begins.

@@ -66,6 +66,17 @@ def test_several_pictures(arguments: list[str], capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out)["token_ids"] == expected.token_ids
 
 
+@pytest.mark.parametrize("system", ["Answer in one word.", ""])
+def test_a_system_prompt(system: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", MODEL, QUESTION, "--image", SHAPES, "--system", system, "--json"]) == 0
+    with FastVLM.load(MODEL, "ort") as vlm:
+        expected = vlm.generate(QUESTION, SHAPES, system=system)
+        usual = vlm.generate(QUESTION, SHAPES)
+    found = json.loads(capsys.readouterr().out)
+    assert found["token_ids"] == expected.token_ids and found["dropped_turns"] == 0
+    assert found["timings"]["prompt_tokens"] == expected.timings.prompt_tokens != usual.timings.prompt_tokens
+
+
 def from_stdin(*arguments: str, stdin: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fastvlm_edge", "run", MODEL, QUESTION, "-q", *arguments]
     return subprocess.run(command, cwd=ROOT, stdin=stdin, capture_output=True, text=True, check=False, timeout=120)

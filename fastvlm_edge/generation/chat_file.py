@@ -1,0 +1,255 @@
+"""A conversation as a JSON file: its turns, with the pictures as the model saw them, and the model that they belong to."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.images import EncodedImage, image_key
+from fastvlm_edge.inputs.detokenize import Detokenizer
+from fastvlm_edge.inputs.image_input import load_rgb
+from fastvlm_edge.inputs.preprocess import to_pixel_values
+from fastvlm_edge.inputs.prompt import ChatTemplate
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.model_dir.atomic import whole_file
+from fastvlm_edge.model_dir.json_record import from_json, parse_json
+from fastvlm_edge.model_dir.manifest import Manifest
+
+FORMAT = "fastvlm-edge chat"
+VERSION = 1
+PICTURES = ("embed", "hash")
+CONTEXTS = ("error", "slide")
+"""What a chat does when its context is full."""
+MAX_BYTES = 1 << 29
+_HEAD = f'{{\n "format": "{FORMAT}"'
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question of a conversation, and its reply."""
+
+    prompt: str
+    images: tuple[EncodedImage, ...]
+    special_tokens: bool
+    """Whether those in the prompt were read as tokens."""
+    reply: str
+    """As far as it was read."""
+    reply_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a file is compared with and read by."""
+
+    manifest: Manifest
+    digest: bytes
+    """`images.model_digest`."""
+    tokenizer: TextTokenizer
+    template: ChatTemplate
+    encode: Callable[[NDArray[np.float32]], EncodedImage]
+    """Runs the vision encoder on pixel_values."""
+
+
+@dataclass(frozen=True)
+class SavedTurn:
+    """A `Turn` in the file. `pictures` are their sha256 (`images.image_key`)."""
+
+    prompt: str
+    pictures: list[str]
+    special_tokens: bool
+    reply: str
+    reply_ids: list[int]
+
+
+@dataclass(frozen=True)
+class SavedChat:
+    """The whole file. `pictures` maps the sha256 of a picture to a PNG file in base64, or to null if it is not embedded."""
+
+    format: str
+    version: int
+    model: str
+    model_sha256: str
+    system: str
+    context: str
+    turns: list[SavedTurn]
+    pictures: dict[str, str | None]
+
+
+def write_chat(
+    path: str | os.PathLike[str], turns: Sequence[Turn], *, system: str, context: str, pictures: str, name: str, digest: bytes
+) -> None:
+    """Write a file that appears complete or not at all. Raises FastVLMError as `Chat.save` does."""
+    if pictures not in PICTURES:
+        raise FastVLMError(f"pictures is {pictures!r}", f"use one of: {', '.join(PICTURES)}")
+    target = _path(path)
+    embedded = {image.key.hex(): _png(image) if pictures == "embed" else None for turn in turns for image in turn.images}
+    saved = SavedChat(
+        format=FORMAT,
+        version=VERSION,
+        model=name,
+        model_sha256=digest.hex(),
+        system=system,
+        context=context,
+        turns=[
+            SavedTurn(turn.prompt, [image.key.hex() for image in turn.images], turn.special_tokens, turn.reply, list(turn.reply_ids))
+            for turn in turns
+        ],
+        pictures=embedded,
+    )
+    try:
+        if target.is_file() and not _is_chat(target):
+            raise FastVLMError(f"{target} exists and is not a saved conversation", "choose another name")
+        with whole_file(target) as partial:
+            partial.write_text(json.dumps(dataclasses.asdict(saved), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FastVLMError(f"the conversation cannot be written to {target} ({reason})", "choose another place") from None
+
+
+def read_chat(path: str | os.PathLike[str], model: Model, given: Mapping[bytes, EncodedImage]) -> tuple[SavedChat, list[Turn]]:
+    """The file, and its turns with encoded pictures; those that are not embedded are found in `given`, by key.
+
+    Raises FastVLMError as `FastVLM.load_chat` does.
+    """
+    source = _path(path)
+    saved = _read(source)
+    if saved.model_sha256 != model.digest.hex():
+        what = f"{source} is a conversation with another model: {saved.model} ({saved.model_sha256[:12]})"
+        here = f"this one is {model.manifest.name} ({model.digest.hex()[:12]})"
+        raise FastVLMError(f"{what}, and {here}", "load the model that it was saved with")
+    try:
+        _check(saved, model)
+        lacking = [key for key, png in saved.pictures.items() if png is None and bytes.fromhex(key) not in given]
+    except FastVLMError as error:
+        raise _damaged(source, error.what) from None
+    except ValueError as error:
+        raise _damaged(source, error) from None
+    strange = [number for number, key in enumerate(given, 1) if key.hex() not in saved.pictures]
+    if strange:
+        raise FastVLMError(
+            f"image {strange[0]} is not a picture of the conversation in {source}: its sha256 after preprocessing differs",
+            "give the original picture, and load the model with the same geometry and background",
+        )
+    if lacking:
+        raise FastVLMError(f"{source} has only the sha256 of {len(lacking)} of its pictures", "give them to load_chat, as images=[...]")
+    try:
+        known = {key: given[bytes.fromhex(key)] if png is None else _decode(key, png, model) for key, png in saved.pictures.items()}
+    except ValueError as error:
+        raise _damaged(source, error) from None
+    turns = [
+        Turn(turn.prompt, tuple(known[key] for key in turn.pictures), turn.special_tokens, turn.reply, tuple(turn.reply_ids))
+        for turn in saved.turns
+    ]
+    return saved, turns
+
+
+def conversation_ids(
+    template: ChatTemplate, opening: Sequence[int], turns: Iterable[tuple[str, Sequence[int], bool, Sequence[int]]]
+) -> list[int]:
+    """Ids of a conversation, up to the end of its last reply.
+
+    A turn is its prompt, the number of rows of each image, whether special tokens are read, and the ids of the reply.
+    """
+    ids, row = list(opening), 0
+    for number, (prompt, rows, special_tokens, reply_ids) in enumerate(turns):
+        ids += template.closing() if number else []
+        ids += [*template.turn(prompt, rows, first_row=row, special_tokens=special_tokens), *reply_ids]
+        row += sum(rows)
+    return ids
+
+
+def text_of(ids: Sequence[int], tokenizer: TextTokenizer, *, special_tokens: bool) -> str:
+    """The text that the ids of a reply show."""
+    detokenizer = Detokenizer(tokenizer, special_tokens=special_tokens)
+    return "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise FastVLMError(f"the file of a conversation is of type {type(path).__name__}", "give its path as a str or a pathlib.Path")
+    if not os.fspath(path):
+        raise FastVLMError("the name of the file of a conversation is empty", "give the path of a file")
+    return Path(path)
+
+
+def _is_chat(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_HEAD)) == _HEAD.encode()
+
+
+def _png(image: EncodedImage) -> str:
+    if image.pixels is None:
+        raise FastVLMError("a picture of this conversation has no pixels", 'save it with pictures="hash"')
+    file = io.BytesIO()
+    Image.fromarray(image.pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _damaged(path: Path, reason: object) -> FastVLMError:
+    return FastVLMError(f"{path} is not a saved conversation, or is damaged ({reason})", "give a file that chat.save or /save wrote")
+
+
+def _read(path: Path) -> SavedChat:
+    try:
+        if not path.exists():
+            raise FastVLMError(f"{path} does not exist", "check the path of the conversation")
+        if not path.is_file():
+            raise _damaged(path, "it is not a regular file")
+        if path.stat().st_size > MAX_BYTES:
+            raise _damaged(path, f"it has more than {MAX_BYTES >> 20} MiB")
+        document = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FastVLMError(f"{path} cannot be read ({error.strerror})", "check the path of the conversation") from None
+    except ValueError as error:
+        raise _damaged(path, error) from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise _damaged(path, f"its format is not {FORMAT!r}")
+    if document.get("version") != VERSION:
+        what = f"{path} has version {document.get('version')!r}, and this toolkit reads version {VERSION}"
+        raise FastVLMError(what, "load it with the version of the toolkit that saved it")
+    try:
+        saved: SavedChat = from_json(SavedChat, document)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+    return saved
+
+
+def _check(saved: SavedChat, model: Model) -> None:
+    """Raise ValueError or FastVLMError for what no chat writes."""
+    manifest = model.manifest
+    if saved.context not in CONTEXTS:
+        raise ValueError(f"context is {saved.context!r}, not one of {', '.join(CONTEXTS)}")
+    used = [key for turn in saved.turns for key in turn.pictures]
+    if set(used) != set(saved.pictures):
+        raise ValueError("pictures are not those of the turns")
+    pieces = [(turn.prompt, [manifest.vision.tokens] * len(turn.pictures), turn.special_tokens, turn.reply_ids) for turn in saved.turns]
+    if len(conversation_ids(model.template, model.template.opening(saved.system), pieces)) > manifest.decoder.context:
+        raise ValueError(f"it is longer than the context of {manifest.decoder.context}")
+    for number, turn in enumerate(saved.turns, 1):
+        if any(not 0 <= token_id < manifest.text.token_count for token_id in turn.reply_ids):
+            raise ValueError(f"reply_ids of turn {number} has an id that is not text")
+        if turn.reply != text_of(turn.reply_ids, model.tokenizer, special_tokens=turn.special_tokens):
+            raise ValueError(f"the reply of turn {number} is not the text of its reply_ids")
+
+
+def _decode(key: str, png: str, model: Model) -> EncodedImage:
+    """An embedded picture. Raises ValueError if it is not the one with this key."""
+    size = model.manifest.vision.image_size
+    try:
+        pixels = np.asarray(load_rgb(base64.b64decode(png, validate=True)))
+    except FastVLMError as error:
+        raise ValueError(f"picture {key[:12]}: {error.what}") from None
+    if pixels.shape != (size, size, 3) or image_key(pixel_values := to_pixel_values(pixels), model.digest).hex() != key:
+        raise ValueError(f"picture {key[:12]} is not the one with this sha256")
+    return model.encode(pixel_values)
