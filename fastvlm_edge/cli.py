@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": "convert a FastVLM checkpoint to a model directory",
     "build": "build TensorRT engines for a model directory",
     "run": "ask a question about an image",
+    "chat": "ask several questions in one conversation",
     "eval": "measure accuracy on a file of questions",
     "plan": "predict memory and speed on a board before building anything",
     "doctor": "check this machine and say what is missing",

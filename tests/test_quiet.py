@@ -102,6 +102,12 @@ def test_run_and_python(user: User, model_dir: Path, questions: Path) -> None:
     user.quiet(sys.executable, ROOT / "examples" / "ask.py", model, picture, "What is this?")
 
 
+def test_chat(user: User, model_dir: Path, questions: Path) -> None:
+    line = 'printf "%s\\n" "What is this?" "/save chat.json" "/load chat.json" "Why?" | exec "$0" -m fastvlm_edge chat "$1" --image "$2"'
+    user.quiet("sh", "-c", line, sys.executable, model_dir, questions.with_name("0.png"), outputs=(user.folder,))
+    assert (user.folder / "chat.json").is_file()
+
+
 def test_eval(user: User, model_dir: Path, questions: Path) -> None:
     user.quiet(*toolkit("eval", model_dir, "--data", questions, "--save", "answers.jsonl"), outputs=(user.folder,))
 

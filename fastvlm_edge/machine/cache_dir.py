@@ -1,4 +1,4 @@
-"""Where built engines and calibration statistics are kept. Standard library only."""
+"""Where built engines and calibration statistics are kept, and what was typed. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def cache_dir(environ: Mapping[str, str] | None = None, home: Path | None = None
     named = variables.get("FASTVLM_EDGE_CACHE")
     base = variables.get("XDG_CACHE_HOME") or str((home_dir() if home is None else home) / ".cache")
     return Path(named) if named else Path(base) / "fastvlm-edge"
+
+
+def state_dir() -> Path:
+    """`fastvlm-edge` in the user's state directory (XDG base directory specification). It may not exist."""
+    return Path(os.environ.get("XDG_STATE_HOME") or home_dir() / ".local" / "state") / "fastvlm-edge"
 
 
 def home_dir() -> Path:

@@ -104,7 +104,7 @@ def test_a_wrong_call_would_be_found() -> None:
         with pytest.raises(SystemExit):
             accept(arguments)
     with pytest.raises(AssertionError):
-        accept(["chat", "model"])
+        accept(["talk", "model"])
 
 
 def test_every_command_and_option_in_the_prose_exists() -> None:
