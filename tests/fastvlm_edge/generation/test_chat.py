@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 from skimage import data
 
 from fastvlm_edge import Chat, FastVLM, FastVLMError
+from fastvlm_edge.generation.answer import Answer
 from fastvlm_edge.inputs.preprocess import to_pixel_values, to_pixels
 from tests.support.fake_model import SYSTEM_PROMPT, TOKENS, build_model
 
@@ -256,6 +258,37 @@ def test_a_reply_that_is_open_is_not_saved(ort: FastVLM, tmp_path: Path) -> None
     chat.cancel()
     assert len(chat.turns) == 2 and chat.turns[1].reply == stream.reply.text
     assert turns_of(ort.load_chat(tmp_path / "chat.json")) == turns_of(chat)[:1]
+
+
+class SlowPicture(io.BytesIO):
+    """A picture that is read no further until `go` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        Image.fromarray(data.coffee()).save(self, "PNG")
+        self.seek(0)
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.begun.set()
+        self.go.wait(30)
+        return super().read(size)
+
+
+def test_a_stream_that_is_closed_while_its_picture_is_read_generates_nothing(ort: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Answer] = []
+    submit = ort._engine.submit
+    monkeypatch.setattr(ort._engine, "submit", lambda work: (answers.append(work), submit(work)))
+    picture, chat = SlowPicture(), ort.chat()
+    stream = chat.stream(PROMPT, picture, max_new_tokens=1900, temperature=1.5, seed=1)
+    reader = threading.Thread(target=lambda: list(stream))
+    reader.start()
+    assert picture.begun.wait(30)
+    chat.cancel()
+    picture.go.set()
+    reader.join(30)
+    (answer,) = answers
+    assert answer.cancelled and chat.turns == () and len(answer.token_ids) < 1000
 
 
 # A full context -----------------------------------------------------------------------------------------------------------------
