@@ -17,7 +17,6 @@ from PIL import Image
 from skimage import data
 
 from fastvlm_edge import Chat, FastVLM, FastVLMError
-from fastvlm_edge.generation.answer import Answer
 from fastvlm_edge.inputs.preprocess import to_pixel_values, to_pixels
 from tests.support.fake_model import SYSTEM_PROMPT, TOKENS, build_model
 
@@ -276,7 +275,7 @@ class SlowPicture(io.BytesIO):
 
 
 def test_a_stream_that_is_closed_while_its_picture_is_read_generates_nothing(ort: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers: list[Answer] = []
+    answers: list[Any] = []
     submit = ort._engine.submit
     monkeypatch.setattr(ort._engine, "submit", lambda work: (answers.append(work), submit(work)))
     picture, chat = SlowPicture(), ort.chat()
@@ -287,8 +286,7 @@ def test_a_stream_that_is_closed_while_its_picture_is_read_generates_nothing(ort
     chat.cancel()
     picture.go.set()
     reader.join(30)
-    (answer,) = answers
-    assert answer.cancelled and chat.turns == () and len(answer.token_ids) < 1000
+    assert answers == [] and chat.turns == ()
 
 
 # A full context -----------------------------------------------------------------------------------------------------------------
