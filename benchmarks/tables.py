@@ -508,6 +508,7 @@ SCRIPTS = (
     ("settings", "What does each setting of the runtime bring on a CPU?", "settings", 20),
     ("onnxruntime_versions", "How fast is each version of onnxruntime on a CPU? (needs a package index)", "onnxruntime_versions", 25),
     ("chunks", "How far are logits apart if a prompt is prefilled in one call, and in chunks?", "chunks", 3),
+    ("conversations MODEL", "What do several conversations at once, kept beginnings and pictures, and guesses save?", "", 10),
     ("demo_accuracy", "How many questions does the demo answer correctly, by precision?", "demo_accuracy", 5),
     ("quantization", "What does quantisation cost the demo in size, accuracy and speed?", "quantization", 15),
     ("planted_faults", "What do outliers as in trained LLMs cost in each precision?", "planted_faults", 15),

@@ -25,22 +25,22 @@ def written_beside(output: Path, *, replace: bool, elsewhere: str) -> Iterator[P
     """
     output = Path(os.path.realpath(output))  # beside the target of a link: renaming works only within one file system
     marker = f".{output.name}.partial-"
-    created: list[Path] = []
-    try:
-        if output.exists() and not output.is_dir():
-            raise FastVLMError(f"{output} exists and is not a directory", elsewhere)
-        created += [parent for parent in output.parents if not parent.exists()]
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for stale in output.parent.glob(f"{marker}*"):
-            if not _is_running(stale.name.removeprefix(marker)):
-                shutil.rmtree(stale, ignore_errors=True)
-        partial = output.parent / f"{marker}{os.getpid()}"
-        partial.mkdir()
-    except OSError as error:
-        _remove_empty(created)
-        raise FastVLMError(f"{output.parent} cannot be written to ({error.strerror})", elsewhere) from None
+    partial = output.parent / f"{marker}{os.getpid()}"
     old = output.parent / f"{partial.name}-old"
-    try:
+    folders, created = [partial, old], list[Path]()
+    try:  # from here on, because a signal may come between any two lines
+        try:
+            if output.exists() and not output.is_dir():
+                raise FastVLMError(f"{output} exists and is not a directory", elsewhere)
+            created += [parent for parent in output.parents if not parent.exists()]
+            output.parent.mkdir(parents=True, exist_ok=True)
+            for stale in output.parent.glob(f"{marker}*"):
+                if not _is_running(stale.name.removeprefix(marker)):
+                    shutil.rmtree(stale, ignore_errors=True)
+            partial.mkdir()
+        except OSError as error:
+            folders.clear()  # not made here
+            raise FastVLMError(f"{output.parent} cannot be written to ({error.strerror})", elsewhere) from None
         try:
             yield partial
             for path in partial.iterdir():
@@ -57,7 +57,7 @@ def written_beside(output: Path, *, replace: bool, elsewhere: str) -> Iterator[P
     finally:
         if old.exists() and not output.exists():
             old.rename(output)
-        for folder in (partial, old):
+        for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         _remove_empty(created)  # not empty if the block succeeded
 
