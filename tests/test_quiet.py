@@ -124,7 +124,7 @@ def test_plan_and_doctor(user: User, model_dir: Path) -> None:
 
 def test_bundle(user: User, model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir()
-    for name in ("numpy", "pillow", "tokenizers", "onnxruntime"):
+    for name in ("numpy", "pillow", "tokenizers", "onnxruntime", "llguidance"):
         wheel_of_installed(name, tmp_path / "wheels")
     app, state = user.folder / "app", user.folder / "state"
     command = toolkit("bundle", model_dir, "--target", "x86_64", "--wheels", tmp_path / "wheels", "-o", app)
