@@ -121,7 +121,6 @@ class Engine:
         Raises FastVLMError if it is too small for one context.
         """
         self.backend = backend
-        self._context = spec.context
         self._slots = Slots(backend, vocab=spec.vocab)
         least = next_capacity(spec.context) * backend.position_bytes
         if cache_memory is None:
@@ -198,20 +197,31 @@ class Engine:
         while True:
             with self._lock:
                 if self._closed:
-                    for work in self._all():
-                        work.error = work.error or was_closed()
+                    self._end_all(was_closed())
+                    for work in self._waiting:
+                        work.error = was_closed()
                         work.end()
                     self._waiting.clear()
-                    self._running, self._prefilling, self._thread = [], None, None
+                    self._thread = None
                     return
                 self._drop_cancelled_waiting()
                 if not (self._waiting or self._running or self._prefilling):
                     self._thread = None
                     return
-            self._turn()
+            try:
+                self._turn()
+            except BaseException as error:  # in the bookkeeping, or where a slot is copied: what the slots hold is not known
+                with self._lock:
+                    self._end_all(error)
+                self._slots.forget_all()
 
-    def _all(self) -> list[Work]:
-        return [*self._running, *([self._prefilling] if self._prefilling else []), *self._waiting]
+    def _end_all(self, error: BaseException) -> None:
+        """End everything that has a slot with an error."""
+        for work in (*self._running, self._prefilling):
+            if work is not None:
+                work.error = work.error or error
+                work.end()
+        self._running, self._prefilling = [], None
 
     def _drop_cancelled_waiting(self) -> None:
         for work in [work for work in self._waiting if work.cancelled]:

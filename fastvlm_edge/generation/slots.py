@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from fastvlm_edge.backends.protocol import Backend, SavedSlot
@@ -124,6 +125,13 @@ class Slots:
         """Empty a slot."""
         self._held[slot] = Held()
         self._backend.reset(slot)
+
+    def forget_all(self) -> None:
+        """Empty all slots, whatever state a call that failed has left them in."""
+        self._held = [Held() for _ in self._held]
+        for slot in reversed(range(len(self._held))):
+            with suppress(Exception):  # `take` empties the slot again
+                self._backend.reset(slot)
 
     def clear(self) -> None:
         """Forget all copies."""

@@ -376,6 +376,22 @@ def test_one_failing_request_does_not_end_the_others(engine: FastVLM, alone: Cal
         assert each == ("the GPU failed" if bad in ids[:-1] else ids)
 
 
+def test_a_slot_that_cannot_be_moved_ends_what_runs_and_not_the_engine(engine: FastVLM, alone: Callable[..., Reply]) -> None:
+    def failing(*given: Any) -> None:
+        raise FastVLMError("there is not enough memory")
+
+    copy = engine._engine.backend.copy
+    long, short = engine.stream("Long.", max_new_tokens=1900), engine.stream("Short.", max_new_tokens=1900)
+    next(short), next(long)
+    engine._engine.backend.copy = failing  # type: ignore[method-assign, assignment]
+    short.close()  # the other one has to move to its slot
+    with pytest.raises(FastVLMError, match="not enough memory"):
+        list(long)
+    engine._engine.backend.copy = copy  # type: ignore[method-assign]
+    wait_until(lambda: engine.counters().running == 0)
+    assert engine.generate(PROMPT, PICTURES[0], max_new_tokens=20).token_ids == alone(PROMPT, 0, max_new_tokens=20).token_ids
+
+
 # Chats --------------------------------------------------------------------------------------------------------------------------
 
 
