@@ -14,11 +14,10 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
-from fastvlm_edge.commands.run import ENDS, add_loading_options, add_reply_options, sampling_options
+from fastvlm_edge.commands.run import ENDS, add_loading_options, add_reply_options, load, sampling_options
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.chat import Chat
-from fastvlm_edge.generation.engine import Engine
-from fastvlm_edge.generation.vlm import FastVLM, load_parts
+from fastvlm_edge.generation.vlm import FastVLM
 from fastvlm_edge.inputs.image_input import load_rgb
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.rgb import to_colour
@@ -52,18 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     def check(manifest: Manifest, tokenizer: TextTokenizer) -> None:
         ChatTemplate(tokenizer, manifest).opening(options.system)
 
-    manifest, tokenizer, backend = load_parts(
-        options.model,
-        options.backend,
-        threads=options.threads,
-        verify=options.verify,
-        tune_process=True,
-        progress=SilentProgress() if options.quiet else stderr_progress(),
-        check=check,
-    )
-    engine = Engine(backend, manifest.decoder)
-    form = {"geometry": options.geometry, "background": options.background, "prefill_chunk": options.prefill_chunk}
-    with FastVLM(manifest, tokenizer, engine, **form) as vlm:
+    with load(options, SilentProgress() if options.quiet else stderr_progress(), check) as vlm:
         terminal = Terminal(history=not options.no_history)
         return Conversation(vlm, terminal, options, sampling, names).run()
 

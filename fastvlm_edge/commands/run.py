@@ -11,7 +11,7 @@ import os
 import shlex
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,10 +32,12 @@ from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.machine.power import NoSensor, PowerFigures, PowerRecorder, find_sensor, power_json
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, Manifest
 from fastvlm_edge.model_dir.mistaken import is_address, is_regular_file, looks_like_picture, shortened
-from fastvlm_edge.progress import SilentProgress, stderr_progress
+from fastvlm_edge.progress import Progress, SilentProgress, stderr_progress
 
 _NEED_TEMPERATURE = ("top_k", "top_p", "seed")
 """Options that have no effect on greedy decoding."""
+_FORMATS = ("json_schema", "choices", "regex")
+"""Options of which one may say what the reply must look like."""
 ENDS = {"length": ", cut off by --max-new-tokens", "context": ", the context is full"}
 
 
@@ -50,22 +52,11 @@ def main(arguments: Sequence[str]) -> int:
     def check(manifest: Manifest, tokenizer: TextTokenizer) -> None:
         special = sampling.get("special_tokens", False)
         check_question(manifest, tokenizer, options.prompt, len(images), system=options.system, special_tokens=special)
-        wanted = answer_format(**_format(options))
+        wanted = answer_format(**{name: sampling[name] for name in _FORMATS if name in sampling})
         if wanted is not None:
             compile_grammar(tokenizer, manifest, wanted)
 
-    manifest, tokenizer, backend = load_parts(
-        options.model,
-        options.backend,
-        threads=options.threads,
-        verify=options.verify,
-        tune_process=True,
-        progress=progress,
-        check=check,
-    )
-    engine = Engine(backend, manifest.decoder)
-    form = {"geometry": options.geometry, "background": options.background, "prefill_chunk": options.prefill_chunk}
-    with FastVLM(manifest, tokenizer, engine, **form) as vlm:
+    with load(options, progress, check) as vlm:
         recorder = PowerRecorder(find_sensor(card=vlm.backend.name != "ort"))
         stream = vlm.stream(options.prompt, images, system=options.system, **sampling)
         if options.json:
@@ -115,7 +106,7 @@ def _format(options: argparse.Namespace) -> dict[str, Any]:
         schema = read_schema(options.json_schema)
         schema_text(schema)
         return {"json_schema": schema}
-    return {name: value for name in ("choices", "regex") if (value := getattr(options, name)) is not None}
+    return {name: value for name in _FORMATS[1:] if (value := getattr(options, name)) is not None}
 
 
 def sampling_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -282,6 +273,27 @@ def add_reply_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--choice", metavar="TEXT", dest="choices", action="append", help="one of the texts; give it once for each")
     group.add_argument(
         "--regex", metavar="REGEX", help="text that matches this regular expression as a whole, in the syntax of Rust's regex"
+    )
+
+
+def load(options: argparse.Namespace, progress: Progress, check: Callable[[Manifest, TextTokenizer], None]) -> FastVLM:
+    """The model, loaded with the options of `add_loading_options`. `check` and errors as in `load_parts`."""
+    manifest, tokenizer, backend = load_parts(
+        options.model,
+        options.backend,
+        threads=options.threads,
+        verify=options.verify,
+        tune_process=True,
+        progress=progress,
+        check=check,
+    )
+    return FastVLM(
+        manifest,
+        tokenizer,
+        Engine(backend, manifest.decoder),
+        geometry=options.geometry,
+        background=options.background,
+        prefill_chunk=options.prefill_chunk,
     )
 
 

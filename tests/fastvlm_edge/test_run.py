@@ -203,6 +203,11 @@ def test_the_reply_has_the_format_that_was_asked_for(tmp_path: Path, capsys: pyt
         return capsys.readouterr().out
 
     assert json.loads(printed("--json-schema", str(schema)))["circle"] in ("red", "purple")
+    reading, writing = os.pipe()  # as a shell's <(...) gives it: it can be read once
+    os.write(writing, schema.read_bytes())
+    os.close(writing)
+    assert json.loads(printed("--json-schema", f"/dev/fd/{reading}"))["circle"] in ("red", "purple")
+    os.close(reading)
     assert printed("--choice", "red", "--choice", ANSWER) == ANSWER + "\n"
     assert printed("--choice", "red") == "red\n"
     assert printed("--regex", "[a-z]{3}", "-q")[3:] == "\n"
