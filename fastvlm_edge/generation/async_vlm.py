@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import Callable
+import os
 from concurrent.futures import Executor, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from fastvlm_edge.generation.answer import Piece
 from fastvlm_edge.generation.chat import Chat
-from fastvlm_edge.generation.images import EncodedImage
+from fastvlm_edge.generation.chat_file import Turn
+from fastvlm_edge.generation.images import EncodedImage, Images
 from fastvlm_edge.generation.reply import Reply
+from fastvlm_edge.generation.signature import parameters_of
 from fastvlm_edge.generation.stream import ReplyStream
 from fastvlm_edge.generation.vlm import FastVLM
 from fastvlm_edge.inputs.image_input import ImageInput
 
 PICTURES = 2
 """Pictures that are worked on at a time: one is encoded, the next one is read."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
-Self = TypeVar("Self")
-
-
-def _parameters_of(
-    original: Callable[Concatenate[Any, P], object],
-) -> Callable[[Callable[Concatenate[Self, ...], R]], Callable[Concatenate[Self, P], R]]:
-    """Gives a method the parameters of another one, for type checkers and for `help`."""
-
-    def give(method: Callable[Concatenate[Self, ...], R]) -> Callable[Concatenate[Self, P], R]:
-        returned = inspect.signature(method).return_annotation
-        signature = inspect.signature(original).replace(return_annotation=returned)
-        method.__signature__ = signature  # type: ignore[attr-defined]
-        return method
-
-    return give
 
 
 class AsyncReplyStream:
@@ -114,16 +97,21 @@ class AsyncChat:
         self._chat, self._pictures = chat, pictures
 
     @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation so far, without a reply that is still open."""
+        return self._chat.turns
+
+    @property
     def token_count(self) -> int:
         """Number of positions that the conversation takes in the context so far."""
         return self._chat.token_count
 
-    @_parameters_of(Chat.ask)
+    @parameters_of(Chat.ask)
     async def ask(self, *prompt: Any, **options: Any) -> Reply:
         """Ask the next question, with or without a new image. Options and errors as in `FastVLM.generate`."""
         return await self.stream(*prompt, **options).wait()
 
-    @_parameters_of(Chat.stream)
+    @parameters_of(Chat.stream)
     def stream(self, *prompt: Any, **options: Any) -> AsyncReplyStream:
         """Like `ask`, piece by piece. The turn is over when the stream is read to its end, closed, or no longer referred to."""
         return AsyncReplyStream(self._chat.stream(*prompt, **options), self._pictures)
@@ -135,6 +123,11 @@ class AsyncChat:
     def reset(self) -> None:
         """Forget the conversation and begin a new one. A reply that is open is closed."""
         self._chat.reset()
+
+    @parameters_of(Chat.save)
+    async def save(self, *path: Any, **options: Any) -> None:
+        """Write the conversation to a JSON file, in a thread. Options and errors as in `Chat.save`."""
+        await asyncio.to_thread(self._chat.save, *path, **options)
 
     def __repr__(self) -> str:
         return f"<Async{repr(self._chat)[1:]}"
@@ -152,24 +145,30 @@ class AsyncFastVLM:
         self._pictures = ThreadPoolExecutor(PICTURES, thread_name_prefix="fastvlm-pictures")
 
     @classmethod
-    @_parameters_of(FastVLM.load.__func__)  # type: ignore[attr-defined]
+    @parameters_of(FastVLM.load.__func__)  # type: ignore[attr-defined]
     async def load(cls, *path: Any, **options: Any) -> AsyncFastVLM:
         """Load a model directory, in a thread. Options and errors as in `FastVLM.load`."""
         return cls(await asyncio.to_thread(FastVLM.load, *path, **options))
 
-    @_parameters_of(FastVLM.generate)
+    @parameters_of(FastVLM.generate)
     async def generate(self, *prompt: Any, **options: Any) -> Reply:
         """Answer a question about no image, one, or several. Options and errors as in `FastVLM.generate`."""
         return await self.stream(*prompt, **options).wait()
 
-    @_parameters_of(FastVLM.stream)
+    @parameters_of(FastVLM.stream)
     def stream(self, *prompt: Any, **options: Any) -> AsyncReplyStream:
         """Like `generate`, piece by piece. The question is checked now; images are read when the first piece is requested."""
         return AsyncReplyStream(self.vlm.stream(*prompt, **options), self._pictures)
 
-    def chat(self) -> AsyncChat:
-        """Begin a conversation of several turns."""
-        return AsyncChat(self.vlm.chat(), self._pictures)
+    @parameters_of(FastVLM.chat)
+    def chat(self, **options: Any) -> AsyncChat:
+        """Begin a conversation of several turns. Options and errors as in `FastVLM.chat`."""
+        return AsyncChat(self.vlm.chat(**options), self._pictures)
+
+    async def load_chat(self, path: str | os.PathLike[str], images: Images = None) -> AsyncChat:
+        """Continue a conversation that `AsyncChat.save` or `Chat.save` wrote. Errors as in `FastVLM.load_chat`."""
+        chat = await asyncio.get_running_loop().run_in_executor(self._pictures, self.vlm.load_chat, path, images)
+        return AsyncChat(chat, self._pictures)
 
     async def encode_image(self, image: ImageInput) -> EncodedImage:
         """Run only the vision encoder. Raises FastVLMError if the image cannot be read."""

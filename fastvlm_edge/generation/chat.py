@@ -19,6 +19,7 @@ from fastvlm_edge.generation.chat_file import CONTEXTS, Model, Turn, conversatio
 from fastvlm_edge.generation.images import EncodedImage, Images, rows_of
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.sampling import SamplingParams, stop_strings
+from fastvlm_edge.generation.signature import parameters_of
 from fastvlm_edge.generation.stream import ReplyStream
 from fastvlm_edge.inputs.detokenize import Detokenizer
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
@@ -80,46 +81,6 @@ class Chat:
         """Number of positions that the conversation takes in the context so far."""
         return len(self._ids)
 
-    def ask(
-        self,
-        prompt: str,
-        image: Images = None,
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        repetition_penalty: float = 1.0,
-        stop: str | Sequence[str] | None = None,
-        special_tokens: bool = False,
-        logprobs: int | None = None,
-        response_format: Mapping[str, Any] | None = None,
-        json_schema: Mapping[str, Any] | bool | None = None,
-        choices: Sequence[str] | None = None,
-        regex: str | None = None,
-        grammar: str | None = None,
-    ) -> Reply:
-        """Ask the next question, with or without a new image. Options and errors as in `FastVLM.generate`."""
-        return self.stream(
-            prompt,
-            image,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            repetition_penalty=repetition_penalty,
-            stop=stop,
-            special_tokens=special_tokens,
-            logprobs=logprobs,
-            response_format=response_format,
-            json_schema=json_schema,
-            choices=choices,
-            regex=regex,
-            grammar=grammar,
-        ).wait()
-
     def stream(
         self,
         prompt: str,
@@ -176,6 +137,11 @@ class Chat:
             )
             self._turn, self._open = turn, weakref.ref(stream)
             return stream
+
+    @parameters_of(stream)
+    def ask(self, *prompt: Any, **options: Any) -> Reply:
+        """Ask the next question, with or without a new image. Options and errors as in `FastVLM.generate`."""
+        return self.stream(*prompt, **options).wait()
 
     def cancel(self) -> None:
         """Close the reply that is open, if there is one. Any thread may call this."""

@@ -27,6 +27,7 @@ from fastvlm_edge.generation.grammar import Grammar, compile_grammar
 from fastvlm_edge.generation.images import EncodedImage, ImageCache, Images, as_list, image_key, model_digest, rows_of
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.sampling import SamplingParams, check_integer, stop_strings
+from fastvlm_edge.generation.signature import parameters_of
 from fastvlm_edge.generation.stream import ReplyStream, Started
 from fastvlm_edge.inputs.image_input import ImageInput
 from fastvlm_edge.inputs.preprocess import GEOMETRIES, preprocess, to_pixels
@@ -188,9 +189,8 @@ class FastVLM:
         of the toolkit turn it on, a program that embeds the model decides for itself. Replies are the same either way. Raises FastVLMError
         if the directory is incomplete, damaged, or does not fit this machine.
         """
-        _check_options(
-            geometry, background, prefill_chunk, image_cache, prefix_cache=prefix_cache, speculate=speculate
-        )  # before minutes of loading
+        # Before minutes of loading.
+        _check_options(geometry, background, prefill_chunk, image_cache, prefix_cache=prefix_cache, speculate=speculate)
         if cache_memory is not None:
             check_integer("cache_memory", cache_memory, least=1)
         manifest, tokenizer, loaded = load_parts(
@@ -216,57 +216,6 @@ class FastVLM:
     def counters(self) -> Counters:
         """What was asked and answered since the model was loaded, and how much of it was known already."""
         return self._engine.counters()
-
-    def generate(
-        self,
-        prompt: str,
-        image: Images = None,
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        repetition_penalty: float = 1.0,
-        stop: str | Sequence[str] | None = None,
-        special_tokens: bool = False,
-        logprobs: int | None = None,
-        response_format: Mapping[str, Any] | None = None,
-        json_schema: Mapping[str, Any] | bool | None = None,
-        choices: Sequence[str] | None = None,
-        regex: str | None = None,
-        grammar: str | None = None,
-        system: str | None = None,
-    ) -> Reply:
-        """Answer a question about no image, one, or several.
-
-        The options are described in `SamplingParams`; `stop` is one string, several, or None. At most one of these five holds the reply
-        to a format: `response_format` (that of the OpenAI API), `json_schema`, `choices`, `regex`, or `grammar` in llguidance's Lark
-        syntax. A reply that `max_new_tokens` or the context cut off may not match it. `system` is the system prompt: "" is none, None
-        that of the model.
-
-        Raises FastVLMError if an option is out of range, a format is not supported, an image cannot be read, or the context is full.
-        """
-        stream = self.stream(
-            prompt,
-            image,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            repetition_penalty=repetition_penalty,
-            stop=stop,
-            special_tokens=special_tokens,
-            logprobs=logprobs,
-            response_format=response_format,
-            json_schema=json_schema,
-            choices=choices,
-            regex=regex,
-            grammar=grammar,
-            system=system,
-        )
-        return stream.wait()
 
     def stream(
         self,
@@ -303,6 +252,19 @@ class FastVLM:
             format=answer_format(response_format=response_format, json_schema=json_schema, choices=choices, regex=regex, grammar=grammar),
         )
         return self._ask(self._template.opening(system), (), prompt, image, params)
+
+    @parameters_of(stream)
+    def generate(self, *prompt: Any, **options: Any) -> Reply:
+        """Answer a question about no image, one, or several.
+
+        The options are described in `SamplingParams`; `stop` is one string, several, or None. At most one of these five holds the reply
+        to a format: `response_format` (that of the OpenAI API), `json_schema`, `choices`, `regex`, or `grammar` in llguidance's Lark
+        syntax. A reply that `max_new_tokens` or the context cut off may not match it. `system` is the system prompt: "" is none, None
+        that of the model.
+
+        Raises FastVLMError if an option is out of range, a format is not supported, an image cannot be read, or the context is full.
+        """
+        return self.stream(*prompt, **options).wait()
 
     def chat(self, *, system: str | None = None, context: Literal["error", "slide"] = "error") -> Chat:
         """Begin a conversation of several turns.

@@ -177,6 +177,21 @@ def test_a_chat_goes_on_where_it_was(vlm: FastVLM) -> None:
     check_free(vlm)
 
 
+def test_a_chat_of_its_own_system_prompt_is_saved_and_loaded(vlm: FastVLM, tmp_path: Path) -> None:
+    async def main() -> None:
+        model = AsyncFastVLM(vlm)
+        chat = model.chat(system="Be brief.", context="slide")
+        await chat.ask(PROMPT, PICTURES[0], max_new_tokens=12)
+        await chat.save(tmp_path / "chat.json")
+        loaded = await model.load_chat(tmp_path / "chat.json")
+        assert [turn.reply for turn in loaded.turns] == [turn.reply for turn in chat.turns] and loaded.token_count == chat.token_count
+        again = [await each.ask("And why?", max_new_tokens=12) for each in (chat, loaded)]
+        assert again[0].token_ids == again[1].token_ids
+
+    run(main())
+    check_free(vlm)
+
+
 def test_waiting_for_tokens_takes_no_thread_and_leaves_the_loop_free(vlm: FastVLM) -> None:
     gate = Gate(vlm, "step")
 
