@@ -158,27 +158,30 @@ class DeviceCache(Slots):
         self._replace(used, self._capacity_for(max(positions, 1, *self.lengths)))
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Enqueue the copy of the first `length` positions of a slot to another. If it fails, that one is empty."""
+        """Copy the first `length` positions of a slot to another, and wait for that. If it fails, that one is empty."""
         self.check(length, source)
         if source != target:
             self.lengths[target] = 0
             self._copy(self._block, target, 0, self._block, source, length)
+            self._cuda.synchronize(self._stream)
         self.lengths[target] = length
 
     def save(self, slot: int, memory: HeldMemory) -> DeviceSlot:
-        """Enqueue the copy of a slot to memory of its own. Raises OutOfDeviceMemory."""
+        """Copy a slot to memory of its own, and wait for that. Raises OutOfDeviceMemory."""
         length = self.lengths[slot]
         nbytes = aligned(max(self.bytes_at(length), 1))
         saved = DeviceSlot(memory, memory.allocate(nbytes), length, nbytes)
         memory.release_with(saved, saved.address)
         self._copy(Block(saved.address, 1, length), 0, 0, self._block, slot, length)
+        self._cuda.synchronize(self._stream)
         return saved
 
     def restore(self, saved: DeviceSlot, slot: int, length: int) -> None:
-        """Enqueue the copy of the first `length` positions of a saved slot. If it fails, the slot is empty."""
+        """Copy the first `length` positions of a saved slot, and wait for that. If it fails, the slot is empty."""
         check_length(length, saved.length, "the copy")
         self.lengths[slot] = 0
         self._copy(self._block, slot, 0, Block(saved.address, 1, saved.length), 0, length)
+        self._cuda.synchronize(self._stream)
         self.lengths[slot] = length
 
     def read(self, length: int, first: int = 0) -> NDArray[np.float32]:

@@ -108,13 +108,16 @@ class Backend(Decoder, Protocol):
         """Forget the positions of a slot from `length` on, when a conversation branches or a draft was rejected."""
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let slot `target` hold the first `length` positions of slot `source`, and nothing else."""
+        """Let slot `target` hold the first `length` positions of slot `source`, and nothing else.
+
+        Raises FastVLMError if memory is short; then nothing has changed. If the library fails, `target` may be empty.
+        """
 
     def save(self, slot: int) -> SavedSlot | None:
         """A copy of a slot that outlives it. None if the backend has no copies, or there is no memory for it."""
 
     def restore(self, saved: SavedSlot, slot: int, length: int) -> None:
-        """Let a slot hold the first `length` positions of a copy, and nothing else."""
+        """Let a slot hold the first `length` positions of a copy, and nothing else. Errors as in `copy`."""
 
     def close(self) -> None:
         """Release sessions and memory. The backend cannot be used afterwards."""

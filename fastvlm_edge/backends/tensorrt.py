@@ -66,13 +66,12 @@ class _Graph:
         """Without `capture` the work always runs normally, because the library makes graphs itself."""
         self._cuda, self._stream, self._work, self._note = cuda, stream, work, note
         self._recordable = capture and cuda.supports_graphs
-        self._calls = 0
+        self._ran = False
         self._graph: int | None = None
 
     def run(self) -> None:
         """Enqueue the work."""
-        self._calls += 1
-        if self._graph is None and self._recordable and self._calls > 1:  # TensorRT may initialise itself in the first call
+        if self._graph is None and self._recordable and self._ran:  # TensorRT may initialise itself in the first call
             try:
                 self._graph = self._cuda.capture(self._stream, self._work)
             except FastVLMError as error:
@@ -80,12 +79,13 @@ class _Graph:
                 self._note(f"warning: running without CUDA graphs, which is slower: {error}")
         if self._graph is None:
             self._work()
+            self._ran = True
         else:
             self._cuda.launch(self._graph, self._stream)
 
     def forget(self) -> None:
         """Drop the graph, because shapes or addresses change."""
-        self._calls = 0
+        self._ran = False
         graph, self._graph = self._graph, None
         if graph is not None:
             self._cuda.destroy_graph(graph)
@@ -249,16 +249,14 @@ class _Decoder:
             self._fit(positions, copies=False)
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let slot `target` hold the first `length` positions of slot `source`, and wait for that."""
+        """Let slot `target` hold the first `length` positions of slot `source`."""
         self._reserve(target, 0)
         self.cache.copy(source, target, length)
-        self._cuda.synchronize(self._stream)
 
     def restore(self, saved: DeviceSlot, slot: int, length: int) -> None:
-        """Let a slot hold the first `length` positions of a copy, and wait for that."""
+        """Let a slot hold the first `length` positions of a copy."""
         self._reserve(slot, min(length, saved.length))
         self.cache.restore(saved, slot, length)
-        self._cuda.synchronize(self._stream)
 
     def shrink(self) -> None:
         """Forget all positions, and take the first capacity."""
@@ -515,11 +513,9 @@ class TensorRTBackend:
         """A copy of a slot on the device, or None if there is no memory for it."""
         with self._working():
             try:
-                saved = self._decoder.cache.save(slot, self._memory)
+                return self._decoder.cache.save(slot, self._memory)
             except OutOfDeviceMemory:
                 return None
-            self._cuda.synchronize(self._stream)
-            return saved
 
     def restore(self, saved: SavedSlot, slot: int, length: int) -> None:
         """Let a slot hold the first `length` positions of a copy."""

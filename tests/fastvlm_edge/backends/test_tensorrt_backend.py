@@ -222,6 +222,166 @@ def test_too_many_positions_are_refused_before_anything_runs(backend: TensorRTBa
     assert backend.lengths[0] == 0
 
 
+# Slots --------------------------------------------------------------------------------------------------------------------------
+
+
+def several(directory: Path, cuda: FakeCuda, slots: int = 4, **engines: Any) -> TensorRTBackend:
+    return TensorRTBackend(build_engines(directory, **engines), read_manifest(directory), fake_engine.fake_platform(cuda), slots=slots)
+
+
+def test_decoding_is_one_graph_for_each_number_of_slots(directory: Path, cuda: FakeCuda) -> None:
+    backend = several(directory, cuda, profiles=2, max_batch=4)
+    for slot in (3, 0, 1, 2):  # the last first, so that no row is added later
+        backend.step(IDS[: 20 + slot], slot=slot)
+    cuda.log.clear()
+    for count in (4, 4, 2, 2, 4, 2, 3, 1, 1, 3, 4, 1):
+        backend.decode(IDS[:count])
+    assert cuda.log.count("capture") == cuda.live()["graphs"] == 4
+    cuda.log.clear()
+    backend.decode(IDS[:4])
+    assert cuda.log == ["launch", *["copy_2d"] * 8, "synchronize"]  # of each slot, the positions of a head in all layers are one copy
+    cuda.log.clear()
+    for slot in (0, 3, 0, 3):
+        backend.step(IDS[:5], slot=slot)  # a draft
+    backend.copy(3, 1, 12)
+    saved = backend.save(3)
+    assert saved is not None
+    backend.restore(saved, 2, 7)
+    backend.truncate(3, 0)
+    for count in (4, 3, 2, 1):
+        backend.decode(IDS[:count])
+    assert not {"capture", "decoder engine"} & {*cuda.log[cuda.log.index("allocate") :]}, "drafts and copies change no graph"
+    backend.close()
+    assert not any(cuda.live().values())
+
+
+def test_slots_beyond_the_batch_of_the_engine_are_decoded_in_further_calls(directory: Path, cuda: FakeCuda) -> None:
+    backend = several(directory, cuda, slots=5, profiles=2, max_batch=2)
+    for slot in reversed(range(5)):
+        backend.step(IDS[: 20 + slot], slot=slot)
+    for _ in range(2):
+        backend.decode(IDS[:5])
+    cuda.log.clear()
+    backend.decode(IDS[:5])
+    assert cuda.log.count("launch") == 3 and "capture" not in cuda.log
+    context: Any = backend._contexts.decode(0, 2).context
+    with pytest.raises(AssertionError, match="outside profile 1"):
+        context.set_shape("input_ids", (3, 1))
+
+
+def test_a_new_slot_or_a_longer_one_captures_again(directory: Path, cuda: FakeCuda) -> None:
+    backend = several(directory, cuda, profiles=2, max_batch=4)
+
+    def captures() -> int:
+        cuda.log.clear()
+        for _ in range(3):
+            backend.decode([5])
+        return cuda.log.count("capture")
+
+    backend.step(IDS[:50])
+    assert (captures(), captures()) == (1, 0)
+    backend.step(IDS[:50], slot=2)
+    assert (captures(), captures()) == (1, 0)
+    backend.step(IDS[:50], slot=1)  # its row is there
+    assert captures() == 0
+    backend.step(IDS[:100], slot=2)
+    assert (captures(), backend._decoder.cache.rows, backend._decoder.cache.capacity) == (1, 3, 256)
+    backend.reset(2)
+    backend.reset(1)
+    assert (captures(), backend._decoder.cache.rows, backend._decoder.cache.capacity) == (1, 1, 128), "one slot needs less"
+
+
+def test_memory_that_is_short_leaves_every_slot_as_it_was(directory: Path, ort: OrtBackend) -> None:
+    """Each allocation fails in turn: of rows, of positions, of copies."""
+    build_engines(directory, profiles=2, max_batch=4)
+    folder = directory / "engines" / "sm87"
+    lengths = (60, 100, 127)
+
+    def expected(ids: list[int]) -> Any:
+        ort.reset()
+        return logits(ort, ids)[-1]
+
+    calls: dict[str, Any] = {
+        "a new slot": lambda b: b.step(IDS[:9], slot=3),
+        "a longer slot": lambda b: b.step(IDS[:90], slot=1),
+        "decoding past the capacity": lambda b: (b.decode([5, 5, 5]), b.decode([5, 5, 5])),
+        "a copy to a new slot": lambda b: b.copy(1, 3, 50),
+        "a restored slot": lambda b: b.restore(b.saved, 3, 40),
+    }
+    for name, call in calls.items():
+        cuda = FakeCuda()
+        backend = TensorRTBackend(folder, read_manifest(directory), fake_engine.fake_platform(cuda), slots=4)
+        for slot, length in enumerate(lengths):
+            backend.step(IDS[slot : slot + length], slot=slot)
+        held = [IDS[slot : slot + length] for slot, length in enumerate(lengths)] + [[]]
+        backend.saved = backend.save(1)  # type: ignore[attr-defined]
+        cuda._limit = cuda._limit - cuda.free_bytes() + 1024
+        assert backend.save(2) is None
+        with pytest.raises(OutOfDeviceMemory):
+            call(backend)
+        if name.startswith("decoding"):  # the first of the two calls had room
+            held[:3] = [[*ids, 5] for ids in held[:3]]
+        assert list(backend.lengths) == [len(ids) for ids in held], name
+        for slot in range(3):
+            found = logits(backend, [7], slot=slot)[0] if len(held[slot]) < 128 else None
+            if found is not None:
+                np.testing.assert_allclose(found, expected([*held[slot], 7]), atol=ROUNDING)
+        cuda._limit = 1 << 34
+        call(backend)
+        backend.close()
+        assert not any(cuda.live().values())
+
+
+def test_a_call_that_fails_between_groups_of_slots_appends_nothing(
+    directory: Path, cuda: FakeCuda, ort: OrtBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = several(directory, cuda, profiles=2)
+    for slot in range(3):
+        backend.step(IDS[slot : slot + 30], slot=slot)
+    calls, enqueue = 0, FakeContext.enqueue
+
+    def fail(self: FakeContext, stream: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise FastVLMError("the engine failed")
+        enqueue(self, stream)
+
+    monkeypatch.setattr(FakeContext, "enqueue", fail)
+    with pytest.raises(FastVLMError, match="the engine failed"):
+        backend.decode([5, 6, 7])
+    monkeypatch.undo()
+    assert list(backend.lengths) == [30, 30, 30, 0]
+    found = backend.decode([8, 8, 8], want_logits=True).logits
+    assert found is not None
+    for slot in range(3):
+        ort.reset()
+        np.testing.assert_allclose(found[slot], logits(ort, [*IDS[slot : slot + 30], 8])[-1], atol=ROUNDING)
+
+
+def test_a_saved_slot_that_nobody_holds_is_freed_at_the_next_call(directory: Path, cuda: FakeCuda) -> None:
+    backend = several(directory, cuda)
+    backend.step(IDS[:50])
+    before = cuda.live()["allocations"]
+    saved = [backend.save(0) for _ in range(3)]
+    assert cuda.live()["allocations"] == before + 3
+    thread = threading.Thread(target=saved.clear)  # on any thread: it only notes what to free
+    thread.start()
+    thread.join()
+    assert cuda.live()["allocations"] == before + 3
+    backend.step([5])
+    assert cuda.live()["allocations"] == before
+
+
+def test_a_saved_slot_of_another_backend_is_refused(directory: Path) -> None:
+    backends = [several(shutil.copytree(directory, directory.parent / name), FakeCuda()) for name in "ab"]
+    backends[0].step(IDS[:5])
+    saved = backends[0].save(0)
+    assert saved is not None
+    with pytest.raises(ValueError, match="comes from another backend"):
+        backends[1].restore(saved, 0, 5)
+
+
 # Pictures -----------------------------------------------------------------------------------------------------------------------
 
 

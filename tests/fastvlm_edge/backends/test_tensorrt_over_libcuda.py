@@ -8,12 +8,16 @@ from __future__ import annotations
 import difflib
 import gc
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fastvlm_edge.backends.ort import OrtBackend
+from fastvlm_edge.backends.tensorrt import TensorRTBackend
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.nvidia.cuda import CudaError, OutOfDeviceMemory
 from tests.support.fake_libcuda import Libcuda
 from tests.support.fake_libcuda.books import ILLEGAL_ADDRESS, Books
@@ -91,6 +95,89 @@ def test_out_of_memory_at_any_call_is_a_sentence_and_leaks_nothing_and_the_backe
     libcuda: Libcuda, tmp_path: Path, static: bool
 ) -> None:
     print(libcuda.run(out_of_memory_at_every_call, build(tmp_path, static=static)))
+
+
+class ThreeSlots:
+    """A conversation in each slot, and what the slots hold, also after a call that failed."""
+
+    def __init__(self, backend: TensorRTBackend) -> None:
+        self.backend = backend
+        self.held: list[list[int]] = [[], [], []]
+
+    def step(self, slot: int, ids: list[int]) -> None:
+        self.backend.step(ids, slot=slot)
+        self.held[slot] += ids
+
+    def decode(self, count: int) -> None:
+        self.backend.decode(TEXT[:count])
+        for slot in range(count):
+            self.held[slot].append(TEXT[slot])
+
+    def replace(self, slot: int, ids: list[int], work: Callable[[], None]) -> None:
+        try:
+            work()
+        except FastVLMError:
+            if not self.backend.lengths[slot]:  # a copy that fails may leave an empty slot
+                self.held[slot] = []
+            raise
+        self.held[slot] = ids
+
+    def talk(self) -> None:
+        """The cache grows in rows and in positions; a slot is copied and restored, and the saved one is dropped."""
+        backend = self.backend
+        self.step(0, TEXT[:100])
+        self.step(2, TEXT[:30])
+        for count in (3, 3, 2, 3):
+            self.decode(count)
+        saved = backend.save(0)
+        beginning = self.held[0].copy()
+        self.replace(1, beginning[:50], lambda: backend.copy(0, 1, 50))
+        self.step(2, TEXT[:110])
+        if saved is not None:
+            kept = saved
+            self.replace(1, beginning[:60], lambda: backend.restore(kept, 1, 60))
+            del kept
+        del saved
+        self.decode(3)
+        self.held[2] = []  # also if releasing memory fails
+        backend.reset(2)
+        self.decode(2)
+
+
+def slots_at_every_call(model: str) -> None:
+    books, reference = Books(), OrtBackend(Path(model), read_manifest(Path(model)), threads=1)
+    call, failed = 0, "none yet"
+    while failed:
+        call += 1
+        books.fail_at(0)
+        backend = load(Path(model), books, slots=3)
+        slots = ThreeSlots(backend)
+        books.fail_at(call)
+        try:
+            slots.talk()
+        except FastVLMError as error:
+            check_words(error, expected=True)
+        failed = books.failed()
+        books.fail_at(0)
+        where = f"after {failed}, call {call}, failed"
+        assert list(backend.lengths) == [len(ids) for ids in slots.held], where
+        found = backend.decode(TEXT[-3:], want_logits=True).logits
+        assert found is not None
+        for slot, token in enumerate(TEXT[-3:]):
+            reference.reset()
+            expected = reference.step([*slots.held[slot], token], want_logits=True).logits
+            assert expected is not None
+            np.testing.assert_allclose(found[slot], expected[0], atol=1e-2, err_msg=where)
+        del slots
+        gc.collect()
+        backend.close()
+        assert not books.mistakes() and not books.alive(), f"{where}: {books.last_mistake()}, {books.alive()} things are alive"
+    assert call > 100
+    print(f"{call - 1} calls failed in turn")
+
+
+def test_out_of_memory_at_any_call_leaves_every_slot_as_it_was(libcuda: Libcuda, tmp_path: Path) -> None:
+    print(libcuda.run(slots_at_every_call, build(tmp_path, max_batch=2)))
 
 
 def lost_at_every_call(model: str) -> None:

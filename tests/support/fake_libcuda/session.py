@@ -38,10 +38,10 @@ class Notes(SilentProgress):
         self.texts.append(text)
 
 
-def load(model: Path, books: Books, notes: Notes | None = None) -> TensorRTBackend:
+def load(model: Path, books: Books, notes: Notes | None = None, *, slots: int = 1) -> TensorRTBackend:
     """Load the fake engines of a model directory."""
     (folder,) = (model / "engines").iterdir()
-    return TensorRTBackend(folder, read_manifest(model), platform(open_cuda(), books), progress=notes or Notes())
+    return TensorRTBackend(folder, read_manifest(model), platform(open_cuda(), books), slots=slots, progress=notes or Notes())
 
 
 def talk(backend: Backend, tokens: int = 6) -> list[NDArray[np.float32]]:
@@ -80,8 +80,8 @@ def session(model: str) -> None:
     assert_equal(found, expected_logits(Path(model)))
 
 
-def build(directory: Path, *, static: bool = False) -> Path:
+def build(directory: Path, *, static: bool = False, max_batch: int = 1) -> Path:
     """A model directory with fake engines as the sessions use it: of two profiles, or `static` ones for two capacities."""
     model = build_model(directory / "model", context=2 * CAPACITY)
-    build_engines(model, profiles=2, static=(CAPACITY, 2 * CAPACITY) if static else ())
+    build_engines(model, profiles=2, static=(CAPACITY, 2 * CAPACITY) if static else (), max_batch=max_batch)
     return model
