@@ -133,7 +133,9 @@ def build(model: Path, target: str = "auto", options: Options | None = None, *, 
                 progress.note(f"warning: {plan.library.name} {plan.library.version}: {fault.what}; {fault.mend} ({fault.sources})")
         if options.check_memory:
             # Static engines of one capacity are a pair: prefill and decoding.
-            check_memory(model, manifest, plan.library.name, plan.cuda, decoders=2 if options.static else 1)
+            prefills = 1 if plan.flags["separate_profiles"] else options.max_batch
+            decoders = 2 if options.static else 1
+            check_memory(model, manifest, plan.library.name, plan.cuda, decoders=decoders, prefills=prefills)
         _check_disk(model, plan)
         with written_beside(folder, replace=True, elsewhere="move the model directory to another disk") as partial:
             record = _build_both(_Job(model, manifest, plan, options, partial, progress))
@@ -174,7 +176,9 @@ def _plan(manifest: Manifest, name: str, options: Options) -> _Plan:
                     f"copy the model directory there and run: fastvlm-edge build {manifest.name}",
                 )
             capabilities = (device.compute_capability,)
-        separate = not library.is_rtx if options.separate_profiles is None else options.separate_profiles
+        separate = options.separate_profiles
+        if separate is None:  # one profile for several conversations would need the scratch memory of as many prefills
+            separate = not library.is_rtx or options.max_batch > 1
         workspace = options.workspace
         if workspace is None and device is not None and device.integrated:
             workspace = INTEGRATED_WORKSPACE

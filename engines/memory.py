@@ -33,14 +33,17 @@ def predicted_peak(weight_bytes: int, library: str) -> int:
     return int(_BASE + _FACTOR[library] * weight_bytes)
 
 
-def predicted_scratch(manifest: Manifest) -> int:
-    """Predicted scratch memory, in bytes, of the engine that needs more; 0 if an early version wrote the manifest."""
+def predicted_scratch(manifest: Manifest, prefills: int = 1) -> int:
+    """Predicted scratch memory, in bytes, of the engine that needs more; 0 if an early version wrote the manifest.
+
+    `prefills` is the number of conversations that a prefill call of the engine takes.
+    """
     try:
         shape = shape_of(manifest)
     except FastVLMError:
         return 0
     fused = manifest.decoder.dtype != "float32"
-    return int(activation_bytes(shape, manifest.vision.image_size, manifest.decoder.context, fused=fused))
+    return int(activation_bytes(shape, manifest.vision.image_size, manifest.decoder.context, fused=fused, prefills=prefills))
 
 
 def available_memory() -> tuple[int, int] | None:
@@ -49,17 +52,18 @@ def available_memory() -> tuple[int, int] | None:
     return (memory.available, memory.swap_free) if memory.total else None
 
 
-def check_memory(model: Path, manifest: Manifest, library: str, cuda: Cuda | None, *, decoders: int = 1) -> None:
+def check_memory(model: Path, manifest: Manifest, library: str, cuda: Cuda | None, *, decoders: int = 1, prefills: int = 1) -> None:
     """Raise FastVLMError if a build would run out of memory, with the figures and what to do.
 
     `cuda` is the GPU of this machine, and `decoders` the number of engines of the decoder that run on it at the same time.
+    `prefills` as in `predicted_scratch`.
     """
     free = available_memory()
     weights = {part: (model / f"{part}.weights").stat().st_size for part in PARTS}
     part = max(PARTS, key=weights.__getitem__)
     if cuda is not None:
         loaded = weights["vision"] + decoders * weights["decoder"]
-        _check_gpu(part, weights[part], loaded, predicted_scratch(manifest), cuda, free)
+        _check_gpu(part, weights[part], loaded, predicted_scratch(manifest, prefills), cuda, free)
     if free is None:
         return
     needed = predicted_peak(weights[part], library)

@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
         "--profiles", type=int, choices=(1, 2), help="use one profile for prefill and decoding, or two (default: whichever is best)"
     )
     parser.add_argument(
-        "--max-batch", metavar="N", type=positive, default=1, help="most conversations per call of the decoder (default: 1, as `run` needs)"
+        "--max-batch", metavar="N", type=positive, default=1, help="most conversations that one call decodes (default: 1, as `run` needs)"
     )
     parser.add_argument("--static", action="store_true", help="decoder engines of fixed shapes, for TensorRT with faults in dynamic ones")
     parser.add_argument(

@@ -136,12 +136,13 @@ def predict(shape: Shape, board: Board, mode: Mode, precision: str, image_size: 
     )
 
 
-def activation_bytes(shape: Shape, image_size: int, context: int, *, fused: bool = True) -> float:
+def activation_bytes(shape: Shape, image_size: int, context: int, *, fused: bool = True, prefills: int = 1) -> float:
     """Scratch memory of the engine that needs more, as TensorRT for RTX plans it (`benchmarks/results/engine_builds.json`).
 
     The decoder's is that of a prefill chunk against the whole cache: the mask, the joined keys and values of a layer, and its attention
     or its MLP. A fused attention needs nothing more. That of a layer with FP32 scores has these scores and their softmax in memory. One
     mask does for both kinds of layers, unless there are at least two of each. `fused` is False for FP32, where no attention is fused.
+    `prefills` is the number of conversations that a prefill call takes, and multiplies the decoder's memory.
     """
     vision, text = shape.vision, shape.text
     narrow = FP16 if fused else FP32
@@ -154,4 +155,4 @@ def activation_bytes(shape: Shape, image_size: int, context: int, *, fused: bool
     joined = narrow * 2 * text.kv_heads * text.head_dim * (keys + text.layers * PREFILL_CHUNK)
     mlp = PREFILL_CHUNK * (narrow * 3 * text.intermediate + FP32 * 2 * text.hidden)
     scores = (FP32 + narrow) * text.heads * pairs + PREFILL_CHUNK * (narrow + FP32) * text.hidden if wide else 0
-    return max(narrow * widest * (vision.mlp_ratio + 3), mask + joined + max(mlp, scores))
+    return max(narrow * widest * (vision.mlp_ratio + 3), prefills * (mask + joined + max(mlp, scores)))

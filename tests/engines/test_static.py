@@ -88,9 +88,10 @@ def test_static_engines_are_up_to_date_until_their_shapes_change(model: Path, tm
 
 
 def test_engines_for_several_conversations_build(model: Path, tmp_path: Path) -> None:
-    for profiles in (False, True):
-        record = build(model, "sm86", Options(max_batch=4, separate_profiles=profiles, cache=None, report=True))
+    for separate in (False, None):
+        record = build(model, "sm86", Options(max_batch=4, separate_profiles=separate, cache=None, report=True))
         assert record.flags["max_batch"] == 4
+        assert len(record.profiles["decoder"]) == (1 if separate is False else 2), "two profiles are the default for several conversations"
         decode = record.profiles["decoder"][-1]
         assert [shapes[2][0] for name, shapes in sorted(decode.items()) if name != "image_features"] == [4] * (len(decode) - 1)
         assert not any(layer.widens_weights for layer in read_layers(model / "engines" / "sm86")["decoder"])

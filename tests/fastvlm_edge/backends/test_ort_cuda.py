@@ -18,7 +18,8 @@ from fastvlm_edge.backends import load_ort_cuda as loader
 from fastvlm_edge.backends import ort_session
 from fastvlm_edge.backends.load_ort_cuda import EVIDENCE, VERDICT_NAME, describe_device, load_ort_cuda, read_verdict
 from fastvlm_edge.backends.ort import OrtBackend
-from fastvlm_edge.backends.ort_device import DeviceArray, DeviceCache
+from fastvlm_edge.backends.ort_copy import identities
+from fastvlm_edge.backends.ort_device import DeviceArray, DeviceCache, DeviceDecoder
 from fastvlm_edge.backends.protocol import Backend
 from fastvlm_edge.backends.select import select
 from fastvlm_edge.backends.verification.check import check
@@ -319,6 +320,53 @@ def test_the_demo_passes_the_check_and_answers_as_on_the_cpu(precision: str, tmp
         assert vlm.generate(question, picture, max_new_tokens=8).text == cpu.generate(question, picture, max_new_tokens=8).text
     verdict = read_verdict(model)
     assert verdict is not None and not verdict.faults
+    compare_slots(model)
+
+
+def compare_slots(model: Path) -> None:
+    """Three conversations in one call, one of them copied and one restored, against each alone: log probabilities of the candidates."""
+    with host_as_gpu():
+        backends = [OrtBackend(model, read_manifest(model), threads=2, slots=n, cuda=True, load_decoder=DeviceDecoder) for n in (3, 1)]
+    together, alone = backends
+    ids = [list(range(40, 60)), list(range(40, 75)), list(range(90, 97))]
+    together.step(ids[1], slot=0)
+    together.copy(0, 1, 35)
+    together.step(ids[2], slot=0)  # is forgotten again
+    saved = together.save(1)
+    assert saved is not None
+    together.restore(saved, 0, 20)
+    together.step(ids[2], slot=2)
+    for step in range(4):
+        found = together.decode([100 + step, 200 + step, 300 + step])
+        for slot in range(3):
+            ids[slot].append(100 * (slot + 1) + step)
+            alone.reset()
+            alone.step(ids[slot][:-1])
+            expected = alone.step(ids[slot][-1:], want_logits=True)
+            assert expected.logits is not None
+            np.testing.assert_allclose(found.top_values[slot], expected.logits[0][found.top_ids[slot]], atol=0.05)
+            np.testing.assert_allclose(found.log_normalizer[slot], expected.log_normalizer[0], atol=0.05)
+    for backend in backends:
+        backend.close()
+
+
+def test_a_copy_for_which_there_is_no_memory_is_none(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with host_as_gpu():
+        backend = OrtBackend(model, read_manifest(model), threads=1, slots=2, cuda=True, load_decoder=DeviceDecoder)
+    backend.step([1, 2, 3], slot=1)
+    with monkeypatch.context() as patch:
+        fail(patch, "Failed to allocate memory for requested buffer of size 4096")
+        assert backend.save(1) is None
+    assert backend.lengths == [0, 3] and backend.save(1) is not None
+    backend.close()
+
+
+@pytest.mark.parametrize("kind", [onnx.TensorProto.UINT16, onnx.TensorProto.UINT32])
+def test_the_graph_that_copies_is_a_valid_model(kind: int) -> None:
+    graph = onnx.load_from_string(identities(200, kind))
+    onnx.checker.check_model(graph, full_check=True)
+    assert [(node.op_type, *node.input, *node.output) for node in graph.graph.node] == [("Identity", f"x{n}", f"y{n}") for n in range(200)]
+    assert {value.type.tensor_type.elem_type for value in (*graph.graph.input, *graph.graph.output)} == {kind}
 
 
 def test_features_of_the_gpu_do_not_fit_another_type(model: Path, tmp_path: Path) -> None:
