@@ -146,11 +146,11 @@ class Answer(Work):
         return None
 
     def draft(self, costs: StepCosts) -> list[int]:
+        if self._lookup is None:
+            return []
         left = min(self._params.max_new_tokens, self._context - len(self.ids)) - len(self.token_ids)
         forced = [] if self._state is None else self._state.forced(min(LOGIT_POSITIONS, left) - 1)
-        if forced or self._lookup is None:
-            return forced
-        return self._lookup.draft(costs, min(MOST, left - 1))
+        return forced or self._lookup.draft(costs, min(MOST, left - 1))
 
     def _choose(self, output: StepOutput, row: int) -> int:
         """The next id, as if everything that the grammar does not allow had been masked in the whole row."""

@@ -183,7 +183,8 @@ class FastVLM:
         `cache_memory` bounds the keys and values of all conversations, in bytes; None takes what full slots need, but at most a quarter of
         the memory that is available now. `prefix_cache` begins a question with what earlier ones have computed of it. `image_cache` is how
         many bytes of encoded pictures are kept, to be found by their content; 0 keeps none. `speculate` lets the decoder verify guesses of
-        the next tokens where they were often right and a step of several ids costs little; no reply depends on it.
+        the next tokens where they were often right and a step of several ids costs little, and those that a format of the answer
+        leaves no choice for; no reply depends on it.
 
         `tune_process` saves memory with two settings that affect the whole process until it ends (`backends.select.select`): the commands
         of the toolkit turn it on, a program that embeds the model decides for itself. Replies are the same either way. Raises FastVLMError

@@ -13,6 +13,9 @@ CHUNKS = (1, 7, 16, 150)
 """The end of the passage is prefilled in chunks of these sizes."""
 CALLS = 24
 """At most this many chunks of one size, so that a slow board needs seconds."""
+TOGETHER = "several conversations in one call"
+STEPS_TOGETHER = 4
+"""Number of ids that each of them takes."""
 FIRST, SECOND = 0, 1
 
 PASSAGE, FILLER = "passage", "filler"
@@ -106,6 +109,13 @@ def feed(passage: Passage, stops: Sequence[int]) -> list[Call]:
             compared = [position for position in passage.positions if start <= position < stop][-MOST_ROWS:]
             calls.append(Call(start, passage.ids[start:stop], pictures, compared))
     return calls
+
+
+def together(passage: Passage, vocab: int, count: int) -> list[int]:
+    """Where `count` conversations continue the passage, the longest first. Their next ids are text, and compared. May be empty."""
+    compared = {position for position in passage.positions if passage.ids[position] < vocab}
+    starts = [start for start in sorted(compared, reverse=True) if compared.issuperset(range(start, start + STEPS_TOGETHER))]
+    return [starts[row * len(starts) // count] for row in range(count)] if len(starts) >= count else []
 
 
 def _filler(passage: Passage, length: int) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_edge.backends.protocol import Backend, ImageFeatures, StepOutput
-from fastvlm_edge.backends.verification.cases import PASSAGE, Call, Case, all_cases
+from fastvlm_edge.backends.verification.cases import PASSAGE, STEPS_TOGETHER, TOGETHER, Case, all_cases, feed, together
 from fastvlm_edge.backends.verification.compare import Rows, cache_errors, candidates_fault, cosines, divergence, in_steps, regret, top_rows
 from fastvlm_edge.backends.verification.conversation import PICTURES, stored_pictures
 from fastvlm_edge.backends.verification.reference import Reference
@@ -47,6 +47,8 @@ BOUNDS = {
 """By the decoder's type. TensorRT computes float32 products in TF32, which has the mantissa of float16."""
 NOISY = Bounds(token=0.95, median=0.99, divergence=0.2, steps=256, cache=0.25)
 """Where one side quantises the inputs of integer weights to INT8: onnxruntime on a CPU as the reference, or a calibrated encoder."""
+MOST_TOGETHER = 8
+"""At most this many conversations are decoded together."""
 MANTISSA = {"float32": 10, "float16": 10, "bfloat16": 7}
 
 
@@ -122,8 +124,18 @@ def check(
             continue
         finally:
             backend.reset()
-        findings.figures["cases"].append(decoder.summary(case))
+        findings.figures["cases"].append(decoder.summary(case.name))
         findings.figures["positions"] = max(findings.figures["positions"], *(call.at + len(call.ids) for call in case.calls))
+    starts = together(reference.passage, manifest.decoder.vocab, min(backend.slots, MOST_TOGETHER))
+    if len(starts) > 1:
+        try:
+            decoder.run_together(starts)
+            findings.figures["cases"].append(decoder.summary(TOGETHER))
+        except OutOfDeviceMemory as error:
+            progress.note(f"warning: not verified with {TOGETHER}: {error.what}")
+        finally:
+            for slot in range(len(starts)):
+                backend.reset(slot)
     findings.faults += decoder.faults
     findings.arrays.update(decoder.arrays())
     progress.done()
@@ -194,11 +206,24 @@ class _DecoderCheck:
             pictures = tuple(self._pictures[index] for index in call.pictures)
             output = backend.step(call.ids, pictures, logit_positions=asked or None, want_logits=bool(asked))
             for index, position in enumerate(call.compared):
-                self._compare(case, call, position, output, index)
+                self._compare(case.name, call.text, position, output, index)
             if case.fills:
                 written.append((call.at, backend.lengths[0], self._norms(call.at, backend.lengths[0])))
             progress.advance(len(call.ids))
         self._compare_cache(case)
+
+    def run_together(self, starts: Sequence[int]) -> None:
+        """Decode as many conversations together as there are `starts`, each of which continues the passage from there."""
+        backend, passage = self._backend, self._reference.passage
+        backend.reset()
+        for call in feed(passage, sorted({0, min(passage.turn, starts[0]), starts[0]})):
+            backend.step(call.ids, tuple(self._pictures[index] for index in call.pictures))
+        for row, start in enumerate(starts[1:], 1):
+            backend.copy(0, row, start)
+        for number in range(STEPS_TOGETHER):
+            output = backend.decode([passage.ids[start + number] for start in starts], want_logits=True)
+            for row, start in enumerate(starts):
+                self._compare(TOGETHER, PASSAGE, start + number, output, row)
 
     def _norms(self, first: int, length: int) -> Float32:
         """Squared norms of the keys and values of the positions `first` to `length - 1`: [layers, 2, kv_heads, positions]."""
@@ -229,51 +254,51 @@ class _DecoderCheck:
             )
             self.faults.append(Fault("decoder", text))
 
-    def _compare(self, case: Case, call: Call, position: int, output: StepOutput, index: int) -> None:
+    def _compare(self, case: str, text: str, position: int, output: StepOutput, index: int) -> None:
         assert output.logits is not None
         logits = output.logits[index]
         found = top_rows(logits[None])
-        first, before = self._before.setdefault((call.text, position), (case.name, found))
-        expected = self._reference.rows[self._index[position]] if call.text == PASSAGE else None
+        first, before = self._before.setdefault((text, position), (case, found))
+        expected = self._reference.rows[self._index[position]] if text == PASSAGE else None
         distance = 0.0 if expected is None else divergence(logits, expected)
         preferred = 0.0 if expected is None else regret(logits, expected)
         steps = 0.0 if expected is None else in_steps(preferred, expected, self._step)
-        row = _Row(case.name, call.text, position, found, distance, divergence(logits, before), steps)
+        row = _Row(case, text, position, found, distance, divergence(logits, before), steps)
         self._rows.append(row)
-        where = f"in the case '{case.name}', the row of position {position}"
+        where = f"in the case '{case}', the row of position {position}"
         wrong = candidates_fault(logits, output.top_values[index], output.top_ids[index], float(output.log_normalizer[index]))
         if not row.divergence <= self._bounds.divergence:
-            text = f"{where} has a KL divergence of {row.divergence:.3g}, at most {self._bounds.divergence} is accepted"
+            fault = f"{where} has a KL divergence of {row.divergence:.3g}, at most {self._bounds.divergence} is accepted"
         elif not row.steps <= self._bounds.steps:
-            text = (
+            fault = (
                 f"{where} prefers id {found.ids[0, 0]}, which the reference puts {preferred:.3g} below its best: "
                 f"{row.steps:.0f} steps of the type, at most {self._bounds.steps:g} are accepted"
             )
         elif not row.drift <= self._own.divergence:
-            text = (
+            fault = (
                 f"{where} has a KL divergence of {row.drift:.3g} from the row of the same ids in the case '{first}', "
                 f"at most {self._own.divergence} is accepted"
             )
         elif wrong is not None:
-            text = f"{where} has other outputs than its logits: {wrong}"
+            fault = f"{where} has other outputs than its logits: {wrong}"
         else:
             return
         if self._logits is None:
             self._logits = logits.copy()
-        self.faults.append(Fault("decoder", text))
+        self.faults.append(Fault("decoder", fault))
 
-    def summary(self, case: Case) -> dict[str, Any]:
+    def summary(self, case: str) -> dict[str, Any]:
         """The worst figures of a case."""
-        rows = [row for row in self._rows if row.case == case.name]
+        rows = [row for row in self._rows if row.case == case]
         worst = max(rows, key=lambda row: row.divergence)
         return {
-            "case": case.name,
+            "case": case,
             "rows": len(rows),
             "divergence": worst.divergence,
             "position": worst.position,
             "drift": max(row.drift for row in rows),
             "steps": max(row.steps for row in rows),
-            "cache": self._cache_errors[case.name],
+            "cache": self._cache_errors.get(case, 0.0),
             "greedy_agreement": sum(row.steps == 0 for row in rows) / len(rows),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastvlm_edge.backends.kv_cache import next_capacity
-from fastvlm_edge.backends.verification.cases import CALLS, FILLER, Case, all_cases
+from fastvlm_edge.backends.verification.cases import CALLS, FILLER, STEPS_TOGETHER, Case, all_cases, together
 from fastvlm_edge.backends.verification.conversation import MOST_ROWS, SINGLE, TAIL, Passage, compared_positions
 
 VOCAB = 1000
@@ -92,3 +92,15 @@ def test_small_chunks_cover_the_end_of_the_passage(cases: dict[str, Case]) -> No
 def test_it_takes_a_number_of_calls_that_a_slow_board_can_afford(cases: dict[str, Case]) -> None:
     assert sum(len(case.calls) for case in cases.values()) < 200
     assert sum(case.positions for case in cases.values()) < 4096 + 11 * 620
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_conversations_together_differ_in_length_and_take_compared_text(count: int) -> None:
+    passage = passage_of(620, 306)
+    vocab = 600  # so that the ids 600 to 619, near the end, are rows of pictures
+    starts = together(passage, vocab, count)
+    assert len(set(starts)) == count and starts == sorted(starts, reverse=True)
+    for start in starts:
+        assert set(range(start, start + STEPS_TOGETHER)) <= set(passage.positions)
+        assert max(passage.ids[start : start + STEPS_TOGETHER]) < vocab
+    assert together(passage, 0, count) == []

@@ -19,7 +19,7 @@ import pytest
 
 from fastvlm_edge.backends.ort import OrtBackend
 from fastvlm_edge.backends.protocol import StepOutput
-from fastvlm_edge.backends.verification.cases import Case, all_cases
+from fastvlm_edge.backends.verification.cases import STEPS_TOGETHER, TOGETHER, Case, all_cases
 from fastvlm_edge.backends.verification.check import BOUNDS, NOISY, Checked, Findings, check
 from fastvlm_edge.backends.verification.compare import cosines, divergence
 from fastvlm_edge.backends.verification.conversation import stored_pictures
@@ -187,6 +187,29 @@ def test_a_fault_is_found(fp16: Path, fault: Any, expected: str) -> None:
     backend = type("Spoiled", (Faulty,), {"spoil": staticmethod(fault)})(fp16, read_manifest(fp16), threads=2)
     faults = [found.text for found in checked(fp16, backend).faults]
     assert faults and re.search(expected, "\n".join(faults)), faults
+
+
+def test_conversations_in_one_call_are_checked(fp16: Path) -> None:
+    findings = checked(fp16, OrtBackend(fp16, read_manifest(fp16), threads=2, slots=4), cases=[])
+    assert not findings.faults
+    assert [(case["case"], case["rows"]) for case in findings.figures["cases"]] == [(TOGETHER, 4 * STEPS_TOGETHER)]
+
+
+@pytest.mark.parametrize("fault", ["the row of another conversation", "the length of another conversation"])
+def test_a_fault_between_conversations_is_found(fp16: Path, fault: str) -> None:
+    class Spoiled(OrtBackend):
+        def decode(self, input_ids: Any, **options: Any) -> StepOutput:
+            if fault.startswith("the length"):
+                self.truncate(self.lengths[2], slot=1)
+            output = super().decode(input_ids, **options)
+
+            def change(logits: Any) -> None:
+                logits[1] = logits[2]
+
+            return rows_changed(output, change) if fault.startswith("the row") else output
+
+    faults = checked(fp16, Spoiled(fp16, read_manifest(fp16), threads=2, slots=4), cases=[]).faults
+    assert faults and all(f"'{TOGETHER}', the row of position" in found.text for found in faults)
 
 
 def test_a_shift_of_all_logits_changes_no_figure(fp16: Path) -> None:
