@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fastvlm_edge.bench.compare import judge
@@ -496,6 +497,53 @@ def bundle_sizes() -> str:
     return "\n".join(lines)
 
 
+FIRST_TOKENS = {
+    "first_question": "first question",
+    "follow_up": "follow-up question",
+    "repeated_picture": "another question about the same picture",
+}
+"""Parts of `conversations.json` -> how the table calls them."""
+GUESSED = {
+    "json": "JSON: three things with four fields",
+    "copy": "text of the prompt, every twelfth word changed",
+    "no_copy": "a reply that copies nothing",
+}
+"""Parts of `conversations.json` -> how the table calls them."""
+
+
+def conversations() -> str:
+    """`conversations.json`: speeds of conversations together, first tokens, and what guesses save."""
+    document = load("conversations")
+    machine, model = document["machine"], document["model"]
+    speeds = {count: median(values) for count, values in document["tokens_per_second"].items()}
+    alone = next(iter(speeds.values()))
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}; {model['precision']}, {model['image_size']} px; medians:",
+        "",
+        "| conversations together | tokens/s in all | of each | times one | decode steps without the engine, tokens/s |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for count, speed in speeds.items():
+        bare = 1e3 * int(count) / median(document["bare_step_ms"][count])
+        lines.append(f"| {count} | {rounded(speed)} | {rounded(speed / int(count))} | {speed / alone:.2f} | {rounded(bare)} |")
+    times = {name: median(values) for name, values in document["first_token_ms"].items()}
+    first = times["first_question"]
+    lines += ["", "| time to first token | ms | of the first |", "| --- | --- | --- |"]
+    for name, words in FIRST_TOKENS.items():
+        lines.append(f"| {words} | {rounded(times[name])} | {times[name] / first:.3f} |")
+    lines += ["", "| guesses | tokens | guessed | right | speed with, times without |", "| --- | --- | --- | --- | --- |"]
+    for name, words in GUESSED.items():
+        found = document["guesses"][name]
+        speed = median(found["tokens_per_second"]["with"]) / median(found["tokens_per_second"]["without"])
+        lines.append(f"| {words} | {found['tokens']} | {found['drafted_tokens']} | {found['accepted_tokens']} | {speed:.2f} |")
+    found = document["demo_readings"]
+    lines.append(
+        f"| {found['questions']} readings of the demo | {found['tokens']} | {found['drafted_tokens']} | {found['accepted_tokens']} "
+        f"| {found['seconds_without'] / found['seconds_with']:.2f} |"
+    )
+    return "\n".join(lines)
+
+
 SCRIPTS = (
     ("peers.run", "How fast is FastVLM-0.5B beside its peers on a CPU? (`make bench-peers`)", "peers", 120),
     ("peers.run", "The same on a processor with AVX-512 and BF16 instructions, an earlier run", "peers-avx512", 90),
@@ -508,7 +556,7 @@ SCRIPTS = (
     ("settings", "What does each setting of the runtime bring on a CPU?", "settings", 20),
     ("onnxruntime_versions", "How fast is each version of onnxruntime on a CPU? (needs a package index)", "onnxruntime_versions", 25),
     ("chunks", "How far are logits apart if a prompt is prefilled in one call, and in chunks?", "chunks", 3),
-    ("conversations MODEL", "What do several conversations at once, kept beginnings and pictures, and guesses save?", "", 10),
+    ("conversations MODEL", "What do several conversations at once, kept beginnings and pictures, and guesses save?", "conversations", 15),
     ("demo_accuracy", "How many questions does the demo answer correctly, by precision?", "demo_accuracy", 5),
     ("quantization", "What does quantisation cost the demo in size, accuracy and speed?", "quantization", 15),
     ("planted_faults", "What do outliers as in trained LLMs cost in each precision?", "planted_faults", 15),
@@ -587,6 +635,7 @@ TABLES = {
     "settings": settings,
     "onnxruntime_versions": onnxruntime_versions,
     "chunks": chunks,
+    "conversations": conversations,
     "verdicts": verdicts,
     "vision_libraries": vision_libraries,
     "quantization_choice": quantization_choice,

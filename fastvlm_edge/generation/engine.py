@@ -83,6 +83,10 @@ class Work(ABC):
         """Nothing more comes: it is finished, cancelled, or has an `error`."""
 
 
+LINGER = 1.0
+"""Seconds that the engine's thread waits for more work before it ends. Starting one takes as long as a step of a small model."""
+
+
 @dataclass(frozen=True)
 class Counters:
     """What an engine has done since the model was loaded."""
@@ -130,6 +134,7 @@ class Engine:
             raise FastVLMError(what, "give more, or convert with a smaller --context")
         self._cache_memory = cache_memory
         self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
         self._waiting: deque[Work] = deque()
         self._running: list[Work] = []  # slot i generates for the i-th
         self._prefilling: Work | None = None  # in the slot after them
@@ -149,6 +154,8 @@ class Engine:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="fastvlm-engine", daemon=True)
                 self._thread.start()
+            else:
+                self._wake.notify()
 
     def check_open(self) -> None:
         """Raise FastVLMError if the engine cannot be used."""
@@ -187,6 +194,7 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+            self._wake.notify()
             thread = self._thread
         if thread is not None:
             thread.join()
@@ -206,6 +214,8 @@ class Engine:
                     return
                 self._drop_cancelled_waiting()
                 if not (self._waiting or self._running or self._prefilling):
+                    if self._wake.wait(LINGER):
+                        continue
                     self._thread = None
                     return
             try:

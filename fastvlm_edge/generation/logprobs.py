@@ -32,8 +32,13 @@ class TokenLogProb(LogProb):
 
 def log_probability(output: StepOutput, row: int, token_id: int) -> float:
     """That of an id that is a candidate, or of any if the output has logits."""
-    found = output.top_values[row][output.top_ids[row] == token_id] if output.logits is None else output.logits[row][[token_id]]
-    return float(found[0]) - float(output.log_normalizer[row])
+    if output.logits is not None:
+        value = output.logits[row, token_id]
+    elif output.top_ids[row, 0] == token_id:  # nearly always
+        value = output.top_values[row, 0]
+    else:
+        value = output.top_values[row][output.top_ids[row] == token_id][0]
+    return float(value) - float(output.log_normalizer[row])
 
 
 def most_likely(output: StepOutput, row: int, count: int, token_count: int) -> list[tuple[int, float]]:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from fastvlm_edge.backends.protocol import Backend, SavedSlot
 from fastvlm_edge.generation.images import EncodedImage
 
+MOST_SAVED = 32
+"""Conversations that are kept outside the slots, at most: each new one is compared with all of them."""
+
 
 @dataclass(eq=False)
 class Held:
@@ -153,5 +156,5 @@ class Slots:
             self._bound(saved_bytes)
 
     def _bound(self, saved_bytes: int) -> None:
-        while self.saved_bytes > saved_bytes:
+        while self.saved_bytes > saved_bytes or len(self._saved) > MOST_SAVED:
             del self._saved[0]

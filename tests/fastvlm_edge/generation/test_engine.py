@@ -18,6 +18,8 @@ import pytest
 from skimage import data
 
 from fastvlm_edge import FastVLM, FastVLMError, Reply, ReplyStream
+from fastvlm_edge.generation import engine as engine_module
+from fastvlm_edge.generation import slots
 from tests.support.fake_model import TOKENS
 
 PROMPT = "What does the meter read?"
@@ -214,6 +216,28 @@ def test_two_pictures_of_one_size_under_one_prompt_never_meet(engine: FastVLM) -
     for number, picture in enumerate(pictures):
         buffer[:] = picture
         assert engine.generate(PROMPT, buffer, max_new_tokens=12).token_ids == expected[number]
+
+
+def test_the_number_of_kept_conversations_is_bounded(engine: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "MOST_SAVED", 5)
+    for number in range(20):
+        engine.generate(f"{number} {PROMPT}", max_new_tokens=1)
+    assert len(engine._engine._slots._saved) == 5
+    kept, left = (engine.generate(f"{number} {PROMPT}", max_new_tokens=1).timings for number in (19, 1))
+    assert kept.prefilled_tokens == 1 and left.prefilled_tokens > 5
+
+
+def test_the_engine_has_one_thread_while_questions_follow_each_other(engine: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "fastvlm-engine"]
+
+    engine.generate(PROMPT, max_new_tokens=1)
+    (first,) = threads()
+    monkeypatch.setattr(engine_module, "LINGER", 0.01)
+    engine.generate(PROMPT, max_new_tokens=1)
+    assert threads() in ([first], [])
+    wait_until(lambda: not threads())
+    assert engine.generate(PROMPT, max_new_tokens=1).token_ids
 
 
 def test_a_conversation_comes_back_after_others_took_its_slot(model_dir: Path) -> None:
