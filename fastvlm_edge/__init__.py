@@ -16,7 +16,7 @@ from fastvlm_edge.version import __version__
 if TYPE_CHECKING:
     from fastvlm_edge.generation.async_vlm import AsyncChat, AsyncFastVLM, AsyncReplyStream
     from fastvlm_edge.generation.chat import Chat
-    from fastvlm_edge.generation.chat_file import Turn
+    from fastvlm_edge.generation.chat_file import ChatTurn, Turn
     from fastvlm_edge.generation.engine import Counters
     from fastvlm_edge.generation.images import EncodedImage
     from fastvlm_edge.generation.logprobs import LogProb, TokenLogProb
@@ -31,6 +31,7 @@ __all__ = [
     "AsyncReplyStream",
     "BackendInfo",
     "Chat",
+    "ChatTurn",
     "Confidence",
     "Counters",
     "EncodedImage",
@@ -55,6 +56,7 @@ _HOMES = {
     "AsyncReplyStream": "generation.async_vlm",
     "BackendInfo": "generation.vlm",
     "Chat": "generation.chat",
+    "ChatTurn": "generation.chat_file",
     "Confidence": "generation.reply",
     "Counters": "generation.engine",
     "EncodedImage": "generation.images",

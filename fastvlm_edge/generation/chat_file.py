@@ -49,6 +49,18 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class ChatTurn:
+    """A question that was asked elsewhere, and its reply as text: what `history` of `FastVLM.chat` takes."""
+
+    prompt: str
+    reply: str
+    images: Sequence[EncodedImage] = ()
+    """Made by `encode_image`."""
+    special_tokens: bool = False
+    """Whether those in the prompt and in the reply are read as tokens."""
+
+
+@dataclass(frozen=True)
 class Model:
     """What a file is compared with and read by."""
 
@@ -167,6 +179,34 @@ def conversation_ids(
         ids += [*template.turn(prompt, rows, first_row=row, special_tokens=special_tokens), *reply_ids]
         row += sum(rows)
     return ids
+
+
+def turns_of(history: Iterable[Turn | ChatTurn], model: Model) -> list[Turn]:
+    """The turns of a conversation that was held elsewhere. The reply of a `ChatTurn` gets the ids that the tokenizer gives its text.
+
+    Raises FastVLMError for what is not a turn, or not text.
+    """
+    turns = []
+    for number, said in enumerate(history, 1):
+        if isinstance(said, Turn):
+            turns.append(said)
+            continue
+        if not isinstance(said, ChatTurn):
+            raise FastVLMError(
+                f"turn {number} of the history is a {type(said).__name__}", "give objects of ChatTurn, or those of chat.turns"
+            )
+        if not isinstance(said.reply, str):
+            raise FastVLMError(
+                f"the reply of turn {number} of the history is of type {type(said.reply).__name__}, not str", "give a string"
+            )
+        for image in said.images:
+            if not isinstance(image, EncodedImage):
+                what = f"turn {number} of the history has an image of type {type(image).__name__}, not an EncodedImage"
+                raise FastVLMError(what, "encode it first, with encode_image")
+        ids = model.tokenizer.encode(said.reply, special_tokens=said.special_tokens)
+        reply = text_of(ids, model.tokenizer, special_tokens=said.special_tokens)  # in Unicode's NFC
+        turns.append(Turn(said.prompt, tuple(said.images), said.special_tokens, reply, tuple(ids)))
+    return turns
 
 
 def text_of(ids: Sequence[int], tokenizer: TextTokenizer, *, special_tokens: bool) -> str:

@@ -21,7 +21,7 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.answer import Answer, Piece, Score, check_room
 from fastvlm_edge.generation.answer_format import answer_format
 from fastvlm_edge.generation.chat import Chat
-from fastvlm_edge.generation.chat_file import Model, read_chat
+from fastvlm_edge.generation.chat_file import ChatTurn, Model, Turn, read_chat, turns_of
 from fastvlm_edge.generation.engine import Counters, Engine
 from fastvlm_edge.generation.grammar import Grammar, compile_grammar
 from fastvlm_edge.generation.images import EncodedImage, ImageCache, Images, as_list, image_key, model_digest, rows_of
@@ -267,14 +267,22 @@ class FastVLM:
         """
         return self.stream(*prompt, **options).wait()
 
-    def chat(self, *, system: str | None = None, context: Literal["error", "slide"] = "error") -> Chat:
-        """Begin a conversation of several turns.
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        context: Literal["error", "slide"] = "error",
+        history: Sequence[Turn | ChatTurn] = (),
+    ) -> Chat:
+        """Begin a conversation of several turns, or go on with one that was held elsewhere.
 
         `system` is its system prompt: "" is none, None that of the model. When the context is full, a question is an error; with
-        `context="slide"`, the oldest turns leave instead, with their pictures (`Reply.dropped_turns`). Raises FastVLMError for other
+        `context="slide"`, the oldest turns leave instead, with their pictures (`Reply.dropped_turns`). `history` is what was said before:
+        objects of `ChatTurn`, or those of `Chat.turns`. Nothing of it is computed before the first question. Raises FastVLMError for other
         values.
         """
-        return Chat(self._ask, self._known_as(), system=system, context=context)
+        model = self._known_as()
+        return Chat(self._ask, model, system=system, context=context, turns=turns_of(history, model))
 
     def load_chat(self, path: str | os.PathLike[str], images: Images = None) -> Chat:
         """Continue a conversation that `Chat.save` wrote, exactly where it was. `images` are those of which it has only the sha256.

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from fastvlm_edge import Chat, FastVLM, FastVLMError
+from fastvlm_edge import AsyncFastVLM, Chat, ChatTurn, FastVLM, FastVLMError
 from fastvlm_edge.inputs.preprocess import to_pixel_values, to_pixels
 from tests.support.fake_model import SYSTEM_PROMPT, TOKENS, build_model
 
@@ -287,6 +287,93 @@ def test_a_stream_that_is_closed_while_its_picture_is_read_generates_nothing(ort
     picture.go.set()
     reader.join(30)
     assert answers == [] and chat.turns == ()
+
+
+# A history ----------------------------------------------------------------------------------------------------------------------
+
+
+DEMO = Path(__file__).resolve().parents[3] / "fastvlm_edge" / "demo"
+
+
+@pytest.fixture(scope="module")
+def demo() -> Any:
+    """The demo model, which was trained: its replies are text, whose ids are those of the tokenizer."""
+    with FastVLM.load(DEMO / "model", "ort", threads=1) as loaded:
+        yield loaded
+
+
+def test_a_history_of_texts_is_a_chat_that_had_asked_the_same(demo: FastVLM) -> None:
+    questions: list[tuple[str, Any]] = [
+        ("What does the meter read?", DEMO / "meter.jpg"),
+        ("What is on the sign?", [DEMO / "sign.jpg"]),
+        ("Name three colours.", None),
+        ("What does the meter read?", None),
+    ]
+    asked, history = demo.chat(system="Answer briefly."), []
+    for prompt, picture in questions:
+        later = demo.chat(system="Answer briefly.", history=history)
+        assert turns_of(later) == turns_of(asked) and later.token_count == asked.token_count
+        assert AsyncFastVLM(demo).chat(system="Answer briefly.", history=history).token_count == asked.token_count
+        expected, found = (chat.ask(prompt, picture, max_new_tokens=20) for chat in (asked, later))
+        assert (found.text, found.token_ids, found.timings.prompt_tokens) == (
+            expected.text,
+            expected.token_ids,
+            expected.timings.prompt_tokens,
+        )
+        pictures = picture if isinstance(picture, list) else [] if picture is None else [picture]
+        history.append(ChatTurn(prompt, found.text, [demo.encode_image(each) for each in pictures]))
+    assert all(turn.reply for turn in history), "the demo model answers"
+
+
+def test_a_history_of_turns_branches_off_exactly(vlm: FastVLM) -> None:
+    chat = spoken(vlm)
+    expected = chat.ask("Why?", max_new_tokens=20)
+    for first in range(5):
+        branch = vlm.chat(system="Answer briefly.", history=chat.turns[:first])
+        assert branch.turns == chat.turns[:first]
+    again = branch.ask("Why?", max_new_tokens=20)
+    assert again.token_ids == expected.token_ids and again.timings.prompt_tokens == expected.timings.prompt_tokens
+
+
+def test_a_history_is_text_of_a_user(ort: FastVLM) -> None:
+    literal, special = (
+        ort.chat(history=[ChatTurn("a<|im_end|>", "b<|im_end|>", special_tokens=special)]).token_count for special in (False, True)
+    )
+    assert special < literal
+    chat = ort.chat(history=[ChatTurn(PROMPT, "e\u0301<|im_end|>")])  # its tokenizer writes NFC
+    assert chat.turns[0].reply == "\xe9<|im_end|>"
+
+
+def test_a_chat_with_a_history_is_saved_like_any_other(ort: FastVLM, tmp_path: Path) -> None:
+    chat = ort.chat(history=[ChatTurn(PROMPT, "e\u0301", [ort.encode_image(data.coffee())])], context="slide")
+    chat.ask("And now?", max_new_tokens=5)
+    chat.save(tmp_path / "chat.json")
+    assert turns_of(ort.load_chat(tmp_path / "chat.json")) == turns_of(chat)
+
+
+@pytest.mark.parametrize(
+    ("turn", "says"),
+    [
+        (("a", "b"), "turn 1 of the history is a tuple; give objects of ChatTurn"),
+        (ChatTurn("a", 3), "the reply of turn 1 of the history is of type int, not str"),  # type: ignore[arg-type]
+        (ChatTurn(3, "b"), "the prompt is of type int, not str"),  # type: ignore[arg-type]
+        (ChatTurn("", "b"), "the prompt is empty and there is no image"),
+        (ChatTurn("a", "\ud800"), "not valid Unicode"),
+        (ChatTurn("a", "b", ["meter.jpg"]), "image of type str, not an EncodedImage; encode it first, with encode_image"),  # type: ignore[list-item]
+    ],
+)
+def test_what_is_no_history(ort: FastVLM, turn: Any, says: str) -> None:
+    for begin in (ort.chat, AsyncFastVLM(ort).chat):
+        with pytest.raises(FastVLMError, match=says):
+            begin(history=[turn])
+
+
+def test_a_history_that_fills_the_context_is_told_at_the_question(ort: FastVLM) -> None:
+    chat = ort.chat(history=[ChatTurn("word " * 3000, "b")])
+    with pytest.raises(FastVLMError, match="leaves no room for a reply"):
+        chat.ask("And now?")
+    sliding = ort.chat(history=[ChatTurn("word " * 3000, "b")], context="slide")
+    assert sliding.ask("And now?", max_new_tokens=2).dropped_turns == 1
 
 
 # A full context -----------------------------------------------------------------------------------------------------------------
