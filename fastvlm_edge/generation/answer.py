@@ -103,11 +103,12 @@ class Answer(Work):
         seconds = self._last - self._first
         return (self.sampled - 1) / seconds if self.sampled > 1 and seconds > 0 else 0.0
 
-    def logprobs(self, count: int) -> list[TokenLogProb] | None:
-        """Those of the first `count` ids, or None if they were not asked for."""
+    def logprobs(self, count: int, first: int = 0) -> list[TokenLogProb] | None:
+        """Those of the first `count` ids without the first `first` of them, or None if they were not asked for."""
         if self._params.logprobs is None:
             return None
-        return token_logprobs(self._tokenizer, self.token_ids[:count], self.log_probabilities, self._most_likely)
+        part = slice(first, count)
+        return token_logprobs(self._tokenizer, self.token_ids[part], self.log_probabilities[part], self._most_likely[part])
 
     def begin(self, kept: int) -> None:
         self._began = time.perf_counter()
@@ -218,14 +219,18 @@ class Score(Work):
         return self._found
 
 
+class ContextFull(FastVLMError):
+    """A conversation that leaves no room for a reply in the context of the model."""
+
+
 def check_room(ids: Sequence[int], manifest: Manifest, *, or_else: str = "start a new conversation") -> None:
-    """Raise FastVLMError, with the other remedy `or_else`, if a conversation leaves no position for a reply."""
+    """Raise ContextFull, with the other remedy `or_else`, if a conversation leaves no position for a reply."""
     context, vocab = manifest.decoder.context, manifest.decoder.vocab
     if len(ids) < context:
         return
     visual = sum(token_id >= vocab for token_id in ids)
     remedy = "shorten the prompt" if len(ids) - visual >= context // 2 else "use fewer images"
-    raise FastVLMError(
+    raise ContextFull(
         f"the conversation has {len(ids)} tokens ({visual} of them visual), which leaves no room for a reply in the context of {context}",
         f"{remedy}, {or_else}, or convert with a larger --context",
     )

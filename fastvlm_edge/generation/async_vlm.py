@@ -12,6 +12,7 @@ from fastvlm_edge.generation.answer import Piece
 from fastvlm_edge.generation.chat import Chat
 from fastvlm_edge.generation.chat_file import Turn
 from fastvlm_edge.generation.images import EncodedImage, Images
+from fastvlm_edge.generation.logprobs import TokenLogProb
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.signature import parameters_of
 from fastvlm_edge.generation.stream import ReplyStream
@@ -43,6 +44,10 @@ class AsyncReplyStream:
     def reply(self) -> Reply:
         """The finished reply. Raises FastVLMError before the end, and if the stream was closed before its first piece."""
         return self._stream.reply
+
+    def logprobs_from(self, first: int) -> list[TokenLogProb]:
+        """As in `ReplyStream`."""
+        return self._stream.logprobs_from(first)
 
     async def aclose(self) -> None:
         """Stop the generation, before the next chunk or step. The text that was read, if any, becomes the reply."""

@@ -19,14 +19,25 @@ from fastvlm_edge.model_dir.manifest import Manifest
 class EncodedImage:
     """An image after the vision encoder. Pass it as `image` to ask about the same image again without encoding it again."""
 
-    def __init__(self, image_features: ImageFeatures, key: bytes, pixels: NDArray[np.uint8] | None = None) -> None:
+    def __init__(
+        self,
+        image_features: ImageFeatures,
+        key: bytes,
+        pixels: NDArray[np.uint8] | None = None,
+        *,
+        preprocess_ms: float = 0.0,
+        vision_ms: float = 0.0,
+    ) -> None:
         """Made by `FastVLM.encode_image`. `key` is that of `image_key`.
 
-        `pixels` is the picture that the encoder saw, [image_size, image_size, 3]. A chat saves it; caches are without.
+        `pixels` is the picture that the encoder saw, [image_size, image_size, 3]. A chat saves it; caches are without. `preprocess_ms` and
+        `vision_ms` are what `encode_image` took, as in `Timings`.
         """
         self.image_features = image_features
         self.key = key
         self.pixels = pixels
+        self.preprocess_ms = preprocess_ms
+        self.vision_ms = vision_ms
 
     @property
     def rows(self) -> int:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.answer import Answer, Piece, StopReason
+from fastvlm_edge.generation.logprobs import TokenLogProb
 from fastvlm_edge.generation.reply import Reply, Timings, confidence
 
 
@@ -75,6 +76,12 @@ class ReplyStream:
         if self._reply is None:
             raise FastVLMError("the reply is not finished", "read the stream to its end, or close it")
         return self._reply
+
+    def logprobs_from(self, first: int) -> list[TokenLogProb]:
+        """Those of the tokens that the text read so far is made of, from number `first` on. Empty if `logprobs` was not given."""
+        if self._started is None or not self._pieces:
+            return []
+        return self._started.answer.logprobs(self._pieces[-1].tokens, first) or []
 
     def close(self) -> None:
         """Stop the generation. The text that was read, if any, becomes the reply, with stop reason `cancelled`."""

@@ -267,6 +267,20 @@ class FastVLM:
         """
         return self.stream(*prompt, **options).wait()
 
+    def prepare_format(
+        self,
+        *,
+        response_format: Mapping[str, Any] | None = None,
+        json_schema: Mapping[str, Any] | bool | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+    ) -> None:
+        """Check the format of an answer, and compile it as its first use would. Raises FastVLMError if it is not supported."""
+        wanted = answer_format(response_format=response_format, json_schema=json_schema, choices=choices, regex=regex, grammar=grammar)
+        if wanted is not None:
+            self._grammar(wanted)
+
     def chat(
         self,
         *,
@@ -297,7 +311,21 @@ class FastVLM:
     def encode_image(self, image: ImageInput) -> EncodedImage:
         """Run only the vision encoder. Raises FastVLMError if the image cannot be read."""
         self._engine.check_open()
-        return self._encode_to_keep(self._preprocess(image))
+        began = time.perf_counter()
+        pixel_values = self._preprocess(image)
+        middle = time.perf_counter()
+        encoded = self._encode_to_keep(pixel_values)
+        encoded.preprocess_ms, encoded.vision_ms = (middle - began) * 1e3, (time.perf_counter() - middle) * 1e3
+        return encoded
+
+    def recall_image(self, key: bytes) -> EncodedImage | None:
+        """The picture with this `EncodedImage.key`, if it was encoded before and is still kept. It takes no work, and has no pixels."""
+        self._engine.check_open()
+        image = self._images.get(key)
+        if image is None:
+            return None
+        self._engine.count(images=1, cached_images=1)
+        return EncodedImage(image.image_features, image.key)
 
     def logits(self, input_ids: Sequence[int], images: Sequence[EncodedImage] = (), *, start: int = 0) -> Iterator[NDArray[np.float32]]:
         """Logits after each of `input_ids[start:]`, to score a given text: blocks [up to 16, token_count] float32.

@@ -309,7 +309,8 @@ def test_a_history_of_texts_is_a_chat_that_had_asked_the_same(demo: FastVLM) -> 
         ("Name three colours.", None),
         ("What does the meter read?", None),
     ]
-    asked, history = demo.chat(system="Answer briefly."), []
+    asked = demo.chat(system="Answer briefly.")
+    history: list[ChatTurn] = []
     for prompt, picture in questions:
         later = demo.chat(system="Answer briefly.", history=history)
         assert turns_of(later) == turns_of(asked) and later.token_count == asked.token_count

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastvlm_edge import EncodedImage, FastVLM, FastVLMError, Reply, SamplingParams
+from fastvlm_edge import EncodedImage, FastVLM, FastVLMError, Reply, SamplingParams, TokenLogProb
 from fastvlm_edge.backends.protocol import LOGIT_POSITIONS, Backend
 from fastvlm_edge.errors import PackageError
 from fastvlm_edge.generation.answer_format import answer_format
@@ -309,6 +309,16 @@ def test_a_format_is_compiled_once(tiny: FastVLM) -> None:
     assert tiny._grammar.cache_info().currsize < 40
 
 
+def test_a_format_can_be_compiled_before_its_first_use(tiny: FastVLM) -> None:
+    tiny.prepare_format()
+    before = tiny._grammar.cache_info().misses
+    tiny.prepare_format(regex="[0-9]{7}")
+    tiny.generate(PROMPT, regex="[0-9]{7}", max_new_tokens=1)
+    assert tiny._grammar.cache_info().misses == before + 1
+    with pytest.raises(FastVLMError, match="the regex cannot be used"):
+        tiny.prepare_format(regex="(")
+
+
 def test_without_llguidance_a_format_is_refused_and_all_else_works(tiny: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(PackageError, match="structured answers need the package llguidance"):
@@ -370,6 +380,22 @@ def test_log_probabilities_are_those_of_the_model_itself(vlm: FastVLM, options: 
         assert bytes(each.bytes) == vlm._tokenizer.token_bytes(each.token_id)
     shown = [bytes(each.bytes) for each in reply.logprobs if each.token_id not in vlm._tokenizer.special_ids]
     assert b"".join(shown).decode("utf-8", "replace") == reply.text
+
+
+def test_log_probabilities_come_with_the_pieces(tiny: FastVLM) -> None:
+    stream, pieces = tiny.stream(PROMPT, max_new_tokens=50, logprobs=2), 0
+    found: list[TokenLogProb] = []
+    assert stream.logprobs_from(0) == []
+    for _ in stream:
+        found += stream.logprobs_from(len(found))
+        pieces += 1
+        assert stream.logprobs_from(len(found)) == []
+    reply = stream.reply
+    assert reply.logprobs is not None and pieces > 5 and len(found) > 20
+    assert found == reply.logprobs[: len(found)] and stream.logprobs_from(0) == found
+    plain = tiny.stream(PROMPT, max_new_tokens=5)
+    next(plain)
+    assert plain.logprobs_from(0) == []
 
 
 def test_log_probabilities_are_given_only_if_asked_for_and_fit_what_was_read(tiny: FastVLM) -> None:

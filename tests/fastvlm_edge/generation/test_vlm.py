@@ -423,6 +423,20 @@ def test_an_encoded_image_is_not_encoded_again(vlm: FastVLM, monkeypatch: pytest
     assert alone.timings.vision_ms == alone.timings.preprocess_ms == 0
 
 
+def test_an_encoded_image_is_recalled_by_its_key(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = np.random.default_rng(21).integers(0, 255, (90, 70, 3), np.uint8)
+    encoded = vlm.encode_image(picture)
+    assert encoded.vision_ms > 0 and encoded.preprocess_ms > 0
+    expected = vlm.generate(PROMPT, encoded, max_new_tokens=10)
+    before = vlm.counters()
+    monkeypatch.setattr(vlm._engine.backend, "encode", None)
+    recalled = vlm.recall_image(encoded.key)
+    assert recalled is not None and recalled.pixels is None and recalled.vision_ms == recalled.preprocess_ms == 0
+    assert vlm.counters().cached_images == before.cached_images + 1 and vlm.counters().images == before.images + 1
+    assert vlm.generate(PROMPT, recalled, max_new_tokens=10).token_ids == expected.token_ids
+    assert vlm.recall_image(bytes(32)) is None and vlm.counters().images == before.images + 1
+
+
 def test_geometry_can_be_overridden(model_dir: Path, vlm: FastVLM) -> None:
     cropped = FastVLM(vlm.manifest, vlm._tokenizer, vlm._engine, geometry="crop")
     expected = vlm._engine.backend.encode(preprocess(data.coffee(), IMAGE_SIZE, "crop")).numpy()
