@@ -24,6 +24,7 @@ COMMANDS = {
     "build": "build TensorRT engines for a model directory",
     "run": "ask a question about an image",
     "chat": "ask several questions in one conversation",
+    "serve": "answer clients of the OpenAI API",
     "eval": "measure accuracy on a file of questions",
     "plan": "predict memory and speed on a board before building anything",
     "doctor": "check this machine and say what is missing",

@@ -29,6 +29,10 @@ NEEDED_BY = {
     "pynvml": "tensorrt",
     "matplotlib": "bench",
     "llguidance": "structured",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "msgspec": "serve",
+    "prometheus_client": "serve",
 }
 """Module of a dependency -> the extra of pyproject.toml that installs it; "" stands for the dependencies of the runtime."""
 
@@ -48,6 +52,10 @@ NAMES = {
     "cuda.bindings": "driver",
     "tensorrt": "Runtime",
     "tensorrt_rtx": "Runtime",
+    "starlette": "applications",
+    "uvicorn": "Server",
+    "msgspec": "Struct",
+    "prometheus_client": "CollectorRegistry",
 }
 """Module -> a name in it that we use: an empty directory can be imported too."""
 

@@ -34,8 +34,11 @@ ON_DEMAND = {
 """Modules of the runtime that load another part when the user asks for it. The command line imports a command only to run it, and
 only a bundle starts at `bundle_entry`."""
 
+SERVE = {"starlette", "uvicorn", "msgspec", "prometheus_client"}
+"""Packages of the extra `serve`: only `server/` and the command `serve` import them."""
+
 PACKAGES = {
-    "runtime": {"numpy", "PIL", "tokenizers", "onnxruntime", "llguidance"},
+    "runtime": {"numpy", "PIL", "tokenizers", "onnxruntime", "llguidance", *SERVE},
     "engines": {"numpy"},
     "convert": {"numpy", "tokenizers", "torch", "onnx", "ml_dtypes", "huggingface_hub", "jinja2"},
     "calib": {"numpy", "torch", "onnx", "ml_dtypes"},
@@ -208,6 +211,20 @@ def test_packages_are_those_of_each_part() -> None:
         return draws or found.target in PACKAGES[part(found.source)] | sys.stdlib_module_names
 
     assert [str(found) for found in imports() if found.target not in modules() and not allowed(found)] == []
+
+
+def test_only_the_command_serve_imports_the_server_and_its_packages() -> None:
+    """And the command does so only when it runs: its help needs nothing."""
+
+    def of_the_server(found: Import) -> bool:
+        return found.target in SERVE or room(found.target) == "fastvlm_edge.server"
+
+    users = {found.source for found in imports() if of_the_server(found) and room(found.source) != "fastvlm_edge.server"}
+    assert users == {"fastvlm_edge.commands.serve"}
+    packages = {
+        found.target for name in loaded_with("fastvlm_edge.commands.serve") for found in imports() if found.source == name and found.at_load
+    }
+    assert not packages & SERVE
 
 
 @pytest.mark.parametrize("module", BARE)

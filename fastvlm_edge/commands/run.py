@@ -276,12 +276,15 @@ def add_reply_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(options: argparse.Namespace, progress: Progress, check: Callable[[Manifest, TextTokenizer], None]) -> FastVLM:
+def load(
+    options: argparse.Namespace, progress: Progress, check: Callable[[Manifest, TextTokenizer], None] | None = None, *, slots: int = 1
+) -> FastVLM:
     """The model, loaded with the options of `add_loading_options`. `check` and errors as in `load_parts`."""
     manifest, tokenizer, backend = load_parts(
         options.model,
         options.backend,
         threads=options.threads,
+        slots=slots,
         verify=options.verify,
         tune_process=True,
         progress=progress,

@@ -1,0 +1,101 @@
+"""The messages of a request as a conversation: system prompt, earlier turns, and the question with its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fastvlm_edge.model_dir.manifest import Manifest
+from fastvlm_edge.server.api import DeveloperMessage, Message, SystemMessage, TextPart, UserMessage
+from fastvlm_edge.server.errors import RequestError
+from fastvlm_edge.server.pictures import Picture
+from fastvlm_edge.server.settings import Settings
+
+_LONGEST_TOKEN = 128
+"""Characters per token that no text comes near. More than so many for each position are refused before they are tokenized."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a user said: a text, and the pictures before it."""
+
+    prompt: str
+    pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A question, and what was said before."""
+
+    question: Question
+    history: tuple[tuple[Question, str], ...] = ()
+    """Earlier questions and the replies to them."""
+    system: str | None = None
+    """None is that of the model."""
+
+
+def read_messages(messages: Sequence[Message], settings: Settings, manifest: Manifest) -> Conversation:
+    """The conversation of a request. Raises RequestError for an order of messages that no conversation with the model has."""
+    system: list[str] = []
+    history: list[tuple[Question, str]] = []
+    asked: list[Question] = []
+    for index, message in enumerate(messages):
+        place = f"messages[{index}]"
+        if isinstance(message, SystemMessage | DeveloperMessage):
+            if history or asked:
+                raise RequestError(400, "system messages stand before all others", param=place)
+            system.append(_text(message.content))
+        elif isinstance(message, UserMessage):
+            asked.append(_question(message, place))
+        elif not asked:
+            raise RequestError(400, "an assistant message follows a user message", param=place)
+        else:
+            history.append((_joined(asked), _text(message.content)))
+            asked = []
+    if not asked:
+        raise RequestError(400, "the last message is not one of the user; a reply cannot be begun for the model", param="messages")
+    conversation = Conversation(_joined(asked), tuple(history), _lines(system) if system else None)
+    check(conversation, settings, manifest)
+    return conversation
+
+
+def check(conversation: Conversation, settings: Settings, manifest: Manifest) -> None:
+    """Raise RequestError for more pictures than are allowed, and for more text than fits in any case."""
+    questions = [conversation.question, *(question for question, _ in conversation.history)]
+    pictures = sum(len(question.pictures) for question in questions)
+    if pictures > settings.max_images:
+        message = f"the conversation has {pictures} pictures, and at most {settings.max_images} are allowed"
+        raise RequestError(400, message, param="messages", code="too_many_images")
+    texts = [conversation.system or "", *(question.prompt for question in questions), *(reply for _, reply in conversation.history)]
+    characters, context = sum(map(len, texts)), manifest.decoder.context
+    if pictures * manifest.vision.tokens >= context:
+        message = f"{pictures} pictures take {pictures * manifest.vision.tokens} tokens, which do not fit into the context of {context}"
+        raise RequestError(400, message, param="messages", code="context_length_exceeded")
+    if characters > _LONGEST_TOKEN * context:
+        message = f"the conversation has {characters} characters, which do not fit into the context of {context} tokens"
+        raise RequestError(400, message, param="messages", code="context_length_exceeded")
+
+
+def _question(message: UserMessage, place: str) -> Question:
+    if isinstance(message.content, str):
+        return Question(message.content)
+    texts, pictures = [], []
+    for index, part in enumerate(message.content):
+        if isinstance(part, TextPart):
+            texts.append(part.text)
+        else:
+            pictures.append(Picture(part.image_url.url, f"{place}.content[{index}].image_url.url"))
+    return Question(_lines(texts), tuple(pictures))
+
+
+def _joined(questions: Sequence[Question]) -> Question:
+    pictures = tuple(picture for question in questions for picture in question.pictures)
+    return Question(_lines(question.prompt for question in questions), pictures)
+
+
+def _text(content: str | list[TextPart]) -> str:
+    return content if isinstance(content, str) else _lines(part.text for part in content)
+
+
+def _lines(texts: Iterable[str]) -> str:
+    return "\n".join(text for text in texts if text)

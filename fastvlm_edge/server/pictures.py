@@ -1,0 +1,101 @@
+"""Addresses of pictures to encoded pictures. One that was sent before is found by its bytes, and is neither decoded nor encoded again."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.async_vlm import AsyncFastVLM
+from fastvlm_edge.generation.images import EncodedImage
+from fastvlm_edge.inputs.image_input import load_rgb
+from fastvlm_edge.server import media
+from fastvlm_edge.server.errors import RequestError, failed, refused
+from fastvlm_edge.server.settings import Settings
+
+_KNOWN = 4096
+"""Pictures whose keys are kept, 64 bytes each. Their features are in the cache of the runtime, as long as that has room."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a request."""
+
+    url: str
+    param: str
+    """Its place in the request, for errors."""
+
+
+@dataclass
+class Encoded:
+    """Encoded pictures, and what they took."""
+
+    images: list[EncodedImage] = field(default_factory=list)
+    preprocess_ms: float = 0.0
+    vision_ms: float = 0.0
+
+
+class KnownPictures:
+    """sha256 of a file -> key of the picture in it (`images.image_key`), for one model, geometry and background."""
+
+    def __init__(self) -> None:
+        self._keys: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def get(self, data: bytes) -> bytes | None:
+        """The key of a picture that was sent before."""
+        key = self._keys.get(data)
+        if key is not None:
+            self._keys.move_to_end(data)
+        return key
+
+    def put(self, data: bytes, key: bytes) -> None:
+        """Remember a picture."""
+        self._keys[data] = key
+        self._keys.move_to_end(data)
+        while len(self._keys) > _KNOWN:
+            self._keys.popitem(last=False)
+
+
+async def encode(pictures: Sequence[Picture], vlm: AsyncFastVLM, settings: Settings, known: KnownPictures) -> Encoded:
+    """Read and encode pictures, one after another. Raises RequestError, with the place in the request of what cannot be read."""
+    encoded = Encoded()
+    for picture in pictures:
+        began = time.perf_counter()
+        image = await _encode(picture, vlm, settings, known)
+        encoded.vision_ms += image.vision_ms
+        encoded.preprocess_ms += (time.perf_counter() - began) * 1e3 - image.vision_ms
+        encoded.images.append(image)
+    return encoded
+
+
+async def _encode(picture: Picture, vlm: AsyncFastVLM, settings: Settings, known: KnownPictures) -> EncodedImage:
+    try:
+        source = await media.picture(picture.url, settings)
+    except RequestError as error:
+        raise error.at(picture.param) from None
+    digest = None
+    if isinstance(source, bytes):
+        digest = hashlib.sha256(source).digest() if len(source) < 1 << 16 else await asyncio.to_thread(_sha256, source)
+        key = known.get(digest)
+        image = None if key is None else vlm.vlm.recall_image(key)
+        if image is not None:
+            return image
+    try:
+        rgb = await asyncio.to_thread(load_rgb, source, vlm.vlm.background)
+    except FastVLMError as error:
+        raise refused(error, picture.param) from None
+    try:
+        image = await vlm.encode_image(rgb)
+    except FastVLMError as error:
+        raise failed(error) from error
+    if digest is not None:
+        known.put(digest, image.key)
+    return image
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()

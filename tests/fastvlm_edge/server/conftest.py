@@ -1,0 +1,24 @@
+"""The demo model, served once for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fastvlm_edge import FastVLM
+from tests.support.serving import DEMO, Served, serving
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[FastVLM]:
+    """The demo model; do not close it."""
+    with FastVLM.load(DEMO / "model", "ort", threads=1, slots=4) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def served(demo: FastVLM) -> Iterator[Served]:
+    """A server of the demo model with the settings that it has by itself."""
+    with serving(demo) as found:
+        yield found
