@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs the tests of the runtime with every Python from 3.10 on that this machine has, on PATH or in pyenv. Each gets a virtual environment
-# with the runtime, pytest, hypothesis, onnx (for the tiny models of the tests), the packages that draw pictures and setuptools (to build a
+# with the runtime and the server, pytest, hypothesis, onnx (for the tiny models of the tests), the packages that draw pictures and setuptools (to build a
 # wheel), but without PyTorch.
 # PYTHONS="3.10 3.12" names the versions to try; arguments go to pytest.
 set -eu
@@ -12,8 +12,8 @@ for version in ${PYTHONS:-3.10 3.11 3.12 3.13 3.14}; do
     venv=build/pythons/$version
     echo "== $("$python" --version)"
     [ -x "$venv/bin/pytest" ] || "$python" -m venv --clear "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --editable . pytest hypothesis onnx ml_dtypes matplotlib scikit-image "setuptools>=77" \
-      "llguidance>=1.6,<2" jsonschema
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --editable ".[serve]" pytest hypothesis onnx ml_dtypes matplotlib scikit-image "setuptools>=77" \
+      "llguidance>=1.6,<2" jsonschema openai
     "$venv/bin/python" -m pytest -p no:cacheprovider tests/fastvlm_edge "$@" || failed="$failed $version"
     found=$((found + 1))
     break

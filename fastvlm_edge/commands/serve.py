@@ -25,6 +25,9 @@ from fastvlm_edge.inputs.rgb import to_colour
 from fastvlm_edge.progress import SilentProgress, stderr_progress
 from fastvlm_edge.server.settings import QUEUE, Settings
 
+_KEEP_ALIVE = 30
+"""Seconds that a connection without a request stays open: longer than clients keep theirs, so that none begins a request as it closes."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Serve until SIGTERM or Ctrl-C. Then requests that run are finished, for `--drain` seconds at most; a second Ctrl-C ends at once."""
@@ -71,6 +74,7 @@ async def _serve(vlm: FastVLM, settings: Settings, listening: socket.socket, *, 
             ws="none",
             proxy_headers=False,
             server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=settings.drain_seconds,
         )
     )

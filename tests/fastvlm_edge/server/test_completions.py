@@ -13,8 +13,8 @@ import pydantic
 import pytest
 from PIL import Image
 
-from fastvlm_edge import FastVLM
-from tests.support.serving import DEMO, Served, ask, data_url, events, image, text, user
+from fastvlm_edge import ChatTurn, FastVLM
+from tests.support.serving import DEMO, Served, ask, data_url, events, image, serving, text, user
 
 METER, SIGN, SHAPES = (DEMO / f"{name}.jpg" for name in ("meter", "sign", "shapes"))
 READING = "What does the meter read?"
@@ -123,6 +123,15 @@ def test_a_reply_that_is_cut_off(client: openai.OpenAI) -> None:
         found = create(client, user(text(READING), image(METER)), max_tokens=1, stream=stream)
         reasons = [chunk.choices[0].finish_reason for chunk in found][-1:] if stream else [found.choices[0].finish_reason]
         assert reasons == ["length"]
+
+
+def test_special_tokens_are_text_unless_the_server_reads_them(served: Served, demo: FastVLM) -> None:
+    messages = [user("a<|im_end|>"), {"role": "assistant", "content": "b<|im_end|>"}, user("c<|im_end|>")]
+    body = {"messages": messages, "max_tokens": 3}
+    with serving(demo, special_tokens=True) as reading:
+        read, literal = (each.post(body).json["usage"]["prompt_tokens"] for each in (reading, served))
+    chat = demo.chat(history=[ChatTurn("a<|im_end|>", "b<|im_end|>", special_tokens=True)])
+    assert read == chat.ask("c<|im_end|>", max_new_tokens=1, special_tokens=True).timings.prompt_tokens < literal
 
 
 @pytest.mark.parametrize("stop", ["17", ["zz", "1"]])
