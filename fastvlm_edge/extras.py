@@ -33,6 +33,7 @@ NEEDED_BY = {
     "uvicorn": "serve",
     "msgspec": "serve",
     "prometheus_client": "serve",
+    "av": "camera",
 }
 """Module of a dependency -> the extra of pyproject.toml that installs it; "" stands for the dependencies of the runtime."""
 
@@ -56,6 +57,7 @@ NAMES = {
     "uvicorn": "Server",
     "msgspec": "Struct",
     "prometheus_client": "CollectorRegistry",
+    "av": "open",
 }
 """Module -> a name in it that we use: an empty directory can be imported too."""
 

@@ -38,7 +38,7 @@ SERVE = {"starlette", "uvicorn", "msgspec", "prometheus_client"}
 """Packages of the extra `serve`: only `server/` and the command `serve` import them."""
 
 PACKAGES = {
-    "runtime": {"numpy", "PIL", "tokenizers", "onnxruntime", "llguidance", *SERVE},
+    "runtime": {"numpy", "PIL", "tokenizers", "onnxruntime", "llguidance", "av", *SERVE},
     "engines": {"numpy"},
     "convert": {"numpy", "tokenizers", "torch", "onnx", "ml_dtypes", "huggingface_hub", "jinja2"},
     "calib": {"numpy", "torch", "onnx", "ml_dtypes"},

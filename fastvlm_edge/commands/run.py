@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from fastvlm_edge.backends.protocol import PREFILL_CHUNK
 from fastvlm_edge.backends.select import BACKENDS
+from fastvlm_edge.camera.clip import FRAMES, check_frames, frames_of_clip
 from fastvlm_edge.commands.arguments import given, given_path, positive
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.answer_format import answer_format, read_schema, schema_text
@@ -46,15 +47,16 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     _check_places(options)
     sampling = sampling_options(options)
-    images = _images(options)
+    if options.frames is not None and options.video is None:
+        raise FastVLMError("--frames without --video", "name the clip with --video FILE")
+    images = _images(options) if options.video is None else _frames(options)
     progress = SilentProgress() if options.json or options.quiet else stderr_progress()
 
     def check(manifest: Manifest, tokenizer: TextTokenizer) -> None:
-        special = sampling.get("special_tokens", False)
-        check_question(manifest, tokenizer, options.prompt, len(images), system=options.system, special_tokens=special)
-        wanted = answer_format(**{name: sampling[name] for name in _FORMATS if name in sampling})
-        if wanted is not None:
-            compile_grammar(tokenizer, manifest, wanted)
+        if options.video is not None:
+            special = sampling.get("special_tokens", False)
+            check_frames(manifest, tokenizer, options.prompt, len(images), system=options.system, special_tokens=special)
+        check_reply(manifest, tokenizer, options, sampling, len(images))
 
     with load(options, progress, check) as vlm:
         recorder = PowerRecorder(find_sensor(card=vlm.backend.name != "ort"))
@@ -81,6 +83,15 @@ def main(arguments: Sequence[str]) -> int:
         if not options.quiet:
             print(_summary(stream.reply, recorder.figures()), file=sys.stderr)
     return 0
+
+
+def check_reply(manifest: Manifest, tokenizer: TextTokenizer, options: argparse.Namespace, sampling: dict[str, Any], images: int) -> None:
+    """Raise FastVLMError if the model cannot be asked this, or cannot answer in this format. `sampling` is that of `sampling_options`."""
+    special = sampling.get("special_tokens", False)
+    check_question(manifest, tokenizer, options.prompt, images, system=options.system, special_tokens=special)
+    wanted = answer_format(**{name: sampling[name] for name in _FORMATS if name in sampling})
+    if wanted is not None:
+        compile_grammar(tokenizer, manifest, wanted)
 
 
 # What was asked for -------------------------------------------------------------------------------------------------------------
@@ -161,6 +172,14 @@ def _images(options: argparse.Namespace) -> list[ImageInput]:
     return images
 
 
+def _frames(options: argparse.Namespace) -> list[ImageInput]:
+    """The frames of the clip."""
+    if options.image:
+        raise FastVLMError("--video and --image were given, but a question is about one of them", "leave one out")
+    to_colour(options.background)
+    return list(frames_of_clip(options.video, FRAMES if options.frames is None else options.frames))
+
+
 # What is printed ----------------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +238,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         help="image file, or - for stdin; several may be given, or none to ask without an image",
     )
+    parser.add_argument("--video", metavar="FILE", type=given, help="video clip, which is shown as frames that are spread evenly over it")
+    parser.add_argument("--frames", metavar="N", type=positive, help=f"number of frames that stand for the clip (default: {FRAMES})")
     parser.add_argument("--prompt", metavar="TEXT", help="the question, instead of QUESTION")
     add_reply_options(parser)
     group = add_loading_options(parser)

@@ -12,6 +12,7 @@ import pytest
 
 from examples.demo_training.scenes import make_scene
 from tests.docs.pages import PAGES, ROOT, blocks, command_lines, read
+from tests.support.videos import write_video
 
 RUN = ("README.md", "docs/start.md", "docs/run.md")
 """Pages whose `convert` and `run` commands are run; the first one converts the model of the others."""
@@ -44,6 +45,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "fastvlm_edge" / "demo").symlink_to(ROOT / "fastvlm_edge" / "demo")
     for name, (kind, index) in PICTURES.items():
         make_scene("heldout", 0, index, kind=kind).image.save(folder / name)
+    write_video(folder / "clip.mp4", [index / 10 for index in range(40)])
     (schema,) = [block.text for block in blocks(read("docs/run.md")) if block.language == "json"]
     (folder / "schema.json").write_text(schema, encoding="utf-8")
     (convert,) = [words for words in commands("README.md") if words[0] == "convert"]

@@ -238,3 +238,42 @@ def test_one_token_has_no_speed(most: str, tokens: int, capsys: pytest.CaptureFi
     assert main(["run", MODEL, "--image", SHAPES if tokens == 1 else SIGN, question, "--max-new-tokens", most]) == 0
     summary = capsys.readouterr().err.splitlines()[-1]
     assert summary.startswith(f"[{tokens} token") and ("tokens/s" in summary) == (tokens > 1)
+
+
+# A clip -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    pytest.importorskip("av", reason="the package av is not installed (the extra camera)")
+    from tests.support.videos import write_video
+
+    return write_video(tmp_path / "clip.mp4", [index / 10 for index in range(40)])
+
+
+def test_a_clip_is_pictures_of_one_question(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fastvlm_edge.camera.clip import frames_of_clip
+
+    with FastVLM.load(MODEL, "ort") as vlm:
+        for words, frames in (((), 8), (("--frames", "3"), 3)):
+            assert main(["run", MODEL, "--video", str(clip), *words, QUESTION, "--json", "--max-new-tokens", "8"]) == 0
+            expected = vlm.generate(QUESTION, list(frames_of_clip(clip, frames)), max_new_tokens=8)
+            found = json.loads(capsys.readouterr().out)
+            assert found["token_ids"] == expected.token_ids
+            assert found["timings"]["prompt_tokens"] == expected.timings.prompt_tokens
+
+
+@pytest.mark.usefixtures("never_loads")
+def test_what_is_wrong_with_a_clip_is_said_before_the_model_loads(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, says in (
+        (["--video", str(clip), "--image", SHAPES, "x"], "--video and --image were given, but a question is about one of them"),
+        (["--frames", "3", "x"], "--frames without --video; name the clip with --video FILE"),
+        (["--video", "gone.mp4", "x"], "gone.mp4 cannot be opened as video: No such file or directory"),
+        (["--video", SHAPES, "x", "--background", "nocolour"], "the background 'nocolour' is not a colour"),
+        (["--video", str(clip), "x", "--frames", "40", "--system", "word " * 410], "40 frames of "),
+        (["--video", str(clip), "x", "--frames", "40", "--system", "word " * 410], "; take at most 3"),
+        (["--video", str(clip), "x", "--system", "word " * 1900], "; shorten the question, or convert with a larger --context"),
+    ):
+        assert main(["run", MODEL, *words]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and says in captured.err, (words, captured.err)
