@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons test-onnxruntimes test-quiet lint types docs dist bench bench-peers bench-gpu clean
+.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons test-onnxruntimes test-quiet test-camera lint types docs dist bench bench-peers bench-gpu clean
 
 setup: $(READY)
 
@@ -56,6 +56,13 @@ test-quiet: $(READY)
 	command -v strace || ($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq strace)
 	strace -qq -o /dev/null true
 	$(BIN)/python -m pytest -m quiet tests/test_quiet.py
+
+# Cameras' readers on real GStreamer elements and a real RTSP server. Installs them on Debian and Ubuntu.
+GSTREAMER := python3-gi gir1.2-gst-plugins-base-1.0 gir1.2-gst-rtsp-server-1.0 gstreamer1.0-tools gstreamer1.0-plugins-base \
+	gstreamer1.0-plugins-good gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly gstreamer1.0-libav
+test-camera: $(READY)
+	dpkg -s $(GSTREAMER) >/dev/null 2>&1 || ($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq $(GSTREAMER))
+	$(BIN)/python -m pytest -m camera tests/fastvlm_edge/camera
 
 lint: $(READY)
 	$(BIN)/ruff check .

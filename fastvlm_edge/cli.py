@@ -25,6 +25,7 @@ COMMANDS = {
     "run": "ask a question about an image",
     "chat": "ask several questions in one conversation",
     "serve": "answer clients of the OpenAI API",
+    "watch": "ask about the newest frame of a camera, video or folder, again and again",
     "eval": "measure accuracy on a file of questions",
     "plan": "predict memory and speed on a board before building anything",
     "doctor": "check this machine and say what is missing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from fastvlm_edge.model_dir.manifest import STRIDE
@@ -31,6 +32,14 @@ def at_least(text: str, least: int) -> int:
     if value < least:
         wanted = "not a positive number" if least == 1 else f"too small; give at least {least}"
         raise argparse.ArgumentTypeError(f"{value} is {wanted}")
+    return value
+
+
+def at_least_zero(text: str) -> float:
+    """A number that is not negative."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
     return value
 
 
