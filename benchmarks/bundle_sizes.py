@@ -1,6 +1,7 @@
 """Size of a bundle's runtime for every target and Python, the wheels that were resolved, and the time of a start beside PEX.
 
     python -m benchmarks.bundle_sizes
+    python -m benchmarks.bundle_sizes --sizes    # renews the sizes and keeps the starts
 
 Needs a package index. Writes benchmarks/results/bundle_sizes.json.
 """
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -139,19 +141,24 @@ def _row(program: Program, seconds: list[float], state: Path) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Measure everything and write the record."""
+def main(arguments: Sequence[str]) -> int:
+    """Measure everything, or with `--sizes` only the sizes, and write the record."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = work / "model"
         convert(str(random_checkpoint(work, "tiny")), model, precision="fp32")
         rows = measure_sizes(work, model)
-        starts = compare_starts(work, model)
-    document = {"date": date.today().isoformat(), "machine": describe(), "limit_bytes": LIMIT, "targets": rows, "starts": starts}
+        today = date.today().isoformat()
+        if list(arguments) == ["--sizes"]:
+            before = json.loads(RESULT.read_text(encoding="utf-8"))
+            starts, starts_measured = before["starts"], before["starts_measured"]
+        else:
+            starts, starts_measured = compare_starts(work, model), today
+    document = {"date": today, "machine": describe(), "limit_bytes": LIMIT, "targets": rows}
+    document |= {"starts": starts, "starts_measured": starts_measured}
     RESULT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(starts, indent=1))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -32,7 +32,7 @@ NOT_HERE = {
     "bundle": "bundling needs pip and a network",
     "demo": "it has a model of its own",
 }
-_ENGINES = ("run", "chat", "watch", "bench", "eval")
+_ENGINES = ("run", "chat", "serve", "watch", "bench", "eval")
 """Commands that answer questions: missing engines are built before them."""
 _OPTIONAL = ("doctor",)
 """Commands that do without a model if none is named."""
@@ -161,20 +161,24 @@ class _OwnCommand:
     call: Callable[[Bundle, list[str]], str]
     """Takes the arguments and returns the text to print."""
     summary: str
+    flag: str | None = None
+    """The only option without a value."""
     option: str | None = None
-    """The only option, which takes a value."""
+    """The only option with a value."""
     argument: str | None = None
     """The only argument; it may be left out."""
 
     @property
     def usage(self) -> str:
-        return f" [{self.option} DIR]" if self.option else f" [{self.argument}]" if self.argument else ""
+        words = (self.flag, self.option and f"{self.option} DIR", self.argument)
+        return "".join(f" [{word}]" for word in words if word)
 
     def accepts(self, arguments: list[str]) -> bool:
         """Whether these arguments are possible."""
+        rest = [word for word in arguments if word != self.flag]
         if self.option:
-            return not arguments or (len(arguments) == 2 and arguments[0] == self.option)
-        return len(arguments) <= (1 if self.argument else 0)
+            return not rest or (len(rest) == 2 and rest[0] == self.option)
+        return len(rest) <= (1 if self.argument else 0)
 
 
 def _run_own(bundle: Bundle, command: str, arguments: list[str]) -> int:
@@ -190,7 +194,7 @@ def _run_own(bundle: Bundle, command: str, arguments: list[str]) -> int:
 
 
 def _root(words: list[str]) -> Path | None:
-    return Path(words[1]) if words else None
+    return Path(words[words.index(_ROOT) + 1]) if _ROOT in words else None
 
 
 def _prepare(bundle: Bundle) -> str:
@@ -237,12 +241,17 @@ def _help(bundle: Bundle) -> str:
     )
 
 
+_ROOT = "--root"
+_SERVE = "--serve"
 OWN = {
     "prepare": _OwnCommand(lambda bundle, _: _prepare(bundle), "unpack, check every hash, build missing engines"),
     "install": _OwnCommand(
-        lambda bundle, words: unit.install(bundle.path, _root(words)), "run prepare at every boot, with systemd (as root)", option="--root"
+        lambda bundle, words: unit.install(bundle.path, _root(words), serve=_SERVE in words),
+        "run prepare at every boot, with systemd (as root); with --serve also the server",
+        flag=_SERVE,
+        option=_ROOT,
     ),
-    "uninstall": _OwnCommand(lambda bundle, words: unit.uninstall(bundle.path, _root(words)), "undo install (as root)", option="--root"),
+    "uninstall": _OwnCommand(lambda bundle, words: unit.uninstall(bundle.path, _root(words)), "undo install (as root)", option=_ROOT),
     "licenses": _OwnCommand(_licences, "list all licences; with PACKAGE, print its licence text", argument="PACKAGE"),
     "about": _OwnCommand(lambda bundle, _: _about(bundle), "print the contents and where they are unpacked, as JSON"),
 }

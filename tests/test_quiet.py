@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.support.checkpoints import write_checkpoint
 from tests.support.watcher import Seen, watch
-from tests.support.wheels import wheel_of_installed
+from tests.support.wheels import BUNDLED, wheel_of_installed
 
 pytestmark = pytest.mark.quiet
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +124,7 @@ def test_plan_and_doctor(user: User, model_dir: Path) -> None:
 
 def test_bundle(user: User, model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir()
-    for name in ("numpy", "pillow", "tokenizers", "onnxruntime", "llguidance"):
+    for name in BUNDLED:
         wheel_of_installed(name, tmp_path / "wheels")
     app, state = user.folder / "app", user.folder / "state"
     command = toolkit("bundle", model_dir, "--target", "x86_64", "--wheels", tmp_path / "wheels", "-o", app)

@@ -35,6 +35,7 @@ _NEEDS_TORCH = ("convert", "calib")
 """Packages that are left out, because a board does not convert models."""
 _DEMO = "demo"
 """The demo model, which is left out as well."""
+_SOURCE = (".py", ".jpg", ".typed", ".html", ".css", ".js")
 _BLOCK = 1 << 22
 
 _HEADER = """#!/bin/sh
@@ -203,7 +204,7 @@ def source_files(home: Path) -> Iterator[tuple[str, Path]]:
     for folder, folders, files in os.walk(home, followlinks=True):  # in a clone, engines/ is a link
         folders[:] = sorted({*folders} - {"__pycache__", _DEMO, *_NEEDS_TORCH})
         for path in (Path(folder, name) for name in files):
-            if path.suffix in (".py", ".jpg", ".typed"):
+            if path.suffix in _SOURCE:
                 yield f"fastvlm_edge/{path.relative_to(home).as_posix()}", path
 
 

@@ -24,6 +24,10 @@ RUNTIME = ("numpy>=1.26", "pillow>=10.3", "tokenizers>=0.20", "onnxruntime>=1.23
 for tools and downloads. Inference does not import them, so they are left out."""
 STRUCTURED = ("llguidance>=1.6,<2",)
 """Requirements of structured answers, the extra `structured`. 1.6 is the last one with wheels for glibc 2.28."""
+SERVE = ("starlette>=1.0,<2", "uvicorn>=0.40", "msgspec>=0.19", "prometheus_client>=0.21")
+"""Requirements of `fastvlm-edge serve`, the extra `serve`."""
+_NEEDED_BY_SERVE = ("anyio>=4", "click>=8", "h11>=0.14", "idna>=3", "typing_extensions>=4.10")
+"""What starlette, anyio and uvicorn import; on Python 3.10 anyio also imports exceptiongroup."""
 _OLDEST_GLIBC = 17
 
 
@@ -41,7 +45,8 @@ class Wheel:
 
 def requirements(target: BundleTarget) -> tuple[str, ...]:
     """Requirements that pip resolves for `target`."""
-    common = (*RUNTIME, *STRUCTURED)
+    backports = ("exceptiongroup>=1.1",) if target.python < (3, 11) else ()
+    common = (*RUNTIME, *STRUCTURED, *SERVE, *_NEEDED_BY_SERVE, *backports)
     if target.cuda is None:
         return common
     oldest = "12.6" if target.cuda == 12 else f"{target.cuda}.0"
@@ -62,7 +67,7 @@ def collect_wheels(target: BundleTarget, folder: Path) -> list[Wheel]:
     wheels = [_read(path) for path in chosen]
     have = {wheel.name for wheel in wheels}
     for requirement in requirements(target):
-        name = re.split(r"[<>=]", requirement)[0]
+        name = _name(re.split(r"[<>=]", requirement)[0])
         if name not in have:
             raise FastVLMError(f"{folder} has no wheel of {name}", "empty the directory, so that the wheels are downloaded again")
     return wheels
@@ -97,6 +102,11 @@ def _pip(target: BundleTarget, arguments: Sequence[str], command: str = "downloa
         )
 
 
+def _name(text: str) -> str:
+    """The name of a package in its normal form (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", text).lower()
+
+
 def _read(path: Path) -> Wheel:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -106,4 +116,4 @@ def _read(path: Path) -> Wheel:
         raise FastVLMError(f"{path} is not a wheel ({error or 'it has no METADATA'})", "remove it, or download it again") from None
     named = [value.rpartition(":: ")[2] for value in metadata.get_all("Classifier", []) if value.startswith("License ::")]
     licence = metadata["License-Expression"] or next(iter([*(metadata["License"] or "").splitlines(), *named]), "not stated")
-    return Wheel(path, re.sub(r"[-_.]+", "-", metadata["Name"]).lower(), metadata["Version"], sha256(path), licence[:60])
+    return Wheel(path, _name(metadata["Name"]), metadata["Version"], sha256(path), licence[:60])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import errno
 import hashlib
@@ -26,11 +25,11 @@ from fastvlm_edge import FastVLM, FastVLMError, bundle_entry, cli
 from fastvlm_edge.bundling import start, unit
 from fastvlm_edge.bundling.archive import HEADER_BYTES, source_files, write_bundle
 from fastvlm_edge.bundling.start import Bundle, BundleError, ensure
-from fastvlm_edge.bundling.wheels import RUNTIME, STRUCTURED, Wheel, collect_wheels, requirements
+from fastvlm_edge.bundling.wheels import RUNTIME, SERVE, STRUCTURED, Wheel, collect_wheels, requirements
 from fastvlm_edge.machine.boards.systems import SYSTEMS, BundleTarget
 from fastvlm_edge.machine.boards.targets import bundle_target
 from tests.support.fake_model import build_model
-from tests.support.wheels import wheel_of_installed
+from tests.support.wheels import BUNDLED, tiny_wheel, wheel_of_installed
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = dataclasses.replace(bundle_target("x86_64"), machine=platform.machine(), glibc=(2, 17))
@@ -44,7 +43,7 @@ QUESTION = ("--prompt", "What is it?", "--max-new-tokens", "6")
 def made(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     (folder / "wheels").mkdir()
-    for name in ("numpy", "pillow", "tokenizers", "onnxruntime", "llguidance"):
+    for name in BUNDLED:
         wheel_of_installed(name, folder / "wheels")
     command = ["bundle", str(model_dir), "--target", "x86_64", "--wheels", str(folder / "wheels"), "-o", str(folder / "app")]
     if platform.machine() != "x86_64":
@@ -176,7 +175,7 @@ def test_a_damaged_unpacked_file_is_found_at_the_next_start_and_unpacked_again(r
 
 def test_licences_of_everything_can_be_read(run: Run, made: Path) -> None:
     listed = run("licenses").stdout
-    for name in ("fastvlm-edge", "llguidance", "numpy", "onnxruntime", "pillow", "tokenizers", "model"):
+    for name in ("fastvlm-edge", *BUNDLED, "model"):
         assert re.search(rf"^{name}\s", listed, re.MULTILINE)
     assert "NumPy Developers" in run("licenses", "numpy").stdout
     assert all(row["files"] for row in _open(made).index["licences"])
@@ -191,7 +190,7 @@ def test_about_names_every_wheel_with_its_hash_and_none_of_them_is_a_framework(r
         inside = {name.removeprefix("wheels/") for name in archive.namelist() if name.startswith("wheels/")}
         assert inside == set(wheels)
         assert all(hashlib.sha256(archive.read(f"wheels/{name}")).hexdigest() == digest for name, digest in wheels.items())
-    assert {wheel["name"] for wheel in about["wheels"]} == {"numpy", "pillow", "tokenizers", "onnxruntime", "llguidance"}
+    assert {wheel["name"] for wheel in about["wheels"]} == set(BUNDLED)
     assert not [
         name for name in Bundle(made, about["index_sha256"]).files("runtime") if name.startswith(("torch", "onnx/", "transformers"))
     ]
@@ -200,29 +199,8 @@ def test_about_names_every_wheel_with_its_hash_and_none_of_them_is_a_framework(r
 # The format, with tiny wheels ---------------------------------------------------------------------------------------------------
 
 
-def _tiny_wheel(folder: Path, name: str, version: str = "1.0", tag: str = "py3-none-any") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{name.replace('-', '_')}-{version}"
-    path = folder / f"{stem}-{tag}.whl"
-    files = {
-        f"{name.replace('-', '_')}/__init__.py": f"version = {version!r}\n",
-        f"{stem}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nLicense: MIT\n",
-        f"{stem}.dist-info/WHEEL": f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n",
-        f"{stem}.data/purelib/{name}_extra.py": "extra = 1\n",
-        f"{stem}.data/scripts/tool": "#!python\n",
-    }
-    record = "".join(
-        f"{file},sha256={base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b'=').decode()},{len(text)}\n"
-        for file, text in files.items()
-    )
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file, text in {**files, f"{stem}.dist-info/RECORD": record}.items():
-            archive.writestr(file, text)
-    return path
-
-
 def _tiny(folder: Path, model: Path, target: BundleTarget = HERE, name: str = "app") -> Path:
-    wheel = _tiny_wheel(folder / "wheels", "little")
+    wheel = tiny_wheel(folder / "wheels", "little")
     wheels = [Wheel(wheel, "little", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "MIT")]
     return write_bundle(model, target, wheels, folder / name).path
 
@@ -350,7 +328,7 @@ def test_too_little_disk_is_told_before_anything_is_written(tiny: Path, monkeypa
 
 
 def test_a_model_that_is_unpacked_is_shared_by_bundles_of_another_runtime(tiny: Path, tmp_path: Path, model_dir: Path) -> None:
-    wheel = _tiny_wheel(tmp_path / "other", "little", "2.0")
+    wheel = tiny_wheel(tmp_path / "other", "little", "2.0")
     newer = write_bundle(model_dir, HERE, [Wheel(wheel, "little", "2.0", "0" * 64, "MIT")], tmp_path / "newer").path
     assert ensure(_open(tiny), "model", hashes=False) == ensure(_open(newer), "model", hashes=False)
     assert ensure(_open(tiny), "runtime", hashes=False) != ensure(_open(newer), "runtime", hashes=False)
@@ -410,28 +388,30 @@ def test_a_model_of_more_than_four_gigabytes_is_bundled_and_unpacked(tmp_path: P
 def test_wheels_fit_the_python_and_cuda_of_each_system() -> None:
     assert "cuda-bindings>=12.6,<13" in requirements(SYSTEMS["orin-jp6"])
     assert "cuda-bindings>=13.0,<14" in requirements(SYSTEMS["thor"])
-    assert requirements(SYSTEMS["x86_64"]) == (*RUNTIME, *STRUCTURED)
+    assert not [name for name in requirements(SYSTEMS["x86_64"]) if "cuda" in name or "nvidia" in name]
+    assert "exceptiongroup>=1.1" in requirements(bundle_target("x86_64", (3, 10)))
 
 
 def test_a_bundle_has_the_packages_that_the_project_needs() -> None:
-    for name, expected in (("dependencies", RUNTIME), ("structured", STRUCTURED)):
+    for name, expected in (("dependencies", RUNTIME), ("structured", STRUCTURED), ("serve", SERVE)):
         needs = re.search(rf"^{name} = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
         assert needs
         assert tuple(json.loads(needs.group(1))) == expected
 
 
 def test_a_folder_of_wheels_is_enough_and_of_several_the_fitting_newest_is_taken(tmp_path: Path) -> None:
-    versions = {"numpy": "2.0", "pillow": "11.0", "tokenizers": "0.21", "onnxruntime": "1.23", "llguidance": "1.6.1"}
+    names = [re.split("[<>=]", each)[0].replace("_", "-") for each in requirements(bundle_target("aarch64", (3, 12)))]
+    versions = dict.fromkeys(names, "20.0") | {"numpy": "2.0", "llguidance": "1.6.1", "starlette": "1.7"}
     for name, version in versions.items():
-        _tiny_wheel(tmp_path, name, version)
-    _tiny_wheel(tmp_path, "numpy", "2.1")
-    _tiny_wheel(tmp_path, "numpy", "2.2", tag="cp36-cp36m-win32")
+        tiny_wheel(tmp_path, name, version)
+    tiny_wheel(tmp_path, "numpy", "2.1")
+    tiny_wheel(tmp_path, "numpy", "2.2", tag="cp36-cp36m-win32")
     wheels = collect_wheels(bundle_target("aarch64", (3, 12)), tmp_path)
     assert {wheel.name: wheel.version for wheel in wheels} == {**versions, "numpy": "2.1"}
 
 
 def test_a_wheel_that_is_missing_from_the_folder_is_named(tmp_path: Path) -> None:
-    _tiny_wheel(tmp_path, "numpy", "2.0")
+    tiny_wheel(tmp_path, "numpy", "2.0")
     with pytest.raises(FastVLMError, match=r"could not get the wheels for aarch64 with Python 3\.12: .*pillow"):
         collect_wheels(bundle_target("aarch64", (3, 12)), tmp_path)
 
@@ -526,9 +506,45 @@ def test_the_systemd_unit_prepares_and_systemd_accepts_it(tmp_path: Path, tiny: 
         unit.uninstall(bundle, tmp_path / "root")
 
 
+def test_the_unit_that_serves_waits_for_the_one_that_prepares_and_systemd_accepts_both(tmp_path: Path, tiny: Path) -> None:
+    root, bundle = tmp_path / "root", Path("/usr/bin/true")  # systemd-analyze looks for the program
+    (root / "etc").mkdir(parents=True)
+    (root / "etc" / "group").write_text("root:x:0:\nvideo:x:44:\n")
+    said = unit.install(bundle, root, serve=True)
+    folder = root / "etc/systemd/system"
+    prepare, serve = folder / "fastvlm-edge-true.service", folder / "fastvlm-serve-true.service"
+    assert str(prepare) in said and str(serve) in said
+    assert {link.name for link in (folder / "multi-user.target.wants").iterdir()} == {prepare.name, serve.name}
+    text = serve.read_text()
+    assert f"Requires={prepare.name}\nAfter={prepare.name} " in text
+    assert 'ExecStart=/bin/sh "/usr/bin/true" serve\n' in text and "\nSupplementaryGroups=video\n" in text
+    if shutil.which("systemd-analyze"):
+        done = subprocess.run(["systemd-analyze", "verify", str(serve), str(prepare)], capture_output=True, text=True)
+        assert "fastvlm" not in done.stderr, done.stderr
+        command = ["systemd-analyze", "security", "--offline=true", "--threshold=40", str(serve)]  # tenths; 96 without any protection
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert prepare.name in unit.uninstall(bundle, root) and not list(folder.rglob("*fastvlm*"))
+
+
+def test_an_installation_without_a_server_has_no_unit_for_one_and_keeps_what_is_there(tmp_path: Path, tiny: Path) -> None:
+    folder = tmp_path / "etc/systemd/system"
+    bundle_entry.main(_open(tiny), ["install", "--root", str(tmp_path)])
+    assert [path.name for path in folder.glob("*.service")] == [unit.unit_name(tiny)]
+
+
+def test_a_server_is_not_installed_from_a_folder_that_its_user_cannot_enter(tmp_path: Path, tiny: Path) -> None:
+    closed = tmp_path / "home"
+    closed.mkdir(mode=0o750)
+    bundle = Path(shutil.copy(tiny, closed / "app"))
+    with pytest.raises(FastVLMError, match=rf"run: sudo install {bundle} /usr/local/bin/app && sudo /usr/local/bin/app install --serve"):
+        unit.install(bundle, tmp_path / "root", serve=True)
+    assert not (tmp_path / "root").exists()
+
+
 def test_wrong_usage_of_the_own_commands_is_status_2(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = _open(tiny)
-    for words in (["prepare", "x"], ["install", "--rot", "x"], ["install", "--root"], ["licenses", "a", "b"]):
+    for words in (["prepare", "x"], ["install", "--rot", "x"], ["install", "--root"], ["uninstall", "--serve"], ["licenses", "a", "b"]):
         assert bundle_entry.main(bundle, words) == 2
         assert "does not take" in capsys.readouterr().err
 
