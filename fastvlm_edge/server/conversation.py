@@ -33,6 +33,12 @@ class Conversation:
     system: str | None = None
     """None is that of the model."""
 
+    @property
+    def characters(self) -> int:
+        """Length of all texts."""
+        asked = sum(len(question.prompt) + len(reply) for question, reply in self.history)
+        return asked + len(self.question.prompt) + len(self.system or "")
+
 
 def read_messages(messages: Sequence[Message], settings: Settings, manifest: Manifest) -> Conversation:
     """The conversation of a request. Raises RequestError for an order of messages that no conversation with the model has."""
@@ -66,8 +72,7 @@ def check(conversation: Conversation, settings: Settings, manifest: Manifest) ->
     if pictures > settings.max_images:
         message = f"the conversation has {pictures} pictures, and at most {settings.max_images} are allowed"
         raise RequestError(400, message, param="messages", code="too_many_images")
-    texts = [conversation.system or "", *(question.prompt for question in questions), *(reply for _, reply in conversation.history)]
-    characters, context = sum(map(len, texts)), manifest.decoder.context
+    characters, context = conversation.characters, manifest.decoder.context
     if pictures * manifest.vision.tokens >= context:
         message = f"{pictures} pictures take {pictures * manifest.vision.tokens} tokens, which do not fit into the context of {context}"
         raise RequestError(400, message, param="messages", code="context_length_exceeded")

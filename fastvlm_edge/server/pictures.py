@@ -20,6 +20,9 @@ from fastvlm_edge.server.settings import Settings
 _KNOWN = 4096
 """Pictures whose keys are kept, 64 bytes each. Their features are in the cache of the runtime, as long as that has room."""
 
+_LONG = 1 << 20
+"""Bytes that are hashed in about a millisecond."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -40,7 +43,7 @@ class Encoded:
 
 
 class KnownPictures:
-    """sha256 of a file -> key of the picture in it (`images.image_key`), for one model, geometry and background."""
+    """sha256 of a file or `data:` address -> key of the picture in it (`images.image_key`), for one model, geometry and background."""
 
     def __init__(self) -> None:
         self._keys: OrderedDict[bytes, bytes] = OrderedDict()
@@ -73,16 +76,16 @@ async def encode(pictures: Sequence[Picture], vlm: AsyncFastVLM, settings: Setti
 
 
 async def _encode(picture: Picture, vlm: AsyncFastVLM, settings: Settings, known: KnownPictures) -> EncodedImage:
+    digest = await _sha256(picture.url.encode()) if picture.url.startswith("data:") else None  # the address is the picture
+    if digest is not None and (image := _recalled(digest, vlm, known)) is not None:
+        return image
     try:
         source = await media.picture(picture.url, settings)
     except RequestError as error:
         raise error.at(picture.param) from None
-    digest = None
-    if isinstance(source, bytes):
-        digest = hashlib.sha256(source).digest() if len(source) < 1 << 16 else await asyncio.to_thread(_sha256, source)
-        key = known.get(digest)
-        image = None if key is None else vlm.vlm.recall_image(key)
-        if image is not None:
+    if digest is None and isinstance(source, bytes):
+        digest = await _sha256(source)
+        if (image := _recalled(digest, vlm, known)) is not None:
             return image
     try:
         rgb = await asyncio.to_thread(load_rgb, source, vlm.vlm.background)
@@ -97,5 +100,11 @@ async def _encode(picture: Picture, vlm: AsyncFastVLM, settings: Settings, known
     return image
 
 
-def _sha256(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
+def _recalled(digest: bytes, vlm: AsyncFastVLM, known: KnownPictures) -> EncodedImage | None:
+    key = known.get(digest)
+    return None if key is None else vlm.vlm.recall_image(key)
+
+
+async def _sha256(data: bytes) -> bytes:
+    """In a thread if it takes longer than waking one."""
+    return hashlib.sha256(data).digest() if len(data) < _LONG else await asyncio.to_thread(lambda: hashlib.sha256(data).digest())

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -26,6 +27,8 @@ from fastvlm_edge.server.state import ServerState
 T = TypeVar("T")
 
 _CANCEL_SECONDS = 1.0
+_SHORT = 1 << 12
+"""Characters that are tokenized in about a millisecond."""
 FORMATS = ("json_schema", "choices", "regex", "grammar")
 """Options of `Chat.stream` that say what a reply must look like. An error that they cause has the code `invalid_format`, and no param."""
 
@@ -199,8 +202,9 @@ async def replies_to(state: ServerState, conversation: Conversation, options: Ma
         encoded, history = await _read_pictures(state, conversation)
         deadline.left()
         replies = Replies(state, deadline, began, queue_seconds, encoded)
-        streams = await asyncio.to_thread(_ask, state, conversation, history, encoded, options, count)
-        replies._start(streams)
+        ask = partial(_ask, state, conversation, history, encoded, options, count)
+        at_once = conversation.characters < _SHORT and not any(name in options for name in FORMATS)
+        replies._start(ask() if at_once else await asyncio.to_thread(ask))
         unfinished = 0
         yield replies
     except (asyncio.CancelledError, GeneratorExit):
@@ -234,7 +238,7 @@ async def _read_pictures(state: ServerState, conversation: Conversation) -> tupl
 def _ask(
     state: ServerState, conversation: Conversation, history: list[ChatTurn], encoded: Encoded, options: Mapping[str, Any], count: int
 ) -> list[AsyncReplyStream]:
-    """The streams, of which none has begun. In a thread, because a long text is tokenized, and the format of a reply is compiled."""
+    """The streams, of which none has begun. It takes long if a long text is tokenized, or the format of a reply is compiled."""
     seed, streams = options.get("seed"), []
     try:
         state.vlm.vlm.prepare_format(**{name: options[name] for name in FORMATS if name in options})
