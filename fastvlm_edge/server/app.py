@@ -27,9 +27,6 @@ _MODULES = (status, completions)
 """Each has `routes(state)`."""
 _NOT_YET = {
     "api_keys": "--api-key",
-    "allow_remote_images": "--allow-remote-images",
-    "media_path": "--media-path",
-    "max_pixels": "--max-pixels",
     "metrics_alias": "--metrics-alias",
 }
 """Setting -> its option. Nothing looks at these yet, so they are refused."""
