@@ -113,6 +113,10 @@ class Counters:
     """Requests that wait for one."""
     saved_bytes: int = 0
     """Memory of conversations that are kept outside the slots."""
+    cache_usage: float = 0.0
+    """The part of `cache_memory` that running requests may need and kept conversations take, 0 to 1."""
+    image_bytes: int = 0
+    """Memory of the encoded pictures that are kept."""
 
 
 class Engine:
@@ -174,7 +178,9 @@ class Engine:
         """What was done so far."""
         with self._lock:
             running = len(self._running) + (self._prefilling is not None)
-            return replace(self._counters, running=running, waiting=len(self._waiting), saved_bytes=self._slots.saved_bytes)
+            saved = self._slots.saved_bytes
+            usage = min(1.0, (self._needed(self._prefilling) + saved) / self._cache_memory)
+            return replace(self._counters, running=running, waiting=len(self._waiting), saved_bytes=saved, cache_usage=usage)
 
     def running(self) -> list[Work]:
         """The work that is generating now."""

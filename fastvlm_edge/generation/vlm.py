@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -214,9 +214,14 @@ class FastVLM:
         """Name and description of what runs the model."""
         return BackendInfo(self._engine.backend.name, self._engine.backend.description)
 
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer of the model."""
+        return self._tokenizer
+
     def counters(self) -> Counters:
         """What was asked and answered since the model was loaded, and how much of it was known already."""
-        return self._engine.counters()
+        return replace(self._engine.counters(), image_bytes=self._images.nbytes)
 
     def stream(
         self,
