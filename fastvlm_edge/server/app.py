@@ -13,23 +13,19 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.async_vlm import AsyncFastVLM
-from fastvlm_edge.server import completions, status
+from fastvlm_edge.server import completions, metrics, openapi, responses, status, tokens
+from fastvlm_edge.server.access_log import AccessLog
 from fastvlm_edge.server.admission import Admission
+from fastvlm_edge.server.auth import Auth
 from fastvlm_edge.server.errors import RequestError, on_bug, on_http_error, on_request_error
 from fastvlm_edge.server.limits import BodyLimit, Endings
 from fastvlm_edge.server.metrics import Metrics
 from fastvlm_edge.server.settings import Settings
 from fastvlm_edge.server.state import ServerState
 
-_MODULES = (status, completions)
+_MODULES = (status, completions, responses, tokens, openapi)
 """Each has `routes(state)`."""
-_NOT_YET = {
-    "api_keys": "--api-key",
-    "metrics_alias": "--metrics-alias",
-}
-"""Setting -> its option. Nothing looks at these yet, so they are refused."""
 _ENDING_SECONDS = 2.0
 """For requests that did not end in time, to tell their clients."""
 _WARM_TOKENS = 4
@@ -38,9 +34,6 @@ _WARM_TOKENS = 4
 
 def make_app(vlm: AsyncFastVLM, settings: Settings) -> Starlette:
     """The application. `app.state.server` is its ServerState; whoever made the model closes it."""
-    for name, option in _NOT_YET.items():
-        if getattr(settings, name):
-            raise FastVLMError(f"{option} is not part of this version yet", "leave it out")
     state = ServerState(vlm, settings, Metrics(vlm, settings), Admission(settings.slots, settings.queue), asyncio.Event())
 
     running: set[asyncio.Task[Any]] = set()
@@ -54,13 +47,19 @@ def make_app(vlm: AsyncFastVLM, settings: Settings) -> Starlette:
             warming.cancel()
             await asyncio.wait((warming, *running), timeout=_ENDING_SECONDS)
 
-    middleware = [Middleware(Endings, running=running), Middleware(BodyLimit, max_bytes=settings.max_body_bytes)]
+    middleware = [
+        Middleware(Auth, keys=settings.api_keys, rejected=state.metrics.rejected),
+        Middleware(Endings, running=running),
+        Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
+    ]
     if settings.cors_origins:
         headers = ["authorization", "content-type"]
         cors = Middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=("GET", "POST"), allow_headers=headers)
         middleware.insert(0, cors)
+    if settings.access_log:
+        middleware.insert(0, Middleware(AccessLog))
     app = Starlette(
-        routes=[route for module in _MODULES for route in module.routes(state)],
+        routes=[*(route for module in _MODULES for route in module.routes(state)), *metrics.routes(state.metrics)],
         middleware=middleware,
         exception_handlers={RequestError: on_request_error, HTTPException: on_http_error, Exception: on_bug},
         lifespan=life,

@@ -19,6 +19,7 @@ from fastvlm_edge.generation.answer_format import answer_format
 from fastvlm_edge.generation.logprobs import LogProb, TokenLogProb
 from fastvlm_edge.model_dir.json_record import parse_json
 from fastvlm_edge.server import api
+from fastvlm_edge.server.access_log import note_tokens
 from fastvlm_edge.server.conversation import Conversation, read_messages
 from fastvlm_edge.server.errors import ClientGone, RequestError, failed
 from fastvlm_edge.server.limits import stopping
@@ -50,7 +51,7 @@ class ChatCompletions:
         state.check_model(asked.model)
         conversation = read_messages(asked.messages, state.settings, state.vlm.vlm.manifest)
         options = options_of(asked, state.settings)
-        answer = _Answer(state, asked)
+        answer = _Answer(state, asked, scope)
         try:
             if asked.stream:
                 await answer.stream(conversation, options, send)
@@ -64,8 +65,8 @@ class ChatCompletions:
 class _Answer:
     """The answer to one request."""
 
-    def __init__(self, state: ServerState, asked: api.ChatRequest) -> None:
-        self._state, self._asked = state, asked
+    def __init__(self, state: ServerState, asked: api.ChatRequest, scope: Scope) -> None:
+        self._state, self._asked, self._scope = state, asked, scope
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -84,6 +85,7 @@ class _Answer:
                 )
                 for index, reply in enumerate(await replies.wait())
             ]
+        self._note(replies)
         document = api.ChatCompletion(**self._head, choices=choices, usage=replies.usage, timings=replies.timings)
         return Response(msgspec.json.encode(document), media_type="application/json")
 
@@ -124,7 +126,11 @@ class _Answer:
                 await events.data(self._chunk(event.index, api.Delta(content=event.text), event.logprobs, usage=usage))
         if usage is None:
             await events.data(api.ChatCompletionChunk(**self._head, choices=[], usage=replies.usage, timings=replies.timings))
+        self._note(replies)
         await events.done()
+
+    def _note(self, replies: Replies) -> None:
+        note_tokens(self._scope, replies.usage.prompt_tokens, replies.usage.completion_tokens)
 
     def _chunk(
         self,

@@ -200,6 +200,7 @@ async def replies_to(state: ServerState, conversation: Conversation, options: Ma
             for _ in range(count):
                 metrics.started()
         encoded, history = await _read_pictures(state, conversation)
+        metrics.pictures(encoded.preprocess_ms / 1e3, encoded.vision_ms / 1e3)
         deadline.left()
         replies = Replies(state, deadline, began, queue_seconds, encoded)
         ask = partial(_ask, state, conversation, history, encoded, options, count)

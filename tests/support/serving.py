@@ -86,7 +86,7 @@ class Served:
 @contextmanager
 def serving(vlm: FastVLM, *, ready: bool = True, **settings: Any) -> Iterator[Served]:
     """Serve a model, and by default wait until it is ready."""
-    app = make_app(AsyncFastVLM(vlm), Settings(**settings))
+    app = make_app(AsyncFastVLM(vlm), Settings(**{"access_log": False, **settings}))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none", lifespan="on", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -1,8 +1,9 @@
-"""The demo model, served once for all tests of this folder."""
+"""The demo model, served once for all tests of this folder, and the tiny model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +23,10 @@ def served(demo: FastVLM) -> Iterator[Served]:
     """A server of the demo model with the settings that it has by itself."""
     with serving(demo) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def vlm(model_dir: Path) -> Iterator[FastVLM]:
+    """The tiny model with two slots."""
+    with FastVLM.load(model_dir, "ort", threads=1, slots=2) as loaded:
+        yield loaded
