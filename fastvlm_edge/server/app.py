@@ -46,6 +46,7 @@ def make_app(vlm: AsyncFastVLM, settings: Settings) -> Starlette:
         finally:
             warming.cancel()
             await asyncio.wait((warming, *running), timeout=_ENDING_SECONDS)
+            state.metrics.close()
 
     middleware = [
         Middleware(Auth, keys=settings.api_keys, rejected=state.metrics.rejected),

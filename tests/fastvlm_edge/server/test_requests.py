@@ -12,7 +12,7 @@ import openai
 import pytest
 from PIL import Image
 
-from fastvlm_edge import FastVLM, FastVLMError
+from fastvlm_edge import FastVLM
 from fastvlm_edge.server import api
 from tests.support.serving import CHAT, DEMO, Served, ask, data_url, image, serving, text, user
 
@@ -290,11 +290,6 @@ def test_web_pages_of_other_origins_may_ask_only_if_allowed(served: Served, demo
         assert answer.status == 200 and answer.headers["access-control-allow-origin"] == "https://a.example"
         assert open_to_one.post(ASK, origin="https://a.example").headers["access-control-allow-origin"] == "https://a.example"
         assert open_to_one.send("OPTIONS", CHAT, None, {**asks, "origin": "https://b.example"}).status == 400
-
-
-def test_a_setting_that_nothing_looks_at_is_refused(demo: FastVLM) -> None:
-    with pytest.raises(FastVLMError, match="--api-key is not part of this version yet"), serving(demo, api_keys=("a",)):
-        pass
 
 
 def test_unknown_addresses_and_methods(served: Served) -> None:
