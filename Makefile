@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons test-onnxruntimes test-quiet test-camera lint types docs dist bench bench-peers bench-gpu clean
+.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons test-onnxruntimes test-quiet test-camera test-browser lint types docs dist bench bench-peers bench-gpu clean
 
 setup: $(READY)
 
@@ -63,6 +63,11 @@ GSTREAMER := python3-gi gir1.2-gst-plugins-base-1.0 gir1.2-gst-rtsp-server-1.0 g
 test-camera: $(READY)
 	dpkg -s $(GSTREAMER) >/dev/null 2>&1 || ($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq $(GSTREAMER))
 	$(BIN)/python -m pytest -m camera tests/fastvlm_edge/camera
+
+# The page of `serve` in headless Chromium with its fake camera. Installs Chromium and its driver on Debian and Ubuntu.
+test-browser: $(READY)
+	command -v chromedriver || ($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver)
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from fastvlm_edge.generation.async_vlm import AsyncFastVLM
-from fastvlm_edge.server import completions, metrics, openapi, responses, status, tokens
+from fastvlm_edge.server import completions, metrics, openapi, page, responses, status, tokens
 from fastvlm_edge.server.access_log import AccessLog
 from fastvlm_edge.server.admission import Admission
 from fastvlm_edge.server.auth import Auth
@@ -24,7 +24,7 @@ from fastvlm_edge.server.metrics import Metrics
 from fastvlm_edge.server.settings import Settings
 from fastvlm_edge.server.state import ServerState
 
-_MODULES = (status, completions, responses, tokens, openapi)
+_MODULES = (status, completions, responses, tokens, openapi, page)
 """Each has `routes(state)`."""
 _ENDING_SECONDS = 2.0
 """For requests that did not end in time, to tell their clients."""
