@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from fastvlm_edge.generation.sampling import MAX_LOGPROBS, MAX_TOP_K
-from fastvlm_edge.server.errors import RequestError
+from fastvlm_edge.server.errors import ClientGone, RequestError
 
 T = TypeVar("T")
 
@@ -234,11 +234,18 @@ def decode(body: bytes, kind: type[T], neutral: Mapping[str, tuple[tuple[Any, ..
 
 
 async def read(request: Request, kind: type[T], neutral: Mapping[str, tuple[tuple[Any, ...], str]] = NEUTRAL) -> T:
-    """The body of a request. A web page of another origin cannot send this content type without being allowed to."""
+    """The body of a request. A web page of another origin cannot send this content type without being allowed to.
+
+    Raises RequestError, or ClientGone if the body does not end.
+    """
     sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if sent != "application/json":
         raise RequestError(415, f"the content type is {sent or 'not given'}; send JSON with content-type: application/json")
-    return decode(await request.body(), kind, neutral)
+    try:
+        body = await request.body()
+    except ClientDisconnect:
+        raise ClientGone from None
+    return decode(body, kind, neutral)
 
 
 def _without_null(values: dict[str, Any], empty: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def test_a_client_that_leaves_while_it_waits_frees_the_queue(slow: FastVLM, stre
         assert served.state.metrics.ended["cancelled"] == 2
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body(vlm: FastVLM) -> None:
+def test_a_client_that_leaves_in_the_middle_of_its_body(vlm: FastVLM, caplog: pytest.LogCaptureFixture) -> None:
     with serving(vlm, slots=1) as served:
         connection = socket.create_connection(("127.0.0.1", served.port))
         connection.sendall(
@@ -105,6 +105,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(vlm: FastVLM) -> None:
         connection.close()
         check_free(served)
         assert served.state.metrics.ended == {"length": 1}
+    assert not caplog.records, "uvicorn logs a traceback for what nobody handled"
 
 
 def test_a_body_that_stalls_is_given_up(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
