@@ -76,7 +76,8 @@ class Subject:
         endless = replace(manifest, text=replace(manifest.text, stop_ids=[]))
         self.vlm = FastVLM(endless, tokenizer, self.engine, speculate=False)
         self.endless = (self.vlm, FastVLM(endless, tokenizer, self.engine, speculate=True))
-        self.ending = tuple(FastVLM(manifest, tokenizer, self.engine, speculate=each) for each in (False, True))
+        plain = FastVLM(manifest, tokenizer, self.engine, speculate=False)
+        self.ending = (plain, FastVLM(manifest, tokenizer, self.engine, speculate=True))
         self.pictures = Pictures(None)
 
     def together(self, count: int, tokens: int) -> float:
