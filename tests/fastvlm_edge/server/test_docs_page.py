@@ -1,4 +1,4 @@
-"""The examples of docs/serve.md work: the curl lines, and the Python one."""
+"""The examples of docs/serve.md work: the curl lines, and the Python ones."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ def test_curl(script: str, served: Served, folder: Path) -> None:
 
 
 def test_python(served: Served, folder: Path) -> None:
-    (script,) = PYTHON
+    script = "\n".join(PYTHON)  # each goes on where the one before ends
     done = subprocess.run([sys.executable, "-c", at(served, script)], cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
