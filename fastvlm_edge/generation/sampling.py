@@ -15,6 +15,8 @@ from fastvlm_edge.generation.answer_format import AnswerFormat
 
 MAX_TOP_K = 64
 """The decoder graph outputs this many candidates (`top_values`, `top_ids`); sampling chooses among them."""
+LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0
+"""Beyond these, logits times or divided by the penalty may leave float32."""
 MAX_LOGPROBS = 20
 """Most alternatives of each token in a reply, as in the OpenAI API."""
 
@@ -65,7 +67,12 @@ class SamplingParams:
                 raise FastVLMError(f"logprobs is {self.logprobs}", f"give at most {MAX_LOGPROBS}")
         if not isinstance(self.format, (AnswerFormat, type(None))):
             raise FastVLMError(f"format is a {type(self.format).__name__}", "give one that answer_format made, or None")
-        _check_number("repetition_penalty", self.repetition_penalty, "above 0 (1 means no penalty)", lambda value: value > 0)
+        _check_number(
+            "repetition_penalty",
+            self.repetition_penalty,
+            f"from {LEAST_PENALTY:g} to {MOST_PENALTY:g} (1 means no penalty)",
+            lambda value: LEAST_PENALTY <= value <= MOST_PENALTY,
+        )
 
     @property
     def wants_logits(self) -> bool:

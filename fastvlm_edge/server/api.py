@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import ClientDisconnect, Request
 
-from fastvlm_edge.generation.sampling import MAX_LOGPROBS, MAX_TOP_K
+from fastvlm_edge.generation.sampling import LEAST_PENALTY, MAX_LOGPROBS, MAX_TOP_K, MOST_PENALTY
 from fastvlm_edge.server.errors import ClientGone, RequestError
 
 T = TypeVar("T")
@@ -148,7 +148,7 @@ class ChatRequest(Taken):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=MAX_TOP_K)] | None = None
     """Sample from the k most likely tokens; -1 and 0 mean as many as there are candidates, which is 64."""
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=LEAST_PENALTY, le=MOST_PENALTY)] | None = None
     """Values above 1 make tokens less likely that are in the conversation already."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     """Choice i of several uses seed + i."""

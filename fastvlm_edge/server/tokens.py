@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -75,7 +76,7 @@ class TokenizeAnswer(Given):
 class DetokenizeRequest(Taken):
     """The body of `POST /detokenize`."""
 
-    tokens: list[int]
+    tokens: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=MOST_TOKENS)]
     model: str | None = None
 
 
@@ -157,11 +158,9 @@ def tokenize(asked: TokenizeRequest, vlm: FastVLM, settings: Settings) -> Tokeni
 
 def detokenize(asked: DetokenizeRequest, vlm: FastVLM) -> DetokenizeAnswer:
     """The text of ids, special tokens as they are written. Raises RequestError for an id without a token."""
-    if len(asked.tokens) > MOST_TOKENS:
-        raise RequestError(400, f"{len(asked.tokens)} tokens were given; at most {MOST_TOKENS} are taken", param="tokens")
     count = vlm.manifest.text.token_count
     for index, token_id in enumerate(asked.tokens):
-        if not 0 <= token_id < count:
+        if token_id >= count:
             raise RequestError(400, f"tokens[{index}]: {token_id} is not a text token; there are {count}", param=f"tokens[{index}]")
     text = text_of(asked.tokens, vlm.tokenizer, special_tokens=True)
     return DetokenizeAnswer(content=text, prompt=text)

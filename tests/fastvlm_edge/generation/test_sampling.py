@@ -123,6 +123,8 @@ def test_output_that_cannot_be_sampled() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": True}, "max_new_tokens is True"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty is 5e-324"),
+        ({"repetition_penalty": 1e30}, r"repetition_penalty is 1e\+30"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
         ({"stop": [""]}, "stop string ''"),
         ({"stop": [3]}, "stop string 3"),

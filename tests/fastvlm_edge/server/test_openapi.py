@@ -103,7 +103,8 @@ def test_answers_match_it(client: TestClient, document: dict[str, Any], method: 
 @pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", ASK), ("/v1/responses", {"input": PROMPT, "max_output_tokens": 3})])
 def test_events_match_it(client: TestClient, document: dict[str, Any], path: str, body: dict[str, Any]) -> None:
     text = client.post(path, json={**body, "stream": True}).text.replace("data: [DONE]\n\n", "")
-    schema = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
+    event = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
+    schema = event["properties"]["data"]["contentSchema"]
     events = events_of(text)
     assert len(events) > 3
     for _, data in events:

@@ -104,7 +104,7 @@ def test_what_changes_nothing_is_taken(served: Served, field: dict[str, Any]) ->
         ({"top_p": 0.9}, "top_p", "top_p without temperature: the most likely token is always taken"),
         ({"top_k": 5}, "top_k", "top_k without temperature"),
         ({"top_k": 65, "temperature": 1}, "top_k", "<= 64"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "> 0"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty", ">= 0.01"),
         ({"seed": -1}, "seed", ">= 0"),
         ({"seed": 10**30}, "seed", "Expected `int` <= 9223372036854775807"),
         ({"n": 0}, "n", ">= 1"),
