@@ -11,16 +11,16 @@ from fastvlm_edge import FastVLM
 from tests.support.serving import DEMO, Served, serving
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo() -> Iterator[FastVLM]:
     """The demo model; do not close it."""
     with FastVLM.load(DEMO / "model", "ort", threads=1, slots=4) as loaded:
         yield loaded
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(demo: FastVLM) -> Iterator[Served]:
-    """A server of the demo model with the settings that it has by itself."""
+    """A server of the demo model with the settings that it has by itself. It ends with this folder: tests elsewhere change the clock."""
     with serving(demo) as found:
         yield found
 
