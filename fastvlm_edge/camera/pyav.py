@@ -59,7 +59,7 @@ def open_bytes(file: Any, name: str) -> InputContainer:
 def _open(file: Any, name: str, **options: Any) -> InputContainer:
     av = load_av()
     try:
-        container: InputContainer = av.open(file, **options)
+        container: InputContainer = av.open(file, metadata_errors="replace", **options)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise SourceError(f"{name} cannot be opened as video: {_reason(error)}") from None
     try:
@@ -85,14 +85,18 @@ def video_of(container: InputContainer, name: str) -> VideoStream:
     raise SourceError(f"{name} has no video{', only ' + ' and '.join(kinds) if kinds else ''}", "give a file with video")
 
 
-def packets_of(container: InputContainer, stream: VideoStream) -> Iterator[Packet[Any]]:
-    """The packets of a video. A file that breaks off ends there."""
+def packets_of(container: InputContainer, stream: VideoStream, *, live: bool = False) -> Iterator[Packet[Any]]:
+    """The packets of a video. A file that breaks off ends there; for what is `live`, that is FFmpeg's error."""
     av = load_av()
     packets = container.demux(stream)
     while True:
         try:
             packet = next(packets)
-        except (StopIteration, av.error.InvalidDataError, av.error.EOFError):
+        except (StopIteration, IndexError):  # IndexError: PyAV does not know a stream that begins in the middle of a file
+            return
+        except av.FFmpegError:
+            if live:
+                raise
             return
         if packet.size:  # the last one has nothing
             yield packet
@@ -103,20 +107,23 @@ def decode(stream: VideoStream, packet: Packet[Any] | None) -> list[VideoFrame]:
     av = load_av()
     try:
         return [frame for frame in stream.codec_context.decode(packet) if not frame.is_corrupt]
-    except (av.error.InvalidDataError, av.error.EOFError):
+    except av.FFmpegError:  # decoders have many for damaged data
         return []
 
 
-def decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """All frames of a video that are not damaged."""
-    for packet in packets_of(container, stream):
+def decoded(container: InputContainer, stream: VideoStream, *, live: bool = False) -> Iterator[VideoFrame]:
+    """All frames of a video that are not damaged. `live` is that of `packets_of`."""
+    for packet in packets_of(container, stream, live=live):
         yield from decode(stream, packet)
     yield from decode(stream, None)
 
 
 def upright(frame: VideoFrame) -> Image.Image:
-    """The RGB picture of a frame, turned as the file says that it was filmed."""
-    image: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
+    """The RGB picture of a frame, turned as the file says that it was filmed. Raises FastVLMError if its colours are of no known kind."""
+    try:
+        image: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
+    except load_av().FFmpegError as error:
+        raise FastVLMError(f"the video has frames that cannot be converted to RGB ({_reason(error)})", "convert it to H.264") from None
     turn = _TURNS.get(round(frame.rotation) % 360)  # counterclockwise, as Pillow's
     return image if turn is None else image.transpose(turn)
 
@@ -138,7 +145,7 @@ class PyAVReader:
         else:
             self._container = open_file(address)
         self._stream = video_of(self._container, name)
-        self._frames = decoded(self._container, self._stream)
+        self._frames = decoded(self._container, self._stream, live=self._live)
         self._count = 0
 
     def read(self) -> Frame | None:

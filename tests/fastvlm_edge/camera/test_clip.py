@@ -131,6 +131,36 @@ def test_damage_in_the_middle(tmp_path: Path) -> None:
     assert number_in(pictures[0]) == 5 and number_in(pictures[-1]) == 81
 
 
+@pytest.mark.parametrize(
+    ("ending", "codec"), [("mp4", "libx264"), ("mkv", "mpeg4"), ("ts", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx")]
+)
+def test_damage_anywhere_gives_frames_or_one_error(ending: str, codec: str, tmp_path: Path) -> None:
+    data = write_video(tmp_path / f"clip.{ending}", STEADY[:20], codec=codec).read_bytes()
+    generator = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(250):
+        damaged = bytearray(data)
+        for _ in range(generator.integers(1, 25)):
+            at = int(generator.integers(len(damaged) if generator.random() < 0.5 else min(len(damaged), 1500)))
+            damaged[at : at + int(generator.integers(0, 20))] = generator.integers(
+                0, 256, int(generator.integers(0, 20)), np.uint8
+            ).tobytes()
+        try:
+            frames_of_clip(bytes(damaged), 4, max_seconds=30)
+            outcomes.add("frames")
+        except FastVLMError:
+            outcomes.add("error")
+    assert "error" in outcomes and (ending == "mp4" or "frames" in outcomes)
+
+
+def test_a_tag_that_is_not_utf8(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mkv", STEADY)
+    data = path.read_bytes()
+    assert b"Lavf" in data
+    path.write_bytes(data.replace(b"Lavf", b"\xe4\xf6\xfc\xdf"))
+    assert numbers(path) == MIDDLES
+
+
 def test_sound_is_left_out(tmp_path: Path) -> None:
     assert numbers(write_video(tmp_path / "clip.mp4", STEADY, audio=True)) == MIDDLES
 
