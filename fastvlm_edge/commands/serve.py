@@ -24,6 +24,7 @@ from fastvlm_edge.generation.vlm import FastVLM
 from fastvlm_edge.inputs.rgb import to_colour
 from fastvlm_edge.progress import SilentProgress, stderr_progress
 from fastvlm_edge.server.settings import QUEUE, Settings
+from fastvlm_edge.server.tls import Certificate, given_certificate, self_signed
 
 _KEEP_ALIVE = 30
 """Seconds that a connection without a request stays open: longer than clients keep theirs, so that none begins a request as it closes."""
@@ -40,14 +41,15 @@ def main(arguments: Sequence[str]) -> int:
     settings = settings_of(options)
     to_colour(options.background)
     with bound(settings.host, settings.port) as listening:
-        _warn_if_open(listening, settings)
+        certificate = _certificate(options, settings.host)
+        _warn_if_open(_address(listening, certificate), listening, settings)
         progress = SilentProgress() if options.quiet else stderr_progress()
         with load(options, progress, slots=settings.slots) as vlm:
-            asyncio.run(_serve(vlm, settings, listening, quiet=options.quiet))
+            asyncio.run(_serve(vlm, settings, listening, certificate, quiet=options.quiet))
     return 0
 
 
-async def _serve(vlm: FastVLM, settings: Settings, listening: socket.socket, *, quiet: bool) -> None:
+async def _serve(vlm: FastVLM, settings: Settings, listening: socket.socket, certificate: Certificate | None, *, quiet: bool) -> None:
     import uvicorn
 
     from fastvlm_edge.server.app import make_app
@@ -76,6 +78,8 @@ async def _serve(vlm: FastVLM, settings: Settings, listening: socket.socket, *, 
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=settings.drain_seconds,
+            ssl_certfile=None if certificate is None else certificate.certificate,
+            ssl_keyfile=None if certificate is None else str(certificate.key),
         )
     )
     app.state.server.stop = server.stop
@@ -85,7 +89,9 @@ async def _serve(vlm: FastVLM, settings: Settings, listening: socket.socket, *, 
 
     async def announce() -> None:
         await app.state.server.ready.wait()
-        print(f"serving {_described(vlm)} at {_address(listening)}/v1; Ctrl-C stops", file=sys.stderr, flush=True)
+        print(f"serving {_described(vlm)} at {_address(listening, certificate)}/v1; Ctrl-C stops", file=sys.stderr, flush=True)
+        if certificate is not None:
+            print(f"SHA-256 fingerprint of its certificate: {certificate.fingerprint}", file=sys.stderr, flush=True)
 
     announcing = asyncio.ensure_future(asyncio.sleep(0) if quiet else announce())
     try:
@@ -123,18 +129,30 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
         yield listening
 
 
-def _address(listening: socket.socket) -> str:
+def _address(listening: socket.socket, certificate: Certificate | None) -> str:
     host, port, *_ = listening.getsockname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{'http' if certificate is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _warn_if_open(listening: socket.socket, settings: Settings) -> None:
+def _certificate(options: argparse.Namespace, host: str) -> Certificate | None:
+    """What the options say about https. Raises FastVLMError for files that do not fit, and for half of a pair."""
+    files = [options.tls_cert, options.tls_key]
+    if options.tls is not None and any(files):
+        raise FastVLMError("--tls and --tls-cert are both given", "give one of them")
+    if all(files):
+        return given_certificate(options.tls_cert, options.tls_key)
+    if any(files):
+        has, lacks = ("--tls-cert", "--tls-key") if options.tls_cert else ("--tls-key", "--tls-cert")
+        raise FastVLMError(f"{has} is given without {lacks}", f"give {lacks} too")
+    return None if options.tls is None else self_signed(host)
+
+
+def _warn_if_open(address: str, listening: socket.socket, settings: Settings) -> None:
     host = listening.getsockname()[0]
     if settings.api_keys or ipaddress.ip_address(host.partition("%")[0]).is_loopback:
         return
     print(
-        f"WARNING: everyone who reaches {_address(listening)} can use this server, and no key is asked for. "
-        "Give --api-key, or --host 127.0.0.1.",
+        f"WARNING: everyone who reaches {address} can use this server, and no key is asked for. Give --api-key, or --host 127.0.0.1.",
         file=sys.stderr,
         flush=True,
     )
@@ -206,6 +224,9 @@ def parser() -> argparse.ArgumentParser:
     add("--host", metavar="HOST", type=given, default=defaults.host, help="address to listen at; 0.0.0.0 is all (default: %(default)s)")
     add("--port", metavar="N", type=_port, default=defaults.port, help="0 takes a free one (default: %(default)s)")
     add("--api-key", metavar="KEY", type=given, action="append", help="clients must send one of these keys; may be repeated")
+    add("--tls", choices=("self-signed",), help="https, with a certificate that is made for this machine and kept in the cache directory")
+    add("--tls-cert", metavar="FILE", type=given_path, help="https, with this certificate in PEM format")
+    add("--tls-key", metavar="FILE", type=given_path, help="the key of --tls-cert")
     add("--cors-origin", metavar="ORIGIN", type=given, action="append", help="web pages of this origin may ask; may be repeated")
     add("--model-name", metavar="NAME", type=given, help="what clients call the model (default: its name in the manifest)")
     group = parser.add_argument_group("limits")
