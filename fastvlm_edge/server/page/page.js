@@ -84,7 +84,7 @@ async function complete(messages, signal, show) {
         if (event.error) throw new ServerError(0, event.error.message);
         const text = event.choices?.[0]?.delta?.content;
         if (text) show.text(text);
-        if (event.usage) show.usage(event.usage);
+        if (event.usage) show.usage(event.usage, event.timings);
       }
       return;
     } catch (error) {
@@ -355,13 +355,15 @@ function addTurn(card, question) {
   const figures = element("p", "figures");
   const turn = element("div", "turn", asked, answer, figures);
   card.querySelector(".turns").append(turn);
-  let sent, first, last, pieces, tokens, cached;
+  let sent, first, last, pieces; // as they come
+  let tokens, cached, rate; // as the server says at the end
 
   function showFigures() {
     const parts = [];
     if (first) parts.push(`first token ${seconds(first - sent)}`);
     const count = tokens ?? pieces;
-    if (count > 1 && last > first) parts.push(`${(((count - 1) * 1000) / (last - first)).toFixed(1)} tokens/s`);
+    const speed = rate ?? ((count - 1) * 1000) / (last - first);
+    if (count > 1 && Number.isFinite(speed)) parts.push(`${speed.toFixed(1)} tokens/s`);
     if (count) parts.push(count === 1 ? "1 token" : `${count} tokens`);
     if (cached) parts.push(`${cached} prompt tokens from the cache`);
     figures.textContent = parts.join(" · ");
@@ -370,7 +372,7 @@ function addTurn(card, question) {
   return {
     asked() {
       sent = performance.now();
-      first = last = tokens = cached = undefined;
+      first = last = tokens = cached = rate = undefined;
       pieces = 0;
       this.written = "";
       turn.setAttribute("aria-busy", "true");
@@ -390,9 +392,10 @@ function addTurn(card, question) {
       answer.textContent = this.written;
       showFigures();
     },
-    usage(usage) {
+    usage(usage, timings) {
       tokens = usage.completion_tokens;
       cached = usage.prompt_tokens_details?.cached_tokens;
+      rate = timings?.predicted_per_second;
       showFigures();
     },
     ended(note = this.written ? "" : "an answer without text") {
