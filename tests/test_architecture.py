@@ -34,8 +34,8 @@ ON_DEMAND = {
 """Modules of the runtime that load another part when the user asks for it. The command line imports a command only to run it, and
 only a bundle starts at `bundle_entry`."""
 
-SERVE = {"starlette", "uvicorn", "msgspec", "prometheus_client"}
-"""Packages of the extra `serve`: only `server/` and the command `serve` import them."""
+SERVE = {"starlette", "uvicorn", "h11", "msgspec", "prometheus_client"}
+"""Packages of the extra `serve`, and uvicorn's h11: only `server/` and the command `serve` import them."""
 
 PACKAGES = {
     "runtime": {"numpy", "PIL", "tokenizers", "onnxruntime", "llguidance", "av", *SERVE},

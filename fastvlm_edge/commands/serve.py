@@ -53,6 +53,7 @@ async def _serve(vlm: FastVLM, settings: Settings, listening: socket.socket, cer
     import uvicorn
 
     from fastvlm_edge.server.app import make_app
+    from fastvlm_edge.server.limits import HeadLimit
 
     class Server(uvicorn.Server):
         """It leaves the signals to the event loop: uvicorn would raise them again after it has stopped in good order."""
@@ -72,7 +73,7 @@ async def _serve(vlm: FastVLM, settings: Settings, listening: socket.socket, cer
             log_level="warning",
             access_log=False,
             lifespan="on",
-            http="h11",
+            http=HeadLimit,
             ws="none",
             proxy_headers=False,
             server_header=False,

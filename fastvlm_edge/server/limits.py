@@ -1,26 +1,65 @@
-"""Middleware for connections: a body that is too large or never ends, a client that goes away, a server that stops."""
+"""Limits of connections: heads and bodies that never end or are too large, clients that go away, a server that stops."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
+import h11
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastvlm_edge.server.errors import ClientGone, RequestError
 
+HEAD_SECONDS = 30.0
+"""The longest time until the head of a request is complete."""
 BODY_SECONDS = 30.0
 """The longest silence inside a body."""
+BODIES = 8
+"""Bodies of the largest size that requests may hold at the same time, those that wait in the queue included."""
 CLIENT_GONE = 499
 """Status of a request whose client went away, as in nginx. Only logs show it."""
 
 
+class HeadLimit(H11Protocol):
+    """uvicorn's protocol of a connection, which closes one that begins no request, or does not end its head, in time."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client connected."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a request came."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection ended."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._forget()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class BodyLimit:
-    """Bounds the body of a request while it is read. Whoever reads more gets RequestError."""
+    """Bounds the body of a request, and those of all that run, while they are read. Whoever reads more gets RequestError."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,13 +78,21 @@ class BodyLimit:
                 message = await asyncio.wait_for(receive(), BODY_SECONDS)
             except asyncio.TimeoutError:
                 raise RequestError(408, f"nothing of the body came for {BODY_SECONDS:g} seconds", code="timeout") from None
-            taken += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            taken += size
+            self._held += size
             complete = not message.get("more_body", False)
             if taken > self._max_bytes:
                 raise self._too_large()
+            if self._held > BODIES * self._max_bytes:
+                what = "the requests that wait take all the memory that they may; try again later"
+                raise RequestError(429, what, type="rate_limit_error", code="queue_full", retry_after=1)
             return message
 
-        await self._app(scope, bounded, send)
+        try:
+            await self._app(scope, bounded, send)
+        finally:
+            self._held -= taken
 
     def _too_large(self) -> RequestError:
         message = f"the body has more than {self._max_bytes:,} bytes; send smaller pictures"

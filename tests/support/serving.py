@@ -18,6 +18,7 @@ import uvicorn
 
 from fastvlm_edge import AsyncFastVLM, FastVLM
 from fastvlm_edge.server.app import make_app
+from fastvlm_edge.server.limits import HeadLimit
 from fastvlm_edge.server.settings import Settings
 from fastvlm_edge.server.state import ServerState
 
@@ -87,7 +88,9 @@ class Served:
 def serving(vlm: FastVLM, *, ready: bool = True, **settings: Any) -> Iterator[Served]:
     """Serve a model, and by default wait until it is ready."""
     app = make_app(AsyncFastVLM(vlm), Settings(**{"access_log": False, **settings}))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none", lifespan="on", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_config=None, http=HeadLimit, ws="none", lifespan="on", timeout_graceful_shutdown=5)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     state: ServerState = app.state.server

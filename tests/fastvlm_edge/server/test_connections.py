@@ -108,6 +108,73 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(vlm: FastVLM, caplog: py
     assert not caplog.records, "uvicorn logs a traceback for what nobody handled"
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\n"])
+def test_a_head_that_does_not_end_is_given_up(vlm: FastVLM, whole: bool, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first request of a connection, and after a whole one."""
+    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.2)
+    with serving(vlm, slots=1) as served, socket.create_connection(("127.0.0.1", served.port), timeout=3) as connection:
+        served.server.config.timeout_keep_alive = 1  # without anything after a whole request, this one counts
+        if whole:
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        connection.sendall(sent)
+        while connection.recv(65536):
+            pass
+        assert served.get("/health").status == 200
+
+
+def test_a_long_reply_is_not_an_unfinished_head(slow: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.2)
+    with serving(slow, slots=1) as served:
+        assert served.post(ask("Tell me.", max_tokens=60)).json["usage"]["completion_tokens"] == 60
+
+
+def test_bodies_that_wait_take_bounded_memory(slow: FastVLM) -> None:
+    with serving(slow, slots=1, queue=100, max_body_bytes=1000) as served:
+        running = served.open(ask("Tell me." + " " * 700, stream=True, **LONG))
+        until_text(running)
+        waiting: list[socket.socket] = []
+        while served.post(ask("Me too." + " " * 700, max_tokens=1), path="/v1/models").status == 405 and len(waiting) < 20:
+            waiting.append(served.open(ask("Me too." + " " * 700, stream=True, max_tokens=1)))
+            wait_until(lambda: served.state.admission.waiting + served.state.metrics.refused.get(429, 0) >= len(waiting))
+        assert 9 <= served.state.admission.waiting <= 11 and served.state.metrics.refused[429] > 5
+        answer = served.post(ask("Me too." + " " * 700))
+        assert answer.status == 429 and answer.headers["retry-after"] == "1" and "all the memory" in answer.error["message"]
+        for connection in (running, *waiting):
+            connection.close()
+        check_free(served)
+
+
+def test_a_mixed_load(vlm: FastVLM) -> None:
+    """Good, malformed and vanishing clients at the same time: every good request gets the reply of a run alone."""
+    pictures = [DEMO / f"{name}.jpg" for name in ("meter", "sign", "shapes")]
+    jobs = [(f"Number {number}?", pictures[number % 4] if number % 4 < 3 else None, 3 + number) for number in range(16)]
+    expected = [vlm.generate(prompt, picture, max_new_tokens=most).text for prompt, picture, most in jobs]
+
+    def one(number: int) -> int:
+        prompt, picture, most = jobs[number % 16]
+        parts = [text(prompt)] + ([image(picture)] if picture else [])
+        if number % 5 == 3:
+            served.open(ask(*parts, stream=number % 2 == 0, **LONG)).close()
+            return 0
+        if number % 5 == 4:
+            return served.post(b'{"messages": ' + bytes([number % 256])).status
+        stream = number % 3 == 0
+        answer = served.post(ask(*parts, max_tokens=most, stream=stream))
+        if stream:
+            chunks = [json.loads(data)["choices"][0]["delta"] for _, data in events(answer.body)[:-1]]
+            assert "".join(chunk.get("content") or "" for chunk in chunks) == expected[number % 16]
+        else:
+            assert answer.json["choices"][0]["message"]["content"] == expected[number % 16]
+        return answer.status
+
+    with serving(vlm, slots=1, queue=50) as served, ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(one, range(300)))
+        assert (found.count(200), found.count(400), found.count(0)) == (180, 60, 60)
+        check_free(served)
+
+
 def test_a_body_that_stalls_is_given_up(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "BODY_SECONDS", 0.1)
     with serving(vlm, slots=1) as served, socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
