@@ -566,6 +566,7 @@ SCRIPTS = (
     ("chunks", "How far are logits apart if a prompt is prefilled in one call, and in chunks?", "chunks", 3),
     ("conversations MODEL", "What do several conversations at once, kept beginnings and pictures, and guesses save?", "conversations", 15),
     ("serve_load MODEL", "Does the server stay right, fast and small under good, malformed, huge, slow and vanishing clients?", "", 5),
+    ("serve_latency MODEL", "What does asking through the server cost beside asking in Python?", "", 5),
     ("serve_fuzz", "Does any request body, or any damaged picture, get more than an answer or a sentence?", "", 30),
     ("demo_accuracy", "How many questions does the demo answer correctly, by precision?", "demo_accuracy", 5),
     ("quantization", "What does quantisation cost the demo in size, accuracy and speed?", "quantization", 15),
