@@ -111,7 +111,7 @@ class StructuredOutputs(Taken):
 
     json: dict[str, Any] | str | None = None
     """A JSON schema, also as JSON text."""
-    json_object: Literal[True] | None = None
+    json_object: bool | None = None
     """Any JSON object."""
     regex: str | None = None
     """In the syntax of Rust's regex."""
@@ -213,7 +213,7 @@ def decode(body: bytes, kind: type[T], neutral: Mapping[str, tuple[tuple[Any, ..
     """A request from its JSON. Raises RequestError that names what is wrong: nothing that would change the reply is ignored."""
     try:
         document = msgspec.json.decode(body)
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is not JSON ({error})", code="invalid_json") from None
     if not isinstance(document, dict):
         raise RequestError(400, "the body is not a JSON object", code="invalid_json")

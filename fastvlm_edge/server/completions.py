@@ -212,7 +212,7 @@ def _format_field(asked: api.ChatRequest) -> str:
 def _structured(asked: api.StructuredOutputs | None) -> dict[str, Any]:
     if asked is None:
         return {}
-    given = {name: value for name in asked.__struct_fields__ if (value := getattr(asked, name)) is not None}
+    given = {name: value for name in asked.__struct_fields__ if (value := getattr(asked, name)) not in (None, False)}
     if len(given) != 1:
         message = f"structured_outputs has {', '.join(given) or 'nothing'}; give one of {', '.join(asked.__struct_fields__)}"
         raise RequestError(400, message, param="structured_outputs")

@@ -133,6 +133,7 @@ def test_what_changes_nothing_is_taken(served: Served, field: dict[str, Any]) ->
             "the JSON schema",
         ),
         ({"structured_outputs": {}}, "structured_outputs", "has nothing; give one of json, json_object, regex, choice, grammar"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs", "has nothing"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "regex, choice"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs", "the regex cannot be used"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs", "there are no choices"),
