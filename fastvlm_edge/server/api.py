@@ -112,7 +112,7 @@ class StructuredOutputs(Taken):
     json: dict[str, Any] | str | None = None
     """A JSON schema, also as JSON text."""
     json_object: bool | None = None
-    """Any JSON object."""
+    """Any JSON object, if it is true."""
     regex: str | None = None
     """In the syntax of Rust's regex."""
     choice: list[str] | None = None
