@@ -20,7 +20,7 @@ from starlette.routing import Route
 from fastvlm_edge.server import page
 
 IMAGE_SIZE = 512
-PER_SECOND = 12.5
+DECODING_MS = 160.0
 
 
 @dataclass
@@ -97,7 +97,7 @@ async def _stream(script: Script, reply: Reply) -> AsyncIterator[str]:
         elif not reply.breaks:
             yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
             usage = {"prompt_tokens": 9, "completion_tokens": len(reply.pieces), "prompt_tokens_details": {"cached_tokens": 4}}
-            yield _event({"choices": [], "usage": usage, "timings": {"predicted_per_second": PER_SECOND}})
+            yield _event({"choices": [], "usage": usage, "timings": {"predicted_ms": DECODING_MS}})
             yield "data: [DONE]\n\n"
     finally:
         script.gone += not complete

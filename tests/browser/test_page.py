@@ -11,7 +11,7 @@ from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
 from tests.browser.page_object import Page
-from tests.browser.scripted import IMAGE_SIZE, PER_SECOND, Reply, Script
+from tests.browser.scripted import DECODING_MS, IMAGE_SIZE, Reply, Script
 
 pytestmark = pytest.mark.browser
 
@@ -143,7 +143,7 @@ def test_figures_are_those_of_the_server(page: Page, script: Script, small: Path
     script.then(Reply(("one", " two", " three"), pause=0.1))
     page.open(script.address).upload(small)
     page.ask("Count.")
-    assert page.texts(".figures")[0].endswith(f"{PER_SECOND} tokens/s · 3 tokens · 4 prompt tokens from the cache")
+    assert page.texts(".figures")[0].endswith(f"{2e3 / DECODING_MS} tokens/s · 3 tokens · 4 prompt tokens cached")
 
 
 def test_continuous_mode_counts_equal_answers_and_keeps_different_ones(page: Page, script: Script) -> None:

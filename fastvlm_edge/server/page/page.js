@@ -4,6 +4,7 @@ const $ = (id) => document.getElementById(id);
 const video = $("video");
 const KEPT_ANSWERS = 50; // of a continuous run
 const PAUSE_AFTER_A_FAULT = 5; // seconds, in a continuous run
+const SHORTEST = 50; // milliseconds of decoding that are enough for a figure
 const SENT_AS_IT_IS = ["image/jpeg", "image/png", "image/webp"];
 const JPEG_QUALITY = 0.92;
 
@@ -356,23 +357,23 @@ function addTurn(card, question) {
   const turn = element("div", "turn", asked, answer, figures);
   card.querySelector(".turns").append(turn);
   let sent, first, last, pieces; // as they come
-  let tokens, cached, rate; // as the server says at the end
+  let tokens, cached, decoding; // as the server says at the end
 
   function showFigures() {
     const parts = [];
     if (first) parts.push(`first token ${seconds(first - sent)}`);
     const count = tokens ?? pieces;
-    const speed = rate ?? ((count - 1) * 1000) / (last - first);
-    if (count > 1 && Number.isFinite(speed)) parts.push(`${speed.toFixed(1)} tokens/s`);
+    const ms = decoding ?? last - first;
+    if (count > 1 && ms >= SHORTEST) parts.push(`${(((count - 1) * 1000) / ms).toFixed(1)} tokens/s`);
     if (count) parts.push(count === 1 ? "1 token" : `${count} tokens`);
-    if (cached) parts.push(`${cached} prompt tokens from the cache`);
+    if (cached) parts.push(`${cached} prompt tokens cached`);
     figures.textContent = parts.join(" · ");
   }
 
   return {
     asked() {
       sent = performance.now();
-      first = last = tokens = cached = rate = undefined;
+      first = last = tokens = cached = decoding = undefined;
       pieces = 0;
       this.written = "";
       turn.setAttribute("aria-busy", "true");
@@ -395,7 +396,7 @@ function addTurn(card, question) {
     usage(usage, timings) {
       tokens = usage.completion_tokens;
       cached = usage.prompt_tokens_details?.cached_tokens;
-      rate = timings?.predicted_per_second;
+      decoding = timings?.predicted_ms;
       showFigures();
     },
     ended(note = this.written ? "" : "an answer without text") {
