@@ -10,11 +10,15 @@ import os
 import platform
 import re
 import shutil
+import ssl
 import subprocess
 import sys
+import tempfile
 import threading
+import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +138,51 @@ assert state.forced(9)
 """
     done = subprocess.run([str(python), "-I", "-c", code], env=bare, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@contextmanager
+def _serving(command: list[str], environment: dict[str, str]) -> Iterator[str]:
+    """The address of a server, once it is ready."""
+    with subprocess.Popen(command, env=environment, cwd="/", stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            lines = []
+            while not (found := re.search(r" at (https?://\S+)/v1;", lines[-1] if lines else "")):
+                lines.append(server.stderr.readline())
+                assert lines[-1], "".join(lines)
+            yield found.group(1)
+        finally:
+            server.terminate()
+
+
+def test_a_bundle_serves_its_model_and_the_page(made: Path, run: Run, bare: dict[str, str]) -> None:
+    run("prepare")
+    with _serving([str(made), "serve"], {**bare, "FASTVLM_EDGE_PORT": "0"}) as address:
+        assert urllib.request.urlopen(f"{address}/page.js").read() == (ROOT / "fastvlm_edge/server/page/page.js").read_bytes()
+        body = json.dumps({"messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 6}).encode()
+        asked = urllib.request.Request(f"{address}/v1/chat/completions", body, {"Content-Type": "application/json"})
+        answer = json.load(urllib.request.urlopen(asked))
+    assert answer["usage"]["completion_tokens"] > 0
+
+
+def test_a_user_without_rights_serves_what_root_has_prepared(made: Path, bare: dict[str, str]) -> None:
+    """As the unit of `install --serve` does: nothing but the cache may be written."""
+    python = f"/usr/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
+    if os.geteuid() != 0 or not os.access(python, os.X_OK) or not shutil.which("setpriv"):
+        pytest.skip("needs root, setpriv, and a Python that every user may run")
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own folders are closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "cache").mkdir()
+        shutil.chown(folder / "cache", 65534, 65534)
+        app = Path(shutil.copy(made, folder / "app"))
+        environment = {**bare, "PATH": "/usr/bin:/bin", "FASTVLM_EDGE_STATE": f"{folder}/state", "FASTVLM_EDGE_CACHE": f"{folder}/cache"}
+        subprocess.run([app, "prepare"], env=environment, check=True, capture_output=True)
+        rights = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]
+        options = {"FASTVLM_EDGE_PORT": "0", "FASTVLM_EDGE_TLS": "self-signed"}
+        with _serving([*rights, str(app), "serve"], environment | options) as address:
+            trusting = ssl.create_default_context(cafile=f"{folder}/cache/tls/self-signed.pem")
+            assert urllib.request.urlopen(f"{address}/health", context=trusting).status == 200
 
 
 def test_the_engine_builder_imports_without_onnx_and_torch(run: Run) -> None:
