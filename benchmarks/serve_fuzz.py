@@ -31,6 +31,8 @@ from fastvlm_edge.bench.record import digits, write_json
 from fastvlm_edge.server.app import make_app
 from fastvlm_edge.server.settings import Settings
 
+LONGEST = 60.0
+"""Seconds for an answer."""
 PATHS = ("/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize")
 FORMATS = ("jpeg", "png", "webp", "gif")
 VALUES: tuple[Any, ...] = (
@@ -196,7 +198,7 @@ async def fuzz(asked: Asked, count: int, make: Callable[[], tuple[str, str, byte
         group, path, body = make()
         start = time.perf_counter()
         try:
-            status, answer = await asked(path, body)
+            status, answer = await asyncio.wait_for(asked(path, body), LONGEST)
             fault = fault_of(status, answer)
             seen[f"{group} {status}"] += 1
         except Exception as error:

@@ -13,7 +13,7 @@ for version in ${PYTHONS:-3.10 3.11 3.12 3.13 3.14}; do
     echo "== $("$python" --version)"
     [ -x "$venv/bin/pytest" ] || "$python" -m venv --clear "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check --editable ".[serve]" pytest hypothesis onnx ml_dtypes matplotlib scikit-image "setuptools>=77" \
-      "llguidance>=1.6,<2" jsonschema openai "av>=14"
+      "llguidance>=1.6,<2" jsonschema openai "av>=15"
     "$venv/bin/python" -m pytest -p no:cacheprovider tests/fastvlm_edge "$@" || failed="$failed $version"
     found=$((found + 1))
     break

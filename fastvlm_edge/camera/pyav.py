@@ -58,8 +58,10 @@ def open_bytes(file: Any, name: str) -> InputContainer:
 
 def _open(file: Any, name: str, **options: Any) -> InputContainer:
     av = load_av()
+    if int(av.__version__.partition(".")[0]) < 19:  # tags that are not UTF-8; newer versions always take them
+        options["metadata_errors"] = "replace"
     try:
-        container: InputContainer = av.open(file, metadata_errors="replace", **options)
+        container: InputContainer = av.open(file, **options)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise SourceError(f"{name} cannot be opened as video: {_reason(error)}") from None
     try:
@@ -107,7 +109,7 @@ def decode(stream: VideoStream, packet: Packet[Any] | None) -> list[VideoFrame]:
     av = load_av()
     try:
         return [frame for frame in stream.codec_context.decode(packet) if not frame.is_corrupt]
-    except av.FFmpegError:  # decoders have many for damaged data
+    except (av.FFmpegError, ValueError):  # decoders have many for damaged data; ValueError: an unknown codec
         return []
 
 
