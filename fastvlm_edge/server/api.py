@@ -51,6 +51,19 @@ class ImagePart(Taken, tag_field="type", tag="image_url"):
     image_url: ImageUrl
 
 
+class VideoUrl(Taken):
+    """Where a clip is."""
+
+    url: str
+    """As of a picture."""
+
+
+class VideoPart(Taken, tag_field="type", tag="video_url"):
+    """A clip in a message: frames spread over it, as pictures in their order."""
+
+    video_url: VideoUrl
+
+
 class SystemMessage(Taken, tag_field="role", tag="system"):
     """The system prompt. Without one, the model gets that of its manifest; an empty one is none."""
 
@@ -66,7 +79,7 @@ class DeveloperMessage(Taken, tag_field="role", tag="developer"):
 class UserMessage(Taken, tag_field="role", tag="user"):
     """A question. Several in a row are one, joined by a line break."""
 
-    content: str | list[TextPart | ImagePart]
+    content: str | list[TextPart | ImagePart | VideoPart]
 
 
 class AssistantMessage(Taken, tag_field="role", tag="assistant"):
@@ -132,6 +145,19 @@ class StreamOptions(Taken):
     """Has no effect: there is none."""
 
 
+class VideoOptions(Taken):
+    """How clips are read."""
+
+    num_frames: Annotated[int, Meta(ge=1)]
+    """Frames of each clip, at most as many as pictures are allowed."""
+
+
+class MediaOptions(Taken):
+    """How pictures and clips are read, as in vLLM."""
+
+    video: VideoOptions | None = None
+
+
 class ChatRequest(Taken):
     """The body of `POST /v1/chat/completions`."""
 
@@ -160,6 +186,7 @@ class ChatRequest(Taken):
     """Needs `logprobs`."""
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    media_io_kwargs: MediaOptions | None = None
     # Without effect on the reply.
     user: str | None = None
     metadata: dict[str, Any] | None = None

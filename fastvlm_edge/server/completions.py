@@ -49,7 +49,7 @@ class ChatCompletions:
         state = self._state
         state.check_ready()
         state.check_model(asked.model)
-        conversation = read_messages(asked.messages, state.settings, state.vlm.vlm.manifest)
+        conversation = read_messages(asked.messages, state.settings, state.vlm.vlm.manifest, frames_of(asked))
         options = options_of(asked, state.settings)
         answer = _Answer(state, asked, scope)
         try:
@@ -154,6 +154,12 @@ def _token(token: TokenLogProb) -> api.TokenLogprob:
         return {"token": found.text, "logprob": found.logprob, "bytes": found.bytes}
 
     return api.TokenLogprob(**alternative(token), top_logprobs=[api.TokenAlternative(**alternative(other)) for other in token.top])
+
+
+def frames_of(asked: api.ChatRequest) -> int | None:
+    """How many pictures stand for a clip, if the request says it."""
+    options = asked.media_io_kwargs
+    return None if options is None or options.video is None else options.video.num_frames
 
 
 # What is asked for --------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fastvlm_edge.model_dir.manifest import Manifest
-from fastvlm_edge.server.api import DeveloperMessage, Message, SystemMessage, TextPart, UserMessage
+from fastvlm_edge.server.api import DeveloperMessage, Message, SystemMessage, TextPart, UserMessage, VideoPart
 from fastvlm_edge.server.errors import RequestError
 from fastvlm_edge.server.pictures import Picture
-from fastvlm_edge.server.settings import Settings
+from fastvlm_edge.server.settings import FRAMES, Settings
 
 _LONGEST_TOKEN = 128
 """Characters per token that no text comes near. More than so many for each position are refused before they are tokenized."""
@@ -40,8 +40,12 @@ class Conversation:
         return asked + len(self.question.prompt) + len(self.system or "")
 
 
-def read_messages(messages: Sequence[Message], settings: Settings, manifest: Manifest) -> Conversation:
-    """The conversation of a request. Raises RequestError for an order of messages that no conversation with the model has."""
+def read_messages(messages: Sequence[Message], settings: Settings, manifest: Manifest, frames: int | None = None) -> Conversation:
+    """The conversation of a request. `frames` is how many pictures stand for a clip, at most; None is FRAMES, or as many as are allowed.
+
+    Raises RequestError for an order of messages that no conversation with the model has.
+    """
+    frames = min(FRAMES, settings.max_images) if frames is None else frames
     system: list[str] = []
     history: list[tuple[Question, str]] = []
     asked: list[Question] = []
@@ -52,7 +56,7 @@ def read_messages(messages: Sequence[Message], settings: Settings, manifest: Man
                 raise RequestError(400, "system messages stand before all others", param=place)
             system.append(_text(message.content))
         elif isinstance(message, UserMessage):
-            asked.append(_question(message, place))
+            asked.append(_question(message, place, frames))
         elif not asked:
             raise RequestError(400, "an assistant message follows a user message", param=place)
         else:
@@ -68,26 +72,36 @@ def read_messages(messages: Sequence[Message], settings: Settings, manifest: Man
 def check(conversation: Conversation, settings: Settings, manifest: Manifest) -> None:
     """Raise RequestError for more pictures than are allowed, and for more text than fits in any case."""
     questions = [conversation.question, *(question for question, _ in conversation.history)]
-    pictures = sum(len(question.pictures) for question in questions)
+    pictures = sum(picture.frames or 1 for question in questions for picture in question.pictures)
     if pictures > settings.max_images:
-        message = f"the conversation has {pictures} pictures, and at most {settings.max_images} are allowed"
+        message = f"the conversation has {pictures} pictures, and at most {settings.max_images} are allowed{_fewer_frames(questions)}"
         raise RequestError(400, message, param="messages", code="too_many_images")
     characters, context = conversation.characters, manifest.decoder.context
     if pictures * manifest.vision.tokens >= context:
-        message = f"{pictures} pictures take {pictures * manifest.vision.tokens} tokens, which do not fit into the context of {context}"
+        most = (context - 1) // manifest.vision.tokens
+        message = f"{pictures} pictures take {pictures * manifest.vision.tokens} tokens; the context of {context} has room for {most}"
+        message += _fewer_frames(questions)
         raise RequestError(400, message, param="messages", code="context_length_exceeded")
     if characters > _LONGEST_TOKEN * context:
         message = f"the conversation has {characters} characters, which do not fit into the context of {context} tokens"
         raise RequestError(400, message, param="messages", code="context_length_exceeded")
 
 
-def _question(message: UserMessage, place: str) -> Question:
+def _fewer_frames(questions: Sequence[Question]) -> str:
+    """What to do, if there is a clip."""
+    clips = [picture.frames for question in questions for picture in question.pictures if picture.frames]
+    return f"; each clip is {clips[0]} of them, which media_io_kwargs.video.num_frames changes" if clips else ""
+
+
+def _question(message: UserMessage, place: str, frames: int) -> Question:
     if isinstance(message.content, str):
         return Question(message.content)
     texts, pictures = [], []
     for index, part in enumerate(message.content):
         if isinstance(part, TextPart):
             texts.append(part.text)
+        elif isinstance(part, VideoPart):
+            pictures.append(Picture(part.video_url.url, f"{place}.content[{index}].video_url.url", frames))
         else:
             pictures.append(Picture(part.image_url.url, f"{place}.content[{index}].image_url.url"))
     return Question(_lines(texts), tuple(pictures))

@@ -7,8 +7,9 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from fastvlm_edge.camera.clip import frames_of_clip
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.async_vlm import AsyncFastVLM
 from fastvlm_edge.generation.images import EncodedImage
@@ -20,6 +21,8 @@ from fastvlm_edge.server.settings import Settings
 _KNOWN = 4096
 """Pictures whose keys are kept, 64 bytes each. Their features are in the cache of the runtime, as long as that has room."""
 
+_CLIP_SECONDS = 30.0
+"""Longest time that reading a clip may take."""
 _LONG = 1 << 20
 """Bytes that are hashed in about a millisecond."""
 
@@ -31,6 +34,8 @@ class Picture:
     url: str
     param: str
     """Its place in the request, for errors."""
+    frames: int = 0
+    """Most pictures that stand for it, if it is a clip."""
 
 
 @dataclass
@@ -68,10 +73,11 @@ async def encode(pictures: Sequence[Picture], vlm: AsyncFastVLM, settings: Setti
     encoded = Encoded()
     for picture in pictures:
         began = time.perf_counter()
-        image = await _encode(picture, vlm, settings, known)
-        encoded.vision_ms += image.vision_ms
-        encoded.preprocess_ms += (time.perf_counter() - began) * 1e3 - image.vision_ms
-        encoded.images.append(image)
+        images = await _clip(picture, vlm, settings) if picture.frames else [await _encode(picture, vlm, settings, known)]
+        vision_ms = sum(image.vision_ms for image in images)
+        encoded.vision_ms += vision_ms
+        encoded.preprocess_ms += (time.perf_counter() - began) * 1e3 - vision_ms
+        encoded.images += images
     return encoded
 
 
@@ -98,6 +104,21 @@ async def _encode(picture: Picture, vlm: AsyncFastVLM, settings: Settings, known
     if digest is not None:
         known.put(digest, image.key)
     return image
+
+
+async def _clip(clip: Picture, vlm: AsyncFastVLM, settings: Settings) -> list[EncodedImage]:
+    """Frames of a clip. Its file may be as large as a request."""
+    try:
+        data = await media.picture(clip.url, replace(settings, max_image_bytes=settings.max_body_bytes, max_pixels=None))
+        frames = await asyncio.to_thread(frames_of_clip, data, clip.frames, max_seconds=_CLIP_SECONDS)
+    except RequestError as error:
+        raise error.at(clip.param) from None
+    except FastVLMError as error:
+        raise refused(error, clip.param) from None
+    try:
+        return [await vlm.encode_image(frame) for frame in frames]
+    except FastVLMError as error:
+        raise failed(error) from error
 
 
 def _recalled(digest: bytes, vlm: AsyncFastVLM, known: KnownPictures) -> EncodedImage | None:

@@ -10,6 +10,9 @@ from fastvlm_edge.generation.vlm import SLOTS
 QUEUE = 4
 """Requests that wait for each slot at most, unless `Settings.queue` says otherwise."""
 
+FRAMES = 8
+"""Pictures that stand for a clip, unless a request says otherwise."""
+
 
 @dataclass(frozen=True)
 class Settings:
