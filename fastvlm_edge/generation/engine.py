@@ -220,7 +220,8 @@ class Engine:
                     return
                 self._drop_cancelled_waiting()
                 if not (self._waiting or self._running or self._prefilling):
-                    if self._wake.wait(LINGER):
+                    self._wake.wait(LINGER)
+                    if self._waiting or self._closed:  # also if they came just after the time was over
                         continue
                     self._thread = None
                     return

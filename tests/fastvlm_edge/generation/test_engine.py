@@ -240,6 +240,28 @@ def test_the_engine_has_one_thread_while_questions_follow_each_other(engine: Fas
     assert engine.generate(PROMPT, max_new_tokens=1).token_ids
 
 
+def test_a_question_that_comes_when_the_thread_is_about_to_end_is_answered(engine: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    wake, submitted = engine._engine._wake, threading.Event()
+    submit, asking = engine._engine.submit, ThreadPoolExecutor(1)
+
+    def late(_seconds: float) -> bool:
+        """The time is over; before the thread has the lock again, a question is handed in."""
+        monkeypatch.undo()
+        monkeypatch.setattr(engine._engine, "submit", lambda work: (submit(work), submitted.set()))
+        wake.release()
+        answers.append(asking.submit(engine.generate, PROMPT, max_new_tokens=1))
+        assert submitted.wait(20)
+        wake.acquire()
+        return False
+
+    answers: list[Any] = []
+    monkeypatch.setattr(wake, "wait", late)
+    engine.generate(PROMPT, max_new_tokens=1)
+    wait_until(lambda: bool(answers))
+    assert answers[0].result(20).token_ids
+    asking.shutdown()
+
+
 def test_a_conversation_comes_back_after_others_took_its_slot(model_dir: Path) -> None:
     with FastVLM.load(model_dir, "ort", threads=1, slots=1) as vlm:
         chats = [vlm.chat() for _ in range(3)]
