@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LEAN := build/lean
+CLIENTS := build/clients
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons test-onnxruntimes test-quiet test-camera test-browser lint types docs dist bench bench-peers bench-gpu clean
+.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons test-onnxruntimes test-quiet test-camera test-browser test-clients lint types docs dist bench bench-peers bench-gpu clean
 
 setup: $(READY)
 
@@ -68,6 +69,15 @@ test-camera: $(READY)
 test-browser: $(READY)
 	command -v chromedriver || ($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver)
 	$(BIN)/python -m pytest -m browser tests/browser
+
+# The server with programs of others, in an environment of their own. That with a page needs Chromium, which test-browser installs.
+test-clients: $(READY) $(CLIENTS)/.ready
+	$(BIN)/python -m pytest -m clients tests/clients
+
+$(CLIENTS)/.ready: Makefile
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet langchain-openai live-vlm-webui==0.4.0
+	touch $(CLIENTS)/.ready
 
 lint: $(READY)
 	$(BIN)/ruff check .
