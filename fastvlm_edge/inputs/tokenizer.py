@@ -9,6 +9,8 @@ from tokenizers import Tokenizer
 from fastvlm_edge.errors import FastVLMError
 
 _IMAGE_MARK = "<image>"
+_LONG = 1 << 12
+"""Characters that take about a millisecond."""
 
 
 class TextTokenizer:
@@ -46,7 +48,7 @@ class TextTokenizer:
             for part in rest:
                 pieces[-1:] = [first + _IMAGE_MARK[0], _IMAGE_MARK[1:] + part]
                 first = pieces[-1]
-        return [token_id for piece in pieces if piece for token_id in tokenizer.encode(piece, add_special_tokens=False).ids]
+        return [token_id for piece in pieces if piece for token_id in _ids(tokenizer, piece)]
 
     def _reading_special(self) -> Tokenizer:
         """A second tokenizer, because the setting belongs to the object, and another thread may use the first."""
@@ -79,6 +81,13 @@ class TextTokenizer:
             if token_id < count and token_id not in self.special_ids and token != _IMAGE_MARK:
                 found[token_id] = token.encode("utf-8") if token_id in added else _to_bytes(token)
         return found
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A long text is a batch of one: `encode` keeps all other threads of Python waiting, and a batch does not."""
+    if len(text) < _LONG:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,3 +227,20 @@ def test_text_is_held_back_no_longer_than_needed() -> None:
     stops = StopStrings(["END"])
     assert feed(stops, "aE" + "Nb" + "EN" + "D" + "x", [2, 2, 2, 1, 1]) == ["a", "ENb", "", "", ""]
     assert stops.found == "END" and stops.flush() == ""
+
+
+def test_a_long_text_keeps_no_other_thread_waiting(tokenizer: TextTokenizer) -> None:
+    text = "\u0301" * (1 << 17)
+    began, found = time.perf_counter(), list[float]()
+    thread = threading.Thread(target=lambda: (tokenizer.encode(text), found.append(time.perf_counter()))[1])
+    thread.start()
+    longest, last = 0.0, began
+    while thread.is_alive():
+        time.sleep(0.001)
+        longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+    assert longest < (found[0] - began) / 2
+
+
+def test_long_and_short_texts_have_the_same_ids(tokenizer: TextTokenizer) -> None:
+    for text in (*TEXTS, "<|im_end|> "):
+        assert tokenizer.encode("\n" + text + "\n" * 5000)[: len(tokenizer.encode("\n" + text))] == tokenizer.encode("\n" + text)
