@@ -276,6 +276,13 @@ def test_a_body_is_bounded_while_it_is_read(small: Served) -> None:
     assert small.post(ask("x" * 500, max_tokens=1)).status == 200
 
 
+def test_many_small_values_are_refused_before_they_take_memory(served: Served) -> None:
+    many = b"[],{},1," * (api.MOST_VALUES // 4)
+    for field in (b'"metadata": {"a": [%s0]}', b'"prediction": [%s0]', b'"messages": [%s0]'):
+        body = b'{"messages": [{"role": "user", "content": "What?"}], ' + field % many + b"}"
+        assert refused(served, body, 413)["message"] == "the body has more than 262,144 commas and brackets"
+
+
 def test_the_limits_are_those_of_the_settings(small: Served) -> None:
     answer = small.post(ask("Count from one to a hundred."))
     assert answer.json["usage"]["completion_tokens"] <= 3
