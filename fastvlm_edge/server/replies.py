@@ -199,7 +199,11 @@ async def replies_to(state: ServerState, conversation: Conversation, options: Ma
             queue_seconds = time.perf_counter() - began
             for _ in range(count):
                 metrics.started()
-        encoded, history = await _read_pictures(state, conversation)
+        try:
+            encoded, history = await asyncio.wait_for(_read_pictures(state, conversation), deadline.left())
+        except (asyncio.TimeoutError, TimeoutError):
+            deadline.left()
+            raise
         metrics.pictures(encoded.preprocess_ms / 1e3, encoded.vision_ms / 1e3)
         deadline.left()
         replies = Replies(state, deadline, began, queue_seconds, encoded)

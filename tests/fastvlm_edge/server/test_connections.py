@@ -261,14 +261,19 @@ def test_waiting_counts_as_time(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -
         assert gate.wait(20)
         return original(*given)
 
-    with serving(vlm, slots=1, timeout_seconds=0.5) as served:
+    question = ask(text("What?"), image(DEMO / "meter.jpg"), stream=True)
+    with serving(vlm, slots=1, timeout_seconds=1.0) as served:
         monkeypatch.setattr(backend, "encode", waiting)
-        running = served.open(ask(text("What?"), image(DEMO / "meter.jpg"), stream=True))
-        wait_until(lambda: served.state.admission.running == 1)
-        assert served.post(ask("Me too.", stream=True)).status == 504, "before the first byte"
-        gate.set()
-        assert running.recv(100).startswith(b"HTTP/1.1 504 "), "its picture took too long"
-        running.close()
+        try:
+            running = served.open(question)
+            wait_until(lambda: served.state.admission.running == 1)
+            began = time.monotonic()
+            assert served.post(question).status == 504, "before the first byte"
+            assert time.monotonic() - began < 1.8, "its time began when it had a place"
+            assert running.recv(100).startswith(b"HTTP/1.1 504 "), "its picture takes too long, and is not waited for"
+            running.close()
+        finally:
+            gate.set()
         check_free(served)
 
 
