@@ -39,6 +39,8 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str], environment
             action.default = action.const if text.lower() in _TRUE else action.default
         elif isinstance(action, argparse._AppendAction):
             repeated[action.dest] = [_value(parser, action, name, part.strip()) for part in text.split(",") if part.strip()]
+            if not repeated[action.dest]:
+                parser.error(f"{name} is {text!r}, which has no value; give values with commas between them")
         else:
             action.default = _value(parser, action, name, text)
             action.required = False

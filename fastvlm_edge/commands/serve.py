@@ -94,6 +94,7 @@ async def _serve(vlm: FastVLM, settings: Settings, listening: socket.socket, cer
         if certificate is not None:
             print(f"SHA-256 fingerprint of its certificate: {certificate.fingerprint}", file=sys.stderr, flush=True)
 
+    _listen(listening)
     announcing = asyncio.ensure_future(asyncio.sleep(0) if quiet else announce())
     try:
         await server.serve(sockets=[listening])
@@ -128,6 +129,17 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
                 f"the address {host}:{port} cannot be used ({reason})", "choose another one with --host and --port"
             ) from None
         yield listening
+
+
+def _listen(listening: socket.socket) -> None:
+    """Raise FastVLMError if another server, which had this address too while both loaded their models, listens by now."""
+    try:
+        listening.listen()
+    except OSError as error:
+        host, port, *_ = listening.getsockname()
+        raise FastVLMError(
+            f"the address {host}:{port} cannot be used ({error.strerror})", "choose another one with --host and --port"
+        ) from None
 
 
 def _address(listening: socket.socket, certificate: Certificate | None) -> str:

@@ -141,6 +141,14 @@ def test_an_address_that_is_taken(capfd: pytest.CaptureFixture[str]) -> None:
     assert "is not an address of this machine" in failed(capfd, str(DEMO / "model"), "--host", "no.such.host.invalid")
 
 
+def test_two_servers_that_begin_at_the_same_time_with_one_address() -> None:
+    """Both have it until the first one listens, once its model is loaded."""
+    with serve.bound("127.0.0.1", 0) as one, serve.bound("127.0.0.1", one.getsockname()[1]) as other:
+        serve._listen(one)
+        with pytest.raises(FastVLMError, match="Address already in use"):
+            serve._listen(other)
+
+
 def test_a_model_is_needed(capfd: pytest.CaptureFixture[str]) -> None:
     assert "MODEL is missing" in failed(capfd)
     assert "does not exist" in failed(capfd, "no-such-model", "--port", "0")
@@ -209,6 +217,7 @@ def test_every_option_has_a_variable_that_its_help_names() -> None:
         ("TIMEOUT", "inf", "FASTVLM_EDGE_TIMEOUT is 'inf': inf is not a time"),
         ("ALLOW_REMOTE_IMAGES", "maybe", "FASTVLM_EDGE_ALLOW_REMOTE_IMAGES is 'maybe'; give 1 or 0"),
         ("METRICS_ALIAS", "other", "FASTVLM_EDGE_METRICS_ALIAS is 'other'; use one of: vllm"),
+        ("API_KEY", " , ", "FASTVLM_EDGE_API_KEY is ',', which has no value; give values with commas between them"),
         ("BACKEND", "gpu", "FASTVLM_EDGE_BACKEND is 'gpu'; use one of: auto"),
     ],
 )
