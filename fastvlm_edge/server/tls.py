@@ -105,7 +105,7 @@ def machine_names(host: str, proc: Path = Path("/proc")) -> tuple[str, ...]:
     names = {"localhost", own, f"{own.partition('.')[0]}.local"}  # the last one is multicast DNS
     addresses = {"127.0.0.1", "::1", *_own_addresses(proc)}
     try:
-        address = ipaddress.ip_address(host)
+        address = ipaddress.ip_address(host.partition("%")[0])  # certificates have no zones
         addresses |= set() if address.is_unspecified else {str(address)}
     except ValueError:
         names.add(host.rstrip(".").lower())

@@ -92,6 +92,7 @@ def test_names_are_those_of_the_kernel_without_what_others_cannot_use(tmp_path: 
     addresses = [name for name in machine_names("::", tmp_path) if name.startswith("IP:")]
     assert addresses == ["IP:127.0.0.1", "IP:192.168.55.1", "IP:::1", "IP:fd00::2"]
     assert "IP:10.0.0.7" in machine_names("10.0.0.7", tmp_path)
+    assert "IP:fe80::1" in machine_names("fe80::1%eth0", tmp_path)
     assert "DNS:localhost" in machine_names("0.0.0.0", tmp_path / "none")
 
 
