@@ -146,7 +146,7 @@ def _serving(command: list[str], environment: dict[str, str]) -> Iterator[str]:
     with subprocess.Popen(command, env=environment, cwd="/", stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
-            lines = []
+            lines: list[str] = []
             while not (found := re.search(r" at (https?://\S+)/v1;", lines[-1] if lines else "")):
                 lines.append(server.stderr.readline())
                 assert lines[-1], "".join(lines)
