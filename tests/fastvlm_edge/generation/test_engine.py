@@ -228,15 +228,14 @@ def test_the_number_of_kept_conversations_is_bounded(engine: FastVLM, monkeypatc
 
 
 def test_the_engine_has_one_thread_while_questions_follow_each_other(engine: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def threads() -> list[threading.Thread]:
-        return [thread for thread in threading.enumerate() if thread.name == "fastvlm-engine"]
-
     engine.generate(PROMPT, max_new_tokens=1)
-    (first,) = threads()
+    first = engine._engine._thread
+    assert first is not None and first.is_alive()
     monkeypatch.setattr(engine_module, "LINGER", 0.01)
     engine.generate(PROMPT, max_new_tokens=1)
-    assert threads() in ([first], [])
-    wait_until(lambda: not threads())
+    wait_until(lambda: engine._engine._thread is None)
+    first.join(20)
+    assert not first.is_alive()
     assert engine.generate(PROMPT, max_new_tokens=1).token_ids
 
 

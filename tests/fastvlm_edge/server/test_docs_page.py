@@ -14,7 +14,8 @@ from tests.docs.pages import blocks, read
 from tests.support.serving import DEMO, Served
 
 CURLS = [block.text for block in blocks(read("docs/serve.md")) if "curl " in block.text]
-PYTHON = [block.text for block in blocks(read("docs/serve.md")) if block.language == "python"]
+PYTHON = [block.text for block in blocks(read("docs/serve.md")) if block.language == "python" and "langchain" not in block.text]
+"""tests/clients has those of LangChain."""
 
 
 @pytest.fixture
