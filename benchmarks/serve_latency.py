@@ -4,7 +4,9 @@
 
 MODEL is a model directory, such as a converted random checkpoint of the 0.5B size. Each round asks both sides a first question about a new
 picture, a follow-up question, and another question about the same picture. The picture is a JPEG file of 1024 x 768 pixels: Python reads
-the file, the server gets it in the request, as clients of the OpenAI API send it.
+the file, the server gets it in the request, as clients of the OpenAI API send it. The follow-up of both sides gives the reply before it as
+text (`history=`): a random model's tokens are rarely those that the tokenizer gives their text, so a `chat`, which keeps the ids, has less
+to compute.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from benchmarks.common import machine
 from benchmarks.conversations import FOLLOW_UP, QUESTION
 from benchmarks.peers.protocol import ROOT
 from benchmarks.serve_load import PATH, Server
-from fastvlm_edge import FastVLM
+from fastvlm_edge import ChatTurn, FastVLM
 from fastvlm_edge.bench.record import digits, write_json
 
 TOKENS = 8
@@ -87,20 +89,22 @@ class InPython:
 
     def round(self, _file: bytes, path: Path) -> dict[str, float]:
         """The three questions."""
-        chat = self._vlm.chat()
+        first, reply = self._first(lambda: self._vlm.stream(QUESTION, path, max_new_tokens=TOKENS))
+        said = [ChatTurn(QUESTION, reply, [self._vlm.encode_image(path)])]
         return {
-            "first_question": self._first(lambda: chat.stream(QUESTION, path, max_new_tokens=TOKENS)),
-            "follow_up": self._first(lambda: chat.stream(FOLLOW_UP, max_new_tokens=TOKENS)),
-            "repeated_picture": self._first(lambda: self._vlm.stream(OTHER, path, max_new_tokens=TOKENS)),
+            "first_question": first,
+            "follow_up": self._first(lambda: self._vlm.chat(history=said).stream(FOLLOW_UP, max_new_tokens=TOKENS))[0],
+            "repeated_picture": self._first(lambda: self._vlm.stream(OTHER, path, max_new_tokens=TOKENS))[0],
         }
 
     @staticmethod
-    def _first(ask: Callable[[], Any]) -> float:
+    def _first(ask: Callable[[], Any]) -> tuple[float, str]:
         began = time.perf_counter()
-        first = 0.0
+        first, text = 0.0, ""
         for piece in ask():
-            first = first or (1e3 * (time.perf_counter() - began) if piece else 0.0)
-        return first or 1e3 * (time.perf_counter() - began)
+            text += piece
+            first = first or (1e3 * (time.perf_counter() - began) if text else 0.0)
+        return first or 1e3 * (time.perf_counter() - began), text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
