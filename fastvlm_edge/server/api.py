@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -277,6 +277,26 @@ async def read(request: Request, kind: type[T], neutral: Mapping[str, tuple[tupl
     except ClientDisconnect:
         raise ClientGone from None
     return decode(body, kind, neutral)
+
+
+class _Streamed(Protocol):
+    """The fields that `check_combinations` reads."""
+
+    stream: bool | None
+    temperature: float | None
+
+    @property
+    def stream_options(self) -> object: ...
+
+
+def check_combinations(asked: _Streamed, **sampled: bool) -> None:
+    """Raise RequestError for options that would be ignored. `sampled` says which options of sampling a request has."""
+    if asked.stream_options is not None and not asked.stream:
+        raise RequestError(400, "stream_options needs stream to be true", param="stream_options")
+    for name, given in sampled.items():
+        if given and asked.temperature is None:
+            message = f"{name} without temperature: the most likely token is always taken; give temperature, such as 0.7"
+            raise RequestError(400, message, param=name)
 
 
 def _without_null(values: dict[str, Any], empty: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,11 +21,10 @@ from fastvlm_edge.model_dir.json_record import parse_json
 from fastvlm_edge.server import api
 from fastvlm_edge.server.access_log import note_tokens
 from fastvlm_edge.server.conversation import Conversation, read_messages
-from fastvlm_edge.server.errors import ClientGone, RequestError, failed
-from fastvlm_edge.server.limits import stopping
+from fastvlm_edge.server.errors import RequestError, invalid_format
 from fastvlm_edge.server.replies import End, Replies, finish_reason, replies_to, while_connected
 from fastvlm_edge.server.settings import Settings
-from fastvlm_edge.server.sse import PING_SECONDS, Events
+from fastvlm_edge.server.sse import PING_SECONDS, Events, respond
 from fastvlm_edge.server.state import ServerState
 
 
@@ -91,19 +90,7 @@ class _Answer:
 
     async def stream(self, conversation: Conversation, options: dict[str, Any], send: Send) -> None:
         async with replies_to(self._state, conversation, options, self._asked.n or 1) as replies:
-            events = Events(send)
-            await events.start()
-            try:
-                await self._chunks(replies, events)
-            except ClientGone:
-                raise
-            except asyncio.CancelledError:
-                await events.error(stopping())
-                await events.end()
-                raise
-            except Exception as error:
-                await events.error(failed(error))
-            await events.end()
+            await respond(send, partial(self._chunks, replies))
 
     async def _chunks(self, replies: Replies, events: Events) -> None:
         count = self._asked.n or 1
@@ -171,13 +158,8 @@ def options_of(asked: api.ChatRequest, settings: Settings) -> dict[str, Any]:
         raise RequestError(400, "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
     if asked.top_logprobs is not None and not asked.logprobs:
         raise RequestError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
-    if asked.stream_options is not None and not asked.stream:
-        raise RequestError(400, "stream_options needs stream to be true", param="stream_options")
     top_k = asked.top_k if asked.top_k and asked.top_k > 0 else None
-    for name, given in (("top_p", asked.top_p not in (None, 1)), ("top_k", top_k is not None)):
-        if given and asked.temperature is None:
-            message = f"{name} without temperature: the most likely token is always taken; give temperature, such as 0.7"
-            raise RequestError(400, message, param=name)
+    api.check_combinations(asked, top_p=asked.top_p not in (None, 1), top_k=top_k is not None)
     options: dict[str, Any] = {
         "max_new_tokens": asked.max_completion_tokens or asked.max_tokens or settings.max_tokens,
         "temperature": asked.temperature or 0.0,
@@ -207,7 +189,7 @@ def _format(asked: api.ChatRequest) -> dict[str, Any]:
     try:
         answer_format(**wanted)
     except FastVLMError as error:
-        raise RequestError(400, str(error), param=_format_field(asked), code="invalid_format") from None
+        raise invalid_format(error, _format_field(asked)) from None
     return wanted
 
 

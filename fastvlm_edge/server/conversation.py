@@ -72,7 +72,7 @@ def read_messages(messages: Sequence[Message], settings: Settings, manifest: Man
 def check(conversation: Conversation, settings: Settings, manifest: Manifest) -> None:
     """Raise RequestError for more pictures than are allowed, and for more text than fits in any case."""
     questions = [conversation.question, *(question for question, _ in conversation.history)]
-    pictures = sum(picture.frames or 1 for question in questions for picture in question.pictures)
+    pictures = sum(picture.most for question in questions for picture in question.pictures)
     if pictures > settings.max_images:
         message = f"the conversation has {pictures} pictures, and at most {settings.max_images} are allowed{_fewer_frames(questions)}"
         raise RequestError(400, message, param="messages", code="too_many_images")

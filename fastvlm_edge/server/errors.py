@@ -74,6 +74,11 @@ def refused(error: FastVLMError, param: str | None = None) -> RequestError:
     return RequestError(400, str(error), param=param)
 
 
+def invalid_format(error: FastVLMError, param: str | None = None) -> RequestError:
+    """The error for a format of a reply that is not supported."""
+    return RequestError(400, str(error), param=param, code="invalid_format")
+
+
 def failed(error: BaseException) -> RequestError:
     """The error for a reply that failed while it was generated."""
     if isinstance(error, RequestError):

@@ -37,6 +37,11 @@ class Picture:
     frames: int = 0
     """Most pictures that stand for it, if it is a clip."""
 
+    @property
+    def most(self) -> int:
+        """Most pictures that the model sees of it."""
+        return self.frames or 1
+
 
 @dataclass
 class Encoded:

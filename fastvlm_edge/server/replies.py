@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from fastvlm_edge.generation.logprobs import TokenLogProb
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.server import api
 from fastvlm_edge.server.conversation import Conversation, Question
-from fastvlm_edge.server.errors import ClientGone, RequestError, failed, refused
+from fastvlm_edge.server.errors import ClientGone, RequestError, failed, invalid_format, refused
 from fastvlm_edge.server.pictures import Encoded, encode
 from fastvlm_edge.server.state import ServerState
 
@@ -181,9 +181,8 @@ async def replies_to(state: ServerState, conversation: Conversation, options: Ma
     """Ask, and hand out the replies while they are generated. Whatever leaves the block stops what still runs, and frees the place.
 
     `options` are those of `Chat.stream`. Several replies are generated at the same time; the first one computes the prompt, the others
-    begin with what it left in the cache. Raises RequestError if the server is not ready or busy, or the question is not accepted.
+    begin with what it left in the cache. Raises RequestError if the server is busy, or the question is not accepted.
     """
-    state.check_ready()
     if count > state.admission.places:
         raise RequestError(400, f"n is {count}, and this server generates at most {state.admission.places} replies at a time", param="n")
     began, deadline, metrics = time.perf_counter(), _Deadline(state.settings.timeout_seconds), state.metrics
@@ -248,7 +247,7 @@ def _ask(
     try:
         state.vlm.vlm.prepare_format(**{name: options[name] for name in FORMATS if name in options})
     except FastVLMError as error:
-        raise RequestError(400, str(error), code="invalid_format") from None
+        raise invalid_format(error) from None
     try:
         for index in range(count):
             chat = state.vlm.chat(system=conversation.system, history=history)
@@ -291,16 +290,3 @@ def finish_reason(reply: Reply) -> api.FinishReason:
 
 def _ratio(value: float, by: float) -> float:
     return round(value / by, 3) if by else 0.0
-
-
-async def within(seconds: float, sending: Awaitable[T]) -> T:
-    """The result of `sending`. Raises ClientGone if the client does not take it in time."""
-    task = asyncio.ensure_future(sending)
-    try:
-        done, _ = await asyncio.wait((task,), timeout=seconds)
-    finally:
-        if not task.done():
-            task.cancel()
-    if not done:
-        raise ClientGone
-    return task.result()

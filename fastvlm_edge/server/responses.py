@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -23,11 +23,10 @@ from fastvlm_edge.server import api
 from fastvlm_edge.server import responses_api as types
 from fastvlm_edge.server.access_log import note_tokens
 from fastvlm_edge.server.conversation import Conversation, read_messages
-from fastvlm_edge.server.errors import ClientGone, RequestError, failed
-from fastvlm_edge.server.limits import stopping
+from fastvlm_edge.server.errors import RequestError, invalid_format
 from fastvlm_edge.server.replies import End, Replies, replies_to, while_connected
 from fastvlm_edge.server.settings import Settings
-from fastvlm_edge.server.sse import PING_SECONDS, Events
+from fastvlm_edge.server.sse import PING_SECONDS, Events, respond
 from fastvlm_edge.server.state import ServerState
 
 
@@ -117,11 +116,7 @@ def options_of(asked: types.ResponsesRequest, settings: Settings) -> dict[str, A
     logprobs = types.LOGPROBS in (asked.include or ())
     if asked.top_logprobs and not logprobs:
         raise RequestError(400, f"top_logprobs needs {types.LOGPROBS} in include", param="top_logprobs")
-    if asked.stream_options is not None and not asked.stream:
-        raise RequestError(400, "stream_options needs stream to be true", param="stream_options")
-    if asked.top_p not in (None, 1) and asked.temperature is None:
-        message = "top_p without temperature: the most likely token is always taken; give temperature, such as 0.7"
-        raise RequestError(400, message, param="top_p")
+    api.check_combinations(asked, top_p=asked.top_p not in (None, 1))
     options = {
         "max_new_tokens": asked.max_output_tokens or settings.max_tokens,
         "temperature": asked.temperature or 0.0,
@@ -137,7 +132,7 @@ def options_of(asked: types.ResponsesRequest, settings: Settings) -> dict[str, A
     try:
         answer_format(json_schema=schema)
     except FastVLMError as error:
-        raise RequestError(400, str(error), code="invalid_format") from None
+        raise invalid_format(error) from None
     return options if schema is None else {**options, "json_schema": schema}
 
 
@@ -172,19 +167,7 @@ class _Answer:
     async def stream(self, conversation: Conversation, options: dict[str, Any], send: Send) -> None:
         """Send the events."""
         async with replies_to(self._state, conversation, options) as replies:
-            events = Events(send)
-            await events.start()
-            try:
-                await self._events(replies, events)
-            except ClientGone:
-                raise
-            except asyncio.CancelledError:
-                await self._fail(events, stopping())
-                await events.end()
-                raise
-            except Exception as error:
-                await self._fail(events, failed(error))
-            await events.end()
+            await respond(send, partial(self._events, replies), self._fail)
 
     async def _events(self, replies: Replies, events: Events) -> None:
         place: dict[str, Any] = {"item_id": self._item_id, "output_index": 0, "content_index": 0}

@@ -251,86 +251,73 @@ class _Event(Given, tag_field="type"):
     sequence_number: int
 
 
-class Created(_Event, kw_only=True, tag="response.created"):
-    """The first event."""
-
+class _OfResponse(_Event, kw_only=True):
     response: ResponseObject
 
 
-class InProgress(_Event, kw_only=True, tag="response.in_progress"):
-    """The request is being worked on."""
-
-    response: ResponseObject
-
-
-class OutputItemAdded(_Event, kw_only=True, tag="response.output_item.added"):
-    """The message of the reply begins."""
-
+class _OfItem(_Event, kw_only=True):
     output_index: int
     item: OutputMessage
 
 
-class ContentPartAdded(_Event, kw_only=True, tag="response.content_part.added"):
-    """The text of the message begins."""
-
+class _OfText(_Event, kw_only=True):
     item_id: str
     output_index: int
     content_index: int
+
+
+class Created(_OfResponse, kw_only=True, tag="response.created"):
+    """The first event."""
+
+
+class InProgress(_OfResponse, kw_only=True, tag="response.in_progress"):
+    """The request is being worked on."""
+
+
+class OutputItemAdded(_OfItem, kw_only=True, tag="response.output_item.added"):
+    """The message of the reply begins."""
+
+
+class ContentPartAdded(_OfText, kw_only=True, tag="response.content_part.added"):
+    """The text of the message begins."""
+
     part: OutputText
 
 
-class OutputTextDelta(_Event, kw_only=True, tag="response.output_text.delta"):
+class OutputTextDelta(_OfText, kw_only=True, tag="response.output_text.delta"):
     """The next piece of the text."""
 
-    item_id: str
-    output_index: int
-    content_index: int
     delta: str
     logprobs: list[OutputLogprob] = field(default_factory=list)
 
 
-class OutputTextDone(_Event, kw_only=True, tag="response.output_text.done"):
+class OutputTextDone(_OfText, kw_only=True, tag="response.output_text.done"):
     """The whole text."""
 
-    item_id: str
-    output_index: int
-    content_index: int
     text: str
     logprobs: list[OutputLogprob] = field(default_factory=list)
 
 
-class ContentPartDone(_Event, kw_only=True, tag="response.content_part.done"):
+class ContentPartDone(_OfText, kw_only=True, tag="response.content_part.done"):
     """The text of the message is complete."""
 
-    item_id: str
-    output_index: int
-    content_index: int
     part: OutputText
 
 
-class OutputItemDone(_Event, kw_only=True, tag="response.output_item.done"):
+class OutputItemDone(_OfItem, kw_only=True, tag="response.output_item.done"):
     """The message of the reply is complete."""
 
-    output_index: int
-    item: OutputMessage
 
-
-class Completed(_Event, kw_only=True, tag="response.completed"):
+class Completed(_OfResponse, kw_only=True, tag="response.completed"):
     """The last event of a reply that ended by itself."""
 
-    response: ResponseObject
 
-
-class Incomplete(_Event, kw_only=True, tag="response.incomplete"):
+class Incomplete(_OfResponse, kw_only=True, tag="response.incomplete"):
     """The last event of a reply that was cut off."""
 
-    response: ResponseObject
 
-
-class Failed(_Event, kw_only=True, tag="response.failed"):
+class Failed(_OfResponse, kw_only=True, tag="response.failed"):
     """The last event of a request that failed after its first event."""
-
-    response: ResponseObject
 
 
 Event: TypeAlias = (

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
 import msgspec
 from starlette.types import Send
 
-from fastvlm_edge.server.errors import RequestError
-from fastvlm_edge.server.replies import within
+from fastvlm_edge.server.errors import ClientGone, RequestError, failed
+from fastvlm_edge.server.limits import stopping
+
+T = TypeVar("T")
 
 SEND_SECONDS = 60.0
 """A client that takes nothing for so long is gone."""
@@ -54,3 +60,35 @@ class Events:
 
     async def _write(self, message: dict[str, object]) -> None:
         await within(SEND_SECONDS, self._send(message))
+
+
+async def respond(
+    send: Send, write: Callable[[Events], Awaitable[None]], fail: Callable[[Events, RequestError], Awaitable[None]] = Events.error
+) -> None:
+    """A whole response: what `write` sends, or `fail` if it raises an error, or the server stops."""
+    events = Events(send)
+    await events.start()
+    try:
+        await write(events)
+    except ClientGone:
+        raise
+    except asyncio.CancelledError:
+        await fail(events, stopping())
+        await events.end()
+        raise
+    except Exception as error:
+        await fail(events, failed(error))
+    await events.end()
+
+
+async def within(seconds: float, sending: Awaitable[T]) -> T:
+    """The result of `sending`. Raises ClientGone if the client does not take it in time."""
+    task = asyncio.ensure_future(sending)
+    try:
+        done, _ = await asyncio.wait((task,), timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+    if not done:
+        raise ClientGone
+    return task.result()

@@ -217,7 +217,7 @@ def _conversation(messages: list[Message], vlm: FastVLM, settings: Settings) -> 
     template, special = ChatTemplate(vlm.tokenizer, vlm.manifest), settings.special_tokens
 
     def rows(question: Question) -> list[int]:
-        return [vlm.manifest.vision.tokens] * sum(picture.frames or 1 for picture in question.pictures)
+        return [vlm.manifest.vision.tokens] * sum(picture.most for picture in question.pictures)
 
     turns = [
         (question.prompt, rows(question), special, vlm.tokenizer.encode(reply, special_tokens=special)) for question, reply in said.history
