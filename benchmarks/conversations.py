@@ -68,9 +68,9 @@ SCHEMA = {"type": "array", "items": THING, "minItems": 3, "maxItems": 3}
 class Subject:
     """A model whose replies end at their length only."""
 
-    def __init__(self, directory: Path, slots: int, threads: int | None) -> None:
-        manifest, tokenizer, backend = load_parts(directory, "ort", threads=threads, slots=slots, tune_process=True)
-        self.alone = bare(backend, slots) if backend.slots > 1 else {}
+    def __init__(self, directory: Path, counts: Sequence[int], threads: int | None) -> None:
+        manifest, tokenizer, backend = load_parts(directory, "ort", threads=threads, slots=max(counts), tune_process=True)
+        self.alone = bare(backend, counts)
         self.backend = Dictating(backend)
         self.engine = Engine(cast(Backend, self.backend), manifest.decoder)
         endless = replace(manifest, text=replace(manifest.text, stop_ids=[]))
@@ -171,20 +171,20 @@ def corrected(text: str) -> str:
     return " ".join(words)
 
 
-def bare(backend: Backend, most: int) -> dict[str, list[float]]:
+def bare(backend: Backend, counts: Sequence[int]) -> dict[str, list[float]]:
     """Number of conversations -> seconds of decode steps at 300 positions, without the engine: what the machine and the graph allow."""
-    backend.step(range(1000, 1000 + BARE_POSITIONS))
+    backend.step(range(BARE_POSITIONS))
     seconds: dict[str, list[float]] = {}
-    for slot in range(1, most):
+    for slot in range(1, max(counts)):
         backend.copy(0, slot, BARE_POSITIONS)
     for _ in range(BARE_STEPS):
-        for count in (number for number in (1, 2, 4, 8, 16) if number <= most):
+        for count in counts:
             for slot in range(count):
                 backend.truncate(BARE_POSITIONS, slot)
             began = time.perf_counter()
             backend.decode(range(count))
             seconds.setdefault(str(count), []).append(time.perf_counter() - began)
-    for slot in range(most):
+    for slot in range(max(counts)):
         backend.reset(slot)
     return {count: each[1:] for count, each in seconds.items()}
 
@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     counts = [int(count) for count in options.slots.split(",")]
     progress = stderr_progress()
-    subject = Subject(options.model, max(counts), options.threads)
+    subject = Subject(options.model, counts, options.threads)
     speeds: dict[int, list[float]] = {count: [] for count in counts}
     times: dict[str, list[float]] = {}
     subject.together(1, 8)  # warm-up
