@@ -6,6 +6,7 @@ still chosen by the sampler from the model's own output, so a draft changes no r
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
@@ -47,19 +48,18 @@ class PromptLookup:
     def __init__(self, ids: Sequence[int], vocab: int) -> None:
         """`ids` is the conversation so far; ids from `vocab` on are rows of pictures."""
         self._vocab = vocab
-        self._ids: list[int] = []
-        self._following: dict[tuple[int, ...], int] = {}
+        self._ids = array("i", ids)
+        self._bytes = bytearray(self._ids.tobytes())
         self.rate = _FIRST_RATE
         """Of the latest guesses of one token, the part that was right."""
-        for token_id in ids:
-            self._append(token_id)
         self._guess = self.find(MOST)
 
     def append(self, token_id: int) -> None:
         """The next token is known."""
         if self._guess:
             self.rate += ((self._guess[0] == token_id) - self.rate) / _MEMORY
-        self._append(token_id)
+        self._ids.append(token_id)
+        self._bytes += self._ids[-1:].tobytes()
         self._guess = self.find(MOST)
 
     def draft(self, costs: StepCosts, most: int) -> list[int]:
@@ -75,16 +75,22 @@ class PromptLookup:
     def find(self, most: int) -> list[int]:
         """What followed the last tokens, at most `most` ids of text."""
         for size in _NGRAMS:
-            start = self._following.get(tuple(self._ids[-size:]))
-            if start is not None:
-                found = self._ids[start : start + most]
-                return found[: next((number for number, token_id in enumerate(found) if token_id >= self._vocab), len(found))]
+            following = self._latest(size)
+            found = self._ids[following : following + most].tolist() if following else []
+            text = found[: next((number for number, token_id in enumerate(found) if token_id >= self._vocab), len(found))]
+            if text:
+                return text
         return []
 
-    def _append(self, token_id: int) -> None:
-        ids = self._ids
-        if token_id < self._vocab:
-            for size in _NGRAMS:
-                if len(ids) >= size and max(ids[-size:]) < self._vocab:
-                    self._following[tuple(ids[-size:])] = len(ids)
-        ids.append(token_id)
+    def _latest(self, size: int) -> int:
+        """Where the latest earlier occurrence of the last `size` ids ends, if they are text; 0 if there is none."""
+        last = self._ids[-size:]
+        if len(last) < size or max(last) >= self._vocab:
+            return 0
+        pattern, width = last.tobytes(), self._ids.itemsize
+        end = len(self._bytes) - width
+        while (place := self._bytes.rfind(pattern, 0, end)) % width:  # between two ids, or not at all
+            if place < 0:
+                return 0
+            end = place + len(pattern) - 1
+        return place // width + size

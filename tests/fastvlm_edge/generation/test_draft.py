@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -32,6 +33,30 @@ def test_a_guess_is_what_followed_the_latest_earlier_occurrence() -> None:
     assert PromptLookup([1, 2, 3, 4], VOCAB).find(8) == []
     assert PromptLookup([1, 2, VOCAB, 5, 1, 2], VOCAB).find(8) == [], "rows of a picture are no text"
     assert PromptLookup([1, 2, 4, VOCAB, 5, 1, 2], VOCAB).find(8) == [4]
+
+
+def test_a_guess_is_found_wherever_a_plain_search_finds_it() -> None:
+    """Ids share bytes here, so that their bytes are also found between two ids."""
+    vocab, chance = 100_000, random.Random(0)
+    pool = [1, 256, 257, 65536, 65537, vocab, vocab + 1]
+    for _ in range(2000):
+        ids = [chance.choice(pool) for _ in range(chance.randrange(40))]
+        lookup = PromptLookup(ids[: len(ids) // 2], vocab)
+        for token_id in ids[len(ids) // 2 :]:
+            lookup.append(token_id)
+        assert lookup.find(4) == _searched(ids, vocab, 4)
+
+
+def _searched(ids: list[int], vocab: int, most: int) -> list[int]:
+    for size in (3, 2):
+        last = ids[-size:]
+        if len(last) == size and max(last) < vocab:
+            starts = [start for start in range(len(ids) - size) if ids[start : start + size] == last]
+            found = ids[starts[-1] + size :][:most] if starts else []
+            text = list(takewhile(vocab.__gt__, found))
+            if text:
+                return text
+    return []
 
 
 def test_nothing_is_verified_before_guesses_were_right() -> None:
