@@ -56,7 +56,7 @@ test-onnxruntimes: $(READY)
 test-quiet: $(READY)
 	command -v strace || ($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq strace)
 	strace -qq -o /dev/null true
-	$(BIN)/python -m pytest -m quiet tests/test_quiet.py
+	$(BIN)/python -m pytest -n 2 -m quiet tests/test_quiet.py
 
 # Cameras' readers on real GStreamer elements and a real RTSP server. Installs them on Debian and Ubuntu.
 GSTREAMER := python3-gi gir1.2-gst-plugins-base-1.0 gir1.2-gst-rtsp-server-1.0 gstreamer1.0-tools gstreamer1.0-plugins-base \
@@ -68,7 +68,7 @@ test-camera: $(READY)
 # The page of `serve` in headless Chromium with its fake camera. Installs Chromium and its driver on Debian and Ubuntu.
 test-browser: $(READY)
 	command -v chromedriver || ($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver)
-	$(BIN)/python -m pytest -m browser tests/browser
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m browser tests/browser
 
 # The server with programs of others, in an environment of their own. That with a page needs Chromium, which test-browser installs.
 test-clients: $(READY) $(CLIENTS)/.ready

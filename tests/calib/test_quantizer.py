@@ -38,7 +38,7 @@ from tests.support.checkpoints import write_checkpoint
 from tests.support.parser_of_tensorrt_10_3 import check_graph
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "fastvlm-demo"
-EXAMPLES = 48
+EXAMPLES = 24
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,8 @@ def test_accuracy_bounds_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, losses in (("nothing", [0.0]), ("everything", [9.0, 0.5])):
         left = iter([*losses, losses[-1]])  # the last one is measured on this CPU
         monkeypatch.setattr(module, "points_lost", lambda *_, left=left: next(left))
-        calibrate = Quantizer(Options(str(demo_scenes("calibration", 64)), limit=48, accuracy_drop=0.5)).calibrate
+        options = Options(str(demo_scenes("calibration", 32)), limit=EXAMPLES, accuracy_drop=0.5, cache=tmp_path / "cache")
+        calibrate = Quantizer(options).calibrate
         convert(str(DEMO), tmp_path / name, precision="int8", calibrate=calibrate)
         shares[name] = check_placement(tmp_path / name / "vision.onnx").share("INT8")
         evaluation = json.loads((tmp_path / name / "quantization.json").read_text())["evaluation"]
@@ -263,7 +264,7 @@ def test_a_run_that_was_broken_off_goes_on_with_what_it_had_encoded(tmp_path: Pa
     encoded: list[Tensor] = []
 
     def encode(x: Tensor) -> Tensor:
-        if len(encoded) == 30:
+        if len(encoded) == 15:
             raise KeyboardInterrupt
         encoded.append(x)
         return image_tokens(x)
@@ -276,12 +277,12 @@ def test_a_run_that_was_broken_off_goes_on_with_what_it_had_encoded(tmp_path: Pa
         convert(str(DEMO), tmp_path / "model", precision="int4", calibrate=cached())
     (folder,) = (tmp_path / "cache").iterdir()
     kept = sorted(folder.iterdir())
-    assert len(kept) == 30
+    assert len(kept) == 15
     kept[3].write_bytes(kept[3].read_bytes()[:100])
     kept[5].write_bytes(b"")
     encoded.clear()
     convert(str(DEMO), tmp_path / "model", precision="int4", calibrate=cached())
-    assert len(encoded) == 20
+    assert len(encoded) == EXAMPLES - 15 + 2
     monkeypatch.setattr(module, "image_tokens", lambda _x: pytest.fail("encoded again"))
     convert(str(DEMO), tmp_path / "again", precision="int4", calibrate=cached())
     for name in ("vision.weights", "decoder.weights", "vision.onnx"):

@@ -28,6 +28,8 @@ VOCABULARY = 8704
 """Enough for candidates in several parts."""
 PRECISIONS = ("int4", "int8", "fp16", "bf16", "fp32")
 GPUS = {"sm86": (8, 6), "sm89": (8, 9), "sm120": (12, 0)}
+SOME = [pytest.param(each, marks=() if each in ("int4", "fp16", "fp32") else pytest.mark.slow) for each in PRECISIONS]
+"""The other two differ from these in their types only."""
 
 
 @dataclass(frozen=True)
@@ -106,20 +108,26 @@ def check(found: Counts, budget: Budget, profiles: int, layers: int = LAYERS, mb
     assert found.scratch_mb <= (budget.prefill_mb if mb is None else mb)
 
 
-@pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "gpu"),
+    [
+        pytest.param(precision, gpu, marks=() if gpu == "sm86" or precision == "int4" else pytest.mark.slow)
+        for precision in PRECISIONS
+        for gpu in GPUS
+    ],
+)
 def test_two_profiles_are_within_the_budget(write: Write, precision: str, gpu: str) -> None:
     graph, manifest = write(precision)
     check(count(graph, decoder_profiles(manifest, separate=True), gpu), BUDGETS[precision], profiles=2)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", SOME)
 def test_one_profile_is_within_the_budget(write: Write, precision: str) -> None:
     graph, manifest = write(precision)
     check(count(graph, decoder_profiles(manifest, separate=False)), BUDGETS[precision], profiles=1)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", SOME)
 def test_decoding_alone_needs_little_scratch_memory(write: Write, precision: str) -> None:
     graph, manifest = write(precision)
     budget = BUDGETS[precision]
@@ -159,7 +167,10 @@ def test_a_layer_with_scores_in_fp32_has_a_budget_of_its_own(write: Write, preci
     assert found.scratch_mb <= (WIDE_DECODE_MB if decoding else WIDE_PREFILL_MB)
 
 
-@pytest.mark.parametrize(("size", "layers", "wide"), [("0.5b", 2, (0,)), ("0.5b", 4, (1, 3)), ("0.5b", 2, ()), ("7b", 2, (0,))])
+@pytest.mark.parametrize(
+    ("size", "layers", "wide"),
+    [("0.5b", 2, (0,)), ("0.5b", 4, (1, 3)), ("0.5b", 2, ()), pytest.param("7b", 2, (0,), marks=pytest.mark.slow)],
+)
 def test_scratch_memory_is_as_predicted(write: Write, size: str, layers: int, wide: tuple[int, ...]) -> None:
     graph, manifest = write("fp16" if size == "0.5b" else "int4", wide, size=size, layers=layers)
     found = count(graph, decoder_profiles(manifest, separate=False))

@@ -27,6 +27,8 @@ from tests.support.wheels import tiny_wheel, wheel_of_installed
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINERS = ROOT / "examples" / "containers"
 FILES = sorted(path.name for path in CONTAINERS.glob("Containerfile.*"))
+QUICK = "Containerfile.x86-64"
+"""The one that `make test` carries out, which takes 20 seconds."""
 BEGINNINGS = ("pillow", "tokenizers", "onnxruntime", "llguidance", "starlette", "uvicorn", "msgspec", "prometheus_client", "setuptools")
 
 
@@ -105,7 +107,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in FILES])
 def test_the_steps_build_an_environment_in_which_the_server_answers(name: str, index: Path, tmp_path: Path) -> None:
     pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -202,12 +202,14 @@ def test_a_closed_stderr_is_no_reason_to_fail(model_dir: Path, tmp_path: Path) -
     assert gone.stdout == f"{expected.stdout}status 0\n"
 
 
-@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("command", [ASK, f"{ASK} --json", "FASTVLM plan 0.5b --target orin-nano", "FASTVLM doctor"])
-def test_closed_streams_lead_nowhere(model_dir: Path, command: str, streams: str) -> None:
-    open_streams, closed = shell(command, model_dir), shell(f"{command} {streams}", model_dir)
-    assert closed.returncode == open_streams.returncode and "a bug" not in closed.stdout + closed.stderr
-    assert "error" not in closed.stderr
+def test_closed_streams_lead_nowhere(model_dir: Path, command: str) -> None:
+    status = shell(command, model_dir).returncode
+    all_streams = ["<&- >&- 2>&-"] if "doctor" in command else [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"]  # it takes seconds
+    for streams in all_streams:
+        closed = shell(f"{command} {streams}", model_dir)
+        assert closed.returncode == status and "a bug" not in closed.stdout + closed.stderr, streams
+        assert "error" not in closed.stderr, streams
 
 
 def test_errors_do_not_go_to_stdout_when_stderr_is_closed(model_dir: Path) -> None:

@@ -454,14 +454,15 @@ def test_a_question_without_a_picture_survives_a_picture_that_did_not_fit(direct
     assert np.allclose(logits(backend, IDS[:9]), logits(ort, IDS[:9]), atol=ROUNDING)
 
 
-def test_every_shortage_while_loading_is_explained_and_leaves_nothing(directory: Path) -> None:
+@pytest.mark.parametrize("limits", [5, pytest.param(23, marks=pytest.mark.slow)])
+def test_every_shortage_while_loading_is_explained_and_leaves_nothing(directory: Path, limits: int) -> None:
     """Whichever allocation it is that fails."""
     build_engines(directory, weights=1 << 20)
     roomy = FakeCuda()
     backend = load(directory, roomy)
     needed = roomy.peak_bytes
     backend.close()
-    for limit in np.linspace(0, needed - 1, 23).astype(int):
+    for limit in np.linspace(0, needed - 1, limits).astype(int):
         cuda = FakeCuda(memory_limit=int(limit))
         with pytest.raises(FastVLMError, match=r"MiB of GPU memory are needed and .* MiB are free; choose a smaller context"):
             load(directory, cuda)

@@ -292,17 +292,18 @@ def test_an_encoded_image_of_another_model_is_never_taken_for_one_of_this(model_
         assert changed.encode_image(PICTURES[0]).key != encoded.key
 
 
-def test_memory_is_flat_over_many_requests(engine: FastVLM) -> None:
+@pytest.mark.parametrize("count", [200, pytest.param(700, marks=pytest.mark.slow)])
+def test_memory_is_flat_over_many_requests(engine: FastVLM, count: int) -> None:
     import resource
 
     def ask(count: int) -> None:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda number: engine.generate(f"{PROMPT} {number % 50}", PICTURES[number % 5], max_new_tokens=20), range(count)))
 
-    ask(300)
+    ask(100)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     objects = len(gc.get_objects())
-    ask(700)
+    ask(count)
     gc.collect()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10
     assert len(gc.get_objects()) - objects < 2000
@@ -440,9 +441,10 @@ def test_a_slot_that_cannot_be_moved_ends_what_runs_and_not_the_engine(engine: F
 # Chats --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_chat_stream_that_was_left_never_comes_back(engine: FastVLM) -> None:
+@pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_chat_stream_that_was_left_never_comes_back(engine: FastVLM, rounds: int) -> None:
     chat, lost = engine.chat(), 0
-    for number in range(50):
+    for number in range(rounds):
         chat.reset()
         for _ in chat.stream(PROMPT, PICTURES[number % 5], max_new_tokens=50):
             break
