@@ -37,8 +37,8 @@ SM86 = (8, 6)
 """The kernels of SM89 and SM120 are the same (`tests/engines/test_kernel_budgets.py`)."""
 ONE_ROW = "two profiles, the second for one row"
 """How decoding was built at commit c039fd2, and why it is not any more."""
-CASES = {("0.5b", 24): ("int4", "int8", "fp16"), ("7b", 2): ("int4", "int8")}
-"""(Size, layers): precisions. BF16 has the kernels of FP16."""
+CASES = {("0.5b", 24): ("int4", "int8", "fp16", "bf16", "fp32"), ("7b", 2): ("int4", "int8", "fp16")}
+"""(Size, layers): precisions."""
 
 
 @dataclass(frozen=True)
