@@ -565,6 +565,7 @@ SCRIPTS = (
     ("onnxruntime_versions", "How fast is each version of onnxruntime on a CPU? (needs a package index)", "onnxruntime_versions", 25),
     ("chunks", "How far are logits apart if a prompt is prefilled in one call, and in chunks?", "chunks", 3),
     ("conversations MODEL", "What do several conversations at once, kept beginnings and pictures, and guesses save?", "conversations", 15),
+    ("batch MODEL", "How much faster is `batch` than a loop over the Python API?", "", 10),
     (
         "serve_load MODEL",
         "Does the server stay right and small under good, malformed, huge, slow and vanishing clients?",

@@ -32,7 +32,7 @@ NOT_HERE = {
     "bundle": "bundling needs pip and a network",
     "demo": "it has a model of its own",
 }
-_ENGINES = ("run", "chat", "serve", "watch", "bench", "eval")
+_ENGINES = ("run", "chat", "serve", "watch", "batch", "bench", "eval")
 """Commands that answer questions: missing engines are built before them."""
 _OPTIONAL = ("doctor",)
 """Commands that do without a model if none is named."""

@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": "ask several questions in one conversation",
     "serve": "answer clients of the OpenAI API",
     "watch": "ask about the newest frame of a camera, video or folder, again and again",
+    "batch": "ask about every picture of a folder or a data set, and go on after a stop",
     "eval": "measure accuracy on a file of questions",
     "plan": "predict memory and speed on a board before building anything",
     "doctor": "check this machine and say what is missing",

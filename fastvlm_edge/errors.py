@@ -25,8 +25,20 @@ class FastVLMError(Exception):
         self.partial: dict[str, Any] | None = None
         """The results that a command had before it failed. With `--json` they are printed in the same object as `error`."""
 
-    def __reduce__(self) -> tuple[type[FastVLMError], tuple[str, str | None]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.what, self.mend)
+
+
+class PictureError(FastVLMError):
+    """A picture that cannot be used. `kind` is for programs that count errors."""
+
+    def __init__(self, what: str, mend: str | None = None, kind: str = "damaged") -> None:
+        """`kind`: missing, unreadable, not_a_picture, damaged, unsupported, too_large, or memory."""
+        super().__init__(what, mend)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.mend, self.kind)
 
 
 class PackageError(FastVLMError, ImportError):

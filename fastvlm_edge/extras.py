@@ -34,6 +34,7 @@ NEEDED_BY = {
     "msgspec": "serve",
     "prometheus_client": "serve",
     "av": "camera",
+    "pyarrow": "batch",
 }
 """Module of a dependency -> the extra of pyproject.toml that installs it; "" stands for the dependencies of the runtime."""
 
@@ -58,6 +59,7 @@ NAMES = {
     "msgspec": "Struct",
     "prometheus_client": "CollectorRegistry",
     "av": "open",
+    "pyarrow": "parquet",
 }
 """Module -> a name in it that we use: an empty directory can be imported too."""
 

@@ -10,8 +10,11 @@ from typing import Protocol, TextIO
 class Progress(Protocol):
     """Receives the progress of work, which is a sequence of stages."""
 
-    def stage(self, name: str, total: int | None = None) -> None:
-        """Begin a stage of `total` units, or of unknown size. It ends the previous stage."""
+    def stage(self, name: str, total: int | None = None, *, speed: bool = False) -> None:
+        """Begin a stage of `total` units, or of unknown size. It ends the previous stage.
+
+        With `speed`, the units take about the same time, and their number per second and the time left are shown.
+        """
 
     def advance(self, amount: int = 1) -> None:
         """Report that `amount` more units are done."""
@@ -26,7 +29,7 @@ class Progress(Protocol):
 class SilentProgress:
     """Prints nothing, for `--json` and for use as a library."""
 
-    def stage(self, name: str, total: int | None = None) -> None:
+    def stage(self, name: str, total: int | None = None, *, speed: bool = False) -> None:
         """Ignore the stage."""
 
     def advance(self, amount: int = 1) -> None:
@@ -51,12 +54,13 @@ class TextProgress:
         self._name: str | None = None
         self._total: int | None = None
         self._count = 0
+        self._speed = False
         self._began = self._shown = 0.0
 
-    def stage(self, name: str, total: int | None = None) -> None:
+    def stage(self, name: str, total: int | None = None, *, speed: bool = False) -> None:
         """Begin a stage. It ends the previous stage."""
         self.done()
-        self._name, self._total, self._count = name, total, 0
+        self._name, self._total, self._count, self._speed = name, total, 0, speed
         self._began = self._shown = time.monotonic()
         if self._terminal:
             self._draw(end="")
@@ -84,15 +88,27 @@ class TextProgress:
         self._name = None
 
     def _draw(self, end: str) -> None:
+        speed = self._describe_speed() if self._speed else ""
         if not self._total:
-            self._write(f"{self._name} ...", end)
+            self._write(f"{self._name} ...{f' {self._count}{speed}' if self._speed else ''}", end)
             return
         share = min(self._count / self._total, 1.0)
         bar = ""
         if self._terminal:
             filled = round(share * self._WIDTH)
             bar = "[" + "#" * filled + "." * (self._WIDTH - filled) + "] "
-        self._write(f"{self._name}  {bar}{self._count}/{self._total}", end)
+        self._write(f"{self._name}  {bar}{self._count}/{self._total}{speed}", end)
+
+    def _describe_speed(self) -> str:
+        """Such as `, 2.4/s, 1:07:12 left`."""
+        seconds = time.monotonic() - self._began
+        if not self._count or seconds <= 0:
+            return ""
+        rate = self._count / seconds
+        shown = f", {rate:.1f}/s" if rate >= 1 else f", {1 / rate:.1f} s each"
+        if self._total and self._total > self._count:
+            shown += f", {clock((self._total - self._count) / rate)} left"
+        return shown
 
     def _write(self, line: str, end: str) -> None:
         try:
@@ -100,6 +116,13 @@ class TextProgress:
             self._stream.flush()
         except (OSError, ValueError):  # stderr was closed, which is not a reason to stop the work
             self._name = None
+
+
+def clock(seconds: float) -> str:
+    """A duration as `0:07`, `12:31` or `1:07:12`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def stderr_progress() -> Progress:

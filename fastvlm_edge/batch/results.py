@@ -10,12 +10,14 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from fastvlm_edge.batch.job import Job, check_job, sidecar, write_job
+from fastvlm_edge.batch.rows import Row
+from fastvlm_edge.batch.summary import Summary
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.atomic import whole_file
 from fastvlm_edge.model_dir.json_record import parse_json
@@ -34,7 +36,7 @@ class Results:
 
         Raises FastVLMError if another process writes it, if it was begun for another job, or if it is not a file of results.
         """
-        self.path = path
+        self.path, self.job = path, job
         self.rows = 0
         """Number of rows in the file."""
         self.errors: Counter[str] = Counter()
@@ -180,6 +182,18 @@ class Results:
                 except OSError as error:
                     self._failure = error
                     return
+
+
+def not_done(rows: Iterable[Row], results: Results, summary: Summary) -> Iterator[Row]:
+    """The rows that the file does not have yet. Those left out are counted: rows that are done, and rows with the id of an earlier one."""
+    for row in rows:
+        state = results.claim(row.id)
+        if state == "new":
+            yield row
+        elif state == "done":
+            summary.done_before += 1
+        else:
+            summary.add_twice(row.id)
 
 
 def _line(row: dict[str, Any]) -> bytes:

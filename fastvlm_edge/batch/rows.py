@@ -174,7 +174,7 @@ def _reader(path: Path, prompt: str | None, images: Path | None) -> Reader:
 def _look_for_pictures(reader: Reader, source: str) -> None:
     """Raise FastVLMError if none of the first pictures exists: with the wrong folder, all rows would be errors."""
     images = [row.image for row in itertools.islice(reader.rows(), _LOOKED_FOR) if row.image is not None]
-    if images and all(isinstance(image, Path) and not image.exists() for image in images):
+    if images and all(isinstance(image, Path) and not os.path.exists(image) for image in images):
         what = f"none of the first pictures of {source}, such as {images[0]!s}, exists"
         raise FastVLMError(what, "give their folder with --images DIR")
 
@@ -276,8 +276,15 @@ class Parquet:
             names = file.schema_arrow.names
             wanted = [name for name in ("id", "image", "prompt") if name in names]
             number = 0
-            for batch in file.iter_batches(batch_size=_AT_A_TIME, columns=wanted):
-                for fields in batch.to_pylist():
+            batches = file.iter_batches(batch_size=_AT_A_TIME, columns=wanted)
+            while True:
+                try:
+                    some = next(batches).to_pylist()
+                except StopIteration:
+                    return
+                except (ValueError, OSError) as error:  # pyarrow's exceptions are among these
+                    raise self._unreadable(error) from None
+                for fields in some:
                     number += 1
                     yield self._row(fields, f"{self.path.name}:{number}")
 
@@ -287,15 +294,18 @@ class Parquet:
 
     def _open(self) -> Any:
         with package_errors("Parquet files need"):
-            from pyarrow import ArrowException, parquet
+            from pyarrow import parquet
         try:
             file = parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20)
-        except (ArrowException, OSError) as error:
-            raise FastVLMError(f"{self.path} cannot be read ({error})", "write it again") from None
+        except (ValueError, OSError) as error:
+            raise self._unreadable(error) from None
         if "image" not in file.schema_arrow.names:
             columns = ", ".join(file.schema_arrow.names[:8])
             raise FastVLMError(f"{self.path} has the columns {columns}, but no column image", "rename the column of the pictures")
         return file
+
+    def _unreadable(self, error: Exception) -> FastVLMError:
+        return FastVLMError(f"{self.path} cannot be read as Parquet ({' '.join(str(error).split())})", "copy it or write it again")
 
     def _row(self, fields: dict[str, Any], where: str) -> Row:
         id = where if fields.get("id") is None else str(fields["id"])
@@ -327,12 +337,17 @@ class WebDataset:
 
     def rows(self) -> Iterator[Row]:
         try:
+            key = ""
             with tarfile.open(self.path, "r:") as archive:
                 for key, members in itertools.groupby(self._members(archive), key=lambda member: _split(member.name)[0]):
                     yield self._row(key, {_split(member.name)[1].lower(): member for member in members})
+                if any(_read_part(self.path, archive.offset, tarfile.BLOCKSIZE)) or archive.offset >= os.path.getsize(self.path):
+                    raise tarfile.ReadError("unexpected end of data")  # which tarfile takes for the end of the archive
         except (tarfile.TarError, EOFError) as error:
             what = f"{self.path} is not a readable, uncompressed tar ({error})"
             raise FastVLMError(what, "copy it again, or uncompress it") from None
+        if not key:
+            raise FastVLMError(f"{self.path} has no samples", f"give {ACCEPTED}")
 
     def count(self) -> None:
         return None
@@ -340,7 +355,7 @@ class WebDataset:
     @staticmethod
     def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # it would keep them all
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
             key, extension = _split(member.name)
             if member.isfile() and extension and not key.endswith("/") and key:
                 yield member

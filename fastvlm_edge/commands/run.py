@@ -89,6 +89,11 @@ def check_reply(manifest: Manifest, tokenizer: TextTokenizer, options: argparse.
     """Raise FastVLMError if the model cannot be asked this, or cannot answer in this format. `sampling` is that of `sampling_options`."""
     special = sampling.get("special_tokens", False)
     check_question(manifest, tokenizer, options.prompt, images, system=options.system, special_tokens=special)
+    check_format(manifest, tokenizer, sampling)
+
+
+def check_format(manifest: Manifest, tokenizer: TextTokenizer, sampling: dict[str, Any]) -> None:
+    """Raise FastVLMError if the model cannot answer in the format that `sampling` asks for."""
     wanted = answer_format(**{name: sampling[name] for name in _FORMATS if name in sampling})
     if wanted is not None:
         compile_grammar(tokenizer, manifest, wanted)

@@ -215,6 +215,11 @@ class FastVLM:
         return BackendInfo(self._engine.backend.name, self._engine.backend.description)
 
     @property
+    def slots(self) -> int:
+        """How many questions are answered at a time."""
+        return self._engine.backend.slots
+
+    @property
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer of the model."""
         return self._tokenizer

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
 
-from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.errors import FastVLMError, PictureError
 from fastvlm_edge.inputs.rgb import RGB, Colour, array_to_rgb, picture_to_rgb, reduction, to_colour, transparent_colour
 from fastvlm_edge.machine.memory import read_memory
 from fastvlm_edge.machine.probe import Probe
@@ -71,7 +71,7 @@ def load_rgb(source: ImageInput, background: Colour = "white") -> Image.Image:
     uint16, bool, or float in 0..1. Transparent pixels are drawn over `background`. More than `rgb.LARGE` pixels are reduced. A `PIL.Image`
     that the caller passes is not changed.
 
-    Raises FastVLMError that names the image and says what is wrong with it.
+    Raises PictureError that names the image and says what is wrong with it, or FastVLMError for what cannot be an image.
     """
     behind = to_colour(background)
     if isinstance(source, Image.Image):
@@ -93,23 +93,24 @@ def load_rgb(source: ImageInput, background: Colour = "white") -> Image.Image:
 def _from_path(source: str | os.PathLike[str], background: RGB) -> Image.Image:
     path = os.fspath(source)
     if not path:
-        raise FastVLMError("the path of the image is empty", "give the path of a file")
+        raise PictureError("the path of the image is empty", "give the path of a file", kind="missing")
     if _URL.match(path):
         raise _about_address(path)
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise FastVLMError(f"{path} is a directory", "give the path of one image")
+            raise PictureError(f"{path} is a directory", "give the path of one image", kind="not_a_picture")
         with open(path, "rb") as file:
             return _from_stream(file if stat.S_ISREG(mode) else read_all(file, path), path, background)
     except FileNotFoundError:
-        raise FastVLMError(f"{shortened(path)} does not exist", _remedy_for_missing(path)) from None
+        raise PictureError(f"{shortened(path)} does not exist", _remedy_for_missing(path), kind="missing") from None
     except PermissionError:
-        raise FastVLMError(f"{path} cannot be read: permission denied", "check the permissions of the file") from None
+        what = f"{path} cannot be read: permission denied"
+        raise PictureError(what, "check the permissions of the file", kind="unreadable") from None
     except (OSError, ValueError) as error:
         if _BASE64.fullmatch(path):  # too long for a name
-            raise FastVLMError(f"{shortened(path)} does not exist", _remedy_for_missing(path)) from None
-        raise FastVLMError(f"{path!r} cannot be read: {error}") from None
+            raise PictureError(f"{shortened(path)} does not exist", _remedy_for_missing(path), kind="missing") from None
+        raise PictureError(f"{path!r} cannot be read: {error}", kind="unreadable") from None
 
 
 def _remedy_for_missing(path: str) -> str:
@@ -120,15 +121,17 @@ def _remedy_for_missing(path: str) -> str:
     return "check the path of the image"
 
 
-def _about_address(path: str) -> FastVLMError:
+def _about_address(path: str) -> PictureError:
     """The error for an address where a path is expected."""
     shown = shortened(path)
     if path.startswith("data:"):
         what = f"{shown} is a data: address, which has the picture itself in base64"
-        return FastVLMError(what, "decode what follows the comma (base64 -d, or base64.b64decode), and give the bytes or a file")
+        mend = "decode what follows the comma (base64 -d, or base64.b64decode), and give the bytes or a file"
+        return PictureError(what, mend, kind="missing")
     if path.startswith("file://"):
-        return FastVLMError(f"{shown} is a URL, not a path", f"give the path {path[len('file://') :]}")
-    return FastVLMError(f"{shown} is a URL, and images are not downloaded", "download it first and give the path of the file")
+        return PictureError(f"{shown} is a URL, not a path", f"give the path {path[len('file://') :]}", kind="missing")
+    what = f"{shown} is a URL, and images are not downloaded"
+    return PictureError(what, "download it first and give the path of the file", kind="missing")
 
 
 def _from_file_object(file: IO[bytes], background: RGB) -> Image.Image:
@@ -147,7 +150,7 @@ def read_all(file: IO[bytes], name: str) -> io.BytesIO:
     if not isinstance(data, bytes):
         raise FastVLMError(f"{name} yields text, not bytes", "open it in binary mode")
     if len(data) > MAX_STREAM_BYTES:
-        raise FastVLMError(f"{name} has more than {MAX_STREAM_BYTES >> 20} MiB", "give a smaller image")
+        raise PictureError(f"{name} has more than {MAX_STREAM_BYTES >> 20} MiB", "give a smaller image", kind="too_large")
     return io.BytesIO(data)
 
 
@@ -160,7 +163,8 @@ class _Deadline:
 
     def read(self, size: int = -1) -> bytes:
         if time.monotonic() > self._end:
-            raise FastVLMError(f"{self._name} takes more than {MAX_SECONDS:g} seconds to decode", "save it again as PNG or JPEG")
+            what = f"{self._name} takes more than {MAX_SECONDS:g} seconds to decode"
+            raise PictureError(what, "save it again as PNG or JPEG", kind="too_large")
         return self._file.read(size)
 
     def __getattr__(self, attribute: str) -> Any:
@@ -172,22 +176,22 @@ def _from_stream(file: IO[bytes], name: str, background: RGB) -> Image.Image:
     if isinstance(probe, str):
         raise FastVLMError(f"{name} yields text, not bytes", "open it in binary mode")
     if not probe:
-        raise FastVLMError(f"{name} is empty (0 bytes)", "give an image")
+        raise PictureError(f"{name} is empty (0 bytes)", "give an image", kind="damaged")
     file.seek(-1, io.SEEK_CUR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = _open(cast("IO[bytes]", _Deadline(file, name)), name)
     except Image.DecompressionBombError as error:
-        raise FastVLMError(f"{name} is too large: {_one_line(error)}", "scale it down first") from None
+        raise PictureError(f"{name} is too large: {_one_line(error)}", "scale it down first", kind="too_large") from None
     except FastVLMError:
         raise
     except MemoryError:
         raise _no_memory(name) from None
     except Exception as error:
-        raise FastVLMError(f"{name} is damaged or truncated: {_one_line(error)}", "copy or download it again") from None
+        raise _damaged(name, error) from None
     if image.format == "EPS":  # Pillow would start Ghostscript on it
-        raise FastVLMError(f"{name} is a PostScript document, not an image", "convert it to PNG first")
+        raise PictureError(f"{name} is a PostScript document, not an image", "convert it to PNG first", kind="not_a_picture")
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         _check_size(image.width, image.height, name)
         if image.info.get("progressive"):
@@ -207,7 +211,7 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
             file.seek(0)
             return _open_heif(file, name)
         what = f"{name} is not an image in a format that Pillow reads (JPEG, PNG, WebP, GIF, TIFF, BMP, ...)"
-        raise FastVLMError(what, "convert it to PNG or JPEG") from None
+        raise PictureError(what, "convert it to PNG or JPEG", kind="not_a_picture") from None
 
 
 def _open_heif(file: IO[bytes], name: str) -> Image.Image:
@@ -216,10 +220,11 @@ def _open_heif(file: IO[bytes], name: str) -> Image.Image:
         heif = import_module("pillow_heif")
     except ModuleNotFoundError:
         what = f"{name} is a HEIC picture, which Pillow reads only with the package pillow-heif"
-        raise FastVLMError(what, "convert it to JPEG, or run: pip install pillow-heif") from None
+        raise PictureError(what, "convert it to JPEG, or run: pip install pillow-heif", kind="unsupported") from None
     except Exception as error:
         what = f"{name} is a HEIC picture, and the package pillow-heif is installed but cannot be loaded ({_one_line(error)})"
-        raise FastVLMError(what, "convert it to JPEG, or run: pip install --force-reinstall pillow-heif") from None
+        mend = "convert it to JPEG, or run: pip install --force-reinstall pillow-heif"
+        raise PictureError(what, mend, kind="unsupported") from None
     image: Image.Image = heif.HeifImageFile(file)
     return image
 
@@ -241,7 +246,7 @@ def _decode(image: Image.Image, name: str, background: RGB) -> Image.Image:
         raise _no_memory(name) from None
     except Exception as error:
         # Decoders raise OSError, SyntaxError, struct.error, ValueError and more on damaged files.
-        raise FastVLMError(f"{name} is damaged or truncated: {_one_line(error)}", "copy or download it again") from None
+        raise _damaged(name, error) from None
 
 
 def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
@@ -260,9 +265,11 @@ def _check_memory(image: ImageFile.ImageFile, name: str) -> None:
     need = decode_bytes(image)
     what = f"{name} has {image.width} x {image.height} pixels and takes {need >> 20} MiB while it is decoded"
     if need > MAX_DECODE_BYTES:
-        raise FastVLMError(f"{what} (limit: {MAX_DECODE_BYTES >> 20} MiB)", "scale it down first, or save it as PNG or JPEG")
+        mend = "scale it down first, or save it as PNG or JPEG"
+        raise PictureError(f"{what} (limit: {MAX_DECODE_BYTES >> 20} MiB)", mend, kind="too_large")
     if need > 1 << 26 and 0 < (free := read_memory(Probe()).available) < need / FREE_SHARE:
-        raise FastVLMError(f"{what}, but only {free >> 20} MiB are free", "scale it down first, or close other programs")
+        mend = "scale it down first, or close other programs"
+        raise PictureError(f"{what}, but only {free >> 20} MiB are free", mend, kind="memory")
 
 
 def decode_bytes(image: ImageFile.ImageFile) -> int:
@@ -293,19 +300,23 @@ def _from_array(array: NDArray[Any], background: RGB) -> Image.Image:
 
 def _check_size(width: int, height: int, name: str) -> None:
     if width < 1 or height < 1:
-        raise FastVLMError(f"{name} is empty: {width} x {height} pixels")
+        raise PictureError(f"{name} is empty: {width} x {height} pixels", kind="damaged")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise FastVLMError(
-            f"{name} is too large: {width} x {height} pixels (limits: {MAX_PIXELS // 1_000_000} megapixels, {MAX_SIDE} pixels per side)",
-            "scale it down first",
-        )
+        limits = f"{MAX_PIXELS // 1_000_000} megapixels, {MAX_SIDE} pixels per side"
+        what = f"{name} is too large: {width} x {height} pixels (limits: {limits})"
+        raise PictureError(what, "scale it down first", kind="too_large")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         what = f"{name} has {width} x {height} pixels; its aspect ratio is above {MAX_ASPECT_RATIO}"
-        raise FastVLMError(what, "cut it into shorter pieces")
+        raise PictureError(what, "cut it into shorter pieces", kind="unsupported")
 
 
-def _no_memory(name: str) -> FastVLMError:
-    return FastVLMError(f"there is not enough memory to decode {name}", "scale it down first, or close other programs")
+def _damaged(name: str, error: Exception) -> PictureError:
+    return PictureError(f"{name} is damaged or truncated: {_one_line(error)}", "copy or download it again", kind="damaged")
+
+
+def _no_memory(name: str) -> PictureError:
+    what = f"there is not enough memory to decode {name}"
+    return PictureError(what, "scale it down first, or close other programs", kind="memory")
 
 
 def _one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.errors import FastVLMError, PictureError
 
 Colour: TypeAlias = "str | tuple[int, int, int]"
 """A name that Pillow knows, `#rrggbb`, or (red, green, blue), each from 0 to 255."""
@@ -104,7 +104,7 @@ def picture_to_rgb(image: Image.Image, background: RGB, clear: Clear, name: str)
                 rgb = rows.convert("RGB")
             except ValueError:
                 what = f"{name} has colour mode {image.mode}, which Pillow cannot convert to RGB"
-                raise FastVLMError(what, "convert it to RGB first") from None
+                raise PictureError(what, "convert it to RGB first", kind="unsupported") from None
             values = None if clear is None else np.asarray(rgb if isinstance(clear, tuple) else rgb.getchannel("R"))
             return rgb if values is None else _clear(rgb, values, clear, background)
 

@@ -230,7 +230,7 @@ def test_progress_counts_every_matrix_and_the_folder_goes_when_closed(source: Ch
         stages: list[tuple[str, int | None]] = []  # noqa: RUF012
         count = 0
 
-        def stage(self, name: str, total: int | None = None) -> None:
+        def stage(self, name: str, total: int | None = None, *, speed: bool = False) -> None:
             self.stages.append((name, total))
 
         def advance(self, amount: int = 1) -> None:

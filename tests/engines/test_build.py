@@ -49,7 +49,7 @@ class Notes:
         self.notes: list[str] = []
         self.steps = 0
 
-    def stage(self, name: str, total: int | None = None) -> None:
+    def stage(self, name: str, total: int | None = None, *, speed: bool = False) -> None:
         self.stages.append(name)
 
     def advance(self, amount: int = 1) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fastvlm_edge import FastVLM
+from fastvlm_edge.cli import main
 from fastvlm_edge.convert.pipeline import convert
 
 pytest.importorskip("matplotlib")  # draws the pictures
@@ -75,18 +76,17 @@ def test_a_full_context_begins_a_new_conversation(models: Path, asked: tuple[Pat
     assert answer in done.stdout
 
 
-def test_batch_over_folder(models: Path, asked: tuple[Path, str, str], tmp_path: Path) -> None:
-    picture, question, answer = asked
-    shutil.copy(picture, tmp_path / "b.png")
-    shutil.copy(picture, tmp_path / "c.PNG")
-    (tmp_path / "a.jpg").write_bytes(b"not a picture")
-    (tmp_path / "notes.txt").write_text("not read", encoding="utf-8")
-    done = run("batch_over_folder.py", models / "fp32", tmp_path, question)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0
-    assert [line["picture"] for line in lines] == ["a.jpg", "b.png", "c.PNG"]
-    assert "a.jpg" in lines[0]["error"]
-    assert [line["answer"] for line in lines[1:]] == [answer, answer]
+def test_the_command_batch_gives_the_answers_of_generate(models: Path, asked: tuple[Path, str, str], tmp_path: Path) -> None:
+    """In FP32, with several answers generated together."""
+    rows = [(f"{number}", str(asked[0]), f"{number}. {asked[1]}") for number in range(18)]
+    lines = [json.dumps(dict(zip(("id", "image", "prompt"), row, strict=True))) for row in rows]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    out = tmp_path / "out.jsonl"
+    assert main(["batch", str(models / "fp32"), str(tmp_path / "q.jsonl"), "-o", str(out), "--slots", "3", "--quiet"]) == 0
+    found = {row["id"]: (row["text"], row["stop_reason"]) for row in map(json.loads, out.read_bytes().splitlines())}
+    with FastVLM.load(models / "fp32", slots=1) as vlm:
+        replies = {id: vlm.generate(prompt, image) for id, image, prompt in rows}
+    assert found == {id: (reply.text, reply.stop_reason) for id, reply in replies.items()}
 
 
 def test_compare_two_precisions(models: Path, asked: tuple[Path, str, str]) -> None:
@@ -102,7 +102,7 @@ def test_compare_two_precisions(models: Path, asked: tuple[Path, str, str]) -> N
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_model_that_is_missing_is_one_line(script: str, asked: tuple[Path, str, str], tmp_path: Path) -> None:
     picture, question, _ = asked
-    others: dict[str, list[str | Path]] = {"batch_over_folder.py": [tmp_path, question], "chat_with_picture.py": [picture]}
+    others: dict[str, list[str | Path]] = {"chat_with_picture.py": [picture]}
     models = [tmp_path / "missing"] * (2 if script.startswith("compare") else 1)
     done = run(script, *models, *others.get(script, [picture, question]))
     assert done.returncode == 1

@@ -1,0 +1,136 @@
+"""`fastvlm-edge batch`: a question about every picture of a folder or a data set; one line of JSON per picture goes to a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import chain
+from typing import Any
+
+from fastvlm_edge.batch.answering import RowAnswerer
+from fastvlm_edge.batch.job import job_for
+from fastvlm_edge.batch.results import Results, not_done
+from fastvlm_edge.batch.rows import Rows, open_rows
+from fastvlm_edge.batch.summary import Summary
+from fastvlm_edge.bench.record import check_writable
+from fastvlm_edge.commands.arguments import given, given_path, positive
+from fastvlm_edge.commands.run import add_loading_options, add_reply_options, check_format, check_reply, load, sampling_options
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.vlm import SLOTS
+from fastvlm_edge.inputs.rgb import to_colour
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.machine.power import find_sensor
+from fastvlm_edge.model_dir.atomic import whole_file
+from fastvlm_edge.model_dir.manifest import Manifest, read_manifest
+from fastvlm_edge.progress import SilentProgress, stderr_progress
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Answer the rows that the file does not have yet. The status is 0 if all rows have answers, and 1 if some have errors."""
+    options = parser().parse_args(arguments)
+    sampling = sampling_options(options)
+    to_colour(options.background)
+    for path in (options.output, options.summary):
+        if path is not None:
+            check_writable(path)
+    rows = open_rows(options.input, prompt=options.prompt, images=options.images).shard(*options.shard).first(options.limit)
+    job = job_for(
+        read_manifest(options.model),
+        sampling,
+        prompt=options.prompt,
+        system=options.system,
+        geometry=options.geometry,
+        background=options.background,
+    )
+    summary = Summary()
+    with Results(options.output, job, retry_errors=options.retry_errors) as results:
+        try:
+            _answer(options, sampling, rows, results, summary)
+        except (KeyboardInterrupt, FastVLMError):
+            results.sync()
+            _tell(options, summary, results, "stopped; the same command goes on")
+            raise
+        _tell(options, summary, results)
+        return 1 if results.errors or summary.twice else 0
+
+
+def _answer(options: argparse.Namespace, sampling: dict[str, Any], rows: Rows, results: Results, summary: Summary) -> None:
+    """Load the model if there is anything to do, and answer."""
+    progress = SilentProgress() if options.quiet else stderr_progress()
+
+    def check(manifest: Manifest, tokenizer: TextTokenizer) -> None:
+        if options.prompt is None:
+            check_format(manifest, tokenizer, sampling)
+        else:
+            check_reply(manifest, tokenizer, options, sampling, images=1)
+
+    total = rows.total
+    waiting = not_done(rows, results, summary)
+    first = next(waiting, None)
+    if first is None:
+        return
+    with load(options, progress, check, slots=options.slots) as vlm, summary.measuring(find_sensor(card=vlm.backend.name != "ort")):
+        progress.note(f"[{options.slots} at a time, on {vlm.backend.description}]")
+        progress.stage("answering", None if total is None else max(1, total - results.rows), speed=True)
+        with closing(RowAnswerer(vlm, results.job).answer(chain([first], waiting))) as answered:
+            try:
+                for row in answered:
+                    results.write(row)
+                    summary.add(row)
+                    progress.advance()
+            finally:
+                progress.done()
+
+
+def _tell(options: argparse.Namespace, summary: Summary, results: Results, *last: str) -> None:
+    if not options.quiet:
+        for line in (*summary.lines(), f"{results.rows} rows in {results.path}", *last):
+            print(f"[{line}]", file=sys.stderr, flush=True)
+    if options.summary is not None:
+        document = {**summary.to_json(), "rows_in_file": results.rows, "errors_in_file": dict(sorted(results.errors.items()))}
+        with whole_file(options.summary) as partial:
+            partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 2/3")
+    return int(index), int(count)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `fastvlm-edge batch`."""
+    parser = argparse.ArgumentParser(
+        prog="fastvlm-edge batch",
+        description="Ask about every picture of a folder or a data set. Each answer is one line of JSON, added to a file as soon as it is "
+        "known. After a stop of any kind, the same command goes on where it stopped. (docs/batch.md)",
+    )
+    parser.add_argument("model", metavar="MODEL", type=given_path, help="model directory, made by fastvlm-edge convert")
+    parser.add_argument(
+        "input",
+        metavar="INPUT",
+        type=given,
+        help="a folder of pictures; JSON lines or Parquet with id, image and prompt; WebDataset shards, such as 'train-{000..127}.tar'",
+    )
+    parser.add_argument("-o", "--output", metavar="OUT.jsonl", type=given_path, required=True, help="file to which the answers are added")
+    group = parser.add_argument_group("the pictures and questions")
+    group.add_argument("--prompt", metavar="TEXT", help="the question about each picture that has none of its own")
+    group.add_argument("--images", metavar="DIR", type=given_path, help="folder of the pictures that a file names (default: beside it)")
+    group.add_argument(
+        "--shard", metavar="I/N", type=_shard, default=(1, 1), help="answer only part I of N, for N machines; the ids decide which rows"
+    )
+    group.add_argument("--limit", metavar="N", type=positive, help="answer only the first N rows")
+    group.add_argument("--retry-errors", action="store_true", help="first remove the rows with errors from the file, to try them again")
+    group = parser.add_argument_group("how it works")
+    group.add_argument(
+        "--slots", metavar="N", type=positive, default=SLOTS, help="answers that are generated at a time (default: %(default)s)"
+    )
+    group.add_argument("--summary", metavar="FILE.json", type=given_path, help="also write the summary to this file")
+    group.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_reply_options(parser)
+    add_loading_options(parser)
+    return parser

@@ -1,0 +1,185 @@
+"""Rows to results: the same answers as `generate`, errors by kind, a model that fails, and closing early."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fastvlm_edge import FastVLM
+from fastvlm_edge.backends.protocol import Backend
+from fastvlm_edge.batch.answering import RowAnswerer
+from fastvlm_edge.batch.job import Job, job_for
+from fastvlm_edge.batch.rows import Row
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.evaluation.data import ArchivedPicture
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Path) -> Iterator[FastVLM]:
+    with FastVLM.load(model_dir, "ort", threads=1, slots=3) as vlm:
+        yield vlm
+
+
+def job(vlm: FastVLM, **sampling: Any) -> Job:
+    return job_for(vlm.manifest, {"max_new_tokens": 6, **sampling})
+
+
+def picture(number: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (37 * number % 256, number % 256, 90)).save(file, "PNG")
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG that says that it has 60000 x 60000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+def test_every_row_has_the_answer_of_generate(model: FastVLM) -> None:
+    asked = {f"r{number}": (f"Question {number}?", picture(number)) for number in range(25)}
+    rows = [Row(id, image, prompt) for id, (prompt, image) in asked.items()]
+    found = {row["id"]: row for row in RowAnswerer(model, job(model)).answer(rows)}
+    assert len(found) == 25
+    for id, (prompt, image) in asked.items():
+        expected = model.generate(prompt, image, max_new_tokens=6).to_json()
+        for name in ("text", "stop_reason"):
+            assert found[id][name] == expected[name]
+        assert found[id]["confidence"] == pytest.approx(expected["confidence"], rel=1e-4)  # other sums
+        assert found[id]["timings"].keys() == expected["timings"].keys()
+        assert list(found[id]) == ["id", "text", "confidence", "stop_reason", "timings"]
+
+
+def test_what_cannot_be_answered_is_an_error_of_its_kind(model: FastVLM, tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "cut.png").write_bytes(picture()[:60])
+    (tmp_path / "empty.png").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe.png")
+
+    def load() -> bytes:
+        raise OSError(5, "Input/output error")
+
+    def row(id: str, image: Any, prompt: str | None = "x", reason: str | None = None) -> Row:
+        return Row(id, image, prompt, reason)
+
+    wanted = {
+        "incomplete": (row("incomplete", None, None, "no prompt"), "input", "no prompt"),
+        "gone": (row("gone", tmp_path / "gone.png"), "missing", "does not exist"),
+        "long": (row("long", tmp_path / ("n" * 300 + ".png")), "unreadable", "File name too long"),
+        "folder": (row("folder", tmp_path), "not_a_picture", "is not a file"),
+        "pipe": (row("pipe", tmp_path / "pipe.png"), "not_a_picture", "is not a file"),
+        "text": (row("text", tmp_path / "text.jpg"), "not_a_picture", "is not an image in a format"),
+        "cut": (row("cut", tmp_path / "cut.png"), "damaged", "is damaged or truncated"),
+        "empty": (row("empty", tmp_path / "empty.png"), "damaged", "is empty"),
+        "bomb": (row("bomb", bomb()), "too_large", "is too large"),
+        "thin": (row("thin", _thin()), "unsupported", "aspect ratio"),
+        "archive": (row("archive", ArchivedPicture("a.tar/b.png", load)), "unreadable", "Input/output error"),
+        "words": (row("words", picture(), "word " * 5000), "context", "leaves no room"),
+        "surrogate": (row("surrogate", picture(), "\ud800"), "prompt", "not valid Unicode"),
+    }
+    good = [Row(f"good{number}", picture(number), "x") for number in range(3)]
+    rows = [*good[:1], *(row for row, _, _ in wanted.values()), *good[1:]]
+    found = {row["id"]: row for row in RowAnswerer(model, job(model)).answer(rows)}
+    assert found.keys() == {row.id for row in rows}
+    for id, (_, kind, says) in wanted.items():
+        assert list(found[id]) == ["id", "error"]
+        assert found[id]["error"]["kind"] == kind and says in found[id]["error"]["message"], found[id]
+    assert all("text" in found[row.id] for row in good)
+
+
+def _thin() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (2000, 2)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_pictures_of_all_sources_are_the_same(model: FastVLM, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(5))
+    images: list[Any] = [picture(5), tmp_path / "a.png", ArchivedPicture("x", lambda: picture(5))]
+    found = list(RowAnswerer(model, job(model)).answer(Row(str(number), image, "x") for number, image in enumerate(images)))
+    assert len({row["text"] for row in found}) == 1 and len(found) == 3
+
+
+class Failing:
+    """A backend whose vision encoder raises as `fails` says."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.fails: Any = lambda pixel_values: False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def encode(self, pixel_values: Any) -> Any:
+        if self.fails(pixel_values):
+            raise FastVLMError("the device is lost", "restart it")
+        return self._backend.encode(pixel_values)
+
+
+@pytest.fixture
+def failing(model: FastVLM, monkeypatch: pytest.MonkeyPatch) -> Failing:
+    backend = Failing(model._engine.backend)
+    monkeypatch.setattr(model._engine, "backend", backend)
+    return backend
+
+
+def test_a_row_for_which_the_model_fails_is_an_error(model: FastVLM, failing: Failing) -> None:
+    failing.fails = lambda pixel_values: abs(pixel_values[0, 2, 128, 128] - 90 / 255) < 1e-3 and pixel_values[0, 0, 128, 128] > 0.5
+    rows = [Row(str(number), picture(number + 300), "x") for number in range(12)]
+    found = {row["id"]: row for row in RowAnswerer(model, job(model)).answer(rows)}
+    bad = {id for id, row in found.items() if "error" in row}
+    assert bad == {str(number) for number in range(12) if 37 * (number + 300) % 256 > 127}
+    assert all(found[id]["error"] == {"kind": "model", "message": "the device is lost; restart it"} for id in bad)
+
+
+def test_a_model_that_no_longer_works_ends_the_batch(model: FastVLM, failing: Failing) -> None:
+    failing.fails = lambda pixel_values: True
+    with pytest.raises(FastVLMError, match=r"the model failed at the row r4\d\d: the device is lost; restart it"):
+        list(RowAnswerer(model, job(model)).answer(Row(f"r{number}", picture(number), "x") for number in range(400, 500)))
+
+
+def test_few_rows_are_taken_ahead_and_all_slots_are_used(model: FastVLM) -> None:
+    taken, most = 0, 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal taken
+        for number in range(60):
+            taken += 1
+            yield Row(str(number), picture(number), "x")
+
+    answerer = RowAnswerer(model, job(model, max_new_tokens=40))
+    busy: list[int] = []
+    for given, _ in enumerate(answerer.answer(rows()), start=1):
+        busy.append(len(model._engine.running()))
+        most = max(most, taken - given)
+    assert taken == 60
+    assert most <= 2 * (3 + 2)
+    assert max(busy) == 3
+
+
+def test_closing_early_cancels_what_is_running(model: FastVLM) -> None:
+    rows = (Row(str(number), picture(number), "x") for number in range(1000))
+    answered = RowAnswerer(model, job(model, max_new_tokens=60)).answer(rows)
+    next(answered)
+    began = time.monotonic()
+    answered.close()
+    assert time.monotonic() - began < 5
+    assert not any(thread.name.startswith("fastvlm-batch") for thread in threading.enumerate())
+    deadline = time.monotonic() + 5
+    while model.counters().running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert model.counters().running == model.counters().waiting == 0
