@@ -77,19 +77,19 @@ class Summary:
     def lines(self) -> list[str]:
         """The same as text."""
         shown = self.to_json()
-        lines = [
-            f"{shown['answers']} answers in {clock(self.seconds)}: {shown['pictures_per_second']:.2f} pictures/s, "
-            f"{shown['tokens_per_second']:.1f} tokens/s"
-        ]
-        if shown["joules"] is not None:
-            lines[0] += f", {shown['joules']:.0f} J"
+        lines = []
+        if self.answers or self.errors or not self.done_before:
+            energy = "" if shown["joules"] is None else f", {shown['joules']:.0f} J"
+            speed = f"{shown['pictures_per_second']:.2f} pictures/s, {shown['tokens_per_second']:.1f} tokens/s"
+            lines.append(f"{_count(self.answers, 'answer')} in {clock(self.seconds)}: {speed}{energy}")
         if self.done_before:
-            lines.append(f"{self.done_before} rows were done before")
+            lines.append(f"{_count(self.done_before, 'row')} done before")
         if self.errors:
-            lines.append(f"{self.errors.total()} errors: {', '.join(f'{count} {kind}' for kind, count in sorted(self.errors.items()))}")
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.errors.items()))
+            lines.append(f"{_count(self.errors.total(), 'error')}: {kinds}")
         if self.twice:
             names = ", ".join(self._twice_ids) + (", ..." if self.twice > _NAMED else "")
-            lines.append(f"{self.twice} rows left out, because an earlier row has the same id: {names}")
+            lines.append(f"{_count(self.twice, 'row')} left out, because an earlier row has the same id: {names}")
         return lines
 
     @contextmanager
@@ -137,3 +137,7 @@ class _Energy:
         assert self._recorder is not None
         self._until = time.monotonic() + _INTERVAL
         self._recorder.__enter__()
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"

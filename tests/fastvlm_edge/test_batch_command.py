@@ -73,7 +73,7 @@ def test_a_folder_then_a_new_picture_then_nothing_to_do(folder: Path, tmp_path: 
     assert batch(*command) == 0
     assert rows_in(out).keys() == rows.keys() | {"new.jpg"} and rows_in(out)["shapes.jpg"] == rows["shapes.jpg"]
     assert json.loads(summary.read_text())["done_before"] == 3
-    assert "3 rows were done before" in capsys.readouterr().err
+    assert "3 rows done before" in capsys.readouterr().err
 
 
 def test_the_model_is_not_loaded_if_everything_is_done(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -103,7 +103,7 @@ def test_errors_duplicates_and_trying_again(folder: Path, tmp_path: Path, capsys
         assert found["errors"] == ({"input": 1, "missing": 1} if run == 0 else {})
         assert found["errors_in_file"] == {"input": 1, "missing": 1}
         told = capsys.readouterr().err
-        assert "1 rows left out, because an earlier row has the same id: a" in told
+        assert "1 row left out, because an earlier row has the same id: a" in told
     shutil.copy(PICTURES[0], folder / "late.jpg")
     assert batch(*command, "--retry-errors") == 1
     assert rows_in(out)["b"]["text"] == ANSWER and json.loads(summary.read_text())["errors_in_file"] == {"input": 1}

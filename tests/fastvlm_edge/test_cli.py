@@ -464,6 +464,24 @@ def test_progress_redraws_on_a_terminal_and_is_sparse_in_a_log() -> None:
     assert [line[:8].strip() for line in log.getvalue().splitlines()] == ["reading", "writing"]
 
 
+def test_progress_shows_speed_and_time_left_where_units_take_about_the_same() -> None:
+    import io
+
+    log = io.StringIO()
+    progress = TextProgress(log, terminal=False)
+    for total, age in ((9000, 10.0), (None, 10.0), (4, 100.0)):
+        progress.stage("answering", total, speed=True)
+        progress._began -= age
+        progress._shown -= 60
+        progress.advance(20 if age == 10 else 2)
+    lines = log.getvalue().splitlines()
+    assert [line for line in lines if "answering  1" not in line] == [
+        "answering  20/9000, 2.0/s, 1:14:50 left",
+        "answering ... 20, 2.0/s",
+        "answering  2/4, 50.0 s each, 1:40 left",
+    ]
+
+
 def test_an_unknown_name_of_the_package() -> None:
     import fastvlm_edge
 
