@@ -31,7 +31,7 @@ _SHARDS = (*_PARQUET, *_TAR)
 _AT_A_TIME = 16
 """Rows of a Parquet file that are in memory together, with their pictures."""
 _LOOKED_FOR = 100
-"""The first pictures of a file of names, of which at least one must exist."""
+"""Rows of which one must have a picture that exists."""
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 
 
@@ -84,6 +84,17 @@ class Rows:
         """Its first rows, after `shard`; None means all."""
         return replace(self, most=count)
 
+    def check(self) -> None:
+        """Raise FastVLMError if none of the first pictures exists: with the wrong folder, all rows would be errors."""
+        gone = None
+        for row in itertools.islice(self, _LOOKED_FOR):
+            if row.image is not None and (not isinstance(row.image, Path) or os.path.exists(row.image)):
+                return
+            gone = gone or row.image
+        if gone is not None:
+            what = f"none of the first pictures of {self.source}, such as {gone}, exists"
+            raise FastVLMError(what, "give their folder with --images DIR")
+
     @cached_property
     def total(self) -> int | None:
         """Number of rows, or None if it is not known without reading all. Of a shard, the number to expect."""
@@ -110,11 +121,7 @@ def open_rows(source: str | os.PathLike[str], *, prompt: str | None = None, imag
     source = os.fspath(source)
     if images is not None and not images.is_dir():
         raise FastVLMError(f"{images} is not a folder", "give the folder of the pictures with --images DIR")
-    readers = [_reader(path, prompt, images) for path in _paths(source)]
-    for reader in readers:
-        if isinstance(reader, (JsonLines, Parquet)):
-            _look_for_pictures(reader, source)
-    return Rows(source, readers)
+    return Rows(source, [_reader(path, prompt, images) for path in _paths(source)])
 
 
 def _paths(source: str) -> list[Path]:
@@ -169,14 +176,6 @@ def _reader(path: Path, prompt: str | None, images: Path | None) -> Reader:
     if suffix in _TAR:
         return WebDataset(path, prompt)
     raise FastVLMError(f"{path} has an unknown suffix", f"give {ACCEPTED}")
-
-
-def _look_for_pictures(reader: Reader, source: str) -> None:
-    """Raise FastVLMError if none of the first pictures exists: with the wrong folder, all rows would be errors."""
-    images = [row.image for row in itertools.islice(reader.rows(), _LOOKED_FOR) if row.image is not None]
-    if images and all(isinstance(image, Path) and not os.path.exists(image) for image in images):
-        what = f"none of the first pictures of {source}, such as {images[0]!s}, exists"
-        raise FastVLMError(what, "give their folder with --images DIR")
 
 
 # Folders ------------------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         if path is not None:
             check_writable(path)
     rows = open_rows(options.input, prompt=options.prompt, images=options.images).shard(*options.shard).first(options.limit)
+    rows.check()
     job = job_for(
         read_manifest(options.model),
         sampling,

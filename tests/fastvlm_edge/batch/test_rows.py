@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,9 +51,16 @@ def shown(rows: Rows) -> list[tuple[str, str | None, str | None]]:
     return [(row.id, row.prompt, row.reason) for row in rows]
 
 
+def read_all(source: str | Path, **options: Any) -> None:
+    rows = open_rows(source, **options)
+    rows.check()
+    for _ in rows:
+        pass
+
+
 def refused(source: str | Path, **options: Any) -> str:
     with pytest.raises(FastVLMError) as error:
-        list(open_rows(source, **options))
+        read_all(source, **options)
     return str(error.value)
 
 
@@ -120,7 +128,9 @@ def test_pictures_are_beside_the_file_or_in_the_folder_given(tmp_path: Path) -> 
     (tmp_path / "pictures" / "a.png").write_bytes(picture())
     path = write_lines(tmp_path / "q.jsonl", {"id": "1", "image": "a.png", "prompt": "x"})
     assert "none of the first pictures" in refused(path) and "--images DIR" in refused(path)
-    assert [loaded(row) for row in open_rows(path, images=tmp_path / "pictures")] == [picture()]
+    found = open_rows(path, images=tmp_path / "pictures")
+    assert [loaded(row) for row in found] == [picture()]
+    found.check()
     assert "is not a folder" in refused(path, images=tmp_path / "gone")
     whole = write_lines(tmp_path / "whole.jsonl", {"id": "1", "image": str(tmp_path / "pictures" / "a.png"), "prompt": "x"})
     assert [loaded(row) for row in open_rows(whole)] == [picture()]
@@ -174,6 +184,12 @@ def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:
     assert "cannot be read as Parquet" in refused(whole, prompt="x")
     wrong = write_parquet(tmp_path / "d.parquet", {"image": [3], "prompt": [4]})
     assert [row.reason for row in open_rows(wrong)] == ["its picture is a int, not a path or bytes"]
+
+
+def test_without_pyarrow_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert refused(tmp_path / "a.parquet").startswith("Parquet files need the package pyarrow")
 
 
 # WebDataset ---------------------------------------------------------------------------------------------------------------------
