@@ -5,11 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 LEAN := build/lean
 CLIENTS := build/clients
+RAY := build/ray
+KUBERAY := build/kuberay/rayjob.yaml
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons test-onnxruntimes test-quiet test-camera test-browser test-clients lint types docs dist bench bench-peers bench-gpu clean
+.PHONY: setup demo test test-slow test-gpu test-arm64 test-pythons test-onnxruntimes test-quiet test-camera test-browser test-clients test-ray lint types docs dist bench bench-peers bench-gpu clean
 
 setup: $(READY)
 
@@ -78,6 +80,18 @@ $(CLIENTS)/.ready: Makefile
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet langchain-openai live-vlm-webui==0.4.0
 	touch $(CLIENTS)/.ready
+
+# Batches on a Ray cluster of several processes. Ray has an environment of its own, because with pandas and pyarrow it has 0.5 GB. The manifest
+# for Kubernetes is checked against KubeRay's definition of a RayJob, which needs the network; without it that test is skipped.
+test-ray: $(READY) $(RAY)/.ready
+	test -f $(KUBERAY) || curl -fsSL --create-dirs -o $(KUBERAY) \
+		https://raw.githubusercontent.com/ray-project/kuberay/v1.7.0/ray-operator/config/crd/bases/ray.io_rayjobs.yaml || true
+	$(BIN)/python -m pytest -m ray tests/ray_cluster
+
+$(RAY)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install --quiet --constraint constraints.txt --editable ".[ray]" "ray[data]"
+	touch $(RAY)/.ready
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ NEEDED_BY = {
     "prometheus_client": "serve",
     "av": "camera",
     "pyarrow": "batch",
+    "ray": "ray",
 }
 """Module of a dependency -> the extra of pyproject.toml that installs it; "" stands for the dependencies of the runtime."""
 
@@ -60,6 +61,7 @@ NAMES = {
     "prometheus_client": "CollectorRegistry",
     "av": "open",
     "pyarrow": "parquet",
+    "ray": "init",
 }
 """Module -> a name in it that we use: an empty directory can be imported too."""
 

@@ -38,7 +38,7 @@ SERVE = {"starlette", "uvicorn", "h11", "msgspec", "prometheus_client"}
 """Packages of the extra `serve`, and uvicorn's h11: only `server/` and the command `serve` import them."""
 
 PACKAGES = {
-    "runtime": {"numpy", "PIL", "tokenizers", "onnxruntime", "llguidance", "av", "pyarrow", *SERVE},
+    "runtime": {"numpy", "PIL", "tokenizers", "onnxruntime", "llguidance", "av", "pyarrow", "ray", *SERVE},
     "engines": {"numpy"},
     "convert": {"numpy", "tokenizers", "torch", "onnx", "ml_dtypes", "huggingface_hub", "jinja2"},
     "calib": {"numpy", "torch", "onnx", "ml_dtypes"},

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import chain
 from typing import Any
 
 from fastvlm_edge.batch.answering import RowAnswerer
-from fastvlm_edge.batch.job import job_for
+from fastvlm_edge.batch.job import Job, job_for
 from fastvlm_edge.batch.results import Results, not_done
-from fastvlm_edge.batch.rows import Rows, open_rows
+from fastvlm_edge.batch.rows import Row, Rows, open_rows
 from fastvlm_edge.batch.summary import Summary
 from fastvlm_edge.bench.record import check_writable
-from fastvlm_edge.commands.arguments import given, given_path, positive
+from fastvlm_edge.commands.arguments import at_least_zero, given, given_path, positive
 from fastvlm_edge.commands.run import add_loading_options, add_reply_options, check_format, check_reply, load, sampling_options
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.vlm import SLOTS
 from fastvlm_edge.inputs.rgb import to_colour
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
-from fastvlm_edge.machine.power import find_sensor
+from fastvlm_edge.machine.power import NoSensor, Sensor, find_sensor
 from fastvlm_edge.model_dir.atomic import whole_file
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest
-from fastvlm_edge.progress import SilentProgress, stderr_progress
+from fastvlm_edge.progress import Progress, SilentProgress, stderr_progress
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,7 +37,10 @@ def main(arguments: Sequence[str]) -> int:
     for path in (options.output, options.summary):
         if path is not None:
             check_writable(path)
-    rows = open_rows(options.input, prompt=options.prompt, images=options.images).shard(*options.shard).first(options.limit)
+    _check_engine(options)
+    # Ray's workers run in another folder.
+    source = os.path.abspath(options.input) if options.engine == "ray" else options.input
+    rows = open_rows(source, prompt=options.prompt, images=options.images).shard(*options.shard).first(options.limit)
     rows.check()
     job = job_for(
         read_manifest(options.model),
@@ -73,10 +77,10 @@ def _answer(options: argparse.Namespace, sampling: dict[str, Any], rows: Rows, r
     first = next(waiting, None)
     if first is None:
         return
-    with load(options, progress, check, slots=options.slots) as vlm, summary.measuring(find_sensor(card=vlm.backend.name != "ort")):
-        progress.note(f"[{options.slots} at a time, on {vlm.backend.description}]")
+    with _answering(options, results.job, progress, check) as (answer, where, sensor), summary.measuring(sensor):
+        progress.note(f"[{where}]")
         progress.stage("answering", None if total is None else max(1, total - results.rows), speed=True)
-        with closing(RowAnswerer(vlm, results.job).answer(chain([first], waiting))) as answered:
+        with closing(answer(chain([first], waiting))) as answered:
             try:
                 for row in answered:
                     results.write(row)
@@ -84,6 +88,44 @@ def _answer(options: argparse.Namespace, sampling: dict[str, Any], rows: Rows, r
                     progress.advance()
             finally:
                 progress.done()
+
+
+@contextmanager
+def _answering(
+    options: argparse.Namespace, job: Job, progress: Progress, check: Callable[[Manifest, TextTokenizer], None]
+) -> Iterator[tuple[Callable[[Iterable[Row]], Generator[dict[str, Any]]], str, Sensor | NoSensor]]:
+    """What answers rows, where, and what measures its power."""
+    if options.engine == "here":
+        with load(options, progress, check, slots=options.slots) as vlm:
+            where = f"{options.slots} at a time, on {vlm.backend.description}"
+            yield RowAnswerer(vlm, job).answer, where, find_sensor(card=vlm.backend.name != "ort")
+        return
+    from fastvlm_edge.ray import Workers
+
+    check(read_manifest(options.model), TextTokenizer(options.model / "tokenizer.json"))
+    with Workers(
+        options.model,
+        job,
+        address=options.address,
+        actors=options.workers,
+        gpus=options.gpus_per_worker,
+        upload=options.upload,
+        tell=lambda line: progress.note(f"[{line}]"),
+        threads=options.threads,
+        slots=options.slots,
+        backend=options.backend,
+        prefill_chunk=options.prefill_chunk,
+        verify=options.verify,
+    ) as workers:
+        yield workers.answer, workers.description, NoSensor("the workers may run on other machines")
+
+
+def _check_engine(options: argparse.Namespace) -> None:
+    for name in ("address", "workers", "gpus_per_worker", "upload"):
+        value = getattr(options, name)
+        if options.engine != "ray" and value is not None and value is not False:
+            option = f"--{name.replace('_', '-')}"
+            raise FastVLMError(f"{option} is for a Ray cluster", f"add --engine ray, or leave {option} out")
 
 
 def _tell(options: argparse.Namespace, summary: Summary, results: Results, *last: str) -> None:
@@ -132,6 +174,16 @@ def parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--summary", metavar="FILE.json", type=given_path, help="also write the summary to this file")
     group.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    group = parser.add_argument_group("on several machines (docs/ray.md)")
+    group.add_argument(
+        "--engine", choices=("here", "ray"), default="here", help="in this process, or on a Ray cluster (default: %(default)s)"
+    )
+    group.add_argument("--address", metavar="ADDRESS", help="of the Ray cluster (default: RAY_ADDRESS, or a cluster on this machine)")
+    group.add_argument("--workers", metavar="N", type=positive, help="models that answer at a time (default: as many as fit)")
+    group.add_argument(
+        "--gpus-per-worker", metavar="X", type=at_least_zero, help="GPUs of each, such as 0.5 (default: 1 if the cluster has any)"
+    )
+    group.add_argument("--upload", action="store_true", help="send the pictures to the workers, which otherwise open them by their paths")
     add_reply_options(parser)
     add_loading_options(parser)
     return parser
