@@ -314,7 +314,8 @@ class _Pictures(Sequence[Float32]):
 
 def _weights_key(source: Checkpoint) -> str:
     """Identifies the weights that a cache belongs to by names, sizes and times of their files, without reading them."""
-    return _digest(source.location, *(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in source.weights))
+    files = [*source.weights, *(source.adapter.files if source.adapter else [])]
+    return _digest(source.location, *(f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files))
 
 
 def _digest(*parts: str) -> str:

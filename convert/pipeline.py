@@ -90,6 +90,7 @@ def convert(
     geometry: str | None = None,
     context: int | None = None,
     name: str | None = None,
+    adapter: str | None = None,
     calibrate: Calibrate | None = None,
     progress: Progress | None = None,
     force: bool = False,
@@ -97,7 +98,8 @@ def convert(
     """Convert a checkpoint (a directory or a hub id) into the model directory `output`, and return its manifest.
 
     `image_size` in pixels and `geometry` default to the checkpoint's own, `context` in positions to 4096 or to what the LLM was trained
-    for if that is less, and `name` to that of the hub repository or directory (`checkpoint.model_name`). `calibrate`, such as
+    for if that is less, and `name` to that of the hub repository or directory (`checkpoint.model_name`). `adapter`, another directory or
+    hub id, is a fine-tune of the checkpoint, which is merged into it first (`checkpoint.adapter`). `calibrate`, such as
     `calib.quantizer.Quantizer(...).calibrate`, chooses the integers of `int8` and `int4`; without it they are rounded to nearest. `output`
     must not exist, unless `force` replaces a model directory. If anything fails, nothing is left behind.
 
@@ -117,7 +119,7 @@ def convert(
     output = Path(os.path.realpath(output))
     check_output(output, force=force)
     progress.stage("open")
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, adapter=adapter)
     source.name = name or source.name
     geometry = geometry or source.geometry
     image_size = choose_image_size(source, image_size)
@@ -175,7 +177,7 @@ def _describe(
     return Manifest(
         name=source.name,
         toolkit_version=__version__,
-        source=Source(source.location, source.layout, {}),
+        source=Source(source.location, source.layout, {}, source.adapter.location if source.adapter else ""),
         precision=plan.name,
         plan={},
         vision=VisionSpec(

@@ -1,4 +1,4 @@
-"""A FastVLM checkpoint in any of its three layouts, opened for reading: where every conversion begins.
+"""A FastVLM checkpoint in any of its layouts, with or without an adapter, opened for reading: where every conversion begins.
 
 Opening reads headers and json only. Weights are read one tensor at a time, under the same canonical names in every layout.
 """
@@ -16,11 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastvlm_edge.convert.checkpoint.configs import Settings, read_settings
+from fastvlm_edge.convert.checkpoint.adapter import Adapter, merge, open_adapter
+from fastvlm_edge.convert.checkpoint.configs import Settings, read_settings, with_pictures_of
+from fastvlm_edge.convert.checkpoint.entries import DTYPES, Entry
 from fastvlm_edge.convert.checkpoint.folder import find_weights, unused_weights
 from fastvlm_edge.convert.checkpoint.hub import locate
+from fastvlm_edge.convert.checkpoint.mlx import channels_first, is_mlx, refuse_exports
 from fastvlm_edge.convert.checkpoint.model_name import name_of
-from fastvlm_edge.convert.checkpoint.shards import DTYPES, Entry, first_non_finite, read_shards, read_tensor
+from fastvlm_edge.convert.checkpoint.shards import first_non_finite, read_shards
 from fastvlm_edge.convert.checkpoint.structure import (
     NOT_WHOLE,
     OPTIONAL,
@@ -31,7 +34,7 @@ from fastvlm_edge.convert.checkpoint.structure import (
     text_structure,
     vision_structure,
 )
-from fastvlm_edge.convert.checkpoint.tensor_names import canonical_names, listing
+from fastvlm_edge.convert.checkpoint.tensor_names import EMBEDDING, HEAD, canonical_names, listing
 from fastvlm_edge.convert.fastvithd import FastViTHD, FastViTHDConfig, MobileOneConv
 from fastvlm_edge.errors import FastVLMError
 
@@ -40,7 +43,6 @@ __all__ = ["Checkpoint", "TextConfig", "load_projector", "load_vision", "open_ch
 BytesRead = Callable[[int, int], None]
 """Called with the number of bytes read so far and the total."""
 
-EMBEDDING, HEAD = "llm.embed_tokens.weight", "lm_head.weight"
 COMPARE_ROWS = 4096
 HASH_BLOCK = 1 << 24
 SIDE_FILES = (
@@ -49,6 +51,7 @@ SIDE_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -79,7 +82,7 @@ class Checkpoint:
     name: str
     directory: Path
     layout: str
-    """`apple`, `hub` or `native`."""
+    """`apple`, `hub`, `native` or `mlx`."""
     vision: FastViTHDConfig
     text: TextConfig
     image_size: int
@@ -95,6 +98,8 @@ class Checkpoint:
     notes: list[str]
     """What the checkpoint contradicts, lacks, or has in vain, and what was used: `convert` prints it and writes it into the manifest."""
     weights: list[Path]
+    adapter: Adapter | None
+    """The fine-tune that the tensors are merged with."""
     _entries: dict[str, Entry] = field(repr=False)
     _hashes: dict[str, str] = field(default_factory=dict, repr=False)
     _factors: dict[str, Factors] = field(default_factory=dict, repr=False)
@@ -113,19 +118,19 @@ class Checkpoint:
         return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """Type that a tensor is stored in: float32, float16, ml_dtypes.bfloat16, or int64 for a BatchNorm counter."""
+        """Type that a tensor is stored in: float32, float16, ml_dtypes.bfloat16, int64 for a BatchNorm counter; float32 if merged."""
         return self._entries[name].dtype
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
-        """Read one tensor in its stored type, or in float32 if `rescaled` has given it factors.
+        """Read one tensor in its type, or in float32 if `rescaled` has given it factors.
 
         Raises KeyError for an unknown name, and FastVLMError that names tensor and position if a value is NaN or infinite.
         """
-        return self._scaled(name, self._finite(name, read_tensor(name, self._entries[name]), 0), 0)
+        return self._scaled(name, self._finite(name, self._entries[name].read(name), 0), 0)
 
     def tensor_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Read rows [start, stop) along the first axis, checked like `tensor`. Raises IndexError if they are out of range."""
-        return self._scaled(name, self._finite(name, read_tensor(name, self._entries[name], (start, stop)), start), start)
+        return self._scaled(name, self._finite(name, self._entries[name].read(name, (start, stop)), start), start)
 
     def rescaled(self, factors: dict[str, Factors]) -> Checkpoint:
         """The same checkpoint with factors on its tensors. A tied head that gets factors is no longer tied.
@@ -159,7 +164,7 @@ class Checkpoint:
             if index:
                 index[0] += first_row
             raise FastVLMError(
-                f"tensor {name} of {self.directory} contains {value} at {index}: the weights are damaged",
+                f"tensor {name} of {self._entries[name].origin} contains {value} at {index}: the weights are damaged",
                 "use another training step, or copy or download the file again if it was whole elsewhere",
             )
         return array
@@ -167,18 +172,21 @@ class Checkpoint:
     def hash_files(self, progress: BytesRead | None = None) -> dict[str, str]:
         """File name -> sha256 of every file that the conversion reads (weights, config, tokenizer); the second call repeats the result.
 
-        Reading 15 GB takes a while, so call this in a thread (see hashes.py): hashing does not hold the interpreter lock.
+        The names of an adapter's files begin with `adapter/`. Reading 15 GB takes a while, so call this in a thread (see hashes.py):
+        hashing does not hold the interpreter lock.
         Raises FastVLMError if a file cannot be read.
         """
         if not self._hashes:
-            paths = sorted({*self.weights, *(path for name in SIDE_FILES if (path := self.directory / name).is_file())})
+            paths = {path.name: path for path in sorted({*self.weights, *(self.directory / name for name in SIDE_FILES)}) if path.is_file()}
+            if self.adapter is not None:
+                paths |= {f"adapter/{path.name}": path for path in self.adapter.files}
             hashes: dict[str, str] = {}
             buffer = bytearray(HASH_BLOCK)
             view = memoryview(buffer)
             done = 0
             try:
-                total = sum(path.stat().st_size for path in paths)
-                for path in paths:
+                total = sum(path.stat().st_size for path in paths.values())
+                for name, path in paths.items():
                     digest = hashlib.sha256()
                     with path.open("rb", buffering=0) as file:
                         while count := file.readinto(buffer):
@@ -186,17 +194,18 @@ class Checkpoint:
                             done += count
                             if progress is not None:
                                 progress(done, total)
-                    hashes[path.name] = digest.hexdigest()
+                    hashes[name] = digest.hexdigest()
             except OSError as error:
-                raise FastVLMError(f"a file of {self.directory} cannot be read ({error})", "check its permissions and the disk") from None
+                raise FastVLMError(f"a file of {self.location} cannot be read ({error})", "check its permissions and the disk") from None
             self._hashes = hashes
         return dict(self._hashes)
 
 
-def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint:
-    """Open a directory or a hub id (`org/name`, at `revision`) in any of the three layouts, and check everything except the values.
+def open_checkpoint(location: str, *, revision: str | None = None, adapter: str | None = None) -> Checkpoint:
+    """Open a directory or a hub id (`org/name`, at `revision`) in any of the layouts, and check everything except the values.
 
-    Raises FastVLMError that names what is unsupported, missing, unknown, damaged or of the wrong shape.
+    With `adapter`, another directory or hub id, its tensors are those of the fine-tune. Raises FastVLMError that names what is unsupported,
+    missing, unknown, damaged or of the wrong shape.
     """
     directory = locate(location, revision=revision)
     try:
@@ -206,12 +215,16 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
     except OSError as error:
         raise FastVLMError(f"{directory} cannot be read ({error})", "check its permissions and the disk") from None
     where = str(directory)
+    refuse_exports(directory, entries)
+    layout = settings.layout
+    if is_mlx(entries):
+        layout, entries = "mlx", channels_first(entries)
     _check_types(entries, where)
     _check_sizes(entries, where)
     notes = list(settings.notes)
     if unused := unused_weights(directory, weights):
         notes.append(f"not used: {listing(unused)}; the weights are those in {listing([path.name for path in weights], 1)}")
-    stored = canonical_names(entries, settings.layout, where, notes)
+    stored = canonical_names(entries, layout, where, notes)
     found = {name: entries[key] for name, key in stored.items()}
     if settings.tied and HEAD in found and EMBEDDING not in found:
         found[EMBEDDING], stored[EMBEDDING] = found.pop(HEAD), stored.pop(HEAD)
@@ -227,16 +240,24 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
     if settings.claims.get("vocab", text.vocab) != text.vocab:
         notes.append(f"config.json gives {settings.claims['vocab']} for vocab, but the tensors have {text.vocab}: used {text.vocab}")
     tied = _is_tied(found, settings, where, notes)
+    if tied:
+        found.pop(HEAD, None)
+    fine_tune = None
+    if adapter is not None:
+        fine_tune = open_adapter(adapter)
+        tied = merge(fine_tune, found, directory, notes, tied=tied)
+        settings = with_pictures_of(fine_tune.directory, settings, notes)
     text = dataclasses.replace(text, tied=tied)
     if settings.image_token_id is not None and not 0 <= settings.image_token_id < text.vocab:
         raise FastVLMError(
             f"{where} has image token {settings.image_token_id}, but the embedding has only {text.vocab} rows", "correct config.json"
         )
+    name = name_of(directory) if Path(location).expanduser().is_dir() else location.rpartition("/")[2]
     return Checkpoint(
         location=location,
-        name=name_of(directory) if Path(location).expanduser().is_dir() else location.rpartition("/")[2],
+        name=name if fine_tune is None else f"{name}+{fine_tune.name}",
         directory=directory,
-        layout=settings.layout,
+        layout=layout,
         vision=vision,
         text=text,
         image_size=settings.image_size,
@@ -246,7 +267,8 @@ def open_checkpoint(location: str, *, revision: str | None = None) -> Checkpoint
         train_form=train_form,
         notes=notes,
         weights=weights,
-        _entries={name: found[name] for name in expected if name in found and not (tied and name == HEAD)},
+        adapter=fine_tune,
+        _entries={name: found[name] for name in expected if name in found},
     )
 
 
@@ -324,7 +346,7 @@ def _is_tied(found: dict[str, Entry], settings: Settings, where: str, notes: lis
     equal = head.kind == embedding.kind
     for start in range(0, head.shape[0], COMPARE_ROWS) if equal else ():
         rows = (start, min(start + COMPARE_ROWS, head.shape[0]))
-        if read_tensor(HEAD, head, rows).tobytes() != read_tensor(EMBEDDING, embedding, rows).tobytes():
+        if head.read(HEAD, rows).tobytes() != embedding.read(EMBEDDING, rows).tobytes():
             equal = False
             break
     if settings.tied is not None and settings.tied != equal:

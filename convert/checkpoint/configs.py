@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fastvlm_edge.convert.checkpoint.files import read_json, read_optional_json
 from fastvlm_edge.convert.checkpoint.image_processor import ImageProcessor, read_image_processor
+from fastvlm_edge.convert.checkpoint.model_name import made_from
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.manifest import STRIDE
 
+APPLE_TYPES = ("llava_qwen2", "fastvlm")
+"""Values of model_type with Apple's flat config; the second is mlx-vlm's."""
 IMAGE_TOKEN_ID = 151646
 IMAGE_SEQ_LENGTH = 576
 ROPE_THETA = 10_000.0
@@ -87,20 +90,40 @@ def read_settings(directory: Path) -> Settings:
     path = directory / "config.json"
     config = read_json(path)
     kind = config.get("model_type")
-    if kind not in ("llava_qwen2", "fast_vlm"):
+    if kind not in (*APPLE_TYPES, "fast_vlm"):
         raise FastVLMError(
             f"{path} has model_type {kind!r}, which is not a FastVLM",
-            "give a checkpoint of type llava_qwen2 (Apple's) or fast_vlm (transformers')",
+            "give a checkpoint of type llava_qwen2 (Apple's), fastvlm (of MLX) or fast_vlm (transformers')",
         )
-    if "quantization_config" in config or "quantization" in config:
-        raise FastVLMError(
-            f"{directory} is a quantised checkpoint",
-            "start from the bfloat16, float16 or float32 checkpoint and quantise it with --precision",
-        )
+    if config.get("quantization_config") or config.get("quantization"):
+        raise quantised(directory)
     try:
         return _native(directory, config) if kind == "fast_vlm" else _apple(directory, config)
     except (TypeError, ValueError, AttributeError) as error:
         raise FastVLMError(f"{path} contains a value of the wrong type ({error})", "copy or download it again") from None
+
+
+def quantised(directory: Path) -> FastVLMError:
+    """The error for an export with quantised weights."""
+    return FastVLMError(f"{directory} is a quantised export", f"give {made_from(directory)}, and quantise it with --precision")
+
+
+def with_pictures_of(directory: Path, settings: Settings, notes: list[str]) -> Settings:
+    """The settings of a base model with the image size and the geometry that a fine-tune of it was trained with, and a note if they differ.
+
+    LLaVA's trainer saves them in a `config.json` beside the adapter, and its loader uses that file.
+    """
+    path = directory / "config.json"
+    config = read_optional_json(path)
+    if config.get("model_type") not in APPLE_TYPES:
+        return settings
+    tower = str(config.get("mm_vision_tower") or "")
+    size = _tower_size(path, tower, notes) if tower else settings.image_size
+    geometry = settings.geometry if config.get("image_aspect_ratio") is None else _geometry(path, config, settings.geometry, notes)
+    for what, new, old in (("image size", size, settings.image_size), ("geometry", geometry, settings.geometry)):
+        if new != old:
+            notes.append(f"the fine-tune has the {what} {new}, and the base model {old}: used {new}")
+    return replace(settings, image_size=size, geometry=geometry)
 
 
 def _apple(directory: Path, config: Mapping[str, Any]) -> Settings:

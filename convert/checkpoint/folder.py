@@ -6,33 +6,48 @@ Two sets of weights in one directory, or weights beside an adapter, are an error
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastvlm_edge.convert.checkpoint.files import refuse_lfs_pointer
-from fastvlm_edge.convert.checkpoint.shards import INDEX_NAME
+from fastvlm_edge.convert.checkpoint.shards import INDEX_NAMES
 from fastvlm_edge.convert.checkpoint.tensor_names import listing
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.json_record import parse_json
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME
 
-SINGLE_NAME = "model.safetensors"
-SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+@dataclass(frozen=True)
+class Form:
+    """How files of weights are named."""
+
+    single: str
+    """The name of the only file."""
+    shard: re.Pattern[str]
+    files: str
+    """A pattern of all names."""
+    index: str
+    """Lists the shards."""
+
+
+SAFETENSORS = Form("model.safetensors", re.compile(r"model-\d+-of-\d+\.safetensors"), "*.safetensors", INDEX_NAMES[".safetensors"])
+PICKLES = Form("pytorch_model.bin", re.compile(r"pytorch_model-\d+-of-\d+\.bin"), "pytorch_model*.bin", INDEX_NAMES[".bin"])
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.bin")
 EXPORTS = ("*.mlpackage", "*.mlmodelc", "weights.npz", "*.gguf")
 
 
 def find_weights(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint.
+    """The files of a checkpoint's weights: safetensors, or pickles of PyTorch if there are none.
 
     Raises FastVLMError that says what the directory is if it is not a checkpoint, if it holds two sets of weights or an adapter as well, or
     if a file is missing.
     """
-    weights = weight_files(directory)
+    weights = weight_files(directory, SAFETENSORS) or weight_files(directory, PICKLES)
     adapter = _matches(directory, ADAPTER_FILES)
     if weights and adapter:
         raise FastVLMError(
             f"{directory} has an adapter ({listing(adapter)}) beside its weights, and without it the conversion would lose the fine-tune",
-            "merge the adapter into the weights and save the result in a new directory; if that is done, move these files elsewhere",
+            "move the adapter to a directory of its own, and give that with --adapter; if it is merged already, move its files elsewhere",
         )
     if not weights:
         _refuse_other_formats(directory, adapter)
@@ -46,18 +61,19 @@ def find_weights(directory: Path) -> list[Path]:
     if not weights:
         found = _inside(directory)
         raise FastVLMError(
-            f"{directory} has a config.json but no safetensors file", f"try {found}" if found else "copy or download the weights as well"
+            f"{directory} has a config.json but no weights (*.safetensors or pytorch_model*.bin)",
+            f"try {found}" if found else "copy or download the weights as well",
         )
     return weights
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: those that the index lists, or the only one; empty if there are none.
+def weight_files(directory: Path, form: Form) -> list[Path]:
+    """The weights of a directory in one form: the files that the index lists, or the only one; empty if there are none.
 
     Raises FastVLMError for a missing shard, a damaged index, two sets of weights, or several files without an index.
     """
-    index_path, single = directory / INDEX_NAME, directory / SINGLE_NAME
-    found = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    index_path, single = directory / form.index, directory / form.single
+    found = sorted(path for path in directory.glob(form.files) if path.is_file() and not path.name.startswith("adapter_"))
     if index_path.is_file():
         refuse_lfs_pointer(index_path)
         try:
@@ -65,30 +81,30 @@ def weight_files(directory: Path) -> list[Path]:
             names = sorted({"" + name for name in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FastVLMError(f"{index_path} is damaged ({error})", "copy or download it again") from None
-        if single.is_file() and SINGLE_NAME not in names:
-            newer = SINGLE_NAME if single.stat().st_mtime > index_path.stat().st_mtime else INDEX_NAME
+        if single.is_file() and form.single not in names:
+            newer = form.single if single.stat().st_mtime > index_path.stat().st_mtime else form.index
             raise FastVLMError(
-                f"{directory} has two sets of weights: {SINGLE_NAME}, and the shards of {INDEX_NAME} ({newer} is newer)",
+                f"{directory} has two sets of weights: {form.single}, and the shards of {form.index} ({newer} is newer)",
                 "move the set that is not wanted elsewhere, with its index",
             )
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise FastVLMError(
-                f"{directory / missing[0]} is missing ({len(missing)} of {len(names)} shards listed in {INDEX_NAME})",
+                f"{directory / missing[0]} is missing ({len(missing)} of {len(names)} shards listed in {form.index})",
                 "copy or download the missing files",
             )
         return [directory / name for name in names]
     if single.is_file():
-        shards = [path.name for path in found if SHARD.fullmatch(path.name)]
+        shards = [path.name for path in found if form.shard.fullmatch(path.name)]
         if shards:
             raise FastVLMError(
-                f"{directory} has two sets of weights: {SINGLE_NAME}, and shards without an index ({listing(shards)})",
+                f"{directory} has two sets of weights: {form.single}, and shards without an index ({listing(shards)})",
                 "move the set that is not wanted elsewhere",
             )
         return [single]
     if len(found) > 1:
         raise FastVLMError(
-            f"{directory} has {len(found)} safetensors files but no {INDEX_NAME}, which says which of them belong together",
+            f"{directory} has {len(found)} files {form.files} but no {form.index}, which says which of them belong together",
             "copy or download that file as well",
         )
     return found
@@ -101,14 +117,14 @@ def unused_weights(directory: Path, weights: list[Path]) -> list[str]:
 
 
 def _refuse_other_formats(directory: Path, adapter: list[str]) -> None:
-    """Raise FastVLMError if a directory without safetensors holds weights in another form."""
+    """Raise FastVLMError if a directory without weights of a checkpoint holds some in another form."""
     if _matches(directory, EXPORTS):
         raise FastVLMError(
             f"{directory} is an export for CoreML, MLX or llama.cpp, not a checkpoint", "give the checkpoint that it was made from"
         )
     if adapter:
         raise FastVLMError(
-            f"{directory} contains only a LoRA adapter ({listing(adapter)})", "merge it into its base model, save that, and give the result"
+            f"{directory} contains only a fine-tune ({listing(adapter)})", "give its base model, and this directory with --adapter"
         )
     if _matches(directory, ("zero_to_fp32.py", "global_step*")):
         raise FastVLMError(
@@ -120,13 +136,10 @@ def _refuse_other_formats(directory: Path, adapter: list[str]) -> None:
             f"{directory} is an FSDP checkpoint, whose weights are spread over the training processes",
             "run: accelerate merge-weights DIRECTORY MERGED; then copy its json files to MERGED and give that",
         )
-    if _matches(directory, ("pytorch_model*.bin",)):
-        raise FastVLMError(
-            f"{directory} has its weights in pytorch_model*.bin, a format that can run code when it is opened",
-            "convert it to safetensors first: load it with its own code and call save_pretrained(..., safe_serialization=True)",
-        )
     if (directory / "mm_projector.bin").is_file():
-        raise FastVLMError(f"{directory} contains only a projector (mm_projector.bin)", "give the directory of a whole FastVLM checkpoint")
+        raise FastVLMError(
+            f"{directory} contains only a projector (mm_projector.bin)", "give its base model, and this directory with --adapter"
+        )
 
 
 def _inside(directory: Path) -> Path | None:

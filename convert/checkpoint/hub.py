@@ -1,7 +1,7 @@
 """From what the user typed (a directory or a hub id) to a directory on this machine: the first step of `convert`.
 
-Downloads go through huggingface_hub with its own cache and token. Only weights and text files are fetched; code of a repository is never
-run.
+Downloads go through huggingface_hub with its own cache and token. Only weights and text files are fetched, pickles only where a repository
+has no safetensors; code of a repository is never run.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import package_errors
 from fastvlm_edge.model_dir.mistaken import HUB_ID, hub_id_of, is_address, shortened
 
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md"]
+PICKLED_FILES = ["pytorch_model*.bin", "adapter_model.bin", "non_lora_trainables.bin", "mm_projector.bin"]
 
 
 def locate(location: str, *, revision: str | None = None) -> Path:
-    """The directory of the checkpoint: `location` itself, or the snapshot of the hub id `org/name` in the local cache.
+    """The directory of a checkpoint or adapter: `location` itself, or the snapshot of the hub id `org/name` in the local cache.
 
     `revision` is a branch, tag or commit of the hub repository; it is ignored for a directory.
     Raises FastVLMError if `location` is neither, or if the download fails.
@@ -40,7 +41,7 @@ def _about_file(path: Path) -> FastVLMError:
     if zipfile.is_zipfile(path) and path.suffix != ".bin":
         return FastVLMError(f"{path} is a zip file", "unpack it and give the directory that was unpacked")
     if path.name == "mm_projector.bin":
-        return FastVLMError(f"{path} contains only a projector", "give the directory of a whole FastVLM checkpoint")
+        return FastVLMError(f"{path} contains only a projector", "give a whole checkpoint, and the directory of this file with --adapter")
     return FastVLMError(f"{path} is a file, not a checkpoint", f"give the directory that contains it: {path.parent}")
 
 
@@ -56,8 +57,14 @@ def _download(name: str, revision: str | None) -> Path:
             RevisionNotFoundError,
         )
     where = name if revision is None else f"{name} at revision {revision}"
+
+    def download(patterns: list[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
+        directory = download(HUB_FILES)
+        whole = any(directory.glob("*.safetensors")) and not (directory / "adapter_config.json").is_file()
+        return directory if whole else download([*HUB_FILES, *PICKLED_FILES])
     except GatedRepoError:
         raise FastVLMError(f"{where} is gated on the hub", "accept its conditions on its page there, then run: hf auth login") from None
     except RepositoryNotFoundError:

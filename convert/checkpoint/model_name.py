@@ -13,6 +13,9 @@ _SAYS_NOTHING = re.compile(
 )
 _TRAINING_STEP = re.compile(r"(?i)(?:checkpoint|step|epoch)[-_]?\d+")
 LONGEST = 100
+_BASE_MODEL = re.compile(r"^base_model:\s*(?:\n?\s*-\s*)?[\"']?([\w.-]+/[\w.-]+)[\"']?\s*$", re.MULTILINE)
+_RELEASED = {896: "apple/FastVLM-0.5B", 1536: "apple/FastVLM-1.5B", 3584: "apple/FastVLM-7B"}
+"""By the width of the LLM."""
 
 
 def name_of(directory: Path) -> str:
@@ -37,6 +40,22 @@ def check_name(name: str) -> str:
     if not name.strip() or not name.isprintable() or len(name) > LONGEST:
         raise FastVLMError(f"the name {name[:LONGEST]!r} is not usable", f"give 1 to {LONGEST} printable characters")
     return name
+
+
+def made_from(directory: Path) -> str:
+    """What an export was made from, for an error: the `base_model` of its model card, or the released FastVLM of its width."""
+    try:
+        card = _BASE_MODEL.search((directory / "README.md").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        card = None
+    if card:
+        return f"the checkpoint that it was made from, {card[1]}"
+    try:
+        width = parse_json((directory / "config.json").read_text(encoding="utf-8")).get("hidden_size")
+    except (OSError, ValueError, AttributeError):
+        width = None
+    released = _RELEASED.get(width) if isinstance(width, int) else None
+    return f"the checkpoint that it was made from, such as {released}" if released else "the checkpoint that it was made from"
 
 
 def _saved_from(directory: Path) -> str:

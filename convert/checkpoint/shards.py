@@ -1,7 +1,7 @@
-"""The safetensors files of a checkpoint: headers are read at once, data one tensor (or a few rows) at a time.
+"""The files of a checkpoint that hold its weights: what is in them is listed at once, data are read one tensor (or a few rows) at a time.
 
-Files are read and not mapped into memory, so a conversion needs memory only for the tensors that it holds. Nothing here knows what a tensor
-means.
+safetensors files are read and not mapped into memory, so a conversion needs memory only for the tensors that it holds. Nothing here knows
+what a tensor means.
 """
 
 from __future__ import annotations
@@ -13,40 +13,51 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from fastvlm_edge.convert.checkpoint.entries import DTYPES, Entry, Rows, check_rows
 from fastvlm_edge.convert.checkpoint.files import refuse_lfs_pointer
+from fastvlm_edge.convert.checkpoint.pickles import read_pickle
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.json_record import parse_json
 
-INDEX_NAME = "model.safetensors.index.json"
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-}
+INDEX_NAMES = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
+"""The list of the shards, by the suffix of their names."""
 MAX_HEADER = 100_000_000
 FINITE_BLOCK = 1 << 22
 EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where one tensor is stored: its data begin at byte `start` of the file `path`."""
+class FileEntry(Entry):
+    """A tensor whose data begin at byte `start` of the file."""
 
-    path: Path
     start: int
-    shape: tuple[int, ...]
-    kind: str
-    """Its safetensors dtype: a key of DTYPES, or one that this toolkit does not support."""
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The numpy type. Raises KeyError for an unsupported dtype."""
-        return DTYPES[self.kind]
+    def read(self, name: str, rows: Rows | None = None) -> npt.NDArray[Any]:
+        """As in `Entry`. Raises FastVLMError if the file was removed or truncated after its header was read."""
+        shape = self.shape
+        offset = self.start
+        if rows is not None:
+            check_rows(name, shape, rows)
+            offset += rows[0] * math.prod(shape[1:]) * self.dtype.itemsize
+            shape = (rows[1] - rows[0], *shape[1:])
+        array = np.empty(shape, self.dtype)
+        if not array.size:
+            return array
+        view = array.reshape(-1).view(np.uint8).data
+        done = 0
+        try:
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                while count := file.readinto(view[done:]):
+                    done += count
+        except OSError as error:
+            raise FastVLMError(f"{self.path} cannot be read ({error})", "check that it still exists and is readable") from None
+        if done < len(view):
+            raise FastVLMError(f"{self.path} ends inside tensor {name}", "copy or download it again")
+        return array
 
 
 def read_shards(directory: Path, files: Sequence[Path]) -> dict[str, Entry]:
@@ -56,14 +67,14 @@ def read_shards(directory: Path, files: Sequence[Path]) -> dict[str, Entry]:
     """
     entries: dict[str, Entry] = {}
     for path in files:
-        for name, entry in read_header(path).items():
+        for name, entry in read_file(path).items():
             if name in entries:
                 raise FastVLMError(
                     f"tensor {name} appears in both {entries[name].path.name} and {path.name} of {directory}",
                     "move the file that belongs to another save elsewhere, and correct the index",
                 )
             entries[name] = entry
-    index_path = directory / INDEX_NAME
+    index_path = directory / INDEX_NAMES[files[0].suffix]
     if index_path.is_file():
         weight_map: dict[str, str] = parse_json(index_path.read_text(encoding="utf-8"))["weight_map"]
         for name, shard in weight_map.items():
@@ -75,10 +86,15 @@ def read_shards(directory: Path, files: Sequence[Path]) -> dict[str, Entry]:
     return entries
 
 
+def read_file(path: Path) -> dict[str, Entry]:
+    """The tensors of one file: safetensors, or a pickle of PyTorch if it ends in `.bin`. Raises FastVLMError if it is damaged or unsafe."""
+    return read_pickle(path) if path.suffix == ".bin" else read_header(path)
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file: 8-byte little-endian header length, JSON header, data.
 
-    Raises FastVLMError if the file is a git-LFS pointer, an export for MLX, truncated, or has no valid header.
+    Raises FastVLMError if the file is a git-LFS pointer, truncated, or has no valid header.
     """
     refuse_lfs_pointer(path)
     size = path.stat().st_size
@@ -92,18 +108,13 @@ def read_header(path: Path) -> dict[str, Entry]:
         raw = file.read(length)
     try:
         header = parse_json(raw, object_pairs_hook=_unique)
-        metadata = header.pop("__metadata__", None) or {}
+        header.pop("__metadata__", None)
         items = {name: _read_item(item) for name, item in header.items()}
-        written_by = metadata.get("format")
     except DuplicateError as error:
         raise FastVLMError(f"tensor {error} appears twice in the header of {path}", again) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FastVLMError(f"the header of {path} is damaged ({error})", again) from None
-    if written_by == "mlx":
-        raise FastVLMError(
-            f"{path} is an export for MLX, whose tensors are laid out differently", "give the checkpoint that it was made from"
-        )
-    entries = {}
+    entries: dict[str, Entry] = {}
     for name, (kind, shape, start, end) in items.items():
         if not 0 <= start <= end or min(shape, default=0) < 0:
             raise FastVLMError(f"the header of {path} is damaged: {name} {list(shape)} is stored at bytes {start} to {end}", again)
@@ -111,7 +122,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise FastVLMError(f"{path} is truncated: it has {size} bytes, but tensor {name} ends at byte {8 + length + end}", again)
         if kind in DTYPES and end - start != math.prod(shape) * DTYPES[kind].itemsize:
             raise FastVLMError(f"the header of {path} is damaged: {name} {list(shape)} {kind} cannot have {end - start} bytes", again)
-        entries[name] = Entry(path, 8 + length + start, shape, kind)
+        entries[name] = FileEntry(path, shape, kind, 8 + length + start)
     return entries
 
 
@@ -132,36 +143,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise DuplicateError(key)
         out[key] = value
     return out
-
-
-def read_tensor(name: str, entry: Entry, rows: tuple[int, int] | None = None) -> npt.NDArray[Any]:
-    """A tensor as a new array, or only its rows [start, stop) along the first axis.
-
-    Raises FastVLMError if the file was removed or truncated after its header was read, and IndexError if the rows are out of range.
-    """
-    shape = entry.shape
-    offset = entry.start
-    if rows is not None:
-        start, stop = rows
-        if not (shape and 0 <= start <= stop <= shape[0]):
-            raise IndexError(f"rows {start} to {stop} of {name}, which has shape {list(shape)}")
-        offset += start * math.prod(shape[1:]) * entry.dtype.itemsize
-        shape = (stop - start, *shape[1:])
-    array = np.empty(shape, entry.dtype)
-    if not array.size:
-        return array
-    view = array.reshape(-1).view(np.uint8).data
-    done = 0
-    try:
-        with entry.path.open("rb") as file:
-            file.seek(offset)
-            while count := file.readinto(view[done:]):
-                done += count
-    except OSError as error:
-        raise FastVLMError(f"{entry.path} cannot be read ({error})", "check that it still exists and is readable") from None
-    if done < len(view):
-        raise FastVLMError(f"{entry.path} ends inside tensor {name}", "copy or download it again")
-    return array
 
 
 def first_non_finite(array: npt.NDArray[Any]) -> int | None:

@@ -1,4 +1,4 @@
-"""The tensor names of a checkpoint: each layout's own names become one canonical set.
+"""The tensor names of a checkpoint: the names of each layout become one canonical set.
 
 Canonical names are `vision.<FastViTHD state dict>`, `projector.linear_{1,2}.*`, `llm.{embed_tokens,layers.N,norm}.*` and `lm_head.weight`.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from fastvlm_edge.errors import FastVLMError
 
+EMBEDDING, HEAD = "llm.embed_tokens.weight", "lm_head.weight"
 APPLE_PARTS = (
     ("model.vision_tower.vision_tower.model.", "vision."),
     ("model.mm_projector.0.", "projector.linear_1."),
@@ -29,6 +30,16 @@ NATIVE_PARTS = (
     ("model.language_model.", "llm."),
     ("language_model.model.", "llm."),
 )
+MLX_PARTS = (
+    ("vision_tower.vision_model.", "vision."),
+    ("mm_projector.0.", "projector.linear_1."),
+    ("mm_projector.2.", "projector.linear_2."),
+    ("lm_head.", "lm_head."),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "llm."),
+)
+PARTS = {"apple": APPLE_PARTS, "hub": APPLE_PARTS, "native": NATIVE_PARTS, "mlx": MLX_PARTS}
+"""Layout -> beginnings of stored names, with what they are in the canonical ones."""
 APPLE_TOP = {
     "patch_embed": "stem",
     "conv_exp": "final_conv",
@@ -60,7 +71,7 @@ PARALLEL = "module."
 """What DataParallel, DistributedDataParallel and DeepSpeed put before every name."""
 ADAPTER = re.compile(r".*(?:\.|^)(?:lora_\w+|base_layer|modules_to_save|original_module|ia3_l|oft_\w+|hada_w\w+|vera_\w+)(?:\.|$).*")
 """Tensors of PEFT: of an adapter, and of the layers that it wraps."""
-LAYOUT_NAMES = {"apple": "Apple's layout", "hub": "Apple's layout", "native": "transformers' layout"}
+LAYOUT_NAMES = {"apple": "Apple's layout", "hub": "Apple's layout", "native": "transformers' layout", "mlx": "conversions for MLX"}
 LAYER_SCALE = re.compile(r"(.*\.layer_scale(?:_[12])?)")
 HARMLESS = re.compile(r".*(rotary_emb\.inv_freq|position_ids|image_newline)|vision\.head\..*")
 """Tensors that FastVLM does not use: buffers that follow from the config, LLaVA's newline token, and the head of CLIP."""
@@ -68,10 +79,12 @@ HARMLESS = re.compile(r".*(rotary_emb\.inv_freq|position_ids|image_newline)|visi
 
 def canonical_name(name: str, layout: str) -> str | None:
     """The canonical form of a stored name; None if the name does not belong to a FastVLM checkpoint."""
-    for stored, canonical in NATIVE_PARTS if layout == "native" else APPLE_PARTS:
+    for stored, canonical in PARTS[layout]:
         if name.startswith(stored):
             rest = name[len(stored) :]
             if canonical == "vision.":
+                if layout == "mlx":
+                    rest = rest.replace("patch_embed.blocks.", "patch_embed.", 1)
                 rest = re.sub(r"\.pos_enc\.", ".pe.", rest) if layout == "native" else _apple_vision_name(rest)
             return canonical + rest
     return None
@@ -109,16 +122,14 @@ def canonical_names(stored: Iterable[str], layout: str, where: str, notes: list[
     if adapter:
         raise FastVLMError(
             f"{where} contains tensors of an adapter that is not merged, LoRA or another ({listing(adapter)})",
-            "merge the adapter into its base model (PEFT: merge_and_unload), save that, and give the result",
+            "save the adapter alone (PEFT: save_pretrained), and give its base model, and that directory with --adapter",
         )
-    if any(name.endswith((".scales", ".weight_scale", ".weight_scale_inv", ".qweight")) for name in (*unknown, *names)):
-        raise FastVLMError(f"{where} is a quantised export (it contains scales for its weights)", "start from the bfloat16 checkpoint")
     _refuse_foreign_names(unknown, layout, where)
     parts = {name.partition(".")[0] for name in names}
     if "vision" not in parts:
         raise FastVLMError(
             f"{where} contains no vision tower, only {listing(sorted(parts) or unknown)}",
-            "give a checkpoint with encoder, projector and language model (an MLX export does not have them all)",
+            "give a checkpoint with encoder, projector and language model",
         )
     if "llm" not in parts:
         raise FastVLMError(f"{where} contains no language model, only {listing(sorted(parts))}", "give the whole FastVLM checkpoint")

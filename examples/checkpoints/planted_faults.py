@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fastvlm_edge.convert.checkpoint.checkpoint import EMBEDDING, HEAD, open_checkpoint
+from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
 from fastvlm_edge.convert.checkpoint.structure import TextConfig
-from fastvlm_edge.convert.checkpoint.tensor_names import canonical_names
+from fastvlm_edge.convert.checkpoint.tensor_names import EMBEDDING, HEAD, canonical_names
 
 SCALES = (10.0, 300.0, 10_000.0)
 """Not powers of two: a fault must not be undone exactly by chance."""

@@ -1,4 +1,4 @@
-"""Write a FastVLM checkpoint with random weights, in any of the three layouts, from a few megabytes to the real 7B.
+"""Write a FastVLM checkpoint with random weights, in any of the layouts, from a few megabytes to the real 7B.
 
     python -m examples.checkpoints.random_checkpoint DIRECTORY --layout native --size 0.5b
 
@@ -29,7 +29,9 @@ from fastvlm_edge.convert.checkpoint.tensor_names import APPLE_INNER, APPLE_TOP
 from fastvlm_edge.convert.checkpoint.text import QWEN2_SPLIT
 from fastvlm_edge.convert.fastvithd import FastViTHDConfig
 
-LAYOUTS = ("apple", "hub", "native")
+LAYOUTS = ("apple", "hub", "native", "mlx")
+CHANNELS_LAST = {4: (0, 2, 3, 1), 3: (1, 2, 0)}
+"""Axes of convolutions and layer scales in the order of MLX."""
 POOL = 4_194_301  # prime: rows of one tensor, cut one after another from the pool, start at different places of it
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 IMAGE_TOKEN = "<image>"
@@ -105,7 +107,7 @@ def write_checkpoint(
 
     `tied` None means as released. With `shards` above 1 an index names them. `tokenizer` is `json` (tokenizer.json) or `vocab`
     (vocab.json, merges.txt, added_tokens.json). A tied head is stored as a bit-equal copy in the Apple layouts and left out in the
-    native one, which is what their own code writes.
+    others, which is what their own code writes.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -118,7 +120,7 @@ def write_checkpoint(
     shapes = stored_shapes(spec.vision, text, layout)
     weights = RandomWeights(seed, spec, dtype, tied=tied)
     write_safetensors(directory, shapes, lambda name: weights.blocks(name, shapes[name]), layout=layout, shards=shards, dtype=dtype)
-    config = native_config(spec, text, image_size, dtype) if native else apple_config(spec, text, image_size, dtype, hub=layout == "hub")
+    config = native_config(spec, text, image_size, dtype) if native else apple_config(spec, text, image_size, dtype, hub=layout != "apple")
     write_json(directory / "config.json", config)
     special = spec.tokens
     write_json(
@@ -144,11 +146,12 @@ def native_rows(rows: int) -> int:
 def stored_shapes(vision: FastViTHDConfig, text: TextConfig, layout: str) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of what a layout stores, `vision.head.proj` of the Apple layouts included."""
     shapes = expected_shapes(vision, text, train_form=False)
-    if layout == "native":
-        if text.tied:
-            del shapes["lm_head.weight"]
-    else:
+    if layout in ("native", "mlx") and text.tied:
+        del shapes["lm_head.weight"]
+    if layout != "native":
         shapes["vision.head.proj"] = (vision.out_dim, vision.out_dim // 4)
+    if layout == "mlx":
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked")}
     return shapes
 
 
@@ -162,6 +165,12 @@ def stored_name(name: str, layout: str) -> str:
             "llm": "model.language_model.",
             "lm_head": "lm_head.",
         }[part] + rest
+    if layout == "mlx":
+        if part == "vision":
+            return "vision_tower.vision_model." + apple_vision_name(rest).replace("patch_embed.", "patch_embed.blocks.")
+        if part == "projector":
+            return "mm_projector." + rest.replace("linear_1", "0").replace("linear_2", "2")
+        return f"language_model.model.{rest}" if part == "llm" else f"language_model.{name}"
     if part == "vision":
         return "model.vision_tower.vision_tower.model." + apple_vision_name(rest)
     if part == "projector":
@@ -270,11 +279,13 @@ def write_safetensors(
     weight_map = {}
     for number, names in enumerate(groups, 1):
         path = directory / ("model.safetensors" if shards == 1 else f"model-{number:05}-of-{shards:05}.safetensors")
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "mlx" if layout == "mlx" else "pt"}}
         at = 0
         for name in names:
             stored = stored_name(name, layout)
-            header[stored] = {"dtype": _stored_type(name, dtype)[0], "shape": shapes[name], "data_offsets": [at, at + sizes[name]]}
+            axes = _axes(name, shapes[name], layout)
+            shape = [shapes[name][axis] for axis in axes]
+            header[stored] = {"dtype": _stored_type(name, dtype)[0], "shape": shape, "data_offsets": [at, at + sizes[name]]}
             weight_map[stored] = path.name
             at += sizes[name]
         encoded = json.dumps(header).encode()
@@ -282,11 +293,21 @@ def write_safetensors(
         with path.open("wb") as file:
             file.write(len(encoded).to_bytes(8, "little") + encoded)
             for name in names:
+                axes = _axes(name, shapes[name], layout)
+                turned = list(axes) != sorted(axes)
                 for block in values(name) if values is not None else ():
+                    if turned:  # convolutions come in one block
+                        block = np.ascontiguousarray(block.reshape(shapes[name]).transpose(axes)).reshape(-1)
                     file.write(block.tobytes() if block.dtype == np.int64 else block.view(np.uint8).data)
             file.truncate(8 + len(encoded) + at)
     if shards > 1:
         write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _axes(name: str, shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """The order in which a layout stores the axes of a tensor."""
+    in_order = tuple(range(len(shape)))
+    return CHANNELS_LAST.get(len(shape), in_order) if layout == "mlx" and name.startswith("vision.") else in_order
 
 
 def _stored_type(name: str, dtype: str) -> tuple[str, int]:

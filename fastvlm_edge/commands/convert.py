@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         geometry=options.geometry,
         context=options.context,
         name=options.name,
+        adapter=options.adapter,
         calibrate=calibrate,
         progress=stderr_progress(),
         force=options.force,
@@ -101,6 +102,12 @@ def parser() -> argparse.ArgumentParser:
         "--context", metavar="N", type=positive, help="longest conversation in tokens, pictures included (default: 4096, or as trained)"
     )
     parser.add_argument("--name", metavar="NAME", help="what the model is called (default: its hub repository or directory)")
+    parser.add_argument(
+        "--adapter",
+        metavar="ADAPTER",
+        type=given,
+        help="directory or hub id of a fine-tune of CHECKPOINT: a LoRA of PEFT, with LLaVA's non_lora_trainables.bin if there is one",
+    )
     parser.add_argument(
         "--calib",
         metavar="DATA",

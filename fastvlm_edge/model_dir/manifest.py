@@ -28,11 +28,13 @@ STRIDE = 64
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights came from. `files` maps each checkpoint file that was read to its sha256."""
+    """Where the weights came from. `files` maps each file that was read to its sha256; those of an adapter begin with `adapter/`."""
 
     checkpoint: str
     layout: str
     files: dict[str, str]
+    adapter: str = ""
+    """The fine-tune that was merged into the checkpoint, if there is one."""
 
 
 @dataclass(frozen=True)

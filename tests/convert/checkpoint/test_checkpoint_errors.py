@@ -46,15 +46,14 @@ def native(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"config.json": "{}", "pytorch_model-00001-of-00002.bin": ""}, r"pytorch_model\*\.bin.*convert it to safetensors"),
         (
             {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
-            r"contains only a LoRA adapter \(adapter_config\.json, adapter_model\.safetensors\); merge",
+            r"contains only a fine-tune \(adapter_config\.json, adapter_model\.safetensors\); give its base model, and this",
         ),
         ({"config.json": "{}", "mm_projector.bin": ""}, "contains only a projector"),
         ({"config.json": "{}", "fastvithd.mlpackage": ""}, "export for CoreML, MLX or llama"),
         ({"config.json": "{}", "weights.npz": ""}, "export for CoreML, MLX or llama"),
-        ({"config.json": "{}"}, "no safetensors file"),
+        ({"config.json": "{}"}, r"has a config\.json but no weights"),
         ({"llava-fastvithd_0.5b_stage3.zip": ""}, r"config\.json is missing; unpack llava-fastvithd_0\.5b_stage3\.zip first"),
         ({"llava-fastvithd_0.5b_stage3/config.json": "{}"}, "config\\.json is missing; try .*llava-fastvithd_0.5b_stage3"),
         ({"notes.txt": ""}, r"is not a checkpoint: config\.json is missing; check the path"),
@@ -64,7 +63,10 @@ def native(tmp_path: Path) -> Path:
             {"config.json": '{"model_type": "llava_qwen2"}', "model.safetensors": ""},
             "no mm_vision_tower: this is a language model without an encoder",
         ),
-        ({"config.json": "{}", "a.safetensors": "", "b.safetensors": ""}, r"2 safetensors files but no model\.safetensors\.index\.json"),
+        (
+            {"config.json": "{}", "a.safetensors": "", "b.safetensors": ""},
+            r"2 files \*\.safetensors but no model\.safetensors\.index\.json",
+        ),
     ],
 )
 def test_directories_that_are_not_checkpoints(tmp_path: Path, files: dict[str, str], message: str) -> None:
@@ -89,7 +91,7 @@ def test_directories_that_are_not_checkpoints(tmp_path: Path, files: dict[str, s
             "not supported; give a checkpoint with FastViTHD, whose name ends in the image size, such as mobileclip_l_1024",
         ),
         ({"mm_vision_tower": "mobileclip_l_1000"}, "an image size of 1000 px, but FastViTHD takes multiples of 64"),
-        ({"quantization_config": {"bits": 4}}, "quantised checkpoint; start from"),
+        ({"quantization_config": {"bits": 4}}, "is a quantised export; give the checkpoint that it was made from, and quantise it"),
         ({"num_attention_heads": 3}, "gives 3 attention heads of size 42, but the q and k projections have 128 and 64 rows"),
         ({"num_attention_heads": 2}, "gives 2 key-value heads of size 64, but the k projection has 64 rows"),
         ({"num_attention_heads": None}, "has no num_attention_heads, which the tensors cannot tell; add it"),
@@ -171,7 +173,7 @@ def test_an_encoder_of_another_structure(apple: Path) -> None:
 
 def test_an_unmerged_adapter(apple: Path) -> None:
     edit_tensors(apple, lambda tensors: tensors.update({"base_model.model.layers.0.q_proj.lora_A.weight": torch.ones(2, 2)}))
-    refuse(apple, r"an adapter that is not merged.*\(base_model\.model\.layers\.0\.q_proj\.lora_A\.weight\); merge")
+    refuse(apple, r"an adapter that is not merged.*\(base_model\.model\.layers\.0\.q_proj\.lora_A\.weight\); save the adapter alone")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_an_unmerged_adapter(apple: Path) -> None:
 )
 def test_tensors_of_peft_between_known_names(apple: Path, suffix: str) -> None:
     edit_tensors(apple, lambda tensors: tensors.update({f"model.layers.0.self_attn.q_proj.{suffix}": torch.ones(2, 2)}))
-    refuse(apple, "an adapter that is not merged.*; merge the adapter")
+    refuse(apple, "an adapter that is not merged.*; save the adapter alone")
 
 
 def test_tensors_that_zero_3_did_not_gather(apple: Path) -> None:
@@ -243,12 +245,6 @@ def test_names_behind_a_prefix_that_is_not_certain(apple: Path) -> None:
 def test_the_config_of_the_other_layout(apple: Path, native: Path) -> None:
     (apple / "config.json").write_text((native / "config.json").read_text())
     refuse(apple, "has tensors with the names of Apple's layout.*but config.json is that of transformers' layout")
-
-
-def test_an_export_for_mlx(apple: Path) -> None:
-    path = apple / "model.safetensors"
-    save_file(load_file(path), path, {"format": "mlx"})
-    refuse(apple, "is an export for MLX")
 
 
 def test_a_crop_that_is_not_square(native: Path) -> None:

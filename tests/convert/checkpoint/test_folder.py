@@ -29,7 +29,10 @@ def whole(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"])
 def test_an_adapter_beside_whole_weights(whole: Path, name: str) -> None:
     (whole / name).write_bytes(b"")
-    refuse(whole, rf"has an adapter \({name}\) beside its weights.*; merge the adapter.*if that is done, move these files elsewhere")
+    refuse(
+        whole,
+        rf"has an adapter \({name}\) beside its weights.*; move the adapter to a directory of its own, and give that with --adapter",
+    )
 
 
 @pytest.mark.parametrize(("single_is_newer", "newer"), [(True, "model.safetensors"), (False, "model.safetensors.index.json")])
@@ -68,11 +71,11 @@ def test_files_that_are_left_aside_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["config.json", "zero_to_fp32.py", "pytorch_model.bin"], "is a DeepSpeed checkpoint.*; run in it: python zero_to_fp32.py"),
+        (["config.json", "zero_to_fp32.py"], "is a DeepSpeed checkpoint.*; run in it: python zero_to_fp32.py"),
         (["config.json", "global_step900/x.pt"], "is a DeepSpeed checkpoint"),
         (["config.json", "pytorch_model_fsdp_0/x.distcp"], "is an FSDP checkpoint.*; run: accelerate merge-weights"),
         (["config.json", "model.gguf"], "is an export for CoreML, MLX or llama.cpp"),
-        (["config.json", "non_lora_trainables.bin"], r"contains only a LoRA adapter \(non_lora_trainables\.bin\)"),
+        (["config.json", "non_lora_trainables.bin"], r"contains only a fine-tune \(non_lora_trainables\.bin\)"),
         (["fastvlm.json", "vision.onnx"], "is a model directory, which is already converted"),
     ],
 )

@@ -47,7 +47,27 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypa
     assert (checkpoint.location, checkpoint.name, checkpoint.layout) == ("apple/FastVLM-0.5B", "FastVLM-0.5B", "hub")
     assert [call["name"] for call in calls] == ["apple/FastVLM-0.5B"]
     assert calls[0]["revision"] == "main"
-    assert calls[0]["allow_patterns"] == ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+    assert calls[0]["allow_patterns"] == ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md"]
+
+
+@pytest.mark.parametrize(
+    ("files", "pickles"),
+    [
+        (["model.safetensors"], False),
+        (["pytorch_model.bin"], True),
+        (["adapter_model.safetensors", "adapter_config.json"], True),  # with non_lora_trainables.bin, perhaps
+    ],
+)
+def test_pickles_are_downloaded_only_where_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], pickles: bool
+) -> None:
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    calls = hub_gives(monkeypatch, tmp_path)
+    assert locate("org/name") == tmp_path
+    assert not any(pattern.endswith(".bin") for pattern in calls[0]["allow_patterns"])
+    asked = {pattern for call in calls[1:] for pattern in call["allow_patterns"]}
+    assert ({"pytorch_model*.bin", "non_lora_trainables.bin"} <= asked) == pickles and len(calls) == 1 + pickles
 
 
 @pytest.mark.parametrize(
