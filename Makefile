@@ -72,13 +72,14 @@ test-browser: $(READY)
 	command -v chromedriver || ($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium chromium-driver)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m browser tests/browser
 
-# The server with programs of others, in an environment of their own. That with a page needs Chromium, which test-browser installs.
+# The server with programs of others, in an environment of their own, and the examples for Triton, KServe and Ray Serve. That with a page
+# needs Chromium, which test-browser installs.
 test-clients: $(READY) $(CLIENTS)/.ready
 	$(BIN)/python -m pytest -m clients tests/clients
 
 $(CLIENTS)/.ready: Makefile
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/pip install --quiet langchain-openai live-vlm-webui==0.4.0
+	$(CLIENTS)/bin/pip install --quiet langchain-openai live-vlm-webui==0.4.0 "tritonclient[grpc]" "ray[serve]" --editable ".[serve]"
 	touch $(CLIENTS)/.ready
 
 # Batches on a Ray cluster of several processes. Ray has an environment of its own, because with pandas and pyarrow it has 0.5 GB. The manifest
@@ -99,7 +100,7 @@ lint: $(READY)
 	$(MAKE) --no-print-directory types
 
 types: $(READY)
-	$(BIN)/mypy -p fastvlm_edge -p tests -p benchmarks -p examples
+	$(BIN)/mypy -p fastvlm_edge -p tests -p benchmarks -p examples -p optimum
 
 # The site, in build/site.
 docs: $(READY)

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import FrameType
@@ -46,8 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 wrong usage, or 128 and the number of the signal that ended it.
 
     With `--json`, a command that fails prints `{"error": {"message": ..., "mend": ...}}` on stdout. If it has a partial result, `error` is
-    added to that object. Wrong usage prints nothing on stdout. Standard streams that are closed lead nowhere, and what cannot be written to
-    stderr is lost.
+    added to that object. Wrong usage prints nothing on stdout.
+    """
+    return guarded(lambda: _run(arguments), as_json="--json" in (sys.argv[1:] if arguments is None else arguments))
+
+
+def guarded(work: Callable[[], int], *, as_json: bool = False) -> int:
+    """Run `work`, which returns an exit status, and turn every exception and signal into a line on stderr and an exit status.
+
+    Standard streams that are closed lead nowhere, and what cannot be written to stderr is lost.
     """
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -55,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a reply may contain characters that the terminal cannot encode
     with _Stop() as stop, _forgiving_stderr():
         try:
-            return _run(arguments)
+            return work()
         except KeyboardInterrupt:
             return stop.status
         except BrokenPipeError:
@@ -65,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return stop.status
             if os.environ.get("FASTVLM_EDGE_DEBUG"):
                 raise
-            return _report(error, as_json="--json" in (sys.argv[1:] if arguments is None else arguments))
+            return _report(error, as_json=as_json)
         finally:
             if not _flushes(sys.stdout):
                 _discard(sys.stdout)  # otherwise the interpreter would try again when it ends
@@ -170,7 +177,7 @@ class _Stop:
 
 def _loads_a_module(frame: FrameType | None) -> bool:
     """Whether `frame` runs inside an import statement of the command."""
-    while frame is not None and frame.f_code is not main.__code__:
+    while frame is not None and frame.f_code is not guarded.__code__:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
         frame = frame.f_back

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from fastvlm_edge.version import __version__
+from tests.support.wheels import wheel_of_installed
 
 pytest.importorskip("build")
 pytest.importorskip("twine")
@@ -90,6 +92,10 @@ def contents(wheel: Path) -> dict[str, str]:
         return {info.filename: hashlib.sha256(archive.read(info)).hexdigest() for info in archive.infolist() if not info.is_dir()}
 
 
+def is_installed(distribution: str) -> bool:
+    return any(importlib.metadata.distributions(name=distribution))
+
+
 def metadata(wheel: Path) -> Message:
     with zipfile.ZipFile(wheel) as archive:
         return Parser().parsestr(archive.read(f"fastvlm_edge-{__version__}.dist-info/METADATA").decode())
@@ -100,7 +106,7 @@ def installed_name(path: Path) -> str | None:
     if path.parts[0] in LINKS:
         path = "fastvlm_edge" / path
     is_link = len(path.parts) == 2 and path.name in LINKS
-    return path.as_posix() if path.parts[0] == "fastvlm_edge" and not is_link else None
+    return path.as_posix() if path.parts[0] in ("fastvlm_edge", "optimum") and not is_link else None
 
 
 def test_the_three_links_are_links() -> None:
@@ -118,6 +124,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(release: Release) -> None:
         "fastvlm_edge/pictures/coffee.jpg",
         "fastvlm_edge/convert/pipeline.py",
         "fastvlm_edge/demo/model/vision.weights",
+        "optimum/commands/register/fastvlm_edge.py",
     } <= expected
     dist_info = f"fastvlm_edge-{__version__}.dist-info/"
     found = contents(release.wheel)
@@ -190,6 +197,53 @@ def test_the_installed_command_converts_and_answers(release: Release) -> None:
         ran("run", "model", "--image", ROOT / "fastvlm_edge/pictures/coffee.jpg", "--prompt", "How many circles are there?", "--json")
     )
     assert reply["text"] and reply["backend"] == "ort"
+
+
+@pytest.mark.parametrize(
+    "installed", ["wheel", pytest.param("editable", marks=pytest.mark.slow), pytest.param("editable with a path", marks=pytest.mark.slow)]
+)
+def test_optimum_finds_its_command(release: Release, installed: str, tmp_path: Path) -> None:
+    """Where both are installed: from the wheel, and as an editable install that finds the clone with an import hook or with a path."""
+    if not is_installed("optimum"):
+        pytest.skip("optimum is not installed; the extra test has it")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "environment")
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
+    pip = (sys.executable, "-m", "pip", "--python", tmp_path / "environment", "--disable-pip-version-check", "install", "--no-index")
+    ours: list[str | Path] = [release.wheel] if installed == "wheel" else ["--no-build-isolation", "--editable", release.source]
+    ours += ["--config-settings", "editable_mode=compat"] if installed == "editable with a path" else []
+    for packages in ([wheel_of_installed("optimum", tmp_path)], ours):
+        run(*pip, "--quiet", "--no-deps", "--ignore-installed", *packages, env=environment)
+    optimum = tmp_path / "environment" / "bin" / "optimum-cli"
+    assert "--accuracy-drop POINTS" in run(optimum, "export", "fastvlm", "--help", env=environment, cwd=tmp_path)
+    assert "fastvlm" in run(optimum, "export", "--help", env=environment, cwd=tmp_path)
+
+
+def test_optimum_converts(release: Release, tmp_path: Path) -> None:
+    """With the options and errors of `fastvlm-edge convert`."""
+    if not is_installed("optimum"):
+        pytest.skip("optimum is not installed; the extra test has it")
+    start = "import sys; from optimum.commands.optimum_cli import main; sys.argv[0] = 'optimum-cli'; main()"
+    environment = {**os.environ, "PYTHONPATH": str(release.source)}
+    export = (sys.executable, "-c", start, "export", "fastvlm")
+    demo = ROOT / "examples" / "demo" / "fastvlm-demo"
+    told = run(*export, demo, "model", "--precision", "int4", "--context", "512", env=environment, cwd=tmp_path)
+    assert told.startswith("model: fastvlm-demo, int4, 192 px") and "next: fastvlm-edge " in told
+    refused = subprocess.run([*export, demo, "model"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 1 and refused.stderr.endswith("model already exists; add --force to replace it, or choose another name\n")
+
+
+def test_optimum_starts_without_anything_of_ours(tmp_path: Path) -> None:
+    """Its help, and the other commands, load neither our package nor PyTorch because of us."""
+    if not is_installed("optimum"):
+        pytest.skip("optimum is not installed; the extra test has it")
+    start = (
+        "import sys; from optimum.commands.optimum_cli import main; sys.argv[1:] = ['export', '--help']\n"
+        "try: main()\n"
+        "finally: print('loaded', sorted(name for name in sys.modules if name.partition('.')[0] in ('fastvlm_edge', 'numpy', 'torch')))"
+    )
+    said = run(sys.executable, "-c", start, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+    assert "fastvlm" in said.partition("loaded")[0]
+    assert "fastvlm_edge" not in said.partition("loaded")[2]
 
 
 def test_the_version_is_the_same_everywhere() -> None:

@@ -18,10 +18,16 @@ from fastvlm_edge.machine.probe import Probe
 from fastvlm_edge.model_dir.manifest import PRECISIONS, Manifest
 from fastvlm_edge.progress import stderr_progress
 
+OUTPUT_HELP = "model directory to write"
+
 
 def main(arguments: Sequence[str]) -> int:
     """Convert, and print one line about the model directory, then the commands to type next."""
-    options = parser().parse_args(arguments)
+    return convert_as_asked(parser().parse_args(arguments))
+
+
+def convert_as_asked(options: argparse.Namespace) -> int:
+    """What the command does with its options, which `optimum-cli export fastvlm` has too. Returns the exit status."""
     if options.accuracy_drop is not None and options.calib is None:
         raise FastVLMError("--accuracy-drop needs questions to measure the accuracy", "add --calib DATA")
     if options.special_tokens and options.calib is None:
@@ -87,8 +93,19 @@ def parser() -> argparse.ArgumentParser:
         prog="fastvlm-edge convert",
         description="Turn a FastVLM checkpoint into a model directory. The new graphs are compared with PyTorch before it is written.",
     )
+    add_checkpoint(parser)
+    parser.add_argument("-o", "--output", metavar="MODEL", type=given_path, required=True, help=OUTPUT_HELP)
+    add_options(parser)
+    return parser
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """The first argument."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=given, help="checkpoint directory, or a hub id such as apple/FastVLM-0.5B")
-    parser.add_argument("-o", "--output", metavar="MODEL", type=given_path, required=True, help="model directory to write")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Everything but the two places."""
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -128,4 +145,3 @@ def parser() -> argparse.ArgumentParser:
         "--special-tokens", action="store_true", help="read special tokens in DATA as tokens, as `eval` does with this option"
     )
     parser.add_argument("--force", action="store_true", help="replace MODEL if it exists")
-    return parser
