@@ -41,7 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     # Ray's workers run in another folder.
     source = os.path.abspath(options.input) if options.engine == "ray" else options.input
     rows = open_rows(source, prompt=options.prompt, images=options.images).shard(*options.shard).first(options.limit)
-    rows.check()
+    if options.engine != "ray" or options.upload:  # otherwise the pictures are on the nodes
+        rows.check()
     job = job_for(
         read_manifest(options.model),
         sampling,
