@@ -91,6 +91,7 @@ def convert(
     context: int | None = None,
     name: str | None = None,
     adapter: str | None = None,
+    revision: str | None = None,
     calibrate: Calibrate | None = None,
     progress: Progress | None = None,
     force: bool = False,
@@ -98,10 +99,11 @@ def convert(
     """Convert a checkpoint (a directory or a hub id) into the model directory `output`, and return its manifest.
 
     `image_size` in pixels and `geometry` default to the checkpoint's own, `context` in positions to 4096 or to what the LLM was trained
-    for if that is less, and `name` to that of the hub repository or directory (`checkpoint.model_name`). `adapter`, another directory or
-    hub id, is a fine-tune of the checkpoint, which is merged into it first (`checkpoint.adapter`). `calibrate`, such as
-    `calib.quantizer.Quantizer(...).calibrate`, chooses the integers of `int8` and `int4`; without it they are rounded to nearest. `output`
-    must not exist, unless `force` replaces a model directory. If anything fails, nothing is left behind.
+    for if that is less, and `name` to that of the hub repository or directory (`checkpoint.model_name`). `revision` is a branch, tag or
+    commit of the hub repository. `adapter`, another directory or hub id, is a fine-tune of the checkpoint, which is merged into it first
+    (`checkpoint.adapter`). `calibrate`, such as `calib.quantizer.Quantizer(...).calibrate`, chooses the integers of `int8` and `int4`;
+    without it they are rounded to nearest. `output` must not exist, unless `force` replaces a model directory. If anything fails, nothing
+    is left behind.
 
     `precision` None tries DEFAULT_PRECISIONS in turn; the notes of the manifest say which were refused and why. With `calibrate` it means
     `int8` alone. Raises PrecisionRefused if the model cannot be held in the precision, or in any that was tried, and FastVLMError for
@@ -119,7 +121,7 @@ def convert(
     output = Path(os.path.realpath(output))
     check_output(output, force=force)
     progress.stage("open")
-    source = open_checkpoint(checkpoint, adapter=adapter)
+    source = open_checkpoint(checkpoint, revision=revision, adapter=adapter)
     source.name = name or source.name
     geometry = geometry or source.geometry
     image_size = choose_image_size(source, image_size)

@@ -30,6 +30,7 @@ ON_DEMAND = {
     "fastvlm_edge.commands.build": {"engines"},
     "fastvlm_edge.commands.plan": {"engines"},
     "fastvlm_edge.bundle_entry": {"engines"},
+    "fastvlm_edge.pretrained": {"convert"},
 }
 """Modules of the runtime that load another part when the user asks for it. The command line imports a command only to run it, and
 only a bundle starts at `bundle_entry`."""

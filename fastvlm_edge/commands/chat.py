@@ -14,7 +14,7 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
-from fastvlm_edge.commands.run import ENDS, add_loading_options, add_reply_options, load, sampling_options
+from fastvlm_edge.commands.run import ENDS, MODEL_HELP, add_loading_options, add_reply_options, load, sampling_options
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.chat import Chat
 from fastvlm_edge.generation.vlm import FastVLM
@@ -299,7 +299,7 @@ def parser() -> argparse.ArgumentParser:
         description="Ask several questions in one conversation. The replies stream to stdout; questions come from the terminal or a pipe, "
         "one per line. /help lists the commands.",
     )
-    parser.add_argument("model", metavar="MODEL", help="model directory, made by fastvlm-edge convert")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--image", metavar="FILE", action="append", nargs="+", help="pictures for the first question")
     add_reply_options(parser)
     group = add_loading_options(parser)

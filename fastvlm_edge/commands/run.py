@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from fastvlm_edge.backends.ort_session import share_arena
 from fastvlm_edge.backends.protocol import PREFILL_CHUNK
 from fastvlm_edge.backends.select import BACKENDS
 from fastvlm_edge.camera.clip import FRAMES, check_frames, frames_of_clip
@@ -33,12 +34,14 @@ from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.machine.power import NoSensor, PowerFigures, PowerRecorder, find_sensor, power_json
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, Manifest
 from fastvlm_edge.model_dir.mistaken import is_address, is_regular_file, looks_like_picture, shortened
+from fastvlm_edge.pretrained import converted, is_hub_id
 from fastvlm_edge.progress import Progress, SilentProgress, stderr_progress
 
 _NEED_TEMPERATURE = ("top_k", "top_p", "seed")
 """Options that have no effect on greedy decoding."""
 _FORMATS = ("json_schema", "choices", "regex")
 """Options of which one may say what the reply must look like."""
+MODEL_HELP = "model directory, made by fastvlm-edge convert, or a hub id such as apple/FastVLM-0.5B, which is converted at its first use"
 ENDS = {"length": ", cut off by --max-new-tokens", "context": ", the context is full"}
 
 
@@ -234,7 +237,7 @@ def _last_word(groups: list[list[str]]) -> str | None:
 def parser() -> argparse.ArgumentParser:
     """The options of `fastvlm-edge run`."""
     parser = _Parser(prog="fastvlm-edge run", description="Ask a question about an image. The reply streams to stdout.")
-    parser.add_argument("model", metavar="MODEL", type=given, help="model directory, made by fastvlm-edge convert")
+    parser.add_argument("model", metavar="MODEL", type=given, help=MODEL_HELP)
     parser.add_argument("question", metavar="QUESTION", nargs="*", help="the question, before or after the options")
     parser.add_argument(
         "--image",
@@ -305,9 +308,16 @@ def add_reply_options(parser: argparse.ArgumentParser) -> None:
 def load(
     options: argparse.Namespace, progress: Progress, check: Callable[[Manifest, TextTokenizer], None] | None = None, *, slots: int = 1
 ) -> FastVLM:
-    """The model, loaded with the options of `add_loading_options`. `check` and errors as in `load_parts`."""
+    """The model, loaded with the options of `add_loading_options`. `check` and errors as in `load_parts`.
+
+    A hub id is converted at its first use.
+    """
+    model = options.model
+    if is_hub_id(model):
+        share_arena()  # for the comparison with PyTorch, too
+        model = converted(model, progress=progress)
     manifest, tokenizer, backend = load_parts(
-        options.model,
+        model,
         options.backend,
         threads=options.threads,
         slots=slots,

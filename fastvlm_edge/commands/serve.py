@@ -16,7 +16,7 @@ from typing import Any
 
 from fastvlm_edge.commands.arguments import at_least, given, given_path, positive
 from fastvlm_edge.commands.environment import name_variables, parse
-from fastvlm_edge.commands.run import add_loading_options, load
+from fastvlm_edge.commands.run import MODEL_HELP, add_loading_options, load
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import package_errors
 from fastvlm_edge.generation.async_vlm import AsyncFastVLM
@@ -228,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
         description="Answer clients of the OpenAI API. Every option is also an environment variable, which is named in brackets; the "
         "command line wins. An option that may be repeated is one variable, with commas.",
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", type=given, help="model directory, made by fastvlm-edge convert")
+    parser.add_argument("model", metavar="MODEL", nargs="?", type=given, help=MODEL_HELP)
     group = parser.add_argument_group("address")
 
     def add(*names: str, **how: Any) -> None:

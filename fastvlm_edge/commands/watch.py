@@ -18,7 +18,7 @@ from fastvlm_edge.camera.newest import EveryFrame, Frames, NewestFrame
 from fastvlm_edge.camera.sources import READERS, Source, chosen_reader, open_source, parse_source
 from fastvlm_edge.camera.webhook import Webhook
 from fastvlm_edge.commands.arguments import at_least_zero, given, positive
-from fastvlm_edge.commands.run import add_loading_options, add_reply_options, check_reply, load, sampling_options
+from fastvlm_edge.commands.run import MODEL_HELP, add_loading_options, add_reply_options, check_reply, load, sampling_options
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.vlm import FastVLM
@@ -174,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
         description="Ask a question about the newest frame of a camera, a stream, a video file or a growing folder, again and again. Each "
         "answer is one line of JSON on stdout. Frames that come while the model answers are dropped and counted. (docs/watch.md)",
     )
-    parser.add_argument("model", metavar="MODEL", type=given, help="model directory, made by fastvlm-edge convert")
+    parser.add_argument("model", metavar="MODEL", type=given, help=MODEL_HELP)
     parser.add_argument(
         "source",
         metavar="SOURCE",

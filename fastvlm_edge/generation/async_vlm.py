@@ -155,6 +155,12 @@ class AsyncFastVLM:
         """Load a model directory, in a thread. Options and errors as in `FastVLM.load`."""
         return cls(await asyncio.to_thread(FastVLM.load, *path, **options))
 
+    @classmethod
+    @parameters_of(FastVLM.from_pretrained.__func__)  # type: ignore[attr-defined]
+    async def from_pretrained(cls, *checkpoint: Any, **options: Any) -> AsyncFastVLM:
+        """Load a checkpoint, which is converted at its first use, in a thread. Options and errors as in `FastVLM.from_pretrained`."""
+        return cls(await asyncio.to_thread(FastVLM.from_pretrained, *checkpoint, **options))
+
     @parameters_of(FastVLM.generate)
     async def generate(self, *prompt: Any, **options: Any) -> Reply:
         """Answer a question about no image, one, or several. Options and errors as in `FastVLM.generate`."""

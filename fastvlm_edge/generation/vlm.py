@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import time
@@ -37,6 +38,7 @@ from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.manifest import Manifest, check_sha256, read_manifest, verify_files
 from fastvlm_edge.model_dir.verified import changed
 from fastvlm_edge.model_dir.verified import verify as verify_model
+from fastvlm_edge.pretrained import converted
 from fastvlm_edge.progress import Progress
 
 SLOTS = 4
@@ -208,6 +210,28 @@ class FastVLM:
             image_cache=image_cache,
             speculate=speculate,
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        precision: str | None = None,
+        image_size: int | None = None,
+        context: int | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> FastVLM:
+        """Load a checkpoint, a directory or a hub id, which is converted at its first use and kept in the cache (`pretrained.converted`).
+
+        `revision` is a branch, tag or commit of the hub repository; `precision`, `image_size` and `context` are those of
+        `fastvlm-edge convert`, with the same defaults. `options` are those of `load`. With `progress` None, only a conversion is shown on
+        stderr. Raises FastVLMError as `convert` and `load` do. Converting needs the packages of the extra `convert`, loading does not.
+        """
+        inspect.signature(cls.load).bind(checkpoint, **options)  # a wrong name is a TypeError before anything is converted
+        place = converted(checkpoint, revision=revision, precision=precision, image_size=image_size, context=context, progress=progress)
+        return cls.load(place, progress=progress, **options)
 
     @property
     def backend(self) -> BackendInfo:

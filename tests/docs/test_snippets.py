@@ -24,7 +24,7 @@ PICTURES = {"meter.jpg": ("reading", 3), "sign.jpg": ("sign", 1)}
 
 def run(folder: Path, *words: str) -> str:
     """The output of Python with these arguments, in `folder`."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FASTVLM_EDGE_CACHE": str(folder / "cache")}
     found = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert found.returncode == 0, (words, found.stderr)
     return found.stdout
