@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from fastvlm_edge.batch.answering import RowAnswerer
@@ -18,7 +19,16 @@ from fastvlm_edge.batch.rows import Row, Rows, open_rows
 from fastvlm_edge.batch.summary import Summary
 from fastvlm_edge.bench.record import check_writable
 from fastvlm_edge.commands.arguments import at_least_zero, given, given_path, positive
-from fastvlm_edge.commands.run import add_loading_options, add_reply_options, check_format, check_reply, load, sampling_options
+from fastvlm_edge.commands.run import (
+    MODEL_HELP,
+    add_loading_options,
+    add_reply_options,
+    check_format,
+    check_reply,
+    load,
+    model_directory,
+    sampling_options,
+)
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.vlm import SLOTS
 from fastvlm_edge.inputs.rgb import to_colour
@@ -43,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     rows = open_rows(source, prompt=options.prompt, images=options.images).shard(*options.shard).first(options.limit)
     if options.engine != "ray" or options.upload:  # otherwise the pictures are on the nodes
         rows.check()
+    options.model = Path(model_directory(options.model, SilentProgress() if options.quiet else stderr_progress()))
     job = job_for(
         read_manifest(options.model),
         sampling,
@@ -153,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
         description="Ask about every picture of a folder or a data set. Each answer is one line of JSON, added to a file as soon as it is "
         "known. After a stop of any kind, the same command goes on where it stopped. (docs/batch.md)",
     )
-    parser.add_argument("model", metavar="MODEL", type=given_path, help="model directory, made by fastvlm-edge convert")
+    parser.add_argument("model", metavar="MODEL", type=given, help=MODEL_HELP)
     parser.add_argument(
         "input",
         metavar="INPUT",

@@ -305,6 +305,14 @@ def add_reply_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def model_directory(model: str | Path, progress: Progress) -> str | Path:
+    """The model directory that a MODEL of the command line stands for: itself, or a hub id after its conversion."""
+    if not is_hub_id(os.fspath(model)):
+        return model
+    share_arena()  # for the comparison with PyTorch, too
+    return converted(model, progress=progress)
+
+
 def load(
     options: argparse.Namespace, progress: Progress, check: Callable[[Manifest, TextTokenizer], None] | None = None, *, slots: int = 1
 ) -> FastVLM:
@@ -312,12 +320,8 @@ def load(
 
     A hub id is converted at its first use.
     """
-    model = options.model
-    if is_hub_id(model):
-        share_arena()  # for the comparison with PyTorch, too
-        model = converted(model, progress=progress)
     manifest, tokenizer, backend = load_parts(
-        model,
+        model_directory(options.model, progress),
         options.backend,
         threads=options.threads,
         slots=slots,
