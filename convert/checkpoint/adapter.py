@@ -62,7 +62,7 @@ def open_adapter(location: str) -> Adapter:
     try:
         files = _find_files(directory)
         config = read_lora_config(directory / CONFIG_NAME) if (directory / CONFIG_NAME).is_file() else None
-        updates, whole = _list_tensors([path for path in files if path.name != CONFIG_NAME])
+        updates, whole = _list_tensors([path for path in files if path.suffix != ".json"])
     except OSError as error:
         raise FastVLMError(f"{directory} cannot be read ({error})", "check its permissions and the disk") from None
     return Adapter(location, name_of(directory), directory, files, config, updates, whole)
@@ -92,7 +92,7 @@ def _find_files(directory: Path) -> list[Path]:
             f"{directory} has whole weights ({weights[0].name}) beside an adapter, and which of them is the fine-tune cannot be told",
             "move the other files to another directory",
         )
-    return [*config, *lora, *others]
+    return [*(path for path in [directory / "config.json"] if path.is_file()), *config, *lora, *others]
 
 
 def _list_tensors(files: list[Path]) -> tuple[dict[str, dict[str, Entry]], dict[str, Entry]]:
@@ -250,9 +250,9 @@ def _add_update(adapter: Adapter, tensors: dict[str, Entry], module: str, source
         raise FastVLMError(f"{adapter.directory} has {source}.{what}, which is not supported there", MERGE_ELSEWHERE)
     down, up, scale = parts[first], parts[second], config.scale(source)
     rank = config.rank_of(source)
-    if down.shape[0] != rank:
+    if down.shape[:1] != (rank,):
         raise FastVLMError(
-            f"{source}.{first} of {adapter.directory} has rank {down.shape[0]}, but its {CONFIG_NAME} says {rank}",
+            f"{source}.{first} of {adapter.directory} is {list(down.shape)}, but its {CONFIG_NAME} gives rank {rank}",
             "use the files of one save",
         )
     expected: tuple[tuple[int, ...], tuple[int, ...]]
@@ -260,7 +260,7 @@ def _add_update(adapter: Adapter, tensors: dict[str, Entry], module: str, source
         expected = (rank, weight.shape[0]), (weight.shape[1], rank)
     else:
         expected = (rank, *weight.shape[1:]), (weight.shape[0], rank, *[1] * (len(weight.shape) - 2))
-        if len(weight.shape) == 4 and down.shape[1] != weight.shape[1] and down.shape[2:] == weight.shape[2:]:
+        if len(weight.shape) == 4 and down.shape[1:2] != weight.shape[1:2] and down.shape[2:] == weight.shape[2:]:
             raise FastVLMError(
                 f"{adapter.directory} changes {source}, a convolution in groups, whose update cannot be added to the weights",
                 "train an adapter without that module",

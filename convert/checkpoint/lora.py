@@ -15,6 +15,8 @@ import numpy.typing as npt
 from fastvlm_edge.convert.checkpoint.entries import Entry, Rows
 
 Float32 = npt.NDArray[np.float32]
+BLOCK = 1 << 22
+"""Values of a product that are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Merged(Entry):
         matrix = weight.reshape(len(weight), math.prod(self.shape[1:]))
         rank = self.down.shape[0]
         up, down = _float32(self.up.read(name, rows)), _float32(self.down.read(name))
-        matrix += np.float32(self.scale) * (up.reshape(-1, rank) @ down.reshape(rank, -1))
+        _add_product(matrix, self.scale, up.reshape(-1, rank), down.reshape(rank, -1))
         if self.magnitude is not None:
             lengths = _float32(self.magnitude.read(name)).reshape(-1)[slice(*rows) if rows else slice(None)]
             matrix *= (lengths / np.sqrt(np.square(matrix).sum(axis=1)))[:, None]
@@ -73,7 +75,7 @@ class MergedEmbedding(Entry):
         """As in `Entry`, in float32."""
         table = _float32(self.base.read(name, rows))
         down = self.down.read(name)[:, slice(*rows) if rows else slice(None)]
-        table += np.float32(self.scale) * (_float32(down).T @ _float32(self.up.read(name)).T)
+        _add_product(table, self.scale, _float32(down).T, _float32(self.up.read(name)).T)
         return table
 
 
@@ -94,6 +96,13 @@ class MergedBias(Entry):
         """As in `Entry`, in float32."""
         total: Float32 = _float32(self.base.read(name, rows)) + np.float32(self.scale) * _float32(self.update.read(name, rows))
         return total
+
+
+def _add_product(matrix: Float32, scale: float, left: Float32, right: Float32) -> None:
+    """`matrix += scale * left @ right` in blocks of rows, so that the product needs little memory."""
+    step = max(1, BLOCK // max(1, matrix.shape[1]))
+    for start in range(0, len(matrix), step):
+        matrix[start : start + step] += np.float32(scale) * (left[start : start + step] @ right)
 
 
 def _float32(array: npt.NDArray[Any]) -> Float32:

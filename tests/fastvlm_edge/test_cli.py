@@ -243,7 +243,7 @@ def test_convert_passes_everything_on_and_prints_what_to_type_next(
     module.convert = convert  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fastvlm_edge.convert.pipeline", module)
     monkeypatch.setattr("fastvlm_edge.commands.convert.has_gpu", lambda _: gpu)
-    options = "--precision int4 --image-size 512 --geometry crop --context 4096 --name mine --force"
+    options = "--precision int4 --image-size 512 --geometry crop --context 4096 --name mine --adapter tune --force"
     assert main(["convert", "org/name", "-o", "out", *options.split()]) == 0
     seen.pop("progress")
     assert seen == {
@@ -254,6 +254,7 @@ def test_convert_passes_everything_on_and_prints_what_to_type_next(
         "geometry": "crop",
         "context": 4096,
         "name": "mine",
+        "adapter": "tune",
         "calibrate": None,
         "force": True,
     }
@@ -296,6 +297,7 @@ def _size(directory: Path) -> float:
         ("convert CHECKPOINT -o", "-o/--output"),
         ("convert -o MODEL", "CHECKPOINT"),
         ("convert CHECKPOINT -o MODEL --calib", "--calib"),
+        ("convert CHECKPOINT -o MODEL --adapter", "--adapter"),
         ("bundle MODEL --target x86_64 -o", "-o/--output"),
         ("bench MODEL -o", "-o/--output"),
         ("bench MODEL --plot", "--plot"),
