@@ -7,6 +7,7 @@ LEAN := build/lean
 CLIENTS := build/clients
 RAY := build/ray
 KUBERAY := build/kuberay/rayjob.yaml
+KSERVE := https://raw.githubusercontent.com/kserve/kserve/v0.20.0/config/crd/full/serving.kserve.io_inferenceservices.yaml
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
@@ -80,6 +81,7 @@ test-clients: $(READY) $(CLIENTS)/.ready
 $(CLIENTS)/.ready: Makefile
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet langchain-openai live-vlm-webui==0.4.0 "tritonclient[grpc]" "ray[serve]" --editable ".[serve]"
+	curl -fsSL -o $(CLIENTS)/kserve.yaml $(KSERVE)
 	touch $(CLIENTS)/.ready
 
 # Batches on a Ray cluster of several processes. Ray has an environment of its own, because with pandas and pyarrow it has 0.5 GB. The manifest
