@@ -1,11 +1,11 @@
 """How much faster is `fastvlm-edge batch` than a plain loop over `FastVLM.generate`?
 
-    python -m benchmarks.batch [MODEL ...] [--pictures 24] [--tokens 32] [--slots 4] [--rounds 5] [--out benchmarks/results/batch.json]
+    python -m benchmarks.batch [MODEL ...] [--pictures 24] [--tokens 32] [--slots 4,8] [--rounds 5] [--out benchmarks/results/batch.json]
 
 MODEL is a model directory, such as a converted random checkpoint of the 0.5B size at 256 px (examples/checkpoints/random_checkpoint.py,
 `fastvlm-edge convert --image-size 256`). The demo model is always measured too. Both sides answer the same question about the same JPEG
-files, which no cache knows, and every reply has `--tokens` tokens. The batch writes its file and syncs it. In every round the sides take
-turns; loading is not counted.
+files, which no cache knows, and every reply has `--tokens` tokens. The batch writes its file and syncs it. In every round the loop and the
+batches with each number of slots take turns; loading is not counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastvlm_edge.batch.rows import open_rows
 from fastvlm_edge.bench.record import digits, write_json
 from fastvlm_edge.bench.workload import Pictures
 from fastvlm_edge.generation.engine import Engine
-from fastvlm_edge.generation.vlm import SLOTS, load_parts
+from fastvlm_edge.generation.vlm import load_parts
 from fastvlm_edge.progress import stderr_progress
 
 DEMO = ROOT / "fastvlm_edge" / "demo" / "model"
@@ -68,29 +68,28 @@ def batch(vlm: FastVLM, folder: Path, tokens: int, out: Path) -> float:
 
 
 def measure(directory: Path, options: argparse.Namespace, pictures: Pictures) -> dict[str, Any]:
-    """Seconds of both sides in each round; the first round is a warm-up."""
-    seconds: dict[str, list[float]] = {"loop": [], "batch": []}
+    """Seconds of the loop, and of a batch by its slots, in each round; the first round is a warm-up."""
+    sides = ["loop", *options.slots]
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     with ExitStack() as stack:
-        alone = stack.enter_context(load(directory, 1, options.threads))
-        together = stack.enter_context(load(directory, options.slots, options.threads))
+        models = {side: stack.enter_context(load(directory, 1 if side == "loop" else int(side), options.threads)) for side in sides}
         for turn in range(options.rounds + 1):
-            sides = ["loop", "batch"] if turn % 2 else ["batch", "loop"]
             with tempfile.TemporaryDirectory() as work:
                 folder = Path(work, "pictures")
                 folder.mkdir()
-                for number in range(options.pictures if turn else options.slots):
+                for number in range(options.pictures if turn else 4):
                     (folder / f"{number:04}.jpg").write_bytes(pictures.new())
-                for side in sides:
+                for side in sides if turn % 2 else reversed(sides):
                     if side == "loop":
-                        taken = loop(alone, folder, options.tokens)
+                        taken = loop(models[side], folder, options.tokens)
                     else:
-                        taken = batch(together, folder, options.tokens, Path(work, "out.jsonl"))
+                        taken = batch(models[side], folder, options.tokens, Path(work, f"{side}.jsonl"))
                     if turn:
                         seconds[side].append(taken)
-        manifest = alone.manifest
-        model = {"name": manifest.name, "precision": manifest.precision, "image_size": manifest.vision.image_size}
-        visual = manifest.vision.tokens
-    return {"model": model, "visual_tokens": visual, "seconds": {side: [digits(value) for value in each] for side, each in seconds.items()}}
+        manifest = models["loop"].manifest
+    model = {"name": manifest.name, "precision": manifest.precision, "image_size": manifest.vision.image_size}
+    rounded = {side: [digits(value) for value in each] for side, each in seconds.items()}
+    return {"model": model, "visual_tokens": manifest.vision.tokens, "seconds": rounded}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("models", metavar="MODEL", nargs="*", type=Path)
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--slots", type=int, default=SLOTS)
+    parser.add_argument("--slots", type=lambda text: text.split(","), default=["4", "8"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "batch.json")
@@ -113,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_json(options.out, {"what": "pictures/s of a loop and of a batch", "machine": machine.describe(), **settings, "models": results})
     for found in results:
         speeds = {side: options.pictures / median(each) for side, each in found["seconds"].items()}
-        print(f"{found['model']}: {speeds['loop']:.2f} and {speeds['batch']:.2f} pictures/s, {speeds['batch'] / speeds['loop']:.2f} times")
+        shown = ", ".join(f"{side}: {speed:.2f} ({speed / speeds['loop']:.2f} times)" for side, speed in speeds.items())
+        print(f"{found['model']}, pictures/s by slots: {shown}")
     return 0
 
 

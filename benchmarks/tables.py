@@ -552,6 +552,25 @@ def conversations() -> str:
     return "\n".join(lines)
 
 
+def batch() -> str:
+    """`batch.json`: pictures per second of a loop, and of a batch by its slots."""
+    document = load("batch")
+    machine, slots = document["machine"], document["slots"]
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}; {document['pictures']} pictures, {document['tokens']} new tokens "
+        f"each; medians of {len(document['models'][0]['seconds']['loop'])} rounds, in pictures/s:",
+        "",
+        "| | loop over `generate` | " + " | ".join(f"`batch --slots {count}` | times" for count in slots) + " |",
+        "| --- " * (2 + 2 * len(slots)) + "|",
+    ]
+    for found in document["models"]:
+        model, speeds = found["model"], {side: document["pictures"] / median(values) for side, values in found["seconds"].items()}
+        name = f"{model['name']}, {model['precision']}, {model['image_size']} px, {found['visual_tokens']} visual tokens"
+        cells = [f"{speeds[count]:.2f} | {speeds[count] / speeds['loop']:.2f}" for count in slots]
+        lines.append(f"| {name} | {speeds['loop']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 SCRIPTS = (
     ("peers.run", "How fast is FastVLM-0.5B beside its peers on a CPU? (`make bench-peers`)", "peers", 120),
     ("peers.run", "The same on a processor with AVX-512 and BF16 instructions, an earlier run", "peers-avx512", 90),
@@ -565,7 +584,7 @@ SCRIPTS = (
     ("onnxruntime_versions", "How fast is each version of onnxruntime on a CPU? (needs a package index)", "onnxruntime_versions", 25),
     ("chunks", "How far are logits apart if a prompt is prefilled in one call, and in chunks?", "chunks", 3),
     ("conversations MODEL", "What do several conversations at once, kept beginnings and pictures, and guesses save?", "conversations", 15),
-    ("batch MODEL", "How much faster is `batch` than a loop over the Python API?", "", 10),
+    ("batch MODEL", "How much faster is `batch` than a loop over the Python API?", "batch", 10),
     (
         "serve_load MODEL",
         "Does the server stay right and small under good, malformed, huge, slow and vanishing clients?",
@@ -653,6 +672,7 @@ TABLES = {
     "onnxruntime_versions": onnxruntime_versions,
     "chunks": chunks,
     "conversations": conversations,
+    "batch": batch,
     "verdicts": verdicts,
     "vision_libraries": vision_libraries,
     "quantization_choice": quantization_choice,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import struct
 import threading
 import time
@@ -20,7 +21,7 @@ from fastvlm_edge.backends.protocol import Backend
 from fastvlm_edge.batch.answering import RowAnswerer
 from fastvlm_edge.batch.job import Job, job_for
 from fastvlm_edge.batch.rows import Row
-from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.errors import FastVLMError, PictureError
 from fastvlm_edge.evaluation.data import ArchivedPicture
 
 
@@ -115,11 +116,12 @@ def test_pictures_of_all_sources_are_the_same(model: FastVLM, tmp_path: Path) ->
 
 
 class Failing:
-    """A backend whose vision encoder raises as `fails` says."""
+    """A backend whose vision encoder raises as `fails` says, and whose steps take `seconds` longer."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.fails: Any = lambda pixel_values: False
+        self.seconds = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -128,6 +130,10 @@ class Failing:
         if self.fails(pixel_values):
             raise FastVLMError("the device is lost", "restart it")
         return self._backend.encode(pixel_values)
+
+    def decode(self, *ids: Any, **options: Any) -> Any:
+        time.sleep(self.seconds)
+        return self._backend.decode(*ids, **options)
 
 
 @pytest.fixture
@@ -171,15 +177,23 @@ def test_few_rows_are_taken_ahead_and_all_slots_are_used(model: FastVLM) -> None
     assert max(busy) == 3
 
 
-def test_closing_early_cancels_what_is_running(model: FastVLM) -> None:
-    rows = (Row(str(number), picture(number), "x") for number in range(1000))
-    answered = RowAnswerer(model, job(model, max_new_tokens=60)).answer(rows)
-    next(answered)
+def test_closing_early_cancels_what_is_running(model: FastVLM, failing: Failing) -> None:
+    failing.seconds = 0.1
+    rows = [Row("first", None, None, "an error, which is known at once"), *(Row(str(n), picture(n), "x") for n in range(100))]
+    answered = RowAnswerer(model, job(model, max_new_tokens=100)).answer(rows)
+    assert next(answered)["id"] == "first"
+    deadline = time.monotonic() + 20
+    while len(model._engine.running()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
     began = time.monotonic()
     answered.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 5  # the answers take 10 s
     assert not any(thread.name.startswith("fastvlm-batch") for thread in threading.enumerate())
-    deadline = time.monotonic() + 5
     while model.counters().running and time.monotonic() < deadline:
         time.sleep(0.01)
     assert model.counters().running == model.counters().waiting == 0
+
+
+def test_an_error_about_a_picture_keeps_its_kind_in_another_process() -> None:
+    error = pickle.loads(pickle.dumps(PictureError("a.jpg has 9 pixels", "take another", "too_large")))
+    assert (error.what, error.mend, error.kind) == ("a.jpg has 9 pixels", "take another", "too_large")
