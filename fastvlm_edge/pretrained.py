@@ -82,7 +82,7 @@ def converted(
             return place
         began = time.monotonic()
         progress.note(f"{checkpoint} is {'' if local else 'downloaded and '}converted once, to {place}")
-        commit = None if local else locate(checkpoint, revision=revision).name
+        commit = None if local else locate(checkpoint, revision=revision, quiet=isinstance(progress, SilentProgress)).name
         state = _state(folder) if local else commit
         manifest = convert(
             source,

@@ -6,7 +6,9 @@ has no safetensors; code of a repository is never run.
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastvlm_edge.errors import FastVLMError
@@ -17,10 +19,10 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md"]
 PICKLED_FILES = ["pytorch_model*.bin", "adapter_model.bin", "non_lora_trainables.bin", "mm_projector.bin"]
 
 
-def locate(location: str, *, revision: str | None = None) -> Path:
+def locate(location: str, *, revision: str | None = None, quiet: bool = False) -> Path:
     """The directory of a checkpoint or adapter: `location` itself, or the snapshot of the hub id `org/name` in the local cache.
 
-    `revision` is a branch, tag or commit of the hub repository; it is ignored for a directory.
+    `revision` is a branch, tag or commit of the hub repository; it is ignored for a directory. With `quiet`, a download has no bars.
     Raises FastVLMError if `location` is neither, or if the download fails.
     """
     path = Path(location).expanduser()
@@ -33,7 +35,8 @@ def locate(location: str, *, revision: str | None = None) -> Path:
             raise FastVLMError(f"{shortened(location)} is an address, not a hub id", f"give the hub id: {hub_id}")
         what = f"{shortened(location)!r} is neither a local directory nor a hub id such as apple/FastVLM-0.5B"
         raise FastVLMError(what, "download the checkpoint, and give its directory" if is_address(location) else "check the path")
-    return _download(location, revision)
+    with _without_bars() if quiet else contextlib.nullcontext():
+        return _download(location, revision)
 
 
 def _about_file(path: Path) -> FastVLMError:
@@ -90,6 +93,21 @@ def _download(name: str, revision: str | None) -> Path:
             f"{where} cannot be downloaded ({type(error).__name__}: {_first_line(error)})",
             "check the network and the free disk space, or give a directory",
         ) from None
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Switch the progress bars of huggingface_hub off, which is only possible for the whole process."""
+    with package_errors("a download from the hub needs"):
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _offline() -> bool:

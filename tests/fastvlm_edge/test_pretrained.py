@@ -24,11 +24,16 @@ from fastvlm_edge.commands.demo import HOME, MODEL
 from fastvlm_edge.model_dir.atomic import written_beside
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest
 from fastvlm_edge.pretrained import converted, is_hub_id
-from fastvlm_edge.progress import Progress, TextProgress
-from tests.support.checkpoints import write_checkpoint
+from fastvlm_edge.progress import Progress, SilentProgress, TextProgress
 from tests.support.fake_hub import COMMIT, Hub, fake_hub
 
 pytest.importorskip("torch")
+pytest.importorskip("huggingface_hub")
+
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+
+from tests.support.checkpoints import write_checkpoint
+
 ROOT = Path(__file__).resolve().parents[2]
 ID = "apple/FastVLM-tiny"
 
@@ -54,7 +59,10 @@ def machine(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     hub.requests.clear()
     for name, value in environment(hub, tmp_path).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)  # it was read when the module was imported
+    # What huggingface_hub read from the environment when it was imported.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.chdir(tmp_path)
@@ -134,6 +142,14 @@ def test_python_and_the_commands_share_the_cache(machine: Path, capsys: pytest.C
     FastVLM.from_pretrained(ID).close()
     assert capsys.readouterr().err == ""
     assert len(models(machine)) == 1
+
+
+@pytest.mark.usefixtures("conversions")
+def test_nothing_is_shown_where_nothing_may_be(capsys: pytest.CaptureFixture[str], hub: Hub) -> None:
+    """Not the bars of huggingface_hub either, which are there again for the next download of the program."""
+    converted(ID, progress=SilentProgress())
+    assert "model.safetensors" in hub.downloads and capsys.readouterr().err == ""
+    assert not are_progress_bars_disabled()
 
 
 def test_other_options_and_revisions_are_other_conversions(machine: Path, conversions: list[dict[str, Any]]) -> None:
