@@ -68,7 +68,7 @@ class Asked:
             else:
                 answer.extend(event.get("body", b""))
 
-        headers = [(b"host", b"x"), (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},

@@ -223,7 +223,7 @@ class Client:
 
 def head(length: int) -> bytes:
     """What comes before a body of so many bytes."""
-    return f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n".encode()
+    return f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n".encode()
 
 
 def good_requests(model: Path, questions: Path) -> list[tuple[bytes, bytes, str]]:

@@ -53,25 +53,30 @@ def load_engines(directory: Path, manifest: Manifest, *, slots: int = 1, progres
         platform.cuda.close()
         raise
     if judged:
-        return TensorRTBackend(folder, manifest, platform, slots=slots, progress=progress)
+        backend = TensorRTBackend(folder, manifest, platform, slots=slots, progress=progress)
+        backend.engines = record
+        return backend
     try:
         backend, figures = verify_engines(directory, folder, folder, manifest, platform, progress, slots=slots)
     except EnginesDisagreeError as error:
         _keep_figures(folder, record, error.figures)
         raise
-    _keep_figures(folder, record, figures)
-    if record.library == "tensorrt":
-        return backend
-    try:
-        serving = open_platform(record.library)  # before the other is closed, so that the CUDA context stays
-    finally:
-        backend.close()
-    return TensorRTBackend(folder, manifest, serving, slots=slots, progress=progress)
+    record = _keep_figures(folder, record, figures)
+    if record.library != "tensorrt":
+        try:
+            serving = open_platform(record.library)  # before the other is closed, so that the CUDA context stays
+        finally:
+            backend.close()
+        backend = TensorRTBackend(folder, manifest, serving, slots=slots, progress=progress)
+    backend.engines = record
+    return backend
 
 
-def _keep_figures(folder: Path, record: EngineRecord, figures: dict[str, Any]) -> None:
+def _keep_figures(folder: Path, record: EngineRecord, figures: dict[str, Any]) -> EngineRecord:
+    record = dataclasses.replace(record, parity=figures)
     with contextlib.suppress(OSError):  # in a read-only directory they are verified at every load
-        dataclasses.replace(record, parity=figures).write(folder)
+        record.write(folder)
+    return record
 
 
 def _choose(directory: Path, manifest: Manifest) -> tuple[Path, EngineRecord, Platform]:

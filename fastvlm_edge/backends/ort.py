@@ -29,6 +29,7 @@ from fastvlm_edge.backends.protocol import (
     same_pictures,
 )
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir.engine_record import EngineRecord
 from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest
 from fastvlm_edge.progress import Progress, SilentProgress
 
@@ -320,6 +321,8 @@ class CachingDecoder(Decoder, Protocol):
 
 class OrtBackend:
     """Implements `backends.protocol.Backend` with onnxruntime."""
+
+    engines: EngineRecord | None = None
 
     def __init__(
         self,

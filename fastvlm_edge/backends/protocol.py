@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.backends.dtypes import storage
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir.engine_record import EngineRecord
 from fastvlm_edge.model_dir.manifest import DecoderSpec, VisionSpec
 
 PREFILL_CHUNK = 512
@@ -93,6 +94,8 @@ class Backend(Decoder, Protocol):
     """Most conversations that the cache holds at a time."""
     position_bytes: int
     """Memory of one position of one slot."""
+    engines: EngineRecord | None
+    """The record of the TensorRT engines that it runs; None if it runs none."""
 
     @property
     def lengths(self) -> Sequence[int]:

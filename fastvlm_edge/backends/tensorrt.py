@@ -36,6 +36,7 @@ from fastvlm_edge.backends.engine_files import EngineFiles
 from fastvlm_edge.backends.protocol import ImageFeatures, SavedSlot, StepOutput, check_context, check_pixels, position_bytes, same_pictures
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.extras import gpu_extra, install_advice
+from fastvlm_edge.model_dir.engine_record import EngineRecord
 from fastvlm_edge.model_dir.manifest import DecoderSpec, Manifest, VisionSpec
 from fastvlm_edge.nvidia.cuda import Cuda, OutOfDeviceMemory
 from fastvlm_edge.nvidia.tensorrt_library import LoadedEngine
@@ -351,6 +352,8 @@ class TensorRTBackend:
     """Implements `backends.protocol.Backend` with TensorRT engines."""
 
     name = "tensorrt"
+    engines: EngineRecord | None = None
+    """Their record, which `load_engines` has read."""
 
     def __init__(
         self, directory: Path, manifest: Manifest, platform: Platform, *, slots: int = 1, progress: Progress | None = None

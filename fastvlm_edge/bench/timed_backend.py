@@ -21,6 +21,7 @@ class TimedBackend:
         self.description = backend.description
         self.slots = backend.slots
         self.position_bytes = backend.position_bytes
+        self.engines = backend.engines
         self.step_seconds = 0.0
         """Time spent in `step` since this was last set to 0."""
         self.decodes: list[tuple[int, float]] = []

@@ -34,6 +34,10 @@ SETTINGS = Path("/etc/fastvlm-edge.env")
 """Environment variables of `fastvlm-edge serve`, read by systemd as root, so that other users cannot read the API key."""
 CACHE = "fastvlm-serve"
 """Directory in /var/cache that the server may write to, for its certificate."""
+DRAIN = 30
+"""Seconds that `serve` lets requests end in, unless FASTVLM_EDGE_DRAIN says otherwise."""
+_CLOSING = 30
+"""Seconds to close the model after that. What still runs then is killed."""
 _GROUPS = ("video", "render")
 """Groups that may open GPUs and cameras."""
 
@@ -52,7 +56,7 @@ EnvironmentFile=-{settings}
 ExecStart=/bin/sh {program} serve
 Restart=on-failure
 RestartSec=5
-TimeoutStopSec=60
+TimeoutStopSec={stop}
 
 DynamicUser=yes
 SupplementaryGroups={groups}
@@ -114,7 +118,8 @@ def install(bundle: Path, root: Path | None, *, serve: bool = False) -> str:
     if serve:
         _check_readable(bundle)
         groups = " ".join(name for name in _GROUPS if name in _groups_of(root or Path("/")))
-        own = {"prepare": unit_name(bundle), "settings": SETTINGS, "groups": groups, "cache": CACHE}
+        stop = _drain_in(root or Path("/")) + _CLOSING
+        own = {"prepare": unit_name(bundle), "settings": SETTINGS, "groups": groups, "cache": CACHE, "stop": stop}
         units[serve_unit_name(bundle)] = _SERVE_UNIT.format(**common, **own)
     folder = (root or Path("/")) / _FOLDER
     try:
@@ -171,6 +176,16 @@ def _check_readable(bundle: Path) -> None:
         place = Path("/usr/local/bin") / bundle.name
         what = f"{closed[0]} is closed to other users, and the server runs as a user of its own"
         raise FastVLMError(what, f"run: sudo install {bundle} {place} && sudo {place} install --serve")
+
+
+def _drain_in(root: Path) -> int:
+    """Seconds of FASTVLM_EDGE_DRAIN in SETTINGS of a machine, where the last line counts, as in systemd.exec(5)."""
+    try:
+        text = (root / SETTINGS.relative_to("/")).read_text("utf-8", "replace")
+    except OSError:
+        return DRAIN
+    found = re.findall(r"""^\s*FASTVLM_EDGE_DRAIN\s*=\s*["']?(\d+)["']?\s*$""", text, re.MULTILINE)
+    return int(found[-1]) if found else DRAIN
 
 
 def _groups_of(root: Path) -> set[str]:

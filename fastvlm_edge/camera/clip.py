@@ -28,11 +28,18 @@ FRAMES = 8
 """How many frames stand for a clip by default."""
 
 
-def frames_of_clip(clip: str | os.PathLike[str] | bytes, frames: int = FRAMES, *, max_seconds: float | None = None) -> list[Image.Image]:
+def frames_of_clip(
+    clip: str | os.PathLike[str] | bytes,
+    frames: int = FRAMES,
+    *,
+    max_seconds: float | None = None,
+    check: Callable[[int], None] | None = None,
+) -> list[Image.Image]:
     """Pictures that stand for a clip: it is divided into `frames` parts of the same duration, and each gives the frame at its middle.
 
     `clip` is a path, or the bytes of a file. The pictures are RGB and upright, in their order. A clip with fewer frames gives each once.
-    A frame that is damaged is replaced by the next one that is not.
+    A frame that is damaged is replaced by the next one that is not. `check` is called with the number of pictures before they take memory,
+    and may raise an error.
 
     Raises FastVLMError if the clip cannot be read or has no frame, if reading takes more than `max_seconds`, or if the package av is
     missing (the extra `camera`).
@@ -51,8 +58,11 @@ def frames_of_clip(clip: str | os.PathLike[str] | bytes, frames: int = FRAMES, *
 
     with open_clip() as container:
         timeline = _timeline(container, name, check_time)
+    wanted = _middles(timeline, frames)
+    if check is not None:
+        check(len(wanted))
     with open_clip() as container:
-        pictures = [upright(frame) for frame in _decode(container, name, timeline, _middles(timeline, frames), check_time)]
+        pictures = [upright(frame) for frame in _decode(container, name, timeline, wanted, check_time)]
     if not pictures:
         raise FastVLMError(f"{name} has no frame that can be decoded", "check the file")
     return pictures

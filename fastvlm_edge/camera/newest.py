@@ -20,6 +20,8 @@ class Frames(Protocol):
 
     dropped: int
     """Frames that came and were never taken."""
+    broke: bool
+    """Whether the source ended before its end, as a video file on a disk that fails."""
 
     def take(self) -> Frame | None:
         """Wait for a frame that was not taken yet. None when the source has ended."""
@@ -39,13 +41,14 @@ class NewestFrame:
         """`every`: `take` returns at most one frame in so many seconds. Without `again`, a source that breaks has ended: a video file."""
         self._open, self._note, self._every, self._again = opened, note, every, again
         self.dropped = 0
+        self.broke = False
         self._next = 0.0
         """When `take` may return again, on the monotonic clock."""
         self._frame: Frame | None = None
         self._error: BaseException | None = None
         self._ended = False
         self._changed = threading.Condition()
-        """Guards the five above."""
+        """Guards the six above."""
         self._closing = threading.Event()
         self._reader: Reader | None = None
         self._thread = threading.Thread(target=self._run, name="newest frame", daemon=True)  # a driver may never return
@@ -110,6 +113,7 @@ class NewestFrame:
                     return
                 if not self._again:
                     self._note(error.what)
+                    self.broke = True
                     return
                 if broke is None:
                     broke = time.monotonic()
@@ -125,12 +129,19 @@ class NewestFrame:
 
 
 class EveryFrame:
-    """All frames of a file or folder, one after another: the source waits for the model."""
+    """All frames of a file or folder, one after another: the source waits for the model.
 
-    def __init__(self, opened: Callable[[], Reader], note: Callable[[str], None], *, every: float = 0.0) -> None:
-        """`every`: the first frame in each so many seconds of a video file, and at most one picture of a folder in so many seconds."""
-        self._open, self._note, self._every = opened, note, every
+    A folder that cannot be read is looked at again after 1, 2, 4 ... 30 s until that succeeds. `note` is told when that begins and ends.
+    """
+
+    def __init__(self, opened: Callable[[], Reader], note: Callable[[str], None], *, every: float = 0.0, again: bool = False) -> None:
+        """`every`: the first frame in each so many seconds of a video file, and at most one picture of a folder in so many seconds.
+
+        Without `again`, a source that breaks has ended: a video file.
+        """
+        self._open, self._note, self._every, self._again = opened, note, every, again
         self.dropped = 0
+        self.broke = False
         self._position = 0.0
         """From which on a frame of a file is taken."""
         self._due = 0.0
@@ -139,11 +150,7 @@ class EveryFrame:
     def take(self) -> Frame | None:
         time.sleep(max(0.0, self._due - time.monotonic()))
         while True:
-            try:
-                frame = self._reader.read()
-            except SourceError as error:
-                self._note(error.what)
-                return None
+            frame = self._read()
             if frame is None:
                 return None
             if frame.position is None:
@@ -154,6 +161,27 @@ class EveryFrame:
                     self._position = (math.floor(frame.position / self._every + 1e-6) + 1) * self._every
                 return frame
             self.dropped += 1
+
+    def _read(self) -> Frame | None:
+        """The next frame of the reader, which knows what came while a folder could not be read. None at the end."""
+        pause, broke = 1.0, None
+        while True:
+            try:
+                frame = self._reader.read()
+            except SourceError as error:
+                if not self._again:
+                    self._note(error.what)
+                    self.broke = True
+                    return None
+                if broke is None:
+                    broke = time.monotonic()
+                    self._note(f"{error.what}; looking again until that works")
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            else:
+                if broke is not None:
+                    self._note(f"back after {time.monotonic() - broke:.0f} s")
+                return frame
 
     def __enter__(self) -> EveryFrame:
         self._reader = self._open()

@@ -21,6 +21,22 @@ def given_path(text: str) -> Path:
     return Path(given(text))
 
 
+def integer(text: str) -> int:
+    """An integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+
+
+def number(text: str) -> float:
+    """A number, infinity and NaN included."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
 def positive(text: str) -> int:
     """An integer of at least 1."""
     return at_least(text, 1)
@@ -28,7 +44,7 @@ def positive(text: str) -> int:
 
 def at_least(text: str, least: int) -> int:
     """An integer of at least `least`."""
-    value = int(text)
+    value = integer(text)
     if value < least:
         wanted = "not a positive number" if least == 1 else f"too small; give at least {least}"
         raise argparse.ArgumentTypeError(f"{value} is {wanted}")
@@ -37,7 +53,7 @@ def at_least(text: str, least: int) -> int:
 
 def at_least_zero(text: str) -> float:
     """A number that is not negative."""
-    value = float(text)
+    value = number(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
     return value
@@ -45,7 +61,7 @@ def at_least_zero(text: str) -> float:
 
 def multiple_of_64(text: str) -> int:
     """A multiple of 64, for `--image-size`. Which of them are possible depends on the checkpoint."""
-    value = int(text)
+    value = integer(text)
     if value < 1 or value % STRIDE:
         raise argparse.ArgumentTypeError(f"{value} is not one of 256, 320, ... 1536")
     return value

@@ -12,6 +12,7 @@ import shlex
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,13 +53,12 @@ def main(arguments: Sequence[str]) -> int:
     sampling = sampling_options(options)
     if options.frames is not None and options.video is None:
         raise FastVLMError("--frames without --video", "name the clip with --video FILE")
-    images = _images(options) if options.video is None else _frames(options)
+    images = _images(options)
     progress = SilentProgress() if options.json or options.quiet else stderr_progress()
 
     def check(manifest: Manifest, tokenizer: TextTokenizer) -> None:
         if options.video is not None:
-            special = sampling.get("special_tokens", False)
-            check_frames(manifest, tokenizer, options.prompt, len(images), system=options.system, special_tokens=special)
+            images.extend(_frames(options, manifest, tokenizer, special_tokens=sampling.get("special_tokens", False)))
         check_reply(manifest, tokenizer, options, sampling, len(images))
 
     with load(options, progress, check) as vlm:
@@ -160,6 +160,8 @@ def _is_pipe(name: str) -> bool:
 
 def _images(options: argparse.Namespace) -> list[ImageInput]:
     """The pictures: paths, and what was piped in. Each is decoded once here as a check, because loading a model may take minutes."""
+    if options.image and options.video is not None:
+        raise FastVLMError("--video and --image were given, but a question is about one of them", "leave one out")
     if options.image.count("-") > 1:
         raise FastVLMError("--image - is given twice, but stdin has only one picture", "give the others as files")
     images: list[ImageInput] = []
@@ -180,12 +182,10 @@ def _images(options: argparse.Namespace) -> list[ImageInput]:
     return images
 
 
-def _frames(options: argparse.Namespace) -> list[ImageInput]:
-    """The frames of the clip."""
-    if options.image:
-        raise FastVLMError("--video and --image were given, but a question is about one of them", "leave one out")
-    to_colour(options.background)
-    return list(frames_of_clip(options.video, FRAMES if options.frames is None else options.frames))
+def _frames(options: argparse.Namespace, manifest: Manifest, tokenizer: TextTokenizer, *, special_tokens: bool) -> list[ImageInput]:
+    """The frames of the clip. Raises FastVLMError before they are decoded if they do not fit into the context."""
+    check = partial(check_frames, manifest, tokenizer, options.prompt, system=options.system, special_tokens=special_tokens)
+    return list(frames_of_clip(options.video, FRAMES if options.frames is None else options.frames, check=check))
 
 
 # What is printed ----------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from fastvlm_edge.commands.arguments import at_least, given, given_path, positive
+from fastvlm_edge.commands.arguments import at_least, given, given_path, number, positive
 from fastvlm_edge.commands.environment import name_variables, parse
 from fastvlm_edge.commands.run import MODEL_HELP, add_loading_options, load
 from fastvlm_edge.errors import FastVLMError
@@ -23,8 +24,8 @@ from fastvlm_edge.generation.async_vlm import AsyncFastVLM
 from fastvlm_edge.generation.vlm import FastVLM
 from fastvlm_edge.inputs.rgb import to_colour
 from fastvlm_edge.progress import SilentProgress, stderr_progress
-from fastvlm_edge.server.settings import QUEUE, Settings
-from fastvlm_edge.server.tls import Certificate, given_certificate, self_signed
+from fastvlm_edge.server.settings import HOST, QUEUE, Settings
+from fastvlm_edge.server.tls import Certificate, given_certificate, renew, self_signed
 
 _KEEP_ALIVE = 30
 """Seconds that a connection without a request stays open: longer than clients keep theirs, so that none begins a request as it closes."""
@@ -41,15 +42,24 @@ def main(arguments: Sequence[str]) -> int:
     settings = settings_of(options)
     to_colour(options.background)
     with bound(settings.host, settings.port) as listening:
-        certificate = _certificate(options, settings.host)
+        certify = _certify(options, settings.host)
+        certificate = None if certify is None else certify()
         _warn_if_open(_address(listening, certificate), listening, settings)
         progress = SilentProgress() if options.quiet else stderr_progress()
         with load(options, progress, slots=settings.slots) as vlm:
-            asyncio.run(_serve(vlm, settings, listening, certificate, quiet=options.quiet))
+            asyncio.run(_serve(vlm, settings, listening, certificate, certify, quiet=options.quiet))
     return 0
 
 
-async def _serve(vlm: FastVLM, settings: Settings, listening: socket.socket, certificate: Certificate | None, *, quiet: bool) -> None:
+async def _serve(
+    vlm: FastVLM,
+    settings: Settings,
+    listening: socket.socket,
+    certificate: Certificate | None,
+    certify: Callable[[], Certificate] | None,
+    *,
+    quiet: bool,
+) -> None:
     import uvicorn
 
     from fastvlm_edge.server.app import make_app
@@ -95,13 +105,21 @@ async def _serve(vlm: FastVLM, settings: Settings, listening: socket.socket, cer
             print(f"SHA-256 fingerprint of its certificate: {certificate.fingerprint}", file=sys.stderr, flush=True)
 
     _listen(listening)
-    announcing = asyncio.ensure_future(asyncio.sleep(0) if quiet else announce())
+    beside = [asyncio.ensure_future(asyncio.sleep(0) if quiet else announce())]
+    server.config.load()
+    if server.config.ssl is not None and certificate is not None and certify is not None:
+        beside.append(asyncio.ensure_future(renew(server.config.ssl, certificate, certify, _tell)))
     try:
         await server.serve(sockets=[listening])
     finally:
-        announcing.cancel()
+        for task in beside:
+            task.cancel()
     if app.state.server.failure is not None:
         raise app.state.server.failure
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _described(vlm: FastVLM) -> str:
@@ -147,17 +165,17 @@ def _address(listening: socket.socket, certificate: Certificate | None) -> str:
     return f"{'http' if certificate is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _certificate(options: argparse.Namespace, host: str) -> Certificate | None:
-    """What the options say about https. Raises FastVLMError for files that do not fit, and for half of a pair."""
+def _certify(options: argparse.Namespace, host: str) -> Callable[[], Certificate] | None:
+    """What finds or makes the certificate; None is http. Raises FastVLMError for options that contradict each other, and half of a pair."""
     files = [options.tls_cert, options.tls_key]
     if options.tls is not None and any(files):
         raise FastVLMError("--tls and --tls-cert are both given", "give one of them")
     if all(files):
-        return given_certificate(options.tls_cert, options.tls_key)
+        return partial(given_certificate, options.tls_cert, options.tls_key)
     if any(files):
         has, lacks = ("--tls-cert", "--tls-key") if options.tls_cert else ("--tls-key", "--tls-cert")
         raise FastVLMError(f"{has} is given without {lacks}", f"give {lacks} too")
-    return None if options.tls is None else self_signed(host)
+    return None if options.tls is None else partial(self_signed, host)
 
 
 def _warn_if_open(address: str, listening: socket.socket, settings: Settings) -> None:
@@ -176,12 +194,18 @@ def _warn_if_open(address: str, listening: socket.socket, settings: Settings) ->
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """What the options ask for. Raises FastVLMError for values that do not go together."""
+    for name in options.allowed_host or ():
+        found = HOST.fullmatch(name.lower())
+        if found is None or found[2]:
+            what = f"--allowed-host {name} is not the name of a host"
+            raise FastVLMError(what, "give it as clients write it, without a port: board.local, or [fd00::2]")
     if options.api_key and any(not key.isascii() or not key.isprintable() or " " in key for key in options.api_key):
         raise FastVLMError("an API key has characters that HTTP headers cannot hold", "use letters, digits and punctuation")
     return Settings(
         host=options.host,
         port=options.port,
         api_keys=tuple(options.api_key or ()),
+        allowed_hosts=tuple(options.allowed_host or ()),
         model_name=options.model_name,
         slots=options.slots,
         queue=QUEUE * options.slots if options.queue is None else options.queue,
@@ -214,7 +238,7 @@ def _not_negative(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a time")
     return value
@@ -237,6 +261,7 @@ def parser() -> argparse.ArgumentParser:
     add("--host", metavar="HOST", type=given, default=defaults.host, help="address to listen at; 0.0.0.0 is all (default: %(default)s)")
     add("--port", metavar="N", type=_port, default=defaults.port, help="0 takes a free one (default: %(default)s)")
     add("--api-key", metavar="KEY", type=given, action="append", help="clients must send one of these keys; may be repeated")
+    add("--allowed-host", metavar="NAME", type=given, action="append", help="name of this server that clients use; may be repeated")
     add("--tls", choices=("self-signed",), help="https, with a certificate that is made for this machine and kept in the cache directory")
     add("--tls-cert", metavar="FILE", type=given_path, help="https, with this certificate in PEM format")
     add("--tls-key", metavar="FILE", type=given_path, help="the key of --tls-cert")

@@ -29,7 +29,7 @@ from fastvlm_edge.progress import SilentProgress, stderr_progress
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Watch until the source ends, `--max-frames` answers are given, or a signal comes."""
+    """Watch until the source ends, `--max-frames` answers are given, or a signal comes. 1 if something could not be read."""
     options = parser().parse_args(arguments)
     sampling = sampling_options(options)
     to_colour(options.background)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     with load(options, SilentProgress() if options.quiet else stderr_progress(), check) as vlm:
         frames: Frames
         if options.no_realtime:
-            frames = EveryFrame(read_again, note, every=options.every)
+            frames = EveryFrame(read_again, note, every=options.every, again=source.kind != "file")
         else:
             frames = NewestFrame(read_again, note, every=options.every, again=source.kind != "file")
         watch = Watch(vlm, frames, options, sampling, webhook, note)
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
             watch.end()
             raise
         watch.end()
-    return 0
+    return int(watch.failed)
 
 
 class Watch:
@@ -85,6 +85,11 @@ class Watch:
         self._answers = self._skipped = self._unreadable = 0
         self._printed: str | None = None
         """The text of the last line."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a picture could not be read, or a video file broke off."""
+        return self._unreadable > 0 or self._frames.broke
 
     def run(self) -> None:
         """Until the source ends or enough was answered."""

@@ -14,10 +14,14 @@ from urllib.parse import unquote
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.json_record import parse_json
 
-MAX_CHARACTERS = {"json_schema": 1 << 14, "choices": 1 << 16, "regex": 1 << 14, "grammar": 1 << 13}
+MAX_CHARACTERS = {"json_schema": 1 << 14, "choices": 1 << 16, "regex": 1 << 13, "grammar": 1 << 13}
 """Of each kind of source; all choices together. It bounds the time that llguidance takes to compile one, and the depth of its stack."""
 MAX_MULTIPLE = 10_000
 """The automaton for "divisible by n" has n states, and all `multipleOf` of a schema may meet in one number."""
+MAX_PATTERN_PROPERTIES = 16
+"""Of a whole schema. llguidance compares every pair of them, so that no name matches two."""
+MAX_JOINED_PATTERN_PROPERTIES = 3
+"""If schemas are joined: it compares the pairs again for each reference and for each combination of alternatives."""
 MAX_PATTERNS = 8
 """Regular expressions that one text must match at the same time: the time to compile them grows exponentially."""
 
@@ -27,6 +31,7 @@ _VALUES = ("const", "enum", "default", "examples")
 """Keywords whose value is data, not a schema."""
 _SAME_VALUE = ("allOf", "anyOf", "oneOf")
 """Keywords with a list of schemas for the same value."""
+_JOINING = (*_SAME_VALUE, "$ref")
 
 
 @dataclass(frozen=True)
@@ -108,14 +113,24 @@ def schema_text(schema: Any) -> str:
     schema = json.loads(text)
     if "x-guidance" in schema:
         raise FastVLMError("the JSON schema has x-guidance, which is not a keyword of JSON Schema", "leave it out")
-    multiple = 1
+    multiple, names, joined = 1, 0, False
     for part in _schemas(schema):
         _check_min_properties(part)
         multiple = math.lcm(multiple, _digits(part.get("multipleOf")))
+        by_pattern = part.get("patternProperties")
+        names += len(by_pattern) if isinstance(by_pattern, dict) else 0
+        joined |= any(key in part for key in _JOINING)
     if multiple > MAX_MULTIPLE:
         raise FastVLMError(
             f"the multipleOf values of the JSON schema have the common multiple {multiple}, but at most {MAX_MULTIPLE} is supported",
             "leave out multipleOf, and check the number afterwards",
+        )
+    most = MAX_JOINED_PATTERN_PROPERTIES if joined else MAX_PATTERN_PROPERTIES
+    if names > most:
+        beside = f" beside {', '.join(_JOINING)}" if joined else ""
+        raise FastVLMError(
+            f"the JSON schema has {names} patternProperties{beside}, but at most {most} are supported",
+            "write one pattern instead",
         )
     try:
         patterns = _patterns_at_once(schema, schema, {})

@@ -118,6 +118,14 @@ class Counters:
     image_bytes: int = 0
     """Memory of the encoded pictures that are kept."""
 
+    def since(self, first: Counters) -> Counters:
+        """What was counted after `first`. What is now, as `running` and the memory, stays."""
+        return replace(self, **{name: getattr(self, name) - getattr(first, name) for name in _COUNTED})
+
+
+_COUNTED = ("requests", "prompt_tokens", "cached_tokens", "new_tokens", "images", "cached_images", "drafted_tokens", "accepted_tokens")
+"""Fields of Counters that only grow."""
+
 
 class Engine:
     """Runs all work on one backend."""

@@ -17,6 +17,8 @@ MAX_TOP_K = 64
 """The decoder graph outputs this many candidates (`top_values`, `top_ids`); sampling chooses among them."""
 LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0
 """Beyond these, logits times or divided by the penalty may leave float32."""
+MAX_STOP_CHARACTERS = 1024
+"""Of a stop string. Every piece of a reply is compared with all beginnings of it."""
 MAX_LOGPROBS = 20
 """Most alternatives of each token in a reply, as in the OpenAI API."""
 
@@ -89,6 +91,8 @@ def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     for string in strings:
         if not isinstance(string, str) or not string:
             raise FastVLMError(f"the stop string {string!r} is not a string of at least one character")
+        if len(string) > MAX_STOP_CHARACTERS:
+            raise FastVLMError(f"a stop string has {len(string)} characters", f"give at most {MAX_STOP_CHARACTERS}")
     return strings
 
 

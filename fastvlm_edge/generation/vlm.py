@@ -35,6 +35,7 @@ from fastvlm_edge.inputs.preprocess import GEOMETRIES, preprocess, to_pixels
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.rgb import Colour, to_colour
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.model_dir.engine_record import EngineRecord
 from fastvlm_edge.model_dir.manifest import Manifest, check_sha256, read_manifest, verify_files
 from fastvlm_edge.model_dir.verified import changed
 from fastvlm_edge.model_dir.verified import verify as verify_model
@@ -57,6 +58,8 @@ class BackendInfo:
     """`ort`, `ort-cuda` or `tensorrt`."""
     description: str
     """Library, version and device, as text for users."""
+    engines: EngineRecord | None = None
+    """The record of the TensorRT engines that run, if any do."""
 
 
 def load_parts(
@@ -236,7 +239,8 @@ class FastVLM:
     @property
     def backend(self) -> BackendInfo:
         """Name and description of what runs the model."""
-        return BackendInfo(self._engine.backend.name, self._engine.backend.description)
+        backend = self._engine.backend
+        return BackendInfo(backend.name, backend.description, backend.engines)
 
     @property
     def slots(self) -> int:

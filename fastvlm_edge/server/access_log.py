@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -59,7 +60,8 @@ class AccessLog:
                 "seconds": round(time.perf_counter() - began, 4),
                 **extra,
             }
-            print(json.dumps(line), file=self._stream or sys.stderr, flush=True)
+            with suppress(OSError, ValueError):  # a full disk, a reader that went away, a stream that was closed
+                print(json.dumps(line), file=self._stream or sys.stderr, flush=True)
 
 
 def note_tokens(scope: Scope, prompt_tokens: int, completion_tokens: int) -> None:

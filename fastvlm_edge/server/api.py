@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import ClientDisconnect, Request
 
-from fastvlm_edge.generation.sampling import LEAST_PENALTY, MAX_LOGPROBS, MAX_TOP_K, MOST_PENALTY
+from fastvlm_edge.generation.sampling import LEAST_PENALTY, MAX_LOGPROBS, MAX_STOP_CHARACTERS, MAX_TOP_K, MOST_PENALTY
 from fastvlm_edge.server.errors import ClientGone, RequestError
 
 T = TypeVar("T")
@@ -160,6 +160,9 @@ class MediaOptions(Taken):
     video: VideoOptions | None = None
 
 
+Stop: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+
+
 class ChatRequest(Taken):
     """The body of `POST /v1/chat/completions`."""
 
@@ -180,7 +183,7 @@ class ChatRequest(Taken):
     """Values above 1 make tokens less likely that are in the conversation already."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     """Choice i of several uses seed + i."""
-    stop: str | Annotated[list[str], Meta(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
     n: Annotated[int, Meta(ge=1)] | None = None
     """Number of replies, at most the slots of the server."""
     logprobs: bool | None = None

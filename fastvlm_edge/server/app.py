@@ -17,7 +17,7 @@ from fastvlm_edge.generation.async_vlm import AsyncFastVLM
 from fastvlm_edge.server import completions, metrics, openapi, page, responses, status, tokens
 from fastvlm_edge.server.access_log import AccessLog
 from fastvlm_edge.server.admission import Admission
-from fastvlm_edge.server.auth import Auth
+from fastvlm_edge.server.auth import Auth, Hosts
 from fastvlm_edge.server.errors import RequestError, on_bug, on_http_error, on_request_error
 from fastvlm_edge.server.limits import BodyLimit, Endings
 from fastvlm_edge.server.metrics import Metrics
@@ -53,6 +53,8 @@ def make_app(vlm: AsyncFastVLM, settings: Settings) -> Starlette:
         Middleware(Endings, running=running),
         Middleware(BodyLimit, max_bytes=settings.max_body_bytes),
     ]
+    if settings.names is not None:
+        middleware.insert(0, Middleware(Hosts, names=settings.names, rejected=state.metrics.rejected))
     if settings.cors_origins:
         headers = ["authorization", "content-type"]
         cors = Middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=("GET", "POST"), allow_headers=headers)
@@ -80,4 +82,5 @@ async def _warm(state: ServerState) -> None:
         state.failure = error
         state.stop()
     else:
+        state.metrics.begin()
         state.ready.set()

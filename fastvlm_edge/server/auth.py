@@ -1,4 +1,4 @@
-"""`--api-key`: pure ASGI middleware that answers 401 to whoever does not send one of the keys as `Authorization: Bearer KEY`."""
+"""Who may use the server, as pure ASGI middleware: names of the server that are answered, and API keys (`Authorization: Bearer KEY`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,40 @@ from hmac import compare_digest
 from typing import TYPE_CHECKING
 
 from fastvlm_edge.server.errors import RequestError
+from fastvlm_edge.server.settings import HOST
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 OPEN = frozenset({"/health", "/health/ready", "/", "/page.css", "/page.js"})
 """Paths that need no key: a supervisor asks for the health, and the page, which holds no secret, asks for the key."""
+
+
+class Hosts:
+    """Answers only requests that name this server as one of its names.
+
+    Otherwise any web page could use a server on the machine of its visitor: it lets its own name point to 127.0.0.1 (DNS rebinding), so
+    that the browser takes the server for a part of the page. The browser then sends the name of the page as Host.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str], rejected: Callable[[int], None] = lambda status: None) -> None:
+        """`names` are in lower case, IPv6 addresses in brackets. `rejected` is told of every refusal."""
+        self._app, self._names, self._rejected = app, frozenset(names), rejected
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        given = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
+        found = HOST.fullmatch(given[0]) if len(given) == 1 else None
+        if found is not None and found[1].rstrip(".") in self._names:
+            await self._app(scope, receive, send)
+            return
+        what = f"this server has no name {(given or [''])[0][:80]!r}; --allowed-host gives it one more"
+        refusal = RequestError(403, what, code="host_not_allowed")
+        self._rejected(refusal.status)
+        await refusal.response(scope, receive, send)
 
 
 class Auth:

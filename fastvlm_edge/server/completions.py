@@ -160,7 +160,7 @@ def options_of(asked: api.ChatRequest, settings: Settings) -> dict[str, Any]:
         raise RequestError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     top_k = asked.top_k if asked.top_k and asked.top_k > 0 else None
     api.check_combinations(asked, top_p=asked.top_p not in (None, 1), top_k=top_k is not None)
-    options: dict[str, Any] = {
+    return {
         "max_new_tokens": asked.max_completion_tokens or asked.max_tokens or settings.max_tokens,
         "temperature": asked.temperature or 0.0,
         "top_k": top_k,
@@ -169,10 +169,8 @@ def options_of(asked: api.ChatRequest, settings: Settings) -> dict[str, Any]:
         "repetition_penalty": asked.repetition_penalty or 1.0,
         "stop": asked.stop,
         "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
+        **_format(asked),
     }
-    if asked.stop is not None and "" in (asked.stop, *asked.stop):
-        raise RequestError(400, "a stop string is empty", param="stop")
-    return {**options, **_format(asked)}
 
 
 def _format(asked: api.ChatRequest) -> dict[str, Any]:

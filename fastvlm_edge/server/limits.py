@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import h11
@@ -15,7 +16,9 @@ from fastvlm_edge.server.errors import ClientGone, RequestError
 HEAD_SECONDS = 30.0
 """The longest time until the head of a request is complete."""
 BODY_SECONDS = 30.0
-"""The longest silence inside a body."""
+"""The longest silence inside a body, and the time that every body may take."""
+BODY_RATE = 8 << 10
+"""Bytes per second with which a body may take longer: a full one of 32 MiB an hour and nine minutes."""
 BODIES = 8
 """Bodies of the largest size that requests may hold at the same time, those that wait in the queue included."""
 CLIENT_GONE = 499
@@ -66,7 +69,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        taken, complete = 0, False
+        taken, complete, began = 0, False, time.monotonic()
 
         async def bounded() -> Message:
             nonlocal taken, complete
@@ -74,10 +77,12 @@ class BodyLimit:
                 return await receive()
             if length.isdigit() and int(length) > self._max_bytes:
                 raise self._too_large()
+            left = began + BODY_SECONDS + taken / BODY_RATE - time.monotonic()
             try:
-                message = await asyncio.wait_for(receive(), BODY_SECONDS)
+                message = await asyncio.wait_for(receive(), max(0.0, min(left, BODY_SECONDS)))
             except asyncio.TimeoutError:
-                raise RequestError(408, f"nothing of the body came for {BODY_SECONDS:g} seconds", code="timeout") from None
+                slow = f"the body comes too slowly: {taken:,} bytes in {time.monotonic() - began:.0f} seconds"
+                raise RequestError(408, slow, code="timeout") from None
             size = len(message.get("body", b""))
             taken += size
             self._held += size

@@ -23,6 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fastvlm_edge.generation.async_vlm import AsyncFastVLM
+from fastvlm_edge.generation.engine import Counters
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.machine.heat import HeatSensors
 from fastvlm_edge.machine.power import JetsonSensor, NoSensor, Sensor, find_sensor
@@ -69,9 +70,15 @@ class Metrics:
         """By reason."""
         self.refused = Counter[int]()
         """By HTTP status."""
+        self._first = Counters()
+        """Those of the model before the first request."""
         self._machine = _Machine(sensor, probe or Probe(), card=vlm.vlm.backend.name != "ort")
         self._registry.register(_Read(self))
         ProcessCollector(registry=self._registry)
+
+    def begin(self) -> None:
+        """The first run of the model, which nobody asked for, is over: its tokens do not count."""
+        self._first = self._vlm.counters()
 
     def queued(self) -> None:
         """A reply was asked for."""
@@ -133,7 +140,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What is read when it is asked for."""
-        counters = self._vlm.counters()
+        counters = self._vlm.counters().since(self._first)
         with self._lock:
             waiting, running, ended, refused = self.waiting, self.running, dict(self.ended), dict(self.refused)
         finished = dict.fromkeys(FINISHED.values(), 0)

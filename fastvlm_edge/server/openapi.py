@@ -71,7 +71,7 @@ def describe(settings: Settings) -> dict[str, Any]:
         closed = bool(settings.api_keys) and name not in _OPEN
         if closed:
             documented["security"] = [{"key": []}]
-        for status in sorted({*errors, *((401,) if closed else ())}):
+        for status in sorted({*errors, *((401,) if closed else ()), *((403,) if settings.names is not None else ())}):
             documented["responses"][str(status)] = _error(status, schemas[ErrorBody])
         return documented
 

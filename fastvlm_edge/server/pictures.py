@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from fastvlm_edge.backends import malloc
 from fastvlm_edge.camera.clip import frames_of_clip
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.async_vlm import AsyncFastVLM
@@ -23,6 +24,9 @@ _KNOWN = 4096
 
 _CLIP_SECONDS = 30.0
 """Longest time that reading a clip may take."""
+_MANY_PIXELS = 1 << 22
+"""More than 12 MB in Pillow."""
+_TRIM_SECONDS = 5.0
 _LONG = 1 << 20
 """Bytes that are hashed in about a millisecond."""
 
@@ -101,7 +105,10 @@ async def _encode(picture: Picture, vlm: AsyncFastVLM, settings: Settings, known
     try:
         rgb = await asyncio.to_thread(load_rgb, source, vlm.vlm.background)
     except FastVLMError as error:
+        _trim_soon()
         raise refused(error, picture.param) from None
+    if rgb.width * rgb.height >= _MANY_PIXELS:
+        _trim_soon()
     try:
         image = await vlm.encode_image(rgb)
     except FastVLMError as error:
@@ -113,6 +120,7 @@ async def _encode(picture: Picture, vlm: AsyncFastVLM, settings: Settings, known
 
 async def _clip(clip: Picture, vlm: AsyncFastVLM, settings: Settings) -> list[EncodedImage]:
     """Frames of a clip. Its file may be as large as a request."""
+    _trim_soon()
     try:
         data = await media.picture(clip.url, replace(settings, max_image_bytes=settings.max_body_bytes, max_pixels=None))
         frames = await asyncio.to_thread(frames_of_clip, data, clip.frames, max_seconds=_CLIP_SECONDS)
@@ -124,6 +132,12 @@ async def _clip(clip: Picture, vlm: AsyncFastVLM, settings: Settings) -> list[En
         return [await vlm.encode_image(frame) for frame in frames]
     except FastVLMError as error:
         raise failed(error) from error
+
+
+def _trim_soon() -> None:
+    """Return memory to the system once what is read now is done with: the C library keeps a large part of what pictures took."""
+    loop = asyncio.get_running_loop()
+    loop.call_later(_TRIM_SECONDS, loop.run_in_executor, None, malloc.trim)
 
 
 def _recalled(digest: bytes, vlm: AsyncFastVLM, known: KnownPictures) -> EncodedImage | None:

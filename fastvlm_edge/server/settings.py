@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 from fastvlm_edge.generation.vlm import SLOTS
@@ -13,6 +16,9 @@ QUEUE = 4
 FRAMES = 8
 """Pictures that stand for a clip, unless a request says otherwise."""
 
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+)(:\d*)?")
+"""A name or address with a port, as the header Host has it (RFC 9110, section 7.2), in lower case."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -22,6 +28,8 @@ class Settings:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     """A request needs one of them, if there is any; `/health` is open."""
+    allowed_hosts: tuple[str, ...] = ()
+    """More names of the server, which the header Host may have."""
     model_name: str | None = None
     """What clients call the model; None is the name in its manifest."""
     slots: int = SLOTS
@@ -54,3 +62,21 @@ class Settings:
     access_log: bool = True
     page: bool = True
     """Whether `/` is the page."""
+
+    @property
+    def names(self) -> frozenset[str] | None:
+        """What the header Host may have; None is everything.
+
+        That is so without `allowed_hosts` where the network may come in by any name anyway, or a key is needed, which no web page has.
+        """
+        if not self.allowed_hosts and (self.api_keys or not _is_local(self.host)):
+            return None
+        own = f"[{self.host}]" if ":" in self.host else self.host
+        return frozenset(name.lower() for name in ("localhost", "127.0.0.1", "[::1]", own, *self.allowed_hosts))
+
+
+def _is_local(host: str) -> bool:
+    """Whether only programs on this machine reach the address."""
+    with suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host.lower() == "localhost"

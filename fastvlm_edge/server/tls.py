@@ -5,6 +5,7 @@ Browsers give the camera only to pages on https or localhost.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import ipaddress
 import os
@@ -14,6 +15,7 @@ import socket
 import ssl
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.cache_dir import cache_dir
 from fastvlm_edge.model_dir.atomic import whole_file
 
+CHECK_SECONDS = 24 * 3600.0
+"""Between two looks at the certificate of a server that runs."""
 DAYS = 397
 """How long a new certificate is valid. Browsers refuse some that are valid for longer."""
 RENEWED_BEFORE = 30
@@ -97,6 +101,22 @@ def self_signed(host: str, folder: Path | None = None) -> Certificate:
         what = f"{folder} cannot hold the certificate of --tls self-signed ({error.strerror or error})"
         raise FastVLMError(what, "set FASTVLM_EDGE_CACHE to a directory that this user can write") from None
     return Certificate(path, path)
+
+
+async def renew(context: ssl.SSLContext, certificate: Certificate, again: Callable[[], Certificate], note: Callable[[str], None]) -> None:
+    """Give new connections a newer certificate once there is one, until it is cancelled. `again` finds it, as at the start."""
+    known = certificate.fingerprint
+    while True:
+        await asyncio.sleep(CHECK_SECONDS)
+        try:
+            found = await asyncio.to_thread(again)
+            fingerprint = found.fingerprint
+            if fingerprint != known:
+                context.load_cert_chain(found.certificate, found.key)
+                known = fingerprint
+                note(f"new certificate; its SHA-256 fingerprint: {fingerprint}")
+        except (FastVLMError, OSError) as error:
+            note(f"WARNING: the certificate stays the same: {error}")
 
 
 def machine_names(host: str, proc: Path = Path("/proc")) -> tuple[str, ...]:

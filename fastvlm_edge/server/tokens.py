@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -95,6 +95,24 @@ class Backend(Given):
     description: str
 
 
+class Engines(Given):
+    """The TensorRT engines that run, as their record (`build.json`) has them."""
+
+    target: str
+    library: str
+    """`tensorrt` or `tensorrt_rtx`."""
+    version: str
+    compute_capabilities: list[list[int]]
+    device: str
+    """The GPU on which they were built; empty without one."""
+    board: str
+    """Its Jetson, if it is one."""
+    verified: bool
+    """Whether they ran on a GPU and agreed with their reference."""
+    parity: dict[str, Any]
+    """The figures of that comparison."""
+
+
 class Modalities(Given):
     """What a question may have beside text."""
 
@@ -108,6 +126,8 @@ class Props(Given):
     model: str
     precision: str
     backend: Backend
+    engines: Engines | None
+    """null if the backend runs none."""
     total_slots: int
     """Replies that are generated at a time."""
     context: int
@@ -169,11 +189,12 @@ def detokenize(asked: DetokenizeRequest, vlm: FastVLM) -> DetokenizeAnswer:
 def props(state: ServerState) -> Props:
     """What runs."""
     vlm = state.vlm.vlm
-    manifest = vlm.manifest
+    manifest, record = vlm.manifest, vlm.backend.engines
     return Props(
         model=state.model_name,
         precision=manifest.precision,
         backend=Backend(name=vlm.backend.name, description=vlm.backend.description),
+        engines=None if record is None else Engines(**{name: getattr(record, name) for name in Engines.__struct_fields__}),
         total_slots=state.settings.slots,
         context=manifest.decoder.context,
         image_size=manifest.vision.image_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import fastvlm_edge
-from docs.generate_reference import PAGE, reference
+from docs.generate_reference import PAGE, parsers, reference
 from fastvlm_edge.cli import COMMANDS
 from tests.docs.pages import ROOT, read
 
@@ -29,6 +31,19 @@ def test_the_command_reference_is_what_the_parsers_say(columns: str, monkeypatch
 def test_the_command_reference_has_every_command() -> None:
     headings = re.findall(r"(?m)^## fastvlm-edge (\w+)", reference())
     assert list(dict.fromkeys(headings)) == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_value_is_named_in_words(command: str) -> None:
+    """argparse would name the function of the type: "invalid _not_negative value"."""
+    for parser in parsers(command):
+        for action in parser._actions:
+            if action.type in (None, int, float):
+                continue
+            assert callable(action.type)
+            for text in ("", "x", "1x", "-", "0x10", "1,x", ",", "é", "nan"):
+                with contextlib.suppress(argparse.ArgumentTypeError):
+                    action.type(text)
 
 
 def modules() -> set[str]:

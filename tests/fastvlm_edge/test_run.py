@@ -264,6 +264,13 @@ def test_a_clip_is_pictures_of_one_question(clip: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("never_loads")
+def test_frames_that_do_not_fit_are_never_decoded(clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvlm_edge.camera.clip.upright", lambda _frame: pytest.fail("a frame was decoded"))
+    assert main(["run", MODEL, "--video", str(clip), "x", "--frames", "1000", "--system", "word " * 410]) == 1
+    assert "40 frames of " in capsys.readouterr().err, "the clip has no more"
+
+
+@pytest.mark.usefixtures("never_loads")
 def test_what_is_wrong_with_a_clip_is_said_before_the_model_loads(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, says in (
         (["--video", str(clip), "--image", SHAPES, "x"], "--video and --image were given, but a question is about one of them"),

@@ -179,7 +179,7 @@ def test_a_growing_folder(tmp_path: Path) -> None:
         (tmp_path / "bad.jpg").write_bytes(SIGN.read_bytes())
         out, err = process.communicate(timeout=60)
     assert (first["file"], first["text"], first["position"]) == ("new.jpg", ANSWER, None)
-    assert [line["file"] for line in lines(out)] == ["bad.jpg"] and process.returncode == 0
+    assert [line["file"] for line in lines(out)] == ["bad.jpg"] and process.returncode == 1
     assert f"[{tmp_path / 'bad.jpg'} is damaged or truncated: " in err and "1 not readable" in err
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.backends.kv_cache import FIRST_CAPACITY, next_capacity
 from fastvlm_edge.backends.protocol import ImageFeatures, SavedSlot, StepOutput, position_bytes
+from fastvlm_edge.model_dir.engine_record import EngineRecord
 from fastvlm_edge.model_dir.manifest import Manifest
 from tests.support.graph_interpreter import Interpreter
 
@@ -42,6 +43,7 @@ class RoundedBackend:
     name = "tensorrt"
     description = "interpreter"
     slots = 1
+    engines: EngineRecord | None = None
 
     def __init__(self, directory: Path, manifest: Manifest, *, exact: bool = False) -> None:
         """With `exact`, everything is computed in float64."""

@@ -32,6 +32,7 @@ from fastvlm_edge.bundling.start import Bundle, BundleError, ensure
 from fastvlm_edge.bundling.wheels import RUNTIME, SERVE, STRUCTURED, Wheel, collect_wheels, requirements
 from fastvlm_edge.machine.boards.systems import SYSTEMS, BundleTarget
 from fastvlm_edge.machine.boards.targets import bundle_target
+from fastvlm_edge.server.settings import Settings
 from tests.support.fake_model import build_model
 from tests.support.wheels import BUNDLED, tiny_wheel, wheel_of_installed
 
@@ -567,6 +568,7 @@ def test_the_unit_that_serves_waits_for_the_one_that_prepares_and_systemd_accept
     text = serve.read_text()
     assert f"Requires={prepare.name}\nAfter={prepare.name} " in text
     assert 'ExecStart=/bin/sh "/usr/bin/true" serve\n' in text and "\nSupplementaryGroups=video\n" in text
+    assert "\nTimeoutStopSec=60\n" in text
     if shutil.which("systemd-analyze"):
         done = subprocess.run(["systemd-analyze", "verify", str(serve), str(prepare)], capture_output=True, text=True)
         assert "fastvlm" not in done.stderr, done.stderr
@@ -574,6 +576,22 @@ def test_the_unit_that_serves_waits_for_the_one_that_prepares_and_systemd_accept
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert prepare.name in unit.uninstall(bundle, root) and not list(folder.rglob("*fastvlm*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [
+        ("FASTVLM_EDGE_DRAIN=300\n", 330),
+        ('# FASTVLM_EDGE_DRAIN=9\nFASTVLM_EDGE_DRAIN=5\n  FASTVLM_EDGE_DRAIN="120"\nFASTVLM_EDGE_PORT=1\n', 150),
+        ("FASTVLM_EDGE_DRAIN=soon\n", 60),
+    ],
+)
+def test_systemd_waits_for_the_drain(tmp_path: Path, settings: str, seconds: int) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/fastvlm-edge.env").write_text(settings)
+    unit.install(Path("/usr/bin/true"), tmp_path, serve=True)
+    assert f"\nTimeoutStopSec={seconds}\n" in (tmp_path / "etc/systemd/system/fastvlm-serve-true.service").read_text()
+    assert Settings().drain_seconds == unit.DRAIN
 
 
 def test_an_installation_without_a_server_has_no_unit_for_one_and_keeps_what_is_there(tmp_path: Path, tiny: Path) -> None:

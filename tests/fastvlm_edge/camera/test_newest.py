@@ -137,7 +137,7 @@ def test_a_source_that_breaks_is_opened_again_and_told_once(notes: list[str], mo
 def test_a_file_that_breaks_has_ended(notes: list[str]) -> None:
     with NewestFrame(opener(Scripted(frame(1), 0.1, SourceError("the disk"))), notes.append, again=False) as frames:
         assert names(frames) == ["1"]
-    assert notes == ["the disk"]
+    assert notes == ["the disk"] and frames.broke
 
 
 def test_what_can_never_work_is_raised(notes: list[str]) -> None:
@@ -195,4 +195,19 @@ def test_pictures_of_a_folder_come_at_most_so_often(notes: list[str]) -> None:
 def test_a_file_that_breaks_ends(notes: list[str]) -> None:
     with EveryFrame(opener(Scripted(frame(1, 0.0), SourceError("the disk"))), notes.append) as frames:
         assert names(frames) == ["1"]
-    assert notes == ["the disk"]
+    assert notes == ["the disk"] and frames.broke
+
+
+def test_a_folder_that_cannot_be_read_for_a_while(notes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: pauses.append(seconds) if seconds else None)
+    gone = [SourceError("not mounted")] * 6
+    with EveryFrame(opener(Scripted(frame(1), *gone, frame(2), SourceError("again"), frame(3))), notes.append, again=True) as frames:
+        assert names(frames) == ["1", "2", "3"] and not frames.broke
+    assert pauses == [1, 2, 4, 8, 16, 30, 1]
+    assert notes == [
+        "not mounted; looking again until that works",
+        "back after 0 s",
+        "again; looking again until that works",
+        "back after 0 s",
+    ]

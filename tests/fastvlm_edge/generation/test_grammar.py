@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -408,6 +409,8 @@ def test_a_vocabulary_goes_with_its_tokenizer(model_dir: Path) -> None:
         ),
         ({"allOf": [{"properties": {"a": {"anyOf": [{"pattern": f"x{index}"}, {}]}}} for index in range(9)]}, "9 values"),
         ({"type": "object", "properties": {f"p{index}": {} for index in range(900)}}, "too complex"),
+        ({"patternProperties": {f"^{index:02}": {} for index in range(17)}}, "17 patternProperties, but at most 16"),
+        ({"items": {"patternProperties": {f"^{index}": {} for index in range(4)}}, "anyOf": [{}, {}]}, "4 patternProperties beside allOf"),
         ({"const": float("nan")}, "not JSON"),
         ({"const": {1, 2}}, "not JSON"),
         ({"const": "\ud800"}, "JSON"),
@@ -431,7 +434,7 @@ def test_deep_nesting_is_an_error_of_the_user(text: Text) -> None:
         with pytest.raises(FastVLMError, match=r"recursion|deep|not JSON|characters"):
             compiled(text, grammar="start: %json " + '{"items": ' * depth + "true" + "}" * depth)
     with pytest.raises(FastVLMError, match="nest"):
-        compiled(text, regex="(" * 8_000 + "a" + ")" * 8_000)
+        compiled(text, regex="(" * 4_000 + "a" + ")" * 4_000)
 
 
 @pytest.mark.parametrize(
@@ -472,6 +475,33 @@ def test_other_formats_that_cannot_be_kept_are_refused_by_name(text: Text, optio
     with pytest.raises(FastVLMError, match=re.escape(named)) as raised:
         compiled(text, **options)
     assert raised.value.mend and "\n" not in str(raised.value)
+
+
+PAIRS: dict[str, Any] = {f"^.*a.{{4}}{index:02}$": {} for index in range(16)}
+"""Patterns of which it takes long to find out that no text matches two, but not so long that llguidance gives up."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"regex": "a*" * (MAX_CHARACTERS["regex"] // 2 - 1) + "b"},
+        {"json_schema": {"pattern": "a?" * 8000}},
+        {"json_schema": {"patternProperties": PAIRS}},
+        {
+            "json_schema": {
+                "$defs": {"p": {"patternProperties": dict([*PAIRS.items()][:3])}},
+                "properties": {f"q{index}": {"allOf": [{"$ref": "#/$defs/p"}, {"minProperties": index % 2}]} for index in range(230)},
+            }
+        },
+        {"choices": [f"{index * 7919 % 100003:05}" for index in range(13_000)]},
+    ],
+)
+def test_the_slowest_formats_compile_in_bounded_time(text: Text, options: dict[str, Any]) -> None:
+    """In time of this thread, about a second: nobody can stop llguidance when a client has gone away."""
+    began = time.thread_time()
+    with suppress(FastVLMError):
+        compiled(text, **options)
+    assert time.thread_time() - began < 3
 
 
 def test_response_format_is_that_of_the_openai_api() -> None:

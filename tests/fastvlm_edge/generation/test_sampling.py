@@ -128,6 +128,7 @@ def test_output_that_cannot_be_sampled() -> None:
         ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
         ({"stop": [""]}, "stop string ''"),
         ({"stop": [3]}, "stop string 3"),
+        ({"stop": "a" * 1025}, "stop string has 1025 characters"),
     ],
 )
 def test_values_out_of_range_are_named(values: dict[str, Any], says: str) -> None:

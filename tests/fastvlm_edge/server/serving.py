@@ -24,7 +24,7 @@ PROMPT = "What does the meter read?"
 def serving(vlm: FastVLM, **settings: Any) -> Iterator[TestClient]:
     """A client of a server that is ready."""
     chosen = Settings(**{"model_name": "demo", "slots": 2, "access_log": False, "page": False, **settings})
-    with TestClient(make_app(AsyncFastVLM(vlm), chosen), raise_server_exceptions=False) as client:
+    with TestClient(make_app(AsyncFastVLM(vlm), chosen), "http://localhost", raise_server_exceptions=False) as client:
         while client.get("/health").status_code == 503:
             pass
         yield client

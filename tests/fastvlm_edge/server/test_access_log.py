@@ -79,6 +79,21 @@ def test_a_client_that_left_before_the_answer() -> None:
     assert json.loads(stream.getvalue())["client"] is None
 
 
+class Full(io.StringIO):
+    """A file on a disk that is full."""
+
+    def write(self, _text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_breaks_no_request() -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stream in (closed, Full()):
+        app = Starlette(routes=[Route("/a", lambda _request: PlainTextResponse("answer"))])
+        assert TestClient(AccessLog(app, stream)).get("/a").text == "answer"
+
+
 def test_lines_of_the_server(vlm: FastVLM, capsys: pytest.CaptureFixture[str]) -> None:
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "a secret"}], "max_tokens": 3}
     with serving(vlm, access_log=True) as client:

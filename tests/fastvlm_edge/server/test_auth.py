@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
@@ -15,6 +16,7 @@ from starlette.testclient import TestClient
 from fastvlm_edge import FastVLM
 from fastvlm_edge.server import auth
 from fastvlm_edge.server.auth import Auth
+from fastvlm_edge.server.settings import Settings
 from tests.fastvlm_edge.server.serving import serving
 
 KEYS = ("first-key", "zwoelfter-schlüssel")
@@ -92,6 +94,53 @@ def test_all_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(auth, "compare_digest", compare)
     assert client().get("/v1/models", headers={"Authorization": "Bearer first-key"}).text == "served"
     assert compared == [key.encode() for key in KEYS]
+
+
+# Names of the server ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:8000", "LOCALHOST.:8000", "127.0.0.1:8000", "[::1]:8000", "[::1]", "127.0.0.1:", "board.local:1"]
+)
+def test_a_local_server_answers_by_its_own_names(vlm: FastVLM, host: str) -> None:
+    with serving(vlm, allowed_hosts=("Board.local",)) as served:
+        assert served.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("evil.example", "localhost.evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost@evil.example"),
+        *("", "[::1", "a b", "localhost:8000:8000", "0.0.0.0", "192.168.0.2"),
+    ],
+)
+def test_a_page_whose_name_leads_here_is_refused(vlm: FastVLM, host: str) -> None:
+    with serving(vlm) as served:
+        for path in ("/v1/models", "/", "/health", "/metrics"):
+            answer = served.get(path, headers={"Host": host})
+            assert answer.status_code == 403 and answer.json()["error"]["code"] == "host_not_allowed", path
+        assert 'requests_rejected_total{model_name="demo",status="403"} 4.0' in served.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, {"localhost", "127.0.0.1", "[::1]"}),
+        ({"host": "localhost"}, {"localhost", "127.0.0.1", "[::1]"}),
+        ({"host": "::1"}, {"localhost", "127.0.0.1", "[::1]"}),
+        ({"host": "127.0.0.9"}, {"localhost", "127.0.0.1", "[::1]", "127.0.0.9"}),
+        ({"api_keys": ("a-key",)}, None),
+        ({"host": "0.0.0.0"}, None),
+        ({"host": "board.local"}, None),
+        ({"host": "0.0.0.0", "allowed_hosts": ("board",)}, {"localhost", "127.0.0.1", "[::1]", "0.0.0.0", "board"}),
+        ({"api_keys": ("a-key",), "allowed_hosts": ("board",)}, {"localhost", "127.0.0.1", "[::1]", "board"}),
+    ],
+)
+def test_which_names_a_server_has(settings: dict[str, Any], names: set[str] | None) -> None:
+    assert Settings(**settings).names == names
+
+
+# The whole server ---------------------------------------------------------------------------------------------------------------
 
 
 def test_the_server_asks_for_a_key(vlm: FastVLM) -> None:

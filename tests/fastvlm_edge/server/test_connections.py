@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.support.serving import DEMO, Served, ask, events, image, serving, tex
 
 LONG = {"max_tokens": 1900}
 """A reply of noise that outlives every test, if nothing stops it."""
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 
 
 @pytest.fixture
@@ -98,9 +100,7 @@ def test_a_client_that_leaves_while_it_waits_frees_the_queue(slow: FastVLM, stre
 def test_a_client_that_leaves_in_the_middle_of_its_body(vlm: FastVLM, caplog: pytest.LogCaptureFixture) -> None:
     with serving(vlm, slots=1) as served:
         connection = socket.create_connection(("127.0.0.1", served.port))
-        connection.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"
-        )
+        connection.sendall(HEAD % 500 + b"{")
         time.sleep(0.05)
         connection.close()
         check_free(served)
@@ -109,18 +109,21 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(vlm: FastVLM, caplog: py
 
 
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\n"])
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nhost: localhost\r\n"])
 def test_a_head_that_does_not_end_is_given_up(vlm: FastVLM, whole: bool, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the first request of a connection, and after a whole one."""
     monkeypatch.setattr(limits, "HEAD_SECONDS", 0.2)
-    with serving(vlm, slots=1) as served, socket.create_connection(("127.0.0.1", served.port), timeout=3) as connection:
+    with serving(vlm, slots=1) as served:
         served.server.config.timeout_keep_alive = 1  # without anything after a whole request, this one counts
-        if whole:
-            connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
-        connection.sendall(sent)
-        while connection.recv(65536):
-            pass
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+            if whole:
+                connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+            connection.sendall(sent)
+            began = time.monotonic()
+            while connection.recv(65536):
+                pass
+            assert time.monotonic() - began < 4, "uvicorn's own limits are 5 seconds and more"
         assert served.get("/health").status == 200
 
 
@@ -178,8 +181,35 @@ def test_a_mixed_load(vlm: FastVLM) -> None:
 def test_a_body_that_stalls_is_given_up(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "BODY_SECONDS", 0.1)
     with serving(vlm, slots=1) as served, socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n")
+        connection.sendall(HEAD % 50)
         assert connection.recv(65536).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_body_that_comes_byte_by_byte_is_given_up(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its silence is never long, but it would go on for ever."""
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.5)
+    with serving(vlm, slots=1) as served, socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        connection.sendall(HEAD % 5000)
+        connection.settimeout(0.05)
+        began, answer = time.monotonic(), b""
+        while not answer and time.monotonic() - began < 5:
+            connection.sendall(b" ")
+            with suppress(TimeoutError):
+                answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"the body comes too slowly: " in answer
+        assert 0.4 < time.monotonic() - began < 3
+
+
+def test_a_large_body_may_take_longer(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.3)
+    body = json.dumps(ask("Tell me.", max_tokens=2)).encode()
+    with serving(vlm, slots=1) as served, socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        connection.sendall(HEAD % (8 * 2000 + len(body)))
+        for _ in range(8):  # 2,000 bytes each 0.1 s are more than BODY_RATE
+            connection.sendall(b" " * 2000)
+            time.sleep(0.1)
+        connection.sendall(body)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_client_that_takes_nothing_is_given_up(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +219,7 @@ def test_a_client_that_takes_nothing_is_given_up(vlm: FastVLM, monkeypatch: pyte
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         connection.connect(("127.0.0.1", served.port))
         data = json.dumps(ask("Tell me.", stream=True, logprobs=True, top_logprobs=20, **LONG)).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
-        connection.sendall(head.encode() + data)
+        connection.sendall(HEAD % len(data) + data)
         wait_until(lambda: served.state.admission.running == 1)
         wait_until(lambda: served.state.admission.running == 0)
         connection.close()

@@ -6,19 +6,24 @@ import asyncio
 import base64
 import io
 import os
+import time
 import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastvlm_edge.server import media
+from fastvlm_edge import FastVLM
+from fastvlm_edge.backends import malloc
+from fastvlm_edge.server import media, pictures
 from fastvlm_edge.server.errors import ErrorDetail, RequestError
 from fastvlm_edge.server.settings import Settings
+from tests.fastvlm_edge.server.serving import picture_url, serving
 
 MOST = 1000
 
@@ -161,3 +166,20 @@ def test_large_files_are_refused(place: Path) -> None:
 def test_any_address_is_a_picture_or_an_error_of_the_request(rest: str, start: str) -> None:
     with suppress(RequestError):
         assert isinstance(get(start + rest, media_path=Path(__file__).parent, max_pixels=100), bytes)
+
+
+# Memory -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_large_and_broken_pictures_took_is_returned_to_the_system(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    trims: list[float] = []
+    monkeypatch.setattr(pictures, "_TRIM_SECONDS", 0.01)
+    monkeypatch.setattr(malloc, "trim", lambda: trims.append(time.monotonic()))
+    large, small = picture_url(np.zeros((2048, 2048, 3), np.uint8)), picture_url(np.zeros((64, 64, 3), np.uint8))
+    with serving(vlm) as client:
+        for url, status, expected in ((small, 200, 0), (large, 200, 1), (large, 200, 1), ("data:image/png;base64,AAAA", 400, 2)):
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+            answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}], "max_tokens": 1})
+            assert answer.status_code == status
+            time.sleep(0.1)
+            assert len(trims) == expected

@@ -226,7 +226,9 @@ def test_served_requests_are_counted(vlm: FastVLM) -> None:
         assert client.post("/v1/responses", json={}).status_code == 400
         found = parsed(client.get("/metrics").text)
     assert found["fastvlm_edge:vision_seconds_count"] == 1, "the picture was known the second time"
-    assert found["fastvlm_edge:image_cache_hits_total"] >= 1
+    assert (found["fastvlm_edge:image_cache_queries_total"], found["fastvlm_edge:image_cache_hits_total"]) == (2, 1)
+    assert found["fastvlm_edge:generation_tokens_total"] == 12, "without those of the first run"
+    assert found["fastvlm_edge:prompt_tokens_total"] == found["fastvlm_edge:request_prompt_tokens_sum"]
     assert found["fastvlm_edge:request_success_total{finished_reason=length}"] == 3
     assert found["fastvlm_edge:request_generation_tokens_sum"] == 12
     assert found["fastvlm_edge:time_to_first_token_seconds_count"] == found["fastvlm_edge:request_queue_time_seconds_count"] == 3

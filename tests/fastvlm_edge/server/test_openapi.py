@@ -133,7 +133,9 @@ def test_other_statuses_are_documented(client: TestClient, document: dict[str, A
     assert client.post("/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
     with serving(vlm, max_body_bytes=100) as small:
         assert small.post("/v1/chat/completions", json={**ASK, "user": "x" * 100}).status_code == 413
-    assert {"200", "400", "404", "408", "413", "415", "429", "500", "503", "504"} == set(documented)
+    assert client.get("/health", headers={"host": "elsewhere"}).status_code == 403
+    assert "403" not in describe(Settings(host="0.0.0.0"))["paths"]["/health"]["get"]["responses"]
+    assert {"200", "400", "403", "404", "408", "413", "415", "429", "500", "503", "504"} == set(documented)
     assert "504" not in describe(Settings())["paths"]["/v1/chat/completions"]["post"]["responses"]
 
 

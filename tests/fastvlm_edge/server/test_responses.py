@@ -27,7 +27,7 @@ def client(vlm: FastVLM) -> Iterator[TestClient]:
 @pytest.fixture(scope="module")
 def official(client: TestClient) -> openai.OpenAI:
     """The client of OpenAI, whose connections come to the application."""
-    return openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client, max_retries=0)
+    return openai.OpenAI(base_url="http://localhost/v1", api_key="none", http_client=client, max_retries=0)
 
 
 def post(client: TestClient, status: int = 200, **body: Any) -> Any:

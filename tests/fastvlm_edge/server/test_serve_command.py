@@ -166,6 +166,7 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "host": ("::1", "::1"),
     "port": ("1234", 1234),
     "api_keys": ("a-key, another", ("a-key", "another")),
+    "allowed_hosts": ("board.local, [fd00::2]", ("board.local", "[fd00::2]")),
     "model_name": ("meter", "meter"),
     "slots": ("3", 3),
     "queue": ("0", 0),
@@ -185,7 +186,12 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "page": ("true", False),
 }
 """Setting -> a value of its variable, and what it becomes."""
-NAMES = {"api_keys": "api_key", "cors_origins": "cors_origin", "timeout_seconds": "timeout", "drain_seconds": "drain"} | {
+NAMES = {
+    "api_keys": "api_key",
+    "allowed_hosts": "allowed_host",
+    "cors_origins": "cors_origin",
+    "timeout_seconds": "timeout",
+    "drain_seconds": "drain",
     "access_log": "no_access_log",
     "page": "no_page",
 }
@@ -211,7 +217,8 @@ def test_every_option_has_a_variable_that_its_help_names() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("PORT", "http", "FASTVLM_EDGE_PORT is 'http': it is not a number"),
+        ("PORT", "http", "FASTVLM_EDGE_PORT is 'http': 'http' is not an integer"),
+        ("THREADS", "x", "FASTVLM_EDGE_THREADS is 'x': it is not a number"),
         ("PORT", "70000", "FASTVLM_EDGE_PORT is '70000': 70000 is not a port"),
         ("SLOTS", "0", "FASTVLM_EDGE_SLOTS is '0': 0 is not a positive number"),
         ("TIMEOUT", "inf", "FASTVLM_EDGE_TIMEOUT is 'inf': inf is not a time"),
@@ -237,3 +244,9 @@ def test_a_key_that_no_header_can_hold() -> None:
     for key in ("a b", "ä", "a\nb"):
         with pytest.raises(FastVLMError, match="an API key has characters that HTTP headers cannot hold"):
             serve.settings_of(serve.parser().parse_args(["model", "--api-key", key]))
+
+
+@pytest.mark.parametrize("name", ["http://board.local", "board.local:8000", "fd00::2", "[fd00::2]:8000", "a b", "a/b"])
+def test_a_name_that_no_host_has(name: str) -> None:
+    with pytest.raises(FastVLMError, match="is not the name of a host; give it as clients write it, without a port"):
+        serve.settings_of(serve.parser().parse_args(["model", "--allowed-host", name]))

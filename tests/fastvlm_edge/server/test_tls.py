@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import os
 import re
 import shutil
@@ -12,15 +14,20 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fastvlm_edge import FastVLM
 from fastvlm_edge.commands import serve
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.server import tls
+from fastvlm_edge.server import app, tls
+from fastvlm_edge.server.settings import Settings
 from fastvlm_edge.server.tls import Certificate, given_certificate, machine_names, self_signed
-from tests.support.serving import DEMO
+from tests.support.serving import DEMO, wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command is not installed")
@@ -172,3 +179,60 @@ def test_the_command_serves_https_and_prints_the_fingerprint(tmp_path: Path) -> 
 def test_wrong_options_are_refused_before_the_model_is_loaded(options: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(FastVLMError, match=said):
         serve.main([str(tmp_path / "no model"), "--port", "0", *options])
+
+
+@pytest.fixture
+def served_again(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[tuple[Path, int]]:
+    """The certificate and the port of a server that looks at its certificate ten times a second."""
+    monkeypatch.setenv("FASTVLM_EDGE_CACHE", str(tmp_path))
+    monkeypatch.setattr(tls, "CHECK_SECONDS", 0.1)
+    settings, apps = Settings(slots=1, access_log=False), list[Any]()
+    make_app = app.make_app
+    monkeypatch.setattr(app, "make_app", lambda *given: apps.append(made := make_app(*given)) or made)
+    with FastVLM.load(model_dir, "ort", threads=1, slots=1) as vlm, serve.bound("127.0.0.1", 0) as listening:
+        certify = partial(self_signed, "127.0.0.1")
+        certificate = certify()
+        serving = serve._serve(vlm, settings, listening, certificate, certify, quiet=False)
+        thread = threading.Thread(target=asyncio.run, args=(serving,), daemon=True)
+        thread.start()
+        try:
+            wait_until(lambda: bool(apps) and apps[0].state.server.ready.is_set())
+            yield certificate.certificate, listening.getsockname()[1]
+        finally:
+            apps[0].state.server.stop()
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def test_a_new_certificate_is_used_while_the_server_runs(served_again: tuple[Path, int], capfd: pytest.CaptureFixture[str]) -> None:
+    path, port = served_again
+
+    def shown() -> str:
+        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(("127.0.0.1", port)))).digest().hex(":").upper()
+
+    first = Certificate(path, path).fingerprint
+    assert shown() == first
+    path.write_text("as if it ended soon")
+    wait_until(lambda: shown() != first)
+    assert shown() == Certificate(path, path).fingerprint
+    told = ""
+
+    def has_told() -> bool:
+        nonlocal told
+        told += capfd.readouterr().err
+        return f"new certificate; its SHA-256 fingerprint: {Certificate(path, path).fingerprint}\n" in told
+
+    wait_until(has_told)
+
+
+def test_a_certificate_that_cannot_be_renewed_stays(
+    served_again: tuple[Path, int], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, port = served_again
+    before = ssl.get_server_certificate(("127.0.0.1", port))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path.write_text("as if it ended soon")
+    wait_until(lambda: "WARNING: the certificate stays the same: --tls self-signed needs the openssl command" in capfd.readouterr().err)
+    assert ssl.get_server_certificate(("127.0.0.1", port)) == before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,15 @@ from skimage import data
 from starlette.testclient import TestClient
 
 from fastvlm_edge import ChatTurn, FastVLM
+from fastvlm_edge.backends.load_engines import load_engines
+from fastvlm_edge.generation.engine import Engine
+from fastvlm_edge.inputs.tokenizer import TextTokenizer
+from fastvlm_edge.model_dir.engine_record import read_record
+from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.server import tokens
 from tests.fastvlm_edge.server.serving import PROMPT, picture_url, serving
+from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_engine import build_engines, fake_gpu
 
 TEXT = "Ein Zähler: 042 \U0001f600 <|im_end|>"
 
@@ -130,6 +139,32 @@ def test_props(client: TestClient, vlm: FastVLM) -> None:
         manifest.vision.tokens,
         "pad",
     )
+    assert answer["engines"] is None
     assert answer["modalities"] == {"vision": True, "audio": False}
     assert answer["files"]["decoder.onnx"] == manifest.files["decoder.onnx"].sha256
     assert len(answer["model_sha256"]) == 64
+
+
+def test_props_of_engines(model_dir: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(model_dir, tmp_path / "model")
+    build_engines(directory)
+    manifest = read_manifest(directory)
+    with fake_gpu(FakeCuda()):
+        backend = load_engines(directory, manifest)
+    (folder,) = (directory / "engines").iterdir()
+    record = read_record(folder)
+    with (
+        FastVLM(manifest, TextTokenizer(directory / "tokenizer.json"), Engine(backend, manifest.decoder)) as vlm,
+        serving(vlm, slots=1) as client,
+    ):
+        found = client.get("/props").json()["engines"]
+    assert found == {
+        "target": record.target,
+        "library": record.library,
+        "version": record.version,
+        "compute_capabilities": record.compute_capabilities,
+        "device": record.device,
+        "board": record.board,
+        "verified": True,
+        "parity": record.parity,
+    }
