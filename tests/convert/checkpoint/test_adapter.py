@@ -78,7 +78,7 @@ def test_a_lora_on_llm_projector_and_encoder_is_merged_as_by_peft(
     bases: dict[str, Path], tmp_path: Path, layout: str, options: dict[str, Any]
 ) -> None:
     model = train(bases[layout], target_modules=[*LLM, *PROJECTOR[layout], *ENCODER[layout]], **options)
-    model.save_pretrained(tmp_path / "tune")
+    model.save_pretrained(str(tmp_path / "tune"))
     checkpoint = open_checkpoint(str(bases[layout]), adapter=str(tmp_path / "tune"))
     changed = compare(checkpoint, merged(model), layout, bases[layout])
     weights = {name for name in changed if name.endswith(".weight")}
@@ -93,7 +93,7 @@ def test_a_lora_on_llm_projector_and_encoder_is_merged_as_by_peft(
 @pytest.mark.parametrize("naming", ["apple", "native"])
 def test_an_adapter_of_either_naming_fits_every_layout(bases: dict[str, Path], tmp_path: Path, naming: str) -> None:
     model = train(bases[naming], r=4, target_modules=[*LLM, *PROJECTOR[naming], *ENCODER[naming]])
-    model.save_pretrained(tmp_path / "tune")
+    model.save_pretrained(str(tmp_path / "tune"))
     same = open_checkpoint(str(bases[naming]), adapter=str(tmp_path / "tune"))
     others = [open_checkpoint(str(base), adapter=str(tmp_path / "tune")) for layout, base in bases.items() if layout != naming]
     for name in same.names():
@@ -105,7 +105,7 @@ def test_an_adapter_of_either_naming_fits_every_layout(bases: dict[str, Path], t
 def test_dora_is_merged_as_by_peft(bases: dict[str, Path], tmp_path: Path) -> None:
     targets = ["q_proj", "down_proj", "linear_1", "stem.0.reparam_conv", "stages.3.blocks.0.token_mixer.qkv", "se.fc2"]
     model = train(bases["native"], r=4, use_dora=True, target_modules=targets)
-    model.save_pretrained(tmp_path / "tune")
+    model.save_pretrained(str(tmp_path / "tune"))
     checkpoint = open_checkpoint(str(bases["native"]), adapter=str(tmp_path / "tune"))
     assert len(compare(checkpoint, merged(model), "native", bases["native"])) == 3 + 3 + 4
     name = "vision.stem.0.reparam_conv.weight"
@@ -115,7 +115,7 @@ def test_dora_is_merged_as_by_peft(bases: dict[str, Path], tmp_path: Path) -> No
 def test_names_of_parts_and_of_wrappers(bases: dict[str, Path], tmp_path: Path) -> None:
     """A LoRA on the LLM alone, with the names that its class gives, or those that savers leave in."""
     model = train(bases["apple"], r=4, target_modules=LLM)
-    model.save_pretrained(tmp_path / "tune")
+    model.save_pretrained(str(tmp_path / "tune"))
     name = "llm.layers.1.self_attn.v_proj.weight"
     expected = open_checkpoint(str(bases["apple"]), adapter=str(tmp_path / "tune")).tensor(name)
     path = tmp_path / "tune" / "adapter_model.safetensors"
@@ -144,14 +144,14 @@ def test_names_of_parts_and_of_wrappers(bases: dict[str, Path], tmp_path: Path) 
 )
 def test_which_modules_are_meant_is_as_in_peft(bases: dict[str, Path], tmp_path: Path, options: dict[str, Any], count: int) -> None:
     model = train(bases["apple"], r=2, **options)
-    model.save_pretrained(tmp_path / "tune")
+    model.save_pretrained(str(tmp_path / "tune"))
     checkpoint = open_checkpoint(str(bases["apple"]), adapter=str(tmp_path / "tune"))
     assert len(compare(checkpoint, merged(model), "apple", bases["apple"])) == count
 
 
 def test_a_bias_of_the_update(bases: dict[str, Path], tmp_path: Path) -> None:
     model = train(bases["native"], r=4, lora_bias=True, target_modules=["q_proj", "linear_1", "stem.2.reparam_conv"])
-    model.save_pretrained(tmp_path / "tune")
+    model.save_pretrained(str(tmp_path / "tune"))
     checkpoint = open_checkpoint(str(bases["native"]), adapter=str(tmp_path / "tune"))
     changed = compare(checkpoint, merged(model), "native", bases["native"])
     assert {"llm.layers.0.self_attn.q_proj.bias", "projector.linear_1.bias", "vision.stem.2.reparam_conv.bias"} <= changed
@@ -162,7 +162,7 @@ def test_half_precision_is_as_close_as_its_rounding(tmp_path: Path, dtype: str, 
     """PEFT rounds the sum to the type of the base model; here it stays in float32."""
     base = write_checkpoint(tmp_path / "base", layout="native", dtype=dtype)
     model = train(base, r=4, target_modules=["q_proj", "up_proj", "linear_1", "stem.0.reparam_conv"])
-    model.save_pretrained(tmp_path / "tune")
+    model.save_pretrained(str(tmp_path / "tune"))
     checkpoint = open_checkpoint(str(base), adapter=str(tmp_path / "tune"))
     compare(checkpoint, merged(model), "native", base, tolerance=rounding)
     assert checkpoint.dtype("llm.layers.0.mlp.up_proj.weight") == np.float32
@@ -173,7 +173,7 @@ def test_half_precision_is_as_close_as_its_rounding(tmp_path: Path, dtype: str, 
 def test_the_embedding_and_the_head(tmp_path: Path, untied: bool) -> None:
     base = write_checkpoint(tmp_path / "base", dtype="float32", tied=not untied)
     model = train(base, r=4, target_modules=["embed_tokens", "lm_head", "q_proj"])
-    model.save_pretrained(tmp_path / "tune")
+    model.save_pretrained(str(tmp_path / "tune"))
     checkpoint = open_checkpoint(str(base), adapter=str(tmp_path / "tune"))
     changed = compare(checkpoint, merged(model), "apple", base)
     assert {EMBEDDING, HEAD} <= changed and not checkpoint.text.tied and checkpoint.head_name == HEAD
@@ -191,7 +191,7 @@ def test_the_embedding_and_the_head(tmp_path: Path, untied: bool) -> None:
 @pytest.mark.parametrize(("target", "other"), [("lm_head", EMBEDDING), ("embed_tokens", HEAD)])
 def test_half_of_a_tied_pair_unties_it(bases: dict[str, Path], tmp_path: Path, layout: str, target: str, other: str) -> None:
     """Training changes what one of them computes, and the other computes as before; one table for both would be another model."""
-    train(bases[layout], r=4, target_modules=[target]).save_pretrained(tmp_path / "tune")
+    train(bases[layout], r=4, target_modules=[target]).save_pretrained(str(tmp_path / "tune"))
     checkpoint = open_checkpoint(str(bases[layout]), adapter=str(tmp_path / "tune"))
     plain = open_checkpoint(str(bases[layout]))
     assert plain.text.tied and not checkpoint.text.tied
@@ -205,7 +205,7 @@ def test_modules_to_save_replace_those_of_the_base(bases: dict[str, Path], tmp_p
     model = train(
         bases["apple"], r=4, target_modules=["q_proj"], modules_to_save=["mm_projector.0", "mm_projector.2", "lm_head", "embed_tokens"]
     )
-    model.save_pretrained(tmp_path / "tune")
+    model.save_pretrained(str(tmp_path / "tune"))
     checkpoint = open_checkpoint(str(bases["apple"]), adapter=str(tmp_path / "tune"))
     changed = compare(checkpoint, merged(model), "apple", bases["apple"])
     assert {"projector.linear_1.weight", "projector.linear_2.bias", HEAD, EMBEDDING} <= changed
@@ -216,7 +216,7 @@ def llava(bases: dict[str, Path], tmp_path: Path) -> tuple[Path, Tensors]:
     """What LLaVA's trainer leaves: a LoRA on the LLM, and projector and encoder whole, with PEFT's prefix in their names."""
     model = train(bases["apple"], r=4, target_modules=LLM)
     directory = tmp_path / "llava-tune"
-    model.save_pretrained(directory, safe_serialization=False)
+    model.save_pretrained(str(directory), safe_serialization=False)
     generator = torch.Generator().manual_seed(1)
     vision = "model.vision_tower.vision_tower.model."
     names = ["model.mm_projector.0.weight", "model.mm_projector.2.bias", f"{vision}network.0.0.layer_scale", f"{vision}head.proj"]
@@ -272,7 +272,7 @@ def test_a_projector_alone(bases: dict[str, Path], tmp_path: Path, layout: str, 
 
 def test_biases_that_llava_saves_twice_may_agree(bases: dict[str, Path], tmp_path: Path) -> None:
     model = train(bases["apple"], r=4, bias="all", target_modules=["q_proj"])
-    model.save_pretrained(tmp_path / "tune")
+    model.save_pretrained(str(tmp_path / "tune"))
     name = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"
     bias = load_file(tmp_path / "tune" / "adapter_model.safetensors")[name]
     torch.save({name: bias}, tmp_path / "tune" / "non_lora_trainables.bin")
@@ -314,7 +314,7 @@ class Tune:
 def saved(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("saved") / "tune"
     train(bases["apple"], r=4, target_modules=["q_proj", "v_proj", "mm_projector.0", "patch_embed.0.reparam_conv"]).save_pretrained(
-        directory
+        str(directory)
     )
     return directory
 
@@ -409,7 +409,7 @@ def test_tensors_that_do_not_fit(tune: Tune, change: Callable[[Tensors], Any], m
 
 def test_a_convolution_in_groups_is_refused_as_by_peft(bases: dict[str, Path], tmp_path: Path) -> None:
     model = train(bases["native"], r=16, target_modules=["stem.1.reparam_conv"])
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     Tune(tmp_path, bases["native"]).refuse(r"changes \S+stem\.1\.reparam_conv, a convolution in groups")
     with pytest.raises(NotImplementedError, match="groups"):
         merged(model)
@@ -512,7 +512,7 @@ def test_a_conversion_is_that_of_the_merged_checkpoint(tmp_path: Path, capsys: p
     """The whole command, against the conversion of what PEFT merged and saved: the same weights within rounding, and the same notes."""
     base = write_checkpoint(tmp_path / "tiny", layout="native", dtype="float32")
     model = train(base, r=4, lora_alpha=16, target_modules=[*LLM, "linear_1", "mlp.fc1"])
-    model.save_pretrained(tmp_path / "meters")
+    model.save_pretrained(str(tmp_path / "meters"))
     whole = Path(shutil.copytree(base, tmp_path / "whole"))
     save_file({name: tensor.contiguous() for name, tensor in merged(model).items()}, whole / "model.safetensors", {"format": "pt"})
     for arguments, name in (([str(base), "--adapter", str(tmp_path / "meters")], "a"), ([str(whole)], "b")):
