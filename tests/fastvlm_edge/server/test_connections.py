@@ -149,7 +149,8 @@ def test_bodies_that_wait_take_bounded_memory(slow: FastVLM) -> None:
         check_free(served)
 
 
-def test_a_mixed_load(vlm: FastVLM) -> None:
+@pytest.mark.parametrize("count", [100, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_mixed_load(vlm: FastVLM, count: int) -> None:
     """Good, malformed and vanishing clients at the same time: every good request gets the reply of a run alone."""
     pictures = [DEMO / f"{name}.jpg" for name in ("meter", "sign", "shapes")]
     jobs = [(f"Number {number}?", pictures[number % 4] if number % 4 < 3 else None, 3 + number) for number in range(16)]
@@ -173,8 +174,8 @@ def test_a_mixed_load(vlm: FastVLM) -> None:
         return answer.status
 
     with serving(vlm, slots=1, queue=50) as served, ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(one, range(300)))
-        assert (found.count(200), found.count(400), found.count(0)) == (180, 60, 60)
+        found = list(pool.map(one, range(count)))
+        assert (found.count(200), found.count(400), found.count(0)) == (3 * count // 5, count // 5, count // 5)
         check_free(served)
 
 
@@ -196,8 +197,11 @@ def test_a_body_that_comes_byte_by_byte_is_given_up(vlm: FastVLM, monkeypatch: p
             connection.sendall(b" ")
             with suppress(TimeoutError):
                 answer = connection.recv(65536)
+        assert 0.4 < time.monotonic() - began < 4
+        connection.settimeout(10)
+        while b"}" not in answer and (more := connection.recv(65536)):
+            answer += more
         assert answer.startswith(b"HTTP/1.1 408 ") and b"the body comes too slowly: " in answer
-        assert 0.4 < time.monotonic() - began < 3
 
 
 def test_a_large_body_may_take_longer(vlm: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
