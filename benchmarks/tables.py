@@ -585,6 +585,7 @@ SCRIPTS = (
     ("chunks", "How far are logits apart if a prompt is prefilled in one call, and in chunks?", "chunks", 3),
     ("conversations MODEL", "What do several conversations at once, kept beginnings and pictures, and guesses save?", "conversations", 15),
     ("batch MODEL", "How much faster is `batch` than a loop over the Python API?", "batch", 10),
+    ("ray_cluster MODEL", "Does Ray cost throughput, and does the memory of its driver grow? (extra `ray`)", "ray_cluster", 10),
     (
         "serve_load MODEL",
         "Does the server stay right and small under good, malformed, huge, slow and vanishing clients?",
@@ -650,6 +651,39 @@ def default_precision() -> str:
     return "\n".join(lines)
 
 
+def ray_cluster() -> str:
+    """`ray_cluster.json`: throughput with and without Ray, and the memory of the driver."""
+    record = load("ray_cluster")
+    machine, found = record["machine"], record["driver"]
+    overhead = record["ray"]["overhead"]["median"]
+    memory = ", ".join(f"{mib:.0f} MiB after {int(rows):,}" for rows, mib in found["mib_after"].items())
+    lines = [
+        f"{machine['cpu']}, {machine['date']}, Ray {machine['versions']['ray']}, {record['model']}, {record['rows']:,} rows with a "
+        f"picture each; medians, with the smallest and largest in brackets:",
+        "",
+        "| | rows/s | CPU ms/row, all processes |",
+        "| --- | --- | --- |",
+    ]
+    for name, title in (("plain_loops", "plain loops"), ("ray", "workers of Ray")):
+        cells = [
+            f"{rounded(figure['median'])} ({rounded(figure['min'])} to {rounded(figure['max'])})"
+            for figure in (record[name]["rows_per_second"], record[name]["cpu_ms_per_row"])
+        ]
+        lines.append(f"| {record['workers']} {title}, one thread each | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            f"| speed of Ray, relative to that of the loops | {record['ratio']:.2f} | {record['cpu_ratio']:.2f} |",
+            "",
+            f"Of the CPU time with Ray, {100 * overhead:.1f} % was that of the command and of Ray's own processes, "
+            "and the rest that of the workers.",
+            "",
+            f"With workers that answer at once, the command reads, sends and writes {found['rows_per_second']:,.0f} rows/s. Its memory for "
+            f"{found['rows']:,} rows: {memory}; {found['bytes_per_row']:.0f} bytes per row.",
+        ]
+    )
+
+
 TABLES = {
     "benchmarks": benchmarks,
     "default_precision": default_precision,
@@ -679,6 +713,7 @@ TABLES = {
     "calibration": calibration,
     "llm_libraries": llm_libraries,
     "bundle_sizes": bundle_sizes,
+    "ray_cluster": ray_cluster,
     "score_precision": score_precision,
 }
 PAGES = ("README.md", "benchmarks/README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")))

@@ -38,8 +38,8 @@ CALLS = 2
 """Calls that an actor has at a time: the second one begins when the first no longer fills all slots."""
 DEATHS = 3
 """A row that was with so many actors when they died becomes an error."""
-FAILURES = 3
-"""An actor that dies so often without finishing a call in between is not started again."""
+FAILURES = 5
+"""An actor that dies so often without finishing a call in between is not started again. More than DEATHS, so that a row is not its end."""
 SECONDS = 5.0
 """To wait for the port of a cluster."""
 PATIENCE = 30.0
@@ -72,8 +72,11 @@ class Describe:
         return self._vlm.backend.description
 
     def answer(self, rows: Iterable[Row]) -> list[dict[str, Any]]:
-        """The results of rows, in any order, as of `RowAnswerer.answer`. Two threads may call it at a time."""
-        return list(RowAnswerer(self._vlm, self._job).answer(rows))
+        """The results of rows, in any order, as of `RowAnswerer.answer`.
+
+        Two threads should call it at a time: the rows of one call are opened while those of the other are answered.
+        """
+        return list(RowAnswerer(self._vlm, self._job, ahead=0).answer(rows))
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
         """Answer a batch of Ray Data, whose columns are `image` and perhaps `prompt` and others.
@@ -85,7 +88,7 @@ class Describe:
         prompts = batch.get("prompt", [None] * count)
         rows = [_row(str(index), batch["image"][index], prompts[index] or self._job.prompt) for index in range(count)]
         answers: list[dict[str, Any]] = [{}] * count
-        for found in self.answer(rows):
+        for found in RowAnswerer(self._vlm, self._job).answer(rows):
             answers[int(found["id"])] = found
         errors = [answer.get("error") for answer in answers]
         confidences = [answer.get("confidence") for answer in answers]
@@ -236,13 +239,13 @@ class Workers:
         suspects: deque[Row] = deque()
         deaths: Counter[str] = Counter()
         self._workers += [self._start() for _ in range(self._share.actors)]
-        began, ready = time.monotonic(), False
+        began, told = time.monotonic(), False
         while self._give(calls, suspects):
             waiting = [ref for worker in self._workers for ref in (worker.loading, *worker.calls) if ref is not None]
             finished, _ = self._ray.wait(waiting, timeout=PATIENCE)
-            if not finished and not ready and time.monotonic() - began > PATIENCE:
+            if not (finished or told) and time.monotonic() - began > PATIENCE:
                 self._tell_what_is_missing()
-                ready = True  # told once
+                told = True
             for ref in finished:
                 worker = next((worker for worker in self._workers if ref is worker.loading or ref in worker.calls), None)
                 if worker is None:
@@ -259,7 +262,7 @@ class Workers:
                             yield {"id": row.id, "error": {"kind": "worker", "message": message}}
                     continue
                 if ref is worker.loading:
-                    worker.loading, ready = None, True
+                    worker.loading, told = None, True
                     worker.node, backend = value
                     self._tell(f"a worker on {worker.node}: {backend}")
                 else:
@@ -365,11 +368,12 @@ def _connect(ray: Any, address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that is started here sends nothing
     ours = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, TimeoutError) as error:
         raise _no_cluster(address, error) from None
     finally:
-        signal.signal(signal.SIGTERM, ours)  # Ray replaces it
+        with contextlib.suppress(ValueError):  # only the main thread has handlers
+            signal.signal(signal.SIGTERM, ours)  # Ray replaces it
 
 
 def _no_cluster(address: str | None, error: Exception) -> FastVLMError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -65,6 +66,14 @@ def test_a_killed_driver_goes_on(cluster: LocalCluster, rows: Path, expected: Ro
     assert by_id(rows_of(output)) == expected
 
 
+def test_sigterm_stops_it(cluster: LocalCluster, rows: Path, tmp_path: Path) -> None:
+    batch = start(cluster, rows, tmp_path / "out.jsonl")
+    batch.wait_for_rows(100)
+    batch.process.terminate()
+    _, said = batch.process.communicate(timeout=60)
+    assert batch.process.returncode == 143 and "stopped; the same command goes on" in said, said
+
+
 def test_a_node_that_joins_late_gets_rows(cluster: LocalCluster, rows: Path, expected: Rows, tmp_path: Path) -> None:
     batch = start(cluster, rows, tmp_path / "out.jsonl", "--workers", str(NODES + 1))
     batch.wait_for_rows(20)
@@ -92,6 +101,16 @@ def test_scripts(cluster: LocalCluster, ray_python: Path, script: str) -> None:
     command = [str(ray_python), str(Path(__file__).with_name(script)), cluster.address]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
     assert ended.returncode == 0 and ended.stdout.endswith("passed\n"), ended.stdout[-2000:] + ended.stderr[-4000:]
+
+
+def test_the_memory_of_the_driver_grows_by_the_ids_alone(ray_python: Path, tmp_path: Path) -> None:
+    """100,000 rows from a file to a file. A row of the input or of the results would take some 1,000 bytes as an object of Python."""
+    out = tmp_path / "out.json"
+    command = [str(ray_python), "-m", "benchmarks.ray_cluster", str(MODEL), "--rounds", "0", "--out", str(out)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    found = json.loads(out.read_text(encoding="utf-8"))["driver"]
+    assert found["rows"] == 100_000 and found["bytes_per_row"] < 400, found
 
 
 def test_no_cluster(ray_python: Path, rows: Path, tmp_path: Path) -> None:
