@@ -218,12 +218,12 @@ def test_optimum_finds_its_command(release: Release, installed: str, tmp_path: P
     assert "fastvlm" in run(optimum, "export", "--help", env=environment, cwd=tmp_path)
 
 
-def test_optimum_converts(release: Release, tmp_path: Path) -> None:
+def test_optimum_converts(tmp_path: Path) -> None:
     """With the options and errors of `fastvlm-edge convert`."""
     if not is_installed("optimum"):
         pytest.skip("optimum is not installed; the extra test has it")
     start = "import sys; from optimum.commands.optimum_cli import main; sys.argv[0] = 'optimum-cli'; main()"
-    environment = {**os.environ, "PYTHONPATH": str(release.source)}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # optimum would find us twice
     export = (sys.executable, "-c", start, "export", "fastvlm")
     demo = ROOT / "examples" / "demo" / "fastvlm-demo"
     told = run(*export, demo, "model", "--precision", "int4", "--context", "512", env=environment, cwd=tmp_path)

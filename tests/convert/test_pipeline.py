@@ -400,9 +400,9 @@ def test_the_checkpoint_is_opened_once_and_the_last_refusal_is_the_error(
         tried.append(plan.name)
         raise PrecisionRefused(f"{plan.name} will not do")
 
-    def count(location: str) -> Any:
+    def count(location: str, **options: Any) -> Any:
         opened.append(location)
-        return open_checkpoint(location)
+        return open_checkpoint(location, **options)
 
     monkeypatch.setattr(module, "fit", fit)
     monkeypatch.setattr(module, "open_checkpoint", count)

@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint in the hub's layout; do not write to it."""
     folder = tmp_path_factory.mktemp("hub") / "FastVLM-tiny"
     write_checkpoint(folder, layout="hub")
-    (folder / "README.md").write_text("read me", encoding="utf-8")
+    (folder / "example.jpg").write_bytes(b"a picture")
     return folder
 
 
@@ -116,7 +116,7 @@ def test_one_command_from_a_hub_id_to_an_answer(hub: Hub, machine: Path) -> None
     assert ended[0][0] == ended[1][0]
     (error,) = [error for _, error in ended if "converted once" in error]
     assert f"{ID} is downloaded and converted once, to {place}" in error and f"MB; to free them, remove {place}" in error
-    assert place.name.startswith("apple--FastVLM-tiny-") and "README.md" not in hub.downloads and "model.safetensors" in hub.downloads
+    assert place.name.startswith("apple--FastVLM-tiny-") and "example.jpg" not in hub.downloads and "model.safetensors" in hub.downloads
     manifest = read_manifest(place)
     assert (manifest.name, manifest.source.checkpoint, manifest.precision) == ("FastVLM-tiny", ID, "int8")
     record = json.loads(place.with_name(f"{place.name}.json").read_text(encoding="utf-8"))
