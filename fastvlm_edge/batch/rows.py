@@ -51,6 +51,10 @@ class Row:
 class Reader(Protocol):
     """One file or folder of the input."""
 
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+
     def rows(self) -> Iterator[Row]:
         """Its rows, in its order."""
 

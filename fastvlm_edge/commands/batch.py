@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_edge.batch.answering import RowAnswerer
-from fastvlm_edge.batch.job import Job, job_for
+from fastvlm_edge.batch.job import Job, job_for, sidecar
 from fastvlm_edge.batch.results import Results, not_done
 from fastvlm_edge.batch.rows import Row, Rows, open_rows
 from fastvlm_edge.batch.summary import Summary
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     # Ray's workers run in another folder.
     source = os.path.abspath(options.input) if options.engine == "ray" else options.input
     rows = open_rows(source, prompt=options.prompt, images=options.images).shard(*options.shard).first(options.limit)
+    _check_distinct(options, rows)
     if options.engine != "ray" or options.upload:  # otherwise the pictures are on the nodes
         rows.check()
     options.model = Path(model_directory(options.model, SilentProgress() if options.quiet else stderr_progress()))
@@ -142,14 +143,32 @@ def _check_engine(options: argparse.Namespace) -> None:
             raise FastVLMError(f"{option} is for a Ray cluster", f"add --engine ray, or leave {option} out")
 
 
+def _check_distinct(options: argparse.Namespace, rows: Rows) -> None:
+    """Raise FastVLMError if a file that is written is also another one: its content would be lost."""
+    taken = {os.path.realpath(reader.path): f"the input {reader.path}" for reader in rows.readers}
+    job = sidecar(options.output)
+    for option, path, use in (
+        ("-o", options.output, "the file of the results"),
+        ("-o", job, f"{job.name}, which says how the results were answered"),
+        ("--summary", options.summary, "the file of the summary"),
+    ):
+        if path is not None:
+            other = taken.setdefault(os.path.realpath(path), use)
+            if other is not use:
+                raise FastVLMError(f"{path} is {use} and {other}", f"give another file with {option}")
+
+
 def _tell(options: argparse.Namespace, summary: Summary, results: Results, *last: str) -> None:
     if not options.quiet:
         for line in (*summary.lines(), f"{results.rows} rows in {results.path}", *last):
             print(f"[{line}]", file=sys.stderr, flush=True)
     if options.summary is not None:
         document = {**summary.to_json(), "rows_in_file": results.rows, "errors_in_file": dict(sorted(results.errors.items()))}
-        with whole_file(options.summary) as partial:
-            partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        try:
+            with whole_file(options.summary) as partial:
+                partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:  # an error of the answers must not be hidden by it
+            print(f"[the summary {options.summary} cannot be written ({error.strerror or error})]", file=sys.stderr, flush=True)
 
 
 def _shard(text: str) -> tuple[int, int]:

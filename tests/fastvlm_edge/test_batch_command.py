@@ -18,7 +18,9 @@ import pytest
 
 from fastvlm_edge.batch.rows import shard_of
 from fastvlm_edge.cli import main
+from fastvlm_edge.commands import batch as command_module
 from fastvlm_edge.commands import demo
+from fastvlm_edge.errors import FastVLMError
 from tests.fastvlm_edge.batch.test_rows import write_lines, write_tar
 from tests.fastvlm_edge.test_run import never_loads  # noqa: F401
 
@@ -143,6 +145,53 @@ def test_another_question_does_not_go_on_in_the_same_file(
     request.getfixturevalue("never_loads")
     assert batch(folder, "-o", out, *options) == 1
     assert says in capsys.readouterr().err and out.read_bytes() == before
+
+
+@pytest.mark.usefixtures("never_loads")
+@pytest.mark.parametrize(
+    ("output", "summary", "says"),
+    [
+        ("out.jsonl", "out.jsonl", "is the file of the summary and the file of the results; give another file with --summary"),
+        ("out.jsonl", "link.json", "is the file of the summary and the file of the results"),
+        ("out.jsonl", "out.jsonl.job.json", "is the file of the summary and out.jsonl.job.json, which says how"),
+        ("out.jsonl", "q.jsonl", "is the file of the summary and the input"),
+        ("q.jsonl", None, "is the file of the results and the input"),
+        ("link.jsonl", None, "is the file of the results and the input"),
+        ("q", None, "is q.job.json, which says how the results were answered and the input"),
+    ],
+)
+def test_no_file_is_two_things(output: str, summary: str | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = many(tmp_path / "q.jsonl", 1)
+    if output == "q":
+        (tmp_path / "q.job.json").symlink_to(source)
+    (tmp_path / "out.jsonl").write_text("results")
+    (tmp_path / "link.json").symlink_to("out.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("q.jsonl")
+    before = source.read_bytes()
+    options = [] if summary is None else ["--summary", tmp_path / summary]
+    assert batch(source, "-o", tmp_path / output, *options) == 1
+    assert says in capsys.readouterr().err
+    assert source.read_bytes() == before and (tmp_path / "out.jsonl").read_text() == "results"
+
+
+def test_a_summary_that_cannot_be_written_hides_no_error(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_arguments: Any) -> Any:
+        raise FastVLMError("the device is lost", "restart it")
+
+    def full(_path: Path) -> Any:
+        raise OSError(28, "No space left on device")
+
+    out, summary = tmp_path / "out.jsonl", tmp_path / "summary.json"
+    command = (folder, "-o", out, "--prompt", COLOUR, "--max-new-tokens", "1", "--summary", summary)
+    monkeypatch.setattr(command_module, "whole_file", full)
+    with monkeypatch.context() as patch:
+        patch.setattr(command_module.Results, "write", broken)
+        assert batch(*command) == 1
+    told = capsys.readouterr().err
+    assert "the device is lost; restart it" in told and f"the summary {summary} cannot be written (No space left on device)" in told
+    assert batch(*command) == 0 and len(rows_in(out)) == 3
 
 
 @pytest.mark.usefixtures("never_loads")
