@@ -30,6 +30,8 @@ _LINES, _PARQUET, _TAR = (".jsonl", ".ndjson"), (".parquet",), (".tar",)
 _SHARDS = (*_PARQUET, *_TAR)
 _AT_A_TIME = 16
 """Rows of a Parquet file that are in memory together, with their pictures."""
+_END = 64 << 10
+"""Largest end of a tar in bytes: tar fills its last record with zeros."""
 _LOOKED_FOR = 100
 """Rows of which one must have a picture that exists."""
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
@@ -204,8 +206,23 @@ class Folder:
         return count
 
     def _files(self) -> Iterator[Path]:
-        """Sorted in each folder."""
-        for root, folders, files in os.walk(self.path):
+        """Sorted in each folder. A folder that links lead to twice is read once."""
+
+        def stop(error: OSError) -> None:
+            raise FastVLMError(
+                f"{error.filename} cannot be listed ({error.strerror or error})", "make it readable, or move it away"
+            ) from None
+
+        seen = set[tuple[int, int]]()
+        for root, folders, files in os.walk(self.path, onerror=stop, followlinks=True):
+            try:
+                here = os.stat(root)
+            except OSError as error:
+                stop(error)
+            if (here.st_dev, here.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((here.st_dev, here.st_ino))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."):
@@ -344,8 +361,11 @@ class WebDataset:
             with tarfile.open(self.path, "r:") as archive:
                 for key, members in itertools.groupby(self._members(archive), key=lambda member: _split(member.name)[0]):
                     yield self._row(key, {_split(member.name)[1].lower(): member for member in members})
-                if any(_read_part(self.path, archive.offset, tarfile.BLOCKSIZE)) or archive.offset >= os.path.getsize(self.path):
+                end = _read_part(self.path, archive.offset, _END + 1)
+                if not end or any(end[: tarfile.BLOCKSIZE]):
                     raise tarfile.ReadError("unexpected end of data")  # which tarfile takes for the end of the archive
+                if any(end) or len(end) > _END:
+                    raise tarfile.ReadError("more follows its end, as in joined or incomplete archives")
         except (tarfile.TarError, EOFError) as error:
             what = f"{self.path} is not a readable, uncompressed tar ({error})"
             raise FastVLMError(what, "copy it again, or uncompress it") from None
@@ -360,13 +380,17 @@ class WebDataset:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
             key, extension = _split(member.name)
-            if member.isfile() and extension and not key.endswith("/") and key:
+            if not member.isdir() and extension and not key.endswith("/") and key:
                 yield member
 
     def _row(self, key: str, members: dict[str, tarfile.TarInfo]) -> Row:
         picture = next((member for extension, member in members.items() if f".{extension}".endswith(PICTURE_SUFFIXES)), None)
         if picture is None:
             return Row(key, None, None, f"no picture, only {', '.join(members)}")
+        for member in (picture, members.get("json"), members.get("txt")):
+            if member is not None and (not member.isfile() or member.issparse()):
+                kind = "a link" if member.islnk() or member.issym() else "not a whole file"
+                return Row(key, None, None, f"{member.name} is {kind} in the archive")
         image = ArchivedPicture(f"{self.path.name}/{picture.name}", partial(_read_part, self.path, picture.offset_data, picture.size))
         own, caption = None, None
         try:

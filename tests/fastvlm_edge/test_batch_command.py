@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from fastvlm_edge.batch.results import Results
 from fastvlm_edge.batch.rows import shard_of
 from fastvlm_edge.cli import main
 from fastvlm_edge.commands import batch as command_module
@@ -168,7 +169,7 @@ def test_no_file_is_two_things(output: str, summary: str | None, says: str, tmp_
     (tmp_path / "link.json").symlink_to("out.jsonl")
     (tmp_path / "link.jsonl").symlink_to("q.jsonl")
     before = source.read_bytes()
-    options = [] if summary is None else ["--summary", tmp_path / summary]
+    options: list[str | Path] = [] if summary is None else ["--summary", tmp_path / summary]
     assert batch(source, "-o", tmp_path / output, *options) == 1
     assert says in capsys.readouterr().err
     assert source.read_bytes() == before and (tmp_path / "out.jsonl").read_text() == "results"
@@ -187,7 +188,7 @@ def test_a_summary_that_cannot_be_written_hides_no_error(
     command = (folder, "-o", out, "--prompt", COLOUR, "--max-new-tokens", "1", "--summary", summary)
     monkeypatch.setattr(command_module, "whole_file", full)
     with monkeypatch.context() as patch:
-        patch.setattr(command_module.Results, "write", broken)
+        patch.setattr(Results, "write", broken)
         assert batch(*command) == 1
     told = capsys.readouterr().err
     assert "the device is lost; restart it" in told and f"the summary {summary} cannot be written (No space left on device)" in told

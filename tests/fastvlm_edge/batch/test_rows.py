@@ -85,6 +85,34 @@ def test_a_folder_without_pictures(tmp_path: Path) -> None:
         _ = open_rows(tmp_path, prompt="x").total
 
 
+def test_a_folder_that_cannot_be_listed_loses_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "in/b.png"):
+        (tmp_path / name).write_bytes(picture())
+    original = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "in":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # root may list every folder
+    assert f"{tmp_path / 'in'} cannot be listed (Permission denied)" in refused(tmp_path, prompt="x")
+
+
+def test_a_folder_with_links_to_folders(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "b.png").write_bytes(picture())
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(picture())
+    (folder / "link").symlink_to(tmp_path / "far")
+    (folder / "same").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(folder)
+    rows = open_rows(folder, prompt="x")
+    assert [row.id for row in rows] == ["a.png", "link/b.png"] and rows.total == 2
+
+
 # JSON lines ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +244,43 @@ def test_a_tar_groups_members_by_key(tmp_path: Path) -> None:
     assert [row.reason and row.reason[:22] for row in rows] == [None, None, "no picture, only txt", "its text cannot be rea"]
     assert [row.prompt for row in open_rows(path)][:2] == ["Own?", "a caption"]
     assert rows.total is None
+
+
+def test_links_and_files_with_holes_in_a_tar_are_errors(tmp_path: Path) -> None:
+    def link(name: str, kind: bytes, target: str) -> tarfile.TarInfo:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, target
+        return member
+
+    path = write_tar(tmp_path / "a.tar", {"a.png": picture()})
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(link("b.png", tarfile.LNKTYPE, "a.png"))
+        archive.addfile(link("c.png", tarfile.SYMTYPE, "a.png"))
+        holes = tarfile.TarInfo("d.png")
+        holes.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,4", "GNU.sparse.size": "9"}
+        holes.size = 4
+        archive.addfile(holes, io.BytesIO(b"data"))
+        archive.addfile(link("folder.png", tarfile.DIRTYPE, ""))
+        text = tarfile.TarInfo("e.png")
+        archive.addfile(text)
+        archive.addfile(link("e.json", tarfile.SYMTYPE, "a.json"))
+    assert [(row.id, row.reason) for row in open_rows(path, prompt="x")] == [
+        ("a", None),
+        ("b", "b.png is a link in the archive"),
+        ("c", "c.png is a link in the archive"),
+        ("d", "d.png is not a whole file in the archive"),
+        ("e", "e.json is a link in the archive"),
+    ]
+
+
+def test_what_follows_the_end_of_a_tar(tmp_path: Path) -> None:
+    one = write_tar(tmp_path / "a.tar", {"a.png": picture()}).read_bytes()
+    two = write_tar(tmp_path / "b.tar", {"b.png": picture()}).read_bytes()
+    for tail in (two, bytes(100_000)):
+        (tmp_path / "a.tar").write_bytes(one + tail)
+        assert "more follows its end" in refused(tmp_path / "a.tar", prompt="x")
+    (tmp_path / "a.tar").write_bytes(one + bytes(10240))
+    assert [row.id for row in open_rows(tmp_path / "a.tar", prompt="x")] == ["a"]
 
 
 def test_several_shards_by_pattern_braces_or_folder(tmp_path: Path) -> None:
