@@ -85,16 +85,21 @@ def write_job(results: Path, job: Job) -> None:
         os.fsync(file.fileno())
 
 
-def check_job(results: Path, job: Job) -> None:
-    """Raise FastVLMError, which names the difference, if rows of `results` were answered for another job."""
+def read_job(results: Path) -> Job:
+    """The job of a file of results. Raises FastVLMError if it is not known."""
     path = sidecar(results)
     try:
-        before: Job = from_json(Job, parse_json(path.read_text(encoding="utf-8")), str(path))
+        job: Job = from_json(Job, parse_json(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
         what = f"{results} is not empty, but {path.name}, which says how its rows were answered, is not beside it"
         raise FastVLMError(what, "give another file with -o") from None
     except ValueError as error:
         raise FastVLMError(f"{path} is damaged ({error})", "give another file with -o") from None
+    return job
+
+
+def check_job(results: Path, before: Job, job: Job) -> None:
+    """Raise FastVLMError, which names the difference, if the rows of `results`, answered for the job `before`, are those of another job."""
     old, new = _flat(before), _flat(job)
     if before.model_sha256 == job.model_sha256:
         old["model"] = new["model"]  # under another name

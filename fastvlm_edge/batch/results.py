@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from fastvlm_edge.batch.job import Job, check_job, sidecar, write_job
+from fastvlm_edge.batch.job import Job, check_job, read_job, sidecar, write_job
 from fastvlm_edge.batch.rows import Row
 from fastvlm_edge.batch.summary import Summary
 from fastvlm_edge.errors import FastVLMError
@@ -34,7 +34,8 @@ class Results:
     def __init__(self, path: Path, job: Job, *, retry_errors: bool = False) -> None:
         """Open the file, or begin it. A line that was not written completely is removed, and with `retry_errors` all rows with an error.
 
-        Raises FastVLMError if another process writes it, if it was begun for another job, or if it is not a file of results.
+        Raises FastVLMError if another process writes it, if it was begun for another job, or if it is not a file of results. With
+        `retry_errors`, a file with nothing but errors may begin another job.
         """
         self.path, self.job = path, job
         self.rows = 0
@@ -123,7 +124,9 @@ class Results:
             write_job(self.path, job)
             _sync_folder(self.path)
             return
-        check_job(self.path, job)
+        before = read_job(self.path)
+        if not retry_errors or any("error" not in row for _, row in _read(self.path)):
+            check_job(self.path, before, job)
         end = 0
         for line, row in _read(self.path):
             end += len(line)
@@ -133,6 +136,8 @@ class Results:
             os.fsync(self._file)
         if retry_errors and self.errors:
             self._drop_errors()
+        if not self.rows:
+            write_job(self.path, job)
 
     def _drop_errors(self) -> None:
         """Replace the file by one without the rows with an error. Whoever waits for the old one sees that it was replaced."""

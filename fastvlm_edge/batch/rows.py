@@ -90,17 +90,6 @@ class Rows:
         """Its first rows, after `shard`; None means all."""
         return replace(self, most=count)
 
-    def check(self) -> None:
-        """Raise FastVLMError if none of the first pictures exists: with the wrong folder, all rows would be errors."""
-        gone = None
-        for row in itertools.islice(self, _LOOKED_FOR):
-            if row.image is not None and (not isinstance(row.image, Path) or os.path.exists(row.image)):
-                return
-            gone = gone or row.image
-        if gone is not None:
-            what = f"none of the first pictures of {self.source}, such as {gone}, exists"
-            raise FastVLMError(what, "give their folder with --images DIR")
-
     @cached_property
     def total(self) -> int | None:
         """Number of rows, or None if it is not known without reading all. Of a shard, the number to expect."""
@@ -110,6 +99,25 @@ class Rows:
             return None
         expected = round(sum(known) / self.part[1])
         return expected if self.most is None else min(expected, self.most)
+
+
+def check_askable(rows: Iterator[Row], source: str, *, look: bool = True) -> Iterator[Row]:
+    """The same rows. Raises FastVLMError if none of the first can be asked: with a wrong folder or no prompt, all rows would be errors.
+
+    With `look`, the picture of one of them must exist on this machine.
+    """
+    first, gone = list[Row](), None
+    for row in itertools.islice(rows, _LOOKED_FOR):
+        first.append(row if row.reason is None else replace(row, image=None))  # a picture that is not needed takes memory
+        if row.reason is None and (not look or not isinstance(row.image, Path) or os.path.exists(row.image)):
+            return itertools.chain(first, rows)
+        gone = gone or (row.image if row.reason is None else None)
+    if gone is not None:
+        raise FastVLMError(f"none of the first pictures of {source}, such as {gone}, exists", "give their folder with --images DIR")
+    if first:
+        what = f"none of the first rows of {source} can be asked; the reason of {first[0].id} is: {first[0].reason}"
+        raise FastVLMError(what, "give the question with --prompt, or correct the input")
+    return iter(first)
 
 
 def shard_of(id: str, count: int) -> int:

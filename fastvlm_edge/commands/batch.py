@@ -15,7 +15,7 @@ from typing import Any
 from fastvlm_edge.batch.answering import RowAnswerer
 from fastvlm_edge.batch.job import Job, job_for, sidecar
 from fastvlm_edge.batch.results import Results, not_done
-from fastvlm_edge.batch.rows import Row, Rows, open_rows
+from fastvlm_edge.batch.rows import Row, Rows, check_askable, open_rows
 from fastvlm_edge.batch.summary import Summary
 from fastvlm_edge.bench.record import check_writable
 from fastvlm_edge.commands.arguments import at_least_zero, given, given_path, positive
@@ -54,8 +54,6 @@ def main(arguments: Sequence[str]) -> int:
     source = os.path.abspath(options.input) if options.engine == "ray" else options.input
     rows = open_rows(source, prompt=options.prompt, images=options.images).shard(*options.shard).first(options.limit)
     _check_distinct(options, rows)
-    if options.engine != "ray" or options.upload:  # otherwise the pictures are on the nodes
-        rows.check()
     options.model = Path(model_directory(options.model, SilentProgress() if options.quiet else stderr_progress()))
     job = job_for(
         read_manifest(options.model),
@@ -87,9 +85,11 @@ def _answer(options: argparse.Namespace, sampling: dict[str, Any], rows: Rows, r
         else:
             check_reply(manifest, tokenizer, options, sampling, images=1)
 
-    total = rows.total
     waiting = not_done(rows, results, summary)
+    if results.rows == results.errors.total():  # there is no answer yet
+        waiting = check_askable(waiting, rows.source, look=options.engine != "ray" or options.upload)  # otherwise they are on the nodes
     first = next(waiting, None)
+    total = None if first is None and results.rows else rows.total
     if first is None:
         return
     with _answering(options, results.job, progress, check) as (answer, where, sensor), summary.measuring(sensor):

@@ -111,6 +111,36 @@ def test_errors_duplicates_and_trying_again(folder: Path, tmp_path: Path, capsys
     assert rows_in(out)["b"]["text"] == ANSWER and json.loads(summary.read_text())["errors_in_file"] == {"input": 1}
 
 
+def test_nothing_can_be_asked_and_then_it_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.jsonl"
+    command = (folder, "-o", out, "--max-new-tokens", "1", "-q")
+    assert batch(*command) == 1
+    assert "the reason of meter.jpg is: no prompt; give the question with --prompt" in capsys.readouterr().err
+    assert out.read_bytes() == b""
+    assert batch(*command, "--prompt", "x", "--limit", "2") == 0
+    for name in ("meter.jpg", "shapes.jpg"):  # they are answered, and no longer needed
+        (folder / name).unlink()
+    monkeypatch.setattr("fastvlm_edge.batch.rows._LOOKED_FOR", 1)
+    assert batch(*command, "--prompt", "x") == 0 and len(rows_in(out)) == 3
+    (folder / "more" / "sign.jpg").unlink()
+    assert batch(*command, "--prompt", "x") == 0 and len(rows_in(out)) == 3
+
+
+def test_a_finished_job_whose_pictures_are_gone_has_nothing_to_do(folder: Path, tmp_path: Path) -> None:
+    source, out = (
+        write_lines(folder / "q.jsonl", {"id": "a", "image": "shapes.jpg"}, {"id": "b", "image": "meter.jpg"}),
+        tmp_path / "o.jsonl",
+    )
+    command = (source, "-o", out, "--prompt", "x", "--max-new-tokens", "1", "-q")
+    assert batch(*command) == 0
+    shutil.rmtree(folder / "more")
+    for name in ("meter.jpg", "shapes.jpg"):
+        (folder / name).unlink()
+    assert batch(*command) == 0 and len(rows_in(out)) == 2
+
+
 def test_shards_of_several_machines_are_the_whole(tmp_path: Path) -> None:
     source, found = many(tmp_path / "q.jsonl", 20), []
     for index in (1, 2, 3):

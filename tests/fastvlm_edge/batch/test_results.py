@@ -138,6 +138,21 @@ def test_an_empty_file_begins_a_new_job(path: Path) -> None:
         assert results.rows == 1
 
 
+def test_a_file_of_errors_begins_another_job_if_they_are_tried_again(path: Path) -> None:
+    other = replace(JOB, prompt="Where?")
+    with pytest.raises(FastVLMError, match="was begun with the prompt"):
+        Results(path, other, retry_errors=True)  # it has answers
+    assert len(rows_in(path)) == 3
+    path.write_text(json.dumps(failed("a")) + "\n" + json.dumps(failed("b")) + "\n")
+    with pytest.raises(FastVLMError, match="was begun with the prompt"):
+        Results(path, other)
+    with Results(path, other, retry_errors=True) as results:
+        assert (results.rows, path.read_bytes()) == (0, b"")
+        results.write(row("a"))
+    with Results(path, other) as results:
+        assert results.rows == 1
+
+
 def test_only_one_process_writes_the_file(path: Path) -> None:
     with Results(path, JOB) as results:
         for retry in (False, True):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fastvlm_edge.batch.rows import Row, Rows, open_rows, shard_of
+from fastvlm_edge.batch.rows import Row, Rows, check_askable, open_rows, shard_of
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.evaluation.data import ArchivedPicture
 
@@ -53,8 +53,7 @@ def shown(rows: Rows) -> list[tuple[str, str | None, str | None]]:
 
 def read_all(source: str | Path, **options: Any) -> None:
     rows = open_rows(source, **options)
-    rows.check()
-    for _ in rows:
+    for _ in check_askable(iter(rows), rows.source):
         pass
 
 
@@ -158,10 +157,23 @@ def test_pictures_are_beside_the_file_or_in_the_folder_given(tmp_path: Path) -> 
     assert "none of the first pictures" in refused(path) and "--images DIR" in refused(path)
     found = open_rows(path, images=tmp_path / "pictures")
     assert [loaded(row) for row in found] == [picture()]
-    found.check()
+    assert [row.id for row in check_askable(iter(found), found.source)] == ["1"]
     assert "is not a folder" in refused(path, images=tmp_path / "gone")
     whole = write_lines(tmp_path / "whole.jsonl", {"id": "1", "image": str(tmp_path / "pictures" / "a.png"), "prompt": "x"})
     assert [loaded(row) for row in open_rows(whole)] == [picture()]
+
+
+def test_an_input_of_which_nothing_can_be_asked_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    assert "none of the first rows" in refused(tmp_path) and "the reason of a.png is: no prompt; give the question" in refused(tmp_path)
+    bad, good = {"id": "x", "picture": "a.png"}, {"id": "y", "image": "a.png"}
+    path = write_lines(tmp_path / "q.jsonl", *[bad] * 99, good)
+    rows = open_rows(path, prompt="x")
+    assert [row.id for row in check_askable(iter(rows), "q")] == ["x"] * 99 + ["y"]
+    write_lines(path, *[bad] * 100, good)
+    assert "the reason of x is: no picture" in refused(path, prompt="x")
+    gone = open_rows(write_lines(path, {"id": "z", "image": "gone.png"}), prompt="x")
+    assert [row.id for row in check_askable(iter(gone), "q", look=False)] == ["z"]
 
 
 # Parquet ------------------------------------------------------------------------------------------------------------------------
