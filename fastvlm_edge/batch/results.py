@@ -25,6 +25,11 @@ from fastvlm_edge.model_dir.json_record import parse_json
 SYNC_SECONDS = 1.0
 """A row is on the disk at most this long after it was written. Before, only a power cut can lose it: a killed process does not."""
 
+_FAILED = 100
+"""So many failures in a row without an answer between them stop a batch."""
+_OUTSIDE = ("missing", "unreadable", "memory", "model", "worker")
+"""Errors that all rows have when a disk, the network or the machine fails."""
+
 _EARLIER, _CLAIMED, _WRITTEN = range(3)
 
 
@@ -199,6 +204,24 @@ def not_done(rows: Iterable[Row], results: Results, summary: Summary) -> Iterato
             summary.done_before += 1
         else:
             summary.add_twice(row.id)
+
+
+def while_it_works(answered: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same results. Raises FastVLMError if `_FAILED` in a row have such errors as when a disk or the network is gone: without them."""
+    held = list[dict[str, Any]]()
+    for row in answered:
+        error = row.get("error")
+        if error is not None and error["kind"] in _OUTSIDE:
+            held.append(row)
+            if len(held) >= _FAILED:
+                what = f"{_FAILED} rows in a row failed, {held[0]['id']} to {row['id']}; the last error is: {error['message']}"
+                mend = "check the disk and the network, or leave these rows out of the input, and run the same command again"
+                raise FastVLMError(what, mend)
+        else:
+            yield from held
+            held.clear()
+            yield row
+    yield from held
 
 
 def _line(row: dict[str, Any]) -> bytes:

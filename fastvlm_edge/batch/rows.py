@@ -106,12 +106,14 @@ def check_askable(rows: Iterator[Row], source: str, *, look: bool = True) -> Ite
 
     With `look`, the picture of one of them must exist on this machine.
     """
-    first, gone = list[Row](), None
+    first = list[Row]()
+    gone: Path | None = None
     for row in itertools.islice(rows, _LOOKED_FOR):
         first.append(row if row.reason is None else replace(row, image=None))  # a picture that is not needed takes memory
         if row.reason is None and (not look or not isinstance(row.image, Path) or os.path.exists(row.image)):
             return itertools.chain(first, rows)
-        gone = gone or (row.image if row.reason is None else None)
+        if row.reason is None and isinstance(row.image, Path):
+            gone = gone or row.image
     if gone is not None:
         raise FastVLMError(f"none of the first pictures of {source}, such as {gone}, exists", "give their folder with --images DIR")
     if first:

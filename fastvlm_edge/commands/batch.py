@@ -14,7 +14,7 @@ from typing import Any
 
 from fastvlm_edge.batch.answering import RowAnswerer
 from fastvlm_edge.batch.job import Job, job_for, sidecar
-from fastvlm_edge.batch.results import Results, not_done
+from fastvlm_edge.batch.results import Results, not_done, while_it_works
 from fastvlm_edge.batch.rows import Row, Rows, check_askable, open_rows
 from fastvlm_edge.batch.summary import Summary
 from fastvlm_edge.bench.record import check_writable
@@ -97,7 +97,7 @@ def _answer(options: argparse.Namespace, sampling: dict[str, Any], rows: Rows, r
         progress.stage("answering", None if total is None else max(1, total - results.rows), speed=True)
         with closing(answer(chain([first], waiting))) as answered:
             try:
-                for row in answered:
+                for row in while_it_works(answered):
                     results.write(row)
                     summary.add(row)
                     progress.advance()

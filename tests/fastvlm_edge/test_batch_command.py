@@ -337,6 +337,25 @@ def test_a_full_disk_ends_it_with_an_error_and_it_goes_on_later(tmp_path: Path) 
     assert len(rows_in(out)) == 30
 
 
+def test_a_disk_that_is_gone_ends_it_and_it_goes_on_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pictures are gone after the first row."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    shutil.copy(PICTURES[0], disk / "a.jpg")
+    lines = [{"id": f"q{n}", "image": "disk/a.jpg" if n == 0 else "disk/b.jpg"} for n in range(12)]
+    source, out = write_lines(tmp_path / "q.jsonl", *lines), tmp_path / "out.jsonl"
+    command = (source, "-o", out, "--prompt", "x", "--max-new-tokens", "1", "--slots", "1", "-q")
+    monkeypatch.setattr("fastvlm_edge.batch.results._FAILED", 7)
+    assert batch(*command) == 1
+    assert "7 rows in a row failed" in capsys.readouterr().err
+    assert rows_in(out).keys() <= {f"q{n}" for n in range(12)} and len(rows_in(out)) < 6
+    shutil.copy(PICTURES[0], disk / "b.jpg")
+    assert batch(*command, "--retry-errors") == 0
+    assert len(rows_in(out)) == 12
+
+
 def test_a_second_process_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = many(tmp_path / "q.jsonl", 5000), tmp_path / "out.jsonl"
     running = start(source, "-o", out, "-q")

@@ -17,7 +17,7 @@ import pytest
 
 from fastvlm_edge.batch import results as module
 from fastvlm_edge.batch.job import Job, sidecar
-from fastvlm_edge.batch.results import Results
+from fastvlm_edge.batch.results import Results, while_it_works
 from fastvlm_edge.errors import FastVLMError
 
 JOB = Job("a int4", "00", "What?", None, "pad", [255, 255, 255], {"max_new_tokens": 8, "stop": []})
@@ -269,3 +269,13 @@ def test_names_that_are_not_utf_8_are_written_and_known_again(path: Path) -> Non
         results.write(row("\udcff.png"))
     with Results(path, JOB) as results:
         assert results.claim("\udcff.png") == "done"
+
+
+def test_rows_that_all_fail_end_the_batch_and_are_not_written() -> None:
+    broken = [failed(str(number), kind) for number, kind in enumerate(["missing", "unreadable", "memory", "model"] * 30)]
+    given = [row("a"), *broken[:99], row("b"), *broken[:60], failed("c", "damaged"), *broken[:99]]
+    assert list(while_it_works(given)) == given
+    answered = while_it_works([row("a"), failed("c", "damaged"), *broken])
+    assert [next(answered), next(answered)] == [row("a"), failed("c", "damaged")]
+    with pytest.raises(FastVLMError, match="100 rows in a row failed, 0 to 99; the last error is: gone; check the disk"):
+        next(answered)
