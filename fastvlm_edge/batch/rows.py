@@ -57,6 +57,10 @@ class Reader(Protocol):
     def path(self) -> Path:
         """Where it is."""
 
+    @property
+    def name(self) -> str:
+        """What ids say of it. No other reader of the input has it."""
+
     def rows(self) -> Iterator[Row]:
         """Its rows, in its order."""
 
@@ -76,9 +80,21 @@ class Rows:
     """Of `first`."""
 
     def __iter__(self) -> Iterator[Row]:
+        return itertools.islice(itertools.chain.from_iterable(self._of(reader) for reader in self.readers), self.most)
+
+    def _of(self, reader: Reader) -> Iterator[Row]:
+        """The rows of a reader. If it is one of several and fails, the last one says so, in each shard, and the others go on."""
         index, count = self.part
-        rows = (row for reader in self.readers for row in reader.rows() if count == 1 or shard_of(row.id, count) == index)
-        return itertools.islice(rows, self.most)
+        try:
+            for row in reader.rows():
+                if count == 1 or shard_of(row.id, count) == index:
+                    yield row
+        except (FastVLMError, OSError) as error:
+            if isinstance(error, OSError):
+                error = FastVLMError(f"{reader.path} cannot be read ({error.strerror or error})", "check the disk and the file")
+            if len(self.readers) == 1:
+                raise error from None
+            yield Row(reader.name, None, None, str(error))
 
     def shard(self, index: int, count: int) -> Rows:
         """The rows of part `index`, 1 to `count`. The id alone decides, so it depends neither on the order nor on the other rows."""
@@ -93,7 +109,12 @@ class Rows:
     @cached_property
     def total(self) -> int | None:
         """Number of rows, or None if it is not known without reading all. Of a shard, the number to expect."""
-        counts = [reader.count() for reader in self.readers]
+        try:
+            counts = [reader.count() for reader in self.readers]
+        except (FastVLMError, OSError):
+            if len(self.readers) == 1:
+                raise
+            return None  # `__iter__` makes a row of it
         known = [count for count in counts if count is not None]
         if len(known) < len(counts):
             return None
@@ -137,7 +158,19 @@ def open_rows(source: str | os.PathLike[str], *, prompt: str | None = None, imag
     source = os.fspath(source)
     if images is not None and not images.is_dir():
         raise FastVLMError(f"{images} is not a folder", "give the folder of the pictures with --images DIR")
-    return Rows(source, [_reader(path, prompt, images) for path in _paths(source)])
+    paths = _paths(source)
+    names = [""] if os.path.isdir(source) and paths == [Path(source)] else _names(paths)
+    return Rows(source, [_reader(path, name, prompt, images) for path, name in zip(paths, names, strict=True)])
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """What ids say of each file or folder of a pattern: its name, or its path below the common folder where names are there twice."""
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    whole = [os.path.abspath(path) for path in paths]
+    common = os.path.commonpath([os.path.dirname(path) for path in whole])
+    return [Path(path).relative_to(common).as_posix() for path in whole]
 
 
 def _paths(source: str) -> list[Path]:
@@ -178,19 +211,21 @@ def _without_braces(pattern: str) -> list[str]:
     return [whole for word in words.split(",") for whole in _without_braces(before + word + after)]
 
 
-def _reader(path: Path, prompt: str | None, images: Path | None) -> Reader:
+def _reader(path: Path, name: str, prompt: str | None, images: Path | None) -> Reader:
     folder = path.parent if images is None else images
     if path.is_dir():
-        return Folder(path, prompt)
+        return Folder(path, name, prompt)
     if not path.is_file():
         raise FastVLMError(f"{path} is not a file", f"give {ACCEPTED}")
     suffix = path.suffix.lower()
     if suffix in _LINES:
-        return JsonLines(path, prompt, folder)
+        return JsonLines(path, name, prompt, folder)
     if suffix in _PARQUET:
-        return Parquet(path, prompt, folder)
+        with package_errors("Parquet files need"):
+            import pyarrow.parquet  # noqa: F401  # before the first file is read
+        return Parquet(path, name, prompt, folder)
     if suffix in _TAR:
-        return WebDataset(path, prompt)
+        return WebDataset(path, name, prompt)
     raise FastVLMError(f"{path} has an unknown suffix", f"give {ACCEPTED}")
 
 
@@ -202,12 +237,14 @@ class Folder:
     """The pictures below a folder, without names that begin with a dot. The id is the path below the folder, with `/`."""
 
     path: Path
+    name: str
+    """Begins the ids, unless it is empty."""
     prompt: str | None
 
     def rows(self) -> Iterator[Row]:
         reason = None if self.prompt is not None else "no prompt"
         for path in self._files():
-            yield Row(path.relative_to(self.path).as_posix(), path, self.prompt, reason)
+            yield Row((self.name / path.relative_to(self.path)).as_posix(), path, self.prompt, reason)
 
     def count(self) -> int:
         count = sum(1 for _ in self._files())
@@ -247,6 +284,7 @@ class JsonLines:
     """One object per line: {id, image, prompt}. A line without an id is known as `FILE:LINE`."""
 
     path: Path
+    name: str
     prompt: str | None
     folder: Path
     """Pictures are relative to it."""
@@ -254,7 +292,7 @@ class JsonLines:
     def rows(self) -> Iterator[Row]:
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                where = f"{self.path.name}:{number}"
+                where = f"{self.name}:{number}"
                 try:
                     text = line.decode("utf-8-sig")
                     if text.strip():
@@ -297,11 +335,14 @@ class Parquet:
     """
 
     path: Path
+    name: str
     prompt: str | None
     folder: Path
     """Pictures are relative to it."""
 
     def rows(self) -> Iterator[Row]:
+        from pyarrow import ArrowException
+
         with self._open() as file:
             names = file.schema_arrow.names
             wanted = [name for name in ("id", "image", "prompt") if name in names]
@@ -312,22 +353,22 @@ class Parquet:
                     some = next(batches).to_pylist()
                 except StopIteration:
                     return
-                except (ValueError, OSError) as error:  # pyarrow's exceptions are among these
+                except (ValueError, OSError, ArrowException) as error:
                     raise self._unreadable(error) from None
                 for fields in some:
                     number += 1
-                    yield self._row(fields, f"{self.path.name}:{number}")
+                    yield self._row(fields, f"{self.name}:{number}")
 
     def count(self) -> int:
         with self._open() as file:
             return int(file.metadata.num_rows)
 
     def _open(self) -> Any:
-        with package_errors("Parquet files need"):
-            from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
+
         try:
             file = parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ArrowException) as error:
             raise self._unreadable(error) from None
         if "image" not in file.schema_arrow.names:
             columns = ", ".join(file.schema_arrow.names[:8])
@@ -363,6 +404,7 @@ class WebDataset:
     """
 
     path: Path
+    name: str
     prompt: str | None
 
     def rows(self) -> Iterator[Row]:

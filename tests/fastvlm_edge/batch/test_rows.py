@@ -8,7 +8,7 @@ import os
 import pickle
 import sys
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +330,63 @@ def test_a_tar_of_many_members_is_not_kept_in_memory(tmp_path: Path, monkeypatch
     monkeypatch.setattr(tarfile.TarFile, "next", counting)
     assert len(list(open_rows(path, prompt="x"))) == 500
     assert max(seen) <= 1
+
+
+def test_one_damaged_file_of_several_is_an_error_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"s-{number}.tar", {f"{number}-{each}.png": picture() for each in range(2)})
+    damaged = tmp_path / "s-1.tar"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:1024])
+    rows = open_rows(tmp_path / "s-*.tar", prompt="x")
+    assert [row.id for row in rows] == ["0-0", "0-1", "1-0", "s-1.tar", "2-0", "2-1"]
+    assert [row.reason for row in rows if row.reason] == [
+        f"{damaged} is not a readable, uncompressed tar (unexpected end of data); copy it again, or uncompress it"
+    ]
+    for part in (1, 2):
+        assert "s-1.tar" in [row.id for row in rows.shard(part, 2)]
+    damaged.write_bytes(whole)
+    assert [row.id for row in rows] == ["0-0", "0-1", "1-0", "1-1", "2-0", "2-1"]
+
+    for number in range(3):
+        write_lines(tmp_path / f"q-{number}.jsonl", {"id": str(number), "image": "a.png"})
+    (tmp_path / "q-1.jsonl").unlink()
+    several, alone = open_rows(tmp_path / "q-*.jsonl", prompt="x"), open_rows(tmp_path / "q-0.jsonl", prompt="x")
+    (tmp_path / "q-0.jsonl").unlink()
+    assert [(row.id, row.reason) for row in several] == [
+        ("q-0.jsonl", f"{tmp_path}/q-0.jsonl cannot be read (No such file or directory); check the disk and the file"),
+        ("2", None),
+    ]
+    assert several.total is None
+    with pytest.raises(FastVLMError, match="cannot be read"):
+        list(alone)
+
+
+def test_an_exception_of_pyarrow_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"image": [picture()]})
+    pyarrow = pytest.importorskip("pyarrow")
+
+    def broken(*_arguments: Any, **_options: Any) -> Iterator[Any]:
+        yield pyarrow.RecordBatch.from_pylist([{"image": picture()}])
+        raise pyarrow.ArrowException("broken")
+
+    rows = open_rows(path, prompt="x")
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile.iter_batches", broken)
+    with pytest.raises(FastVLMError, match=r"a\.parquet cannot be read as Parquet"):
+        list(rows)
+
+
+def test_equal_names_in_several_folders_give_different_ids(tmp_path: Path) -> None:
+    for day in ("monday", "tuesday"):
+        (tmp_path / day).mkdir()
+        (tmp_path / day / "1.png").write_bytes(picture())
+        write_lines(tmp_path / day / "q.jsonl", {"image": "1.png"})
+        write_lines(tmp_path / day / f"{day}.jsonl", {"image": "1.png"})
+    assert [row.id for row in open_rows(tmp_path / "*day", prompt="x")] == ["monday/1.png", "tuesday/1.png"]
+    assert [row.id for row in open_rows(tmp_path / "mon*", prompt="x")] == ["monday/1.png"]
+    assert [row.id for row in open_rows(tmp_path / "monday", prompt="x")] == ["1.png"]
+    assert [row.id for row in open_rows(tmp_path / "*" / "q.jsonl", prompt="x")] == ["monday/q.jsonl:1", "tuesday/q.jsonl:1"]
+    assert [row.id for row in open_rows(tmp_path / "*" / "*day.jsonl", prompt="x")] == ["monday.jsonl:1", "tuesday.jsonl:1"]
 
 
 # All --------------------------------------------------------------------------------------------------------------------------
