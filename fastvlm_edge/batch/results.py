@@ -48,6 +48,8 @@ class Results:
         self.errors: Counter[str] = Counter()
         """How many of them have an error, by its kind."""
         self._ids: dict[str, int] = {}
+        self._asked: dict[str, str] = {}
+        """What was asked, of rows of an earlier run until they are claimed, and of claimed ones until they are written."""
         self._lock = threading.Lock()
         """Held while the file is written or synced."""
         self._dirty = False
@@ -69,11 +71,20 @@ class Results:
         self._thread = threading.Thread(target=self._sync_often, name="fastvlm-results", daemon=True)
         self._thread.start()
 
-    def claim(self, id: str) -> Literal["new", "done", "twice"]:
-        """What to do with the next row of the input: `done` if the file has it since before, `twice` if its id was claimed already."""
+    def claim(self, id: str, asked: str | None = None) -> Literal["new", "done", "twice"]:
+        """What to do with the next row of the input: `done` if the file has it since before, `twice` if its id was claimed already.
+
+        `asked` is `Row.asked()`, which is written with the answer. Raises FastVLMError if the file has the answer of another question.
+        """
         state = self._ids.get(id)
         if state in (_CLAIMED, _WRITTEN):
             return "twice"
+        before = self._asked.pop(id, None)
+        if before is not None and asked is not None and before != asked:
+            what = f"the row {id} of {self.path} is the answer about another picture or prompt than the input now has for this id"
+            raise FastVLMError(what, "give another file with -o, or remove the line of the row to ask again")
+        if state is None and asked is not None:
+            self._asked[id] = asked
         self._ids[id] = _CLAIMED if state is None else _WRITTEN
         return "new" if state is None else "done"
 
@@ -83,7 +94,8 @@ class Results:
         After it returns, a process that is killed does not lose the row. Raises FastVLMError if the disk is full or fails; the row is then
         not in the file, and all earlier rows are.
         """
-        line = _line(row)
+        asked = None if "error" in row else self._asked.get(row["id"])
+        line = _line(row if asked is None else {**row, "asked": asked})
         with self._lock:
             if self._failure is not None:
                 raise _unwritable(self.path, self._failure)
@@ -94,6 +106,7 @@ class Results:
             except OSError as error:
                 raise _unwritable(self.path, error) from None
             self._count(row, _WRITTEN)
+            self._asked.pop(row["id"], None)
             self._dirty = True
         return True
 
@@ -136,6 +149,8 @@ class Results:
         for line, row in _read(self.path):
             end += len(line)
             self._count(row, _EARLIER)
+            if isinstance(row.get("asked"), str):
+                self._asked[row["id"]] = row["asked"]
         if os.fstat(self._file).st_size > end:
             os.ftruncate(self._file, end)
             os.fsync(self._file)
@@ -197,7 +212,7 @@ class Results:
 def not_done(rows: Iterable[Row], results: Results, summary: Summary) -> Iterator[Row]:
     """The rows that the file does not have yet. Those left out are counted: rows that are done, and rows with the id of an earlier one."""
     for row in rows:
-        state = results.claim(row.id)
+        state = results.claim(row.id, None if row.reason is not None else row.asked())
         if state == "new":
             yield row
         elif state == "done":

@@ -48,6 +48,16 @@ class Row:
     """Its own question, or that of all rows. None only with a `reason`."""
     reason: str | None = None
     """Why a part of the input cannot be asked. It becomes an error in the results."""
+    named: str | None = None
+    """The file of the picture as the input names it. It stays the same where the input moves as a whole."""
+
+    def asked(self) -> str:
+        """A digest of the picture, by the name that the input gives it or by its bytes, and of the prompt: 16 hexadecimal digits."""
+        if isinstance(self.image, bytes):
+            picture = hashlib.sha256(self.image).hexdigest()
+        else:
+            picture = self.image.name if isinstance(self.image, ArchivedPicture) else self.named or str(self.image)
+        return hashlib.sha256(json.dumps([picture, self.prompt]).encode()).hexdigest()[:16]
 
 
 class Reader(Protocol):
@@ -243,8 +253,10 @@ class Folder:
 
     def rows(self) -> Iterator[Row]:
         reason = None if self.prompt is not None else "no prompt"
+        folder = os.path.basename(os.path.realpath(self.path))
         for path in self._files():
-            yield Row((self.name / path.relative_to(self.path)).as_posix(), path, self.prompt, reason)
+            below = path.relative_to(self.path)
+            yield Row((self.name / below).as_posix(), path, self.prompt, reason, named=(folder / below).as_posix())
 
     def count(self) -> int:
         count = sum(1 for _ in self._files())
@@ -321,7 +333,7 @@ def _about_file(id: str, name: str, prompt: str | None, folder: Path) -> Row:
         return Row(id, None, prompt, f"{shortened(name)} is an address, and pictures are not downloaded")
     if "\0" in name:
         return Row(id, None, prompt, "its picture is not a path")
-    return Row(id, folder / name, prompt, None if prompt is not None else "no prompt")
+    return Row(id, folder / name, prompt, None if prompt is not None else "no prompt", named=name)
 
 
 # Parquet ------------------------------------------------------------------------------------------------------------------------

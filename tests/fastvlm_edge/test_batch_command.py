@@ -128,6 +128,23 @@ def test_nothing_can_be_asked_and_then_it_goes_on(
     assert batch(*command, "--prompt", "x") == 0 and len(rows_in(out)) == 3
 
 
+def test_another_input_with_the_same_ids_does_not_go_on_in_the_same_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    for day, path in zip(("monday", "tuesday"), PICTURES, strict=False):
+        (tmp_path / day).mkdir()
+        shutil.copy(path, tmp_path / day / "1.jpg")
+    out = tmp_path / "out.jsonl"
+    options = ("-o", out, "--prompt", "x", "--max-new-tokens", "1", "-q")
+    assert batch(tmp_path / "monday", *options) == 0
+    before = out.read_bytes()
+    request.getfixturevalue("never_loads")
+    assert batch(tmp_path / "monday", *options) == 0
+    assert batch(tmp_path / "tuesday", *options) == 1
+    assert f"the row 1.jpg of {out} is the answer about another picture or prompt" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
 def test_a_finished_job_whose_pictures_are_gone_has_nothing_to_do(folder: Path, tmp_path: Path) -> None:
     source, out = (
         write_lines(folder / "q.jsonl", {"id": "a", "image": "shapes.jpg"}, {"id": "b", "image": "meter.jpg"}),

@@ -264,6 +264,21 @@ def test_a_sync_that_fails_in_the_background_is_told(path: Path, monkeypatch: py
         results.close()
 
 
+def test_an_answer_about_another_picture_or_prompt_is_not_taken_for_that_of_a_row(path: Path) -> None:
+    with Results(path, JOB) as results:
+        assert [results.claim("d", "11"), results.claim("e", "22")] == ["new", "new"]
+        results.write(row("d"))
+        results.write(failed("e"))
+    assert rows_in(path)[3:] == [{**row("d"), "asked": "11"}, failed("e")]
+    with Results(path, JOB) as results:
+        assert [results.claim(*each) for each in (("d", "11"), ("e", "33"), ("a", "44"), ("d", "55"))] == ["done", "done", "done", "twice"]
+    with (
+        Results(path, JOB) as results,
+        pytest.raises(FastVLMError, match=f"the row d of {path} is the answer about another picture or prompt"),
+    ):
+        results.claim("d", "12")
+
+
 def test_names_that_are_not_utf_8_are_written_and_known_again(path: Path) -> None:
     with Results(path, JOB) as results:
         results.write(row("\udcff.png"))

@@ -389,6 +389,28 @@ def test_equal_names_in_several_folders_give_different_ids(tmp_path: Path) -> No
     assert [row.id for row in open_rows(tmp_path / "*" / "*day.jsonl", prompt="x")] == ["monday.jsonl:1", "tuesday.jsonl:1"]
 
 
+def test_what_a_row_asks_has_a_digest(tmp_path: Path) -> None:
+    """Another picture or prompt gives another one; another place of the input, or another way to name it, does not."""
+
+    def asked(source: Path | str, prompt: str | None = "x") -> str:
+        (row,) = open_rows(source, prompt=prompt)
+        return row.asked()
+
+    for name in ("monday", "tuesday", "moved/monday"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.png").write_bytes(picture())
+    monday = asked(tmp_path / "monday")
+    assert len(monday) == 16
+    assert asked(tmp_path / "moved" / "monday") == asked(f"{tmp_path}/monday/../monday/") == monday
+    assert monday not in (asked(tmp_path / "tuesday"), asked(tmp_path / "monday", "y"))
+    lines = [{"id": "1", "image": "a.png"}, {"id": "1", "image": "b.png"}, {"id": "1", "image": "a.png", "prompt": "y"}]
+    assert len({asked(write_lines(tmp_path / "q.jsonl", line)) for line in lines}) == 3
+    first = asked(write_tar(tmp_path / "a.tar", {"1.png": picture()}))
+    assert first != asked(write_tar(tmp_path / "b.tar", {"1.png": picture()}))
+    assert Row("1", b"a", "x").asked() != Row("1", b"b", "x").asked()
+    assert Row("1", Path("\udcff.png"), "x").asked() != Row("1", Path("a.png"), "x").asked()
+
+
 # All --------------------------------------------------------------------------------------------------------------------------
 
 
