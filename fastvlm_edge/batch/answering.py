@@ -78,6 +78,8 @@ class RowAnswerer:
             return _error(row, "context", str(error))
         except FastVLMError as error:
             return self._fault(row, error, "prompt", stopping)
+        except Exception as error:
+            return self._fault(row, error, "model", stopping)
         with self._lock:
             self._streams.add(stream)
         try:

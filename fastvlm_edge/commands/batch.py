@@ -94,13 +94,15 @@ def _answer(options: argparse.Namespace, sampling: dict[str, Any], rows: Rows, r
         return
     with _answering(options, results.job, progress, check) as (answer, where, sensor), summary.measuring(sensor):
         progress.note(f"[{where}]")
-        progress.stage("answering", None if total is None else max(1, total - results.rows), speed=True)
+        left_out = summary.done_before + summary.twice
+        progress.stage("answering", None if total is None else max(1, total - left_out), speed=True)
         with closing(answer(chain([first], waiting))) as answered:
             try:
                 for row in while_it_works(answered):
                     results.write(row)
                     summary.add(row)
-                    progress.advance()
+                    before, left_out = left_out, summary.done_before + summary.twice
+                    progress.advance(1 + left_out - before)
             finally:
                 progress.done()
 

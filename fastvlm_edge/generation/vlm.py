@@ -488,7 +488,10 @@ class FastVLM:
             middle = time.perf_counter()
             if not wanted():
                 return None
-            known, found = self._encode(pixel_values)
+            encoding = self._encode(pixel_values, wanted)
+            if encoding is None:
+                return None
+            known, found = encoding
             encoded.append(known)
             if question.pixels is not None:
                 question.pixels.append(to_pixels(pixel_values))
@@ -520,10 +523,15 @@ class FastVLM:
         self._engine.submit(answer)
         return started
 
-    def _encode(self, pixel_values: NDArray[np.float32]) -> tuple[EncodedImage, bool]:
-        """The features of a picture, and whether they were known already. Running answers go on meanwhile, another picture waits."""
+    def _encode(self, pixel_values: NDArray[np.float32], wanted: Callable[[], bool] = lambda: True) -> tuple[EncodedImage, bool] | None:
+        """The features of a picture, and whether they were known already. Running answers go on meanwhile, another picture waits.
+
+        None if they are no longer `wanted` when it is their turn.
+        """
         key = image_key(pixel_values, self._digest)
         with self._vision:
+            if not wanted():
+                return None
             self._engine.check_open()
             image = self._images.get(key)
             self._engine.count(images=1, cached_images=int(image is not None))
@@ -537,7 +545,9 @@ class FastVLM:
         return Model(self.manifest, self._digest, self._tokenizer, self._template, self._encode_to_keep)
 
     def _encode_to_keep(self, pixel_values: NDArray[np.float32]) -> EncodedImage:
-        image = self._encode(pixel_values)[0]
+        encoding = self._encode(pixel_values)
+        assert encoding is not None  # always wanted
+        image = encoding[0]
         return EncodedImage(image.image_features, image.key, to_pixels(pixel_values))
 
     def _preprocess(self, image: ImageInput) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ from fastvlm_edge.cli import main
 from fastvlm_edge.commands import batch as command_module
 from fastvlm_edge.commands import demo
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.progress import SilentProgress
 from tests.fastvlm_edge.batch.test_rows import write_lines, write_tar
 from tests.fastvlm_edge.test_run import never_loads  # noqa: F401
 
@@ -143,6 +144,30 @@ def test_another_input_with_the_same_ids_does_not_go_on_in_the_same_file(
     assert batch(tmp_path / "tuesday", *options) == 1
     assert f"the row 1.jpg of {out} is the answer about another picture or prompt" in capsys.readouterr().err
     assert out.read_bytes() == before
+
+
+def test_the_progress_counts_the_rows_of_this_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not rows of the file that another input had."""
+    stages, units = list[int | None](), list[int]()
+
+    class Told(SilentProgress):
+        def stage(self, name: str, total: int | None = None, *, speed: bool = False) -> None:
+            if name == "answering":
+                stages.append(total)
+
+        def advance(self, amount: int = 1) -> None:
+            if stages:
+                units.append(amount)
+
+    out = tmp_path / "out.jsonl"
+    options = ("-o", out, "--max-new-tokens", "1")
+    assert batch(many(tmp_path / "q.jsonl", 8), *options, "-q") == 0
+    lines = [
+        {"id": f"q{n}" if n in (0, 1, 5) else f"r{n}", "image": str(PICTURES[n % 3]), "prompt": f"{n}. What is it?"} for n in range(10)
+    ]
+    monkeypatch.setattr(command_module, "stderr_progress", Told)
+    assert batch(write_lines(tmp_path / "r.jsonl", *lines), *options) == 0
+    assert stages == [8] and sum(units) == 8
 
 
 def test_a_finished_job_whose_pictures_are_gone_has_nothing_to_do(folder: Path, tmp_path: Path) -> None:

@@ -196,6 +196,40 @@ def test_closing_early_cancels_what_is_running(model: FastVLM, failing: Failing)
     assert model.counters().running == model.counters().waiting == 0
 
 
+def test_closing_early_encodes_no_picture_that_still_waits(model: FastVLM, failing: Failing) -> None:
+    encoded, first = list[int](), threading.Event()
+
+    def slow(pixel_values: Any) -> bool:
+        encoded.append(1)
+        first.set()
+        time.sleep(0.5)
+        return False
+
+    failing.fails = slow
+    rows = [Row("first", None, None, "an error, which is known at once"), *(Row(str(n), picture(n + 700), "x") for n in range(20))]
+    answered = RowAnswerer(model, job(model)).answer(rows)
+    next(answered)
+    assert first.wait(20)
+    time.sleep(0.2)  # the others wait for the encoder
+    answered.close()
+    assert len(encoded) == 1
+
+
+def test_any_exception_before_a_row_is_asked_is_an_error_of_the_row(model: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = model.stream
+
+    def stream(prompt: str, *arguments: Any, **options: Any) -> Any:
+        if prompt == "bad":
+            raise RuntimeError("broken")
+        return original(prompt, *arguments, **options)
+
+    monkeypatch.setattr(model, "stream", stream)
+    rows = [Row(str(n), picture(n), "bad" if n == 1 else "x") for n in range(3)]
+    found = {row["id"]: row for row in RowAnswerer(model, job(model)).answer(rows)}
+    assert found["1"]["error"]["kind"] == "model" and "broken" in found["1"]["error"]["message"]
+    assert "text" in found["0"] and "text" in found["2"]
+
+
 def test_an_error_about_a_picture_keeps_its_kind_in_another_process() -> None:
     error = pickle.loads(pickle.dumps(PictureError("a.jpg has 9 pixels", "take another", "too_large")))
     assert (error.what, error.mend, error.kind) == ("a.jpg has 9 pixels", "take another", "too_large")
