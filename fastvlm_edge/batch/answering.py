@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,15 @@ from fastvlm_edge.generation.answer import ContextFull
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.stream import ReplyStream
 from fastvlm_edge.generation.vlm import FastVLM
+from fastvlm_edge.inputs.preprocess import preprocess, to_pixels
 
 AHEAD = 2
 """Rows whose pictures are opened and encoded while the others are answered."""
+
+DECODED = 2
+"""Pictures that a process decodes at a time. The memory that each needs is compared with what is free when it begins."""
+_turns = threading.BoundedSemaphore(DECODED)
+_alone = threading.Lock()
 
 
 class RowAnswerer:
@@ -70,8 +78,10 @@ class RowAnswerer:
         if row.reason is not None:
             return _error(row, "input", row.reason)
         try:
-            image = _open(row)
-            stream = self._vlm.stream(row.prompt or "", image, **self._options)
+            picture, decode_ms = self._decode(row)
+            if stopping.is_set():
+                return _error(row, "model", "the batch was stopped")
+            stream = self._vlm.stream(row.prompt or "", picture, **self._options)
         except PictureError as error:
             return _error(row, error.kind, str(error))
         except ContextFull as error:
@@ -85,7 +95,7 @@ class RowAnswerer:
         try:
             if stopping.is_set():
                 stream.close()
-            return _result(row, stream.wait())
+            return _result(row, stream.wait(), decode_ms)
         except PictureError as error:
             return _error(row, error.kind, str(error))
         except Exception as error:
@@ -93,6 +103,27 @@ class RowAnswerer:
         finally:
             with self._lock:
                 self._streams.discard(stream)
+
+    def _decode(self, row: Row) -> tuple[Image.Image, float]:
+        """The picture of a row, as the encoder sees it, and how many ms it took. Raises PictureError.
+
+        A picture for which the memory is too small is tried again alone.
+        """
+        try:
+            with _turns:
+                return self._prepare(row)
+        except PictureError as error:
+            if error.kind != "memory":
+                raise
+        with _alone, ExitStack() as turns:
+            for _ in range(DECODED):
+                turns.enter_context(_turns)
+            return self._prepare(row)
+
+    def _prepare(self, row: Row) -> tuple[Image.Image, float]:
+        began, vlm = time.perf_counter(), self._vlm
+        pixel_values = preprocess(_open(row), vlm.manifest.vision.image_size, vlm.geometry, vlm.background)
+        return Image.fromarray(to_pixels(pixel_values)), (time.perf_counter() - began) * 1e3
 
     def _fault(self, row: Row, error: Exception, kind: str, stopping: threading.Event) -> dict[str, Any]:
         """The result of a row that failed, if the model still works. Raises FastVLMError otherwise."""
@@ -129,8 +160,10 @@ def _open(row: Row) -> Path | bytes:
     return row.image
 
 
-def _result(row: Row, reply: Reply) -> dict[str, Any]:
+def _result(row: Row, reply: Reply, decode_ms: float) -> dict[str, Any]:
     shown = reply.to_json()
+    for name in ("preprocess_ms", "ttft_ms"):
+        shown["timings"][name] = round(shown["timings"][name] + decode_ms, 3)
     return {"id": row.id, **{name: shown[name] for name in ("text", "confidence", "stop_reason", "timings")}}
 
 

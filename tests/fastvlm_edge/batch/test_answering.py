@@ -19,11 +19,13 @@ from PIL import Image
 
 from fastvlm_edge import FastVLM
 from fastvlm_edge.backends.protocol import Backend
+from fastvlm_edge.batch import answering as module
 from fastvlm_edge.batch.answering import RowAnswerer
 from fastvlm_edge.batch.job import Job, job_for
 from fastvlm_edge.batch.rows import Row
 from fastvlm_edge.errors import FastVLMError, PictureError
 from fastvlm_edge.evaluation.data import ArchivedPicture
+from fastvlm_edge.inputs.preprocess import preprocess as prepared
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +230,55 @@ def test_any_exception_before_a_row_is_asked_is_an_error_of_the_row(model: FastV
     found = {row["id"]: row for row in RowAnswerer(model, job(model)).answer(rows)}
     assert found["1"]["error"]["kind"] == "model" and "broken" in found["1"]["error"]["message"]
     assert "text" in found["0"] and "text" in found["2"]
+
+
+@pytest.mark.parametrize("geometry", ["pad", "crop"])
+def test_the_encoder_sees_the_same_picture_as_in_generate(model_dir: Path, geometry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    noise = Image.frombytes("RGBA", (70, 50), os.urandom(4 * 70 * 50))
+    noise.save(file, "PNG")
+    with FastVLM.load(model_dir, "ort", threads=1, geometry=geometry, background="red") as vlm:
+        backend = Failing(vlm._engine.backend)
+        seen = list[Any]()
+        backend.fails = lambda pixel_values: seen.append(pixel_values.copy())
+        monkeypatch.setattr(vlm._engine, "backend", backend)
+        (found,) = RowAnswerer(vlm, job(vlm)).answer([Row("a", file.getvalue(), "x")])
+        assert vlm.generate("x", file.getvalue(), max_new_tokens=6).timings.cached_images == 1  # found by its content
+    assert len(seen) == 1
+    assert 0 < found["timings"]["preprocess_ms"] < found["timings"]["ttft_ms"]
+
+
+def test_two_pictures_are_decoded_at_a_time_and_one_without_memory_again_alone(model: FastVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = threading.Lock()
+    active, counts, alone = 0, list[int](), list[int]()
+
+    def preprocess(image: Any, *arguments: Any) -> Any:
+        nonlocal active
+        with lock:
+            active += 1
+            counts.append(active)
+        try:
+            time.sleep(0.02)
+            if image == hungry and counts.count(-1) == 0:
+                counts.append(-1)
+                raise PictureError("only 1 MiB is free", "close other programs", "memory")
+            if image == hungry:
+                with lock:
+                    alone.append(active)
+            if image == hopeless:
+                raise PictureError("only 2 MiB are free", "close other programs", "memory")
+            return prepared(image, *arguments)
+        finally:
+            with lock:
+                active -= 1
+
+    hungry, hopeless = picture(811), picture(812)
+    monkeypatch.setattr(module, "preprocess", preprocess)
+    rows = [Row(str(number), picture(number), "x") for number in range(801, 820)]
+    found = {row["id"]: row for row in RowAnswerer(model, job(model)).answer(rows)}
+    assert max(counts) == 2 and alone == [1]
+    assert [id for id, row in found.items() if "error" in row] == ["812"]
+    assert found["812"]["error"]["kind"] == "memory" and "2 MiB" in found["812"]["error"]["message"]
 
 
 def test_an_error_about_a_picture_keeps_its_kind_in_another_process() -> None:
