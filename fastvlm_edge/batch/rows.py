@@ -265,7 +265,7 @@ class Folder:
         return count
 
     def _files(self) -> Iterator[Path]:
-        """Sorted in each folder. A folder that links lead to twice is read once."""
+        """Sorted in each folder, links to folders last. A folder that is met twice is read once."""
 
         def stop(error: OSError) -> None:
             raise FastVLMError(
@@ -282,7 +282,8 @@ class Folder:
                 folders.clear()
                 continue
             seen.add((here.st_dev, here.st_ino))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            shown = [name for name in folders if not name.startswith(".")]
+            folders[:] = sorted(shown, key=lambda name: (os.path.islink(os.path.join(root, name)), name))
             for name in sorted(files):
                 if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."):
                     yield Path(root, name)

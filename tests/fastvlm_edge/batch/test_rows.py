@@ -110,6 +110,10 @@ def test_a_folder_with_links_to_folders(tmp_path: Path) -> None:
     (tmp_path / "far" / "back").symlink_to(folder)
     rows = open_rows(folder, prompt="x")
     assert [row.id for row in rows] == ["a.png", "link/b.png"] and rows.total == 2
+    (folder / "own").mkdir()
+    (folder / "own" / "c.png").write_bytes(picture())
+    (folder / "alias").symlink_to("own")  # the ids of a folder of its own stay when a link to it is added
+    assert [row.id for row in rows] == ["a.png", "own/c.png", "link/b.png"]
 
 
 # JSON lines ---------------------------------------------------------------------------------------------------------------------
