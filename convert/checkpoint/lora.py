@@ -20,14 +20,24 @@ BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Merged(Entry):
-    """`base + scale * up @ down` (LoRA, arXiv 2106.09685). A convolution's update is that of its weights as a matrix [out, in * h * w].
-
-    With a `magnitude`, every row is scaled to that norm (DoRA, arXiv 2402.09353).
-    """
+class _Changed(Entry):
+    """A tensor of a base model that an adapter changes. `path` is the adapter's file."""
 
     base: Entry
-    """[out, in], or [out, in, h, w]"""
+
+    @property
+    def origin(self) -> str:
+        """Where the values come from, for errors."""
+        return f"{self.base.origin} with the adapter {super().origin}"
+
+
+@dataclass(frozen=True)
+class Merged(_Changed):
+    """`base + scale * up @ down` (LoRA, arXiv 2106.09685). A convolution's update is that of its weights as a matrix [out, in * h * w].
+
+    With a `magnitude`, every row is scaled to that norm (DoRA, arXiv 2402.09353). `base` is [out, in], or [out, in, h, w].
+    """
+
     down: Entry
     """[rank, in], or [rank, in, h, w]"""
     up: Entry
@@ -35,11 +45,6 @@ class Merged(Entry):
     scale: float
     magnitude: Entry | None = None
     """[out], or [1, out, 1, 1]"""
-
-    @property
-    def origin(self) -> str:
-        """Where the values come from, for errors."""
-        return f"{self.base.origin} with the adapter {super().origin}"
 
     def read(self, name: str, rows: Rows | None = None) -> npt.NDArray[Any]:
         """As in `Entry`, in float32."""
@@ -55,21 +60,14 @@ class Merged(Entry):
 
 
 @dataclass(frozen=True)
-class MergedEmbedding(Entry):
-    """`base + scale * (up @ down).T`: a table of rows, one for each id."""
+class MergedEmbedding(_Changed):
+    """`base + scale * (up @ down).T`: a table of rows, one for each id. `base` is [vocab, hidden]."""
 
-    base: Entry
-    """[vocab, hidden]"""
     down: Entry
     """[rank, vocab]"""
     up: Entry
     """[hidden, rank]"""
     scale: float
-
-    @property
-    def origin(self) -> str:
-        """Where the values come from, for errors."""
-        return f"{self.base.origin} with the adapter {super().origin}"
 
     def read(self, name: str, rows: Rows | None = None) -> npt.NDArray[Any]:
         """As in `Entry`, in float32."""
@@ -80,17 +78,11 @@ class MergedEmbedding(Entry):
 
 
 @dataclass(frozen=True)
-class MergedBias(Entry):
+class MergedBias(_Changed):
     """`base + scale * update`."""
 
-    base: Entry
     update: Entry
     scale: float
-
-    @property
-    def origin(self) -> str:
-        """Where the values come from, for errors."""
-        return f"{self.base.origin} with the adapter {super().origin}"
 
     def read(self, name: str, rows: Rows | None = None) -> npt.NDArray[Any]:
         """As in `Entry`, in float32."""
