@@ -24,7 +24,7 @@ def check_context(context: int, longest: int, image_size: int, name: str) -> Non
 
     `longest` is in positions; 0 if it is not known.
     """
-    tokens = (image_size // STRIDE) ** 2
+    tokens = visual_tokens(image_size)
     if longest and context > longest:
         raise FastVLMError(f"a context of {context} is longer than the {longest} positions {name} was trained for", "lower --context")
     if context < tokens + MIN_ANSWER:

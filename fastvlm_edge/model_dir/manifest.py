@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.json_record import from_json, parse_json
@@ -41,7 +41,7 @@ class Source:
 class VisionSpec:
     """`vision.onnx`: pixel_values [batch, 3, image_size, image_size], float32 in 0..1 -> image_features [batch, tokens, hidden].
 
-    image_features have the type `DecoderSpec.dtype`.
+    image_features have the type `DecoderSpec.dtype`. Each of `other_sizes` has a graph of its own, over the same weights.
     """
 
     image_size: int
@@ -54,6 +54,31 @@ class VisionSpec:
     depths: list[int] = field(default_factory=list)
     out_dim: int = 0
     se_dim: int = 0
+    other_sizes: list[int] = field(default_factory=list)
+    """Further sizes of pictures, in pixels of a side; `image_size` is the default one. Older manifests lack this field."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """All sizes, the smallest first."""
+        return sorted({self.image_size, *self.other_sizes})
+
+    def at(self, size: int) -> VisionSpec:
+        """The encoder for pictures of another size. Raises FastVLMError if the model directory has none."""
+        if size == self.image_size:
+            return self
+        if size not in self.other_sizes:
+            had = ", ".join(map(str, self.sizes))
+            raise FastVLMError(f"this model takes pictures of {had} px, not {size}", f"use one of these, or convert with {size} as well")
+        return dataclasses.replace(self, image_size=size, tokens=visual_tokens(size))
+
+    def part(self, size: int) -> str:
+        """What the names of the files for a size begin with: `vision`, or `vision.512` for one of `other_sizes`."""
+        return "vision" if size == self.image_size else f"vision.{size}"
+
+
+def visual_tokens(size: int) -> int:
+    """Number of visual tokens of a picture of `size` pixels on a side."""
+    return (size // STRIDE) ** 2
 
 
 @dataclass(frozen=True)
@@ -89,6 +114,23 @@ class TextSpec:
 
 
 @dataclass(frozen=True)
+class Cascade:
+    """How `image_size="auto"` answers: at the smallest size first, and at the next one while the answer is not confident enough.
+
+    `fastvlm-edge eval --image-size auto` fits it to the data of the user and writes it.
+    """
+
+    sizes: list[int]
+    """The sizes to try, in this order."""
+    threshold: float
+    """An answer stands if its confidence is at least this, a probability."""
+    confidence: Literal["mean", "least"]
+    """Which of the two of `Confidence`."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """What it was fitted to, and what it gave there."""
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """A file of the model directory."""
 
@@ -113,6 +155,7 @@ class Manifest:
     activations: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Contradictions in the checkpoint (config.json against the tensors, for example) and how the conversion resolved them."""
+    cascade: Cascade | None = None
     schema: int = SCHEMA
 
     def write(self, directory: Path) -> None:
@@ -161,6 +204,10 @@ def _check_values(manifest: Manifest) -> None:
         (vision.geometry in GEOMETRIES, f"geometry is {vision.geometry!r}, not one of {', '.join(GEOMETRIES)}"),
         (decoder.dtype in DTYPES, f"dtype is {decoder.dtype!r}, not one of {', '.join(DTYPES)}"),
         (vision.image_size == side * STRIDE, f"image_size is {vision.image_size}, not a multiple of {STRIDE}"),
+        (
+            all(size > 0 and size % STRIDE == 0 for size in vision.other_sizes) and len(vision.sizes) == 1 + len(vision.other_sizes),
+            f"other_sizes is {vision.other_sizes}, beside {vision.image_size}",
+        ),
         (vision.tokens == side * side, f"tokens is {vision.tokens}, but an image of {vision.image_size} px has {side * side}"),
         (vision.hidden == decoder.hidden, f"hidden is {vision.hidden} for vision and {decoder.hidden} for the decoder"),
         (decoder.heads % decoder.kv_heads == 0, f"heads is {decoder.heads}, not a multiple of kv_heads, {decoder.kv_heads}"),
@@ -173,7 +220,12 @@ def _check_values(manifest: Manifest) -> None:
     for holds, what in checks:
         if not holds:
             raise ValueError(what)
-    for name in NEEDED:
+    if (cascade := manifest.cascade) is not None:
+        if sorted(set(cascade.sizes)) != cascade.sizes or not set(cascade.sizes) <= set(vision.sizes) or not cascade.sizes:
+            raise ValueError(f"cascade has the sizes {cascade.sizes}, of {vision.sizes}")
+        if not 0 <= cascade.threshold <= 1:
+            raise ValueError(f"cascade has the threshold {cascade.threshold}, not a probability")
+    for name in [*NEEDED, *(f"{vision.part(size)}.onnx" for size in vision.other_sizes)]:
         if name not in manifest.files:
             raise ValueError(f"files lacks {name!r}")
     check_file_records(manifest.files)

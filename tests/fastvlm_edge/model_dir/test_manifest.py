@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from fastvlm_edge import FastVLM, FastVLMError
-from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, read_manifest, verify_files
+from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, Cascade, read_manifest, verify_files
+
+CASCADE = {"sizes": [256], "threshold": 0.9, "confidence": "least"}
 
 
 @pytest.fixture
@@ -65,6 +67,15 @@ def test_a_manifest_of_an_older_version_lacks_what_came_later(directory: Path) -
         (lambda manifest: manifest["vision"].update(image_size=300), "image_size is 300, not a multiple of 64"),
         (lambda manifest: manifest["vision"].update(image_size=-256), "image_size is -256, not a positive integer"),
         (lambda manifest: manifest["vision"].update(tokens=17), "tokens is 17, but an image of 256 px has 16"),
+        (lambda manifest: manifest["vision"].update(other_sizes=[100]), "other_sizes is [100], beside 256"),
+        (lambda manifest: manifest["vision"].update(other_sizes=[-64]), "other_sizes is [-64], beside 256"),
+        (lambda manifest: manifest["vision"].update(other_sizes=[256]), "other_sizes is [256], beside 256"),
+        (lambda manifest: manifest["vision"].update(other_sizes=[128, 128]), "other_sizes is [128, 128], beside 256"),
+        (lambda manifest: manifest["vision"].update(other_sizes=[128]), "files lacks 'vision.128.onnx'"),
+        (lambda manifest: manifest.update(cascade=CASCADE | {"sizes": [256, 128]}), "cascade has the sizes [256, 128], of [256]"),
+        (lambda manifest: manifest.update(cascade=CASCADE | {"sizes": []}), "cascade has the sizes [], of [256]"),
+        (lambda manifest: manifest.update(cascade=CASCADE | {"threshold": 1.5}), "cascade has the threshold 1.5, not a probability"),
+        (lambda manifest: manifest.update(cascade=CASCADE | {"confidence": "most"}), "confidence is 'most', not one of mean, least"),
         (lambda manifest: manifest["vision"].update(hidden=9), "hidden is 9 for vision and 8 for the decoder"),
         (lambda manifest: manifest["vision"].update(depths=[2, 0]), "depths is [2, 0]"),
         (lambda manifest: manifest["decoder"].update(layers=0), "layers is 0, not a positive integer"),
@@ -87,6 +98,24 @@ def test_a_damaged_manifest_says_where(directory: Path, edit: Callable[[Any], An
     change(directory, edit)
     with pytest.raises(FastVLMError, match=rf"is damaged \(.*{re.escape(says)}.*\); convert the checkpoint again"):
         read_manifest(directory)
+
+
+def test_a_model_with_pictures_of_several_sizes(directory: Path) -> None:
+    manifest = read_manifest(directory)
+    several = dataclasses.replace(
+        manifest,
+        vision=dataclasses.replace(manifest.vision, other_sizes=[512, 128]),
+        files=manifest.files | dict.fromkeys(("vision.512.onnx", "vision.128.onnx"), manifest.files["vision.onnx"]),
+        cascade=Cascade([128, 512], 0.75, "least", {"questions": 3}),
+    )
+    several.write(directory)
+    assert read_manifest(directory) == several
+    assert several.vision.sizes == [128, 256, 512]
+    assert several.vision.at(256) is several.vision
+    assert [several.vision.at(size).tokens for size in several.vision.sizes] == [4, 16, 64]
+    assert [several.vision.part(size) for size in several.vision.sizes] == ["vision.128", "vision", "vision.512"]
+    with pytest.raises(FastVLMError, match="this model takes pictures of 128, 256, 512 px, not 320; use one of these, or convert with 320"):
+        several.vision.at(320)
 
 
 @pytest.mark.parametrize("text", ["{", "", "[]", "7", "null", "[" * 100_000, '{"schema": 3, "parity": ' + '{"a":' * 100_000])
