@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.model_dir.manifest import STRIDE
+from fastvlm_edge.model_dir.manifest import STRIDE, visual_tokens
 
 IMAGE_SIZES = range(256, 1536 + 1, STRIDE)
 DEFAULT_CONTEXT = 4096
