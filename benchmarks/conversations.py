@@ -38,7 +38,7 @@ from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.progress import stderr_progress
 
 QUESTION = "Describe this picture in as much detail as you can, from left to right and from top to bottom, and name all colours."
-BARE_POSITIONS, BARE_STEPS = 300, 11
+BARE_POSITIONS, BARE_STEPS = 400, 9
 FOLLOW_UP = "And what is in the background?"
 READING_TOKENS = 16
 PLAIN_TOKENS = 128
@@ -70,15 +70,42 @@ class Subject:
 
     def __init__(self, directory: Path, counts: Sequence[int], threads: int | None) -> None:
         manifest, tokenizer, backend = load_parts(directory, "ort", threads=threads, slots=max(counts), tune_process=True)
-        self.alone = bare(backend, counts)
-        self.backend = Dictating(backend)
+        self._parts, self.backend, self.counts = (manifest, tokenizer), Dictating(backend), counts
+        self.pictures = Pictures(None)
+        self._start_engine()
+
+    def _start_engine(self) -> None:
+        manifest, tokenizer = self._parts
         self.engine = Engine(cast(Backend, self.backend), manifest.decoder)
         endless = replace(manifest, text=replace(manifest.text, stop_ids=[]))
         self.vlm = FastVLM(endless, tokenizer, self.engine, speculate=False)
         self.endless = (self.vlm, FastVLM(endless, tokenizer, self.engine, speculate=True))
         plain = FastVLM(manifest, tokenizer, self.engine, speculate=False)
         self.ending = (plain, FastVLM(manifest, tokenizer, self.engine, speculate=True))
-        self.pictures = Pictures(None)
+
+    def bare(self) -> dict[int, list[float]]:
+        """Number of conversations -> seconds of decode steps without the engine: what the machine and the graph allow.
+
+        The engine begins anew afterwards, since it does not know what the slots hold then.
+        """
+        backend = self.backend
+        for slot in range(max(self.counts)):
+            backend.reset(slot)
+        backend.step([each % 100 for each in range(BARE_POSITIONS)])
+        for slot in range(1, max(self.counts)):
+            backend.copy(0, slot, BARE_POSITIONS)
+        seconds: dict[int, list[float]] = {count: [] for count in self.counts}
+        for _ in range(BARE_STEPS):
+            for count in self.counts:
+                for slot in range(count):
+                    backend.truncate(BARE_POSITIONS, slot)
+                began = time.perf_counter()
+                backend.decode(range(count))
+                seconds[count].append(time.perf_counter() - began)
+        for slot in range(max(self.counts)):
+            backend.reset(slot)
+        self._start_engine()
+        return {count: each[1:] for count, each in seconds.items()}
 
     def together(self, count: int, tokens: int) -> float:
         """Tokens per second in all, while `count` conversations about as many pictures are generating."""
@@ -171,24 +198,6 @@ def corrected(text: str) -> str:
     return " ".join(words)
 
 
-def bare(backend: Backend, counts: Sequence[int]) -> dict[str, list[float]]:
-    """Number of conversations -> seconds of decode steps at 300 positions, without the engine: what the machine and the graph allow."""
-    backend.step(range(BARE_POSITIONS))
-    seconds: dict[str, list[float]] = {}
-    for slot in range(1, max(counts)):
-        backend.copy(0, slot, BARE_POSITIONS)
-    for _ in range(BARE_STEPS):
-        for count in counts:
-            for slot in range(count):
-                backend.truncate(BARE_POSITIONS, slot)
-            began = time.perf_counter()
-            backend.decode(range(count))
-            seconds.setdefault(str(count), []).append(time.perf_counter() - began)
-    for slot in range(max(counts)):
-        backend.reset(slot)
-    return {count: each[1:] for count, each in seconds.items()}
-
-
 def in_turns(sides: tuple[FastVLM, FastVLM], rounds: int, ask: Callable[[FastVLM], Reply]) -> dict[str, Any]:
     """Tokens per second of the same reply without and with guesses."""
     without, guessing = sides
@@ -274,9 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subject = Subject(options.model, counts, options.threads)
     speeds: dict[int, list[float]] = {count: [] for count in counts}
     times: dict[str, list[float]] = {}
+    alone: dict[int, list[float]] = {count: [] for count in counts}
     subject.together(1, 8)  # warm-up
-    progress.stage("measuring", options.rounds * (len(counts) + 1))
+    progress.stage("measuring", options.rounds * (len(counts) + 2))
     for _ in range(options.rounds):
+        for count, seconds in subject.bare().items():
+            alone[count] += seconds
+        progress.advance()
         for count in counts:
             speeds[count].append(subject.together(count, options.tokens))
             progress.advance()
@@ -294,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "model": {"name": manifest.name, "precision": manifest.precision, "image_size": manifest.vision.image_size},
         "threads": options.threads,
         "tokens_per_second": {str(count): [digits(value) for value in values] for count, values in speeds.items()},
-        "bare_step_ms": {count: [digits(1e3 * value) for value in values] for count, values in subject.alone.items()},
+        "bare_step_ms": {str(count): [digits(1e3 * value) for value in values] for count, values in alone.items()},
         "first_token_ms": {name: [digits(value) for value in values] for name, values in times.items()},
         "guesses": guesses,
         "demo_readings": readings(ROOT / "fastvlm_edge" / "demo" / "model", questions, options.threads, 10 * options.rounds),
