@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir.json_record import from_json, parse_json
@@ -155,7 +155,7 @@ class Manifest:
     activations: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Contradictions in the checkpoint (config.json against the tensors, for example) and how the conversion resolved them."""
-    cascade: Cascade | None = None
+    cascade: Optional[Cascade] = None  # noqa: UP045 - `X | None` is no type on Python 3.8, where doctor runs
     schema: int = SCHEMA
 
     def write(self, directory: Path) -> None:

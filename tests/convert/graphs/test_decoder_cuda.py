@@ -53,6 +53,10 @@ def test_chunks_and_single_steps_over_a_cache_of_the_whole_context(
     assert np.linalg.norm(difference) / np.linalg.norm(expected) < PRECISIONS[precision]
 
 
+@pytest.mark.skipif(
+    tuple(map(int, ort.__version__.split(".")[:2])) < (1, 25),
+    reason="before onnxruntime 1.25, FP16 products of integers are not joined (docs/run.md)",
+)
 @pytest.mark.parametrize(("precision", "bits"), [("int8", {8}), ("int4", {4, 8})])
 def test_every_integer_matrix_becomes_one_product(checkpoint: Checkpoint, precision: str, bits: set[int], tmp_path: Path) -> None:
     """onnxruntime joins DequantizeLinear and MatMul for the CUDA provider by the same rule as for the CPU (DQMatMulToMatMulNBits)."""

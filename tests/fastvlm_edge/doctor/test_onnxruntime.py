@@ -53,6 +53,15 @@ def test_onnxruntime_gpu_alone(tmp_path: Path) -> None:
     assert found.status == "warning" and "built for this GPU" in found.text
 
 
+@pytest.mark.parametrize(("version", "slow"), [("1.23.2", True), ("1.24.4", True), ("1.25.0", False), ("1.31.1", False)])
+def test_onnxruntime_gpu_that_does_not_join_products(version: str, slow: bool, tmp_path: Path) -> None:
+    board = rtx_desktop()
+    packages = {name: value for name, value in board.packages.items() if name != "onnxruntime"} | {"onnxruntime-gpu": version}
+    (found,) = findings(board.but(packages=packages), tmp_path)
+    assert found.status == ("warning" if slow else "ok")
+    assert ("makes floats of all INT8 and INT4 weights in every step" in found.text) is slow
+
+
 @pytest.mark.parametrize(
     ("architecture", "capability", "jetson", "runs"),
     [
