@@ -142,9 +142,11 @@ def check_context(positions: int, context: int) -> None:
         raise FastVLMError(f"{positions} positions do not fit into the context of {context}", "shorten the conversation")
 
 
-def check_pixels(pixel_values: NDArray[np.float32], vision: VisionSpec) -> None:
-    """Raise FastVLMError if pixel_values do not have the shape that the encoder takes."""
-    expected = (1, 3, vision.image_size, vision.image_size)
-    if pixel_values.shape != expected:
-        what = f"pixel_values have shape {list(pixel_values.shape)}, but this model takes {list(expected)}"
-        raise FastVLMError(what, "preprocess the picture for the image size in this model's manifest")
+def check_pixels(pixel_values: NDArray[np.float32], vision: VisionSpec) -> int:
+    """The size of the picture. Raises FastVLMError if pixel_values are not [1, 3, S, S] with one of the model's sizes S."""
+    for size in vision.sizes:
+        if pixel_values.shape == (1, 3, size, size):
+            return size
+    sizes = " or ".join(map(str, vision.sizes))
+    what = f"pixel_values have shape {list(pixel_values.shape)}, but this model takes [1, 3, S, S] with S = {sizes}"
+    raise FastVLMError(what, "preprocess the picture for an image size in this model's manifest")

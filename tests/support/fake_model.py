@@ -6,6 +6,7 @@ Keys and values depend on id and position. Logits depend on the sum over all val
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from fastvlm_edge.model_dir.manifest import DecoderSpec, FileRecord, Manifest, Source, TextSpec, VisionSpec, sha256
+from fastvlm_edge.model_dir.manifest import Cascade, DecoderSpec, FileRecord, Manifest, Source, TextSpec, VisionSpec, sha256
 
 LAYERS, KV_HEADS, HEAD_DIM, HIDDEN, CANDIDATES = 3, 2, 4, 8, 64
 VOCAB, TOKEN_COUNT = 512, 500
@@ -77,8 +78,8 @@ class _Graph:
         onnx.save(model, path)
 
 
-def build_vision(path: Path, dtype: str) -> None:
-    """The encoder: the mean colour of each patch, times a matrix."""
+def build_vision(path: Path, dtype: str, size: int = IMAGE_SIZE) -> None:
+    """The encoder: the mean colour of each patch, times a matrix, which does not depend on the size of the picture."""
     g = _Graph(seed=1)
     pooled = g.add("AveragePool", "pixel_values", kernel_shape=[PATCH, PATCH], strides=[PATCH, PATCH])  # [batch, 3, h, w]
     flat = g.add("Reshape", pooled, g.ints(0, 3, -1))
@@ -86,8 +87,8 @@ def build_vision(path: Path, dtype: str) -> None:
     g.add("Cast", g.add("MatMul", rows, g.weight(3, HIDDEN)), output="image_features", to=_TYPES[dtype])
     g.save(
         path,
-        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, IMAGE_SIZE, IMAGE_SIZE])],
-        [helper.make_tensor_value_info("image_features", _TYPES[dtype], ["batch", TOKENS, HIDDEN])],
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, size, size])],
+        [helper.make_tensor_value_info("image_features", _TYPES[dtype], ["batch", (size // PATCH) ** 2, HIDDEN])],
     )
 
 
@@ -161,15 +162,20 @@ def build_decoder(path: Path, dtype: str, *, appends: bool = False) -> None:
     )
 
 
-def build_model(directory: Path, *, context: int = 2048, dtype: str = "float32") -> Path:
+def build_model(
+    directory: Path, *, context: int = 2048, dtype: str = "float32", other_sizes: Sequence[int] = (), cascade: Cascade | None = None
+) -> Path:
     """Write the whole model directory and return it."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
     build_vision(directory / "vision.onnx", dtype)
+    vision = VisionSpec(image_size=IMAGE_SIZE, geometry="pad", tokens=TOKENS, hidden=HIDDEN, other_sizes=list(other_sizes))
+    for size in other_sizes:
+        build_vision(directory / f"{vision.part(size)}.onnx", dtype, size)
     build_decoder(directory / "decoder.onnx", dtype)
     build_decoder(directory / "decoder.cuda.onnx", dtype, appends=True)
-    names = ("tokenizer.json", "vision.onnx", "decoder.onnx", "decoder.cuda.onnx")
+    names = ["tokenizer.json", *(path.name for path in sorted(directory.glob("*.onnx")))]
     stop_ids = [token_id for name in ("<|im_end|>", "<|endoftext|>") if (token_id := tokenizer.token_to_id(name)) is not None]
     Manifest(
         name="fake",
@@ -177,7 +183,7 @@ def build_model(directory: Path, *, context: int = 2048, dtype: str = "float32")
         source=Source(checkpoint="none", layout="none", files={}),
         precision="fp32",
         plan={},
-        vision=VisionSpec(image_size=IMAGE_SIZE, geometry="pad", tokens=TOKENS, hidden=HIDDEN),
+        vision=vision,
         decoder=DecoderSpec(
             layers=LAYERS,
             kv_heads=KV_HEADS,
@@ -190,5 +196,6 @@ def build_model(directory: Path, *, context: int = 2048, dtype: str = "float32")
         ),
         text=TextSpec(system_prompt=SYSTEM_PROMPT, stop_ids=stop_ids, token_count=TOKEN_COUNT),
         files={name: FileRecord(sha256(directory / name), (directory / name).stat().st_size) for name in names},
+        cascade=cascade,
     ).write(directory)
     return directory
