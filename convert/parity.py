@@ -262,8 +262,8 @@ def _fault(errors: RowErrors, divergence: float, steps: float) -> str | None:
 def check_parity(
     directory: Path,
     manifest: Manifest,
-    pictures: Sequence[Float32],
-    expected: Sequence[Float32],
+    pictures: Mapping[int, Sequence[Float32]],
+    expected: Mapping[int, Sequence[Float32]],
     conversation: Conversation,
     advance: Callable[[], None],
     *,
@@ -273,6 +273,8 @@ def check_parity(
 ) -> dict[str, Any]:
     """Run the graphs of `directory` and compare the image features of each picture, then the logits of the stored conversation.
 
+    `pictures` and `expected` are size -> pixel_values and image features of every picture.
+
     The decoder gets PyTorch's image features, so that each graph is tested alone, and its prompt in two chunks, so that the cache is tested
     too. `stored` is what PyTorch computes with the integers in the directory; None if the plan stores floats. With `activations`, the
     encoder's graph for a GPU is run as well, because only that one has quantised activations. `advance` is called for each picture and at
@@ -281,31 +283,35 @@ def check_parity(
     """
     bounds = BOUNDS[manifest.precision]
     setup = on_device(directory, manifest)
-    worst = _run_vision(OrtVision(setup), pictures, expected, advance)
-    quantized = worst
-    if activations:
-        without = replace(manifest, files={name: record for name, record in manifest.files.items() if not name.endswith(".cpu.onnx")})
-        quantized = _run_vision(OrtVision(on_device(directory, without)), pictures, expected, lambda: None)
+    without = replace(manifest, files={name: record for name, record in manifest.files.items() if not name.endswith(".cpu.onnx")})
+    features: dict[str, Difference] = {}
+    for size, wanted in expected.items():
+        suffix = manifest.vision.suffix(size)
+        features[f"image_features{suffix}"] = _run_vision(OrtVision(setup, size), pictures[size], wanted, advance)
+        if activations:
+            vision = OrtVision(on_device(directory, without), size)
+            features[f"image_features_w8a8{suffix}"] = _run_vision(vision, pictures[size], wanted, lambda: None)
     decoder, dtype = OrtDecoder(setup), setup.manifest.decoder.dtype
     logits = _run_decoder(decoder, conversation, conversation.features, dtype)
     repeated = None if stored is None else _run_decoder(decoder, conversation, stored.features, dtype)
     advance()
     figures: dict[str, Any] = {
-        "image_features": asdict(worst),
-        **({"image_features_w8a8": asdict(quantized)} if activations else {}),
+        **{name: asdict(difference) for name, difference in features.items()},
         "logits": _likeness(logits, conversation.logits),
         **({} if stored is None or repeated is None else {"logits_stored_weights": _likeness(repeated, stored.logits)}),
         "bounds": asdict(bounds),
     }
+    worst = min(features, key=lambda name: features[name].cosine)
+    at = worst.partition(".")[2]
     checks = [
-        ("vision", "the cosine of the image features", min(worst.cosine, quantized.cosine), bounds.features),
+        ("vision", f"the cosine of the image features{at and f' at {at} px'}", features[worst].cosine, bounds.features),
         ("decoder", "the cosine of the logits", figures["logits"]["cosine"], bounds.logits),
         ("decoder", "the share of equal greedy tokens", figures["logits"]["greedy_agreement"], bounds.greedy),
     ]
     if stored is not None:
         assert bounds.stored is not None
-        found = figures["logits_stored_weights"]["cosine"]
-        checks.append(("decoder", "the cosine to the logits of the stored weights", found, bounds.stored))
+        cosine = figures["logits_stored_weights"]["cosine"]
+        checks.append(("decoder", "the cosine to the logits of the stored weights", cosine, bounds.stored))
     for part, what, value, bound in checks:
         if not value >= bound:
             text = f"the {manifest.precision} graphs do not agree with PyTorch: {what} is {value:.5f}, but must be at least {bound}"
@@ -326,9 +332,9 @@ def files_under_way(directory: Path) -> dict[str, FileRecord]:
     return {path.name: FileRecord("", path.stat().st_size) for path in directory.iterdir() if path.is_file()}
 
 
-def encode(directory: Path, manifest: Manifest, pictures: Sequence[Float32]) -> list[Float32]:
-    """The image features [tokens, hidden] of each picture, computed on the CPU by the encoder of an unfinished model directory."""
-    vision = OrtVision(on_device(directory, replace(manifest, files=files_under_way(directory))))
+def encode(directory: Path, manifest: Manifest, size: int, pictures: Sequence[Float32]) -> list[Float32]:
+    """The image features [tokens, hidden] of pictures of one size, by the encoder for a CPU of an unfinished model directory."""
+    vision = OrtVision(on_device(directory, replace(manifest, files=files_under_way(directory))), size)
     return [vision.encode(picture).numpy() for picture in pictures]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from fastvlm_edge.convert.checkpoint.checkpoint import Checkpoint
 from fastvlm_edge.convert.precision import FLOAT_TYPES, PrecisionPlan, WeightType, vision_stage
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.model_dir.limits import DEFAULT_CONTEXT, check_context, check_image_size
+from fastvlm_edge.model_dir.limits import DEFAULT_CONTEXT, check_context, check_image_size, image_sizes
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME
 
 GEOMETRIES = ("pad", "crop")
@@ -35,21 +36,26 @@ def check_output(output: Path, *, force: bool) -> None:
         raise FastVLMError(f"{output.parent} is not writable", "choose another place for the model directory")
 
 
-def choose_image_size(source: Checkpoint, asked: int | None) -> int:
-    """Pixels on a side: as asked, or the size that the checkpoint was trained at. Raises FastVLMError for an unsupported size."""
-    size = asked or source.image_size
-    check_image_size(size, source.image_size, source.name)
-    return size
+def choose_image_sizes(source: Checkpoint, asked: int | str | Sequence[int] | None) -> list[int]:
+    """Pixels on a side, the default first: as asked, or the size that the checkpoint was trained at.
+
+    Raises FastVLMError for an unsupported size, or if one is given twice.
+    """
+    sizes = image_sizes(asked) or [source.image_size]
+    for size in sizes:
+        check_image_size(size, source.image_size, source.name)
+    return sizes
 
 
-def choose_context(source: Checkpoint, asked: int | None, image_size: int) -> int:
+def choose_context(source: Checkpoint, asked: int | None, largest: int) -> int:
     """Positions of a conversation: as asked, or 4096 if the LLM was trained for that many.
 
-    Raises FastVLMError if the context is longer than the LLM was trained for, or too short for a picture and an answer.
+    Raises FastVLMError if the context is longer than the LLM was trained for, or too short for an answer about a picture of `largest`
+    pixels on a side.
     """
     longest = source.text.max_positions
     context = min(DEFAULT_CONTEXT, longest) if asked is None else asked
-    check_context(context, longest, image_size, source.name)
+    check_context(context, longest, largest, source.name)
     return context
 
 

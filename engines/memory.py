@@ -43,7 +43,7 @@ def predicted_scratch(manifest: Manifest, prefills: int = 1) -> int:
     except FastVLMError:
         return 0
     fused = manifest.decoder.dtype != "float32"
-    return int(activation_bytes(shape, manifest.vision.image_size, manifest.decoder.context, fused=fused, prefills=prefills))
+    return int(activation_bytes(shape, manifest.vision.sizes[-1], manifest.decoder.context, fused=fused, prefills=prefills))
 
 
 def available_memory() -> tuple[int, int] | None:
@@ -62,7 +62,7 @@ def check_memory(model: Path, manifest: Manifest, library: str, cuda: Cuda | Non
     weights = {part: (model / f"{part}.weights").stat().st_size for part in PARTS}
     part = max(PARTS, key=weights.__getitem__)
     if cuda is not None:
-        loaded = weights["vision"] + decoders * weights["decoder"]
+        loaded = len(manifest.vision.sizes) * weights["vision"] + decoders * weights["decoder"]
         _check_gpu(part, weights[part], loaded, predicted_scratch(manifest, prefills), cuda, free)
     if free is None:
         return

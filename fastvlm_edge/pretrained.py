@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from fastvlm_edge.extras import package_errors
 from fastvlm_edge.machine.cache_dir import cache_dir
 from fastvlm_edge.model_dir.atomic import whole_file
 from fastvlm_edge.model_dir.json_record import parse_json
+from fastvlm_edge.model_dir.limits import image_sizes
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, SCHEMA, Manifest, read_manifest, verify_files
 from fastvlm_edge.model_dir.mistaken import HUB_ID, is_regular_file, not_a_model_directory
 from fastvlm_edge.progress import Progress, SilentProgress, stderr_progress
@@ -42,7 +43,7 @@ def converted(
     *,
     revision: str | None = None,
     precision: str | None = None,
-    image_size: int | None = None,
+    image_size: int | str | Sequence[int] | None = None,
     context: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -58,7 +59,9 @@ def converted(
     """
     checkpoint = os.fspath(checkpoint)
     folder = Path(checkpoint).expanduser()
-    options = {"revision": revision, "precision": precision, "image_size": image_size, "context": context}
+    sizes = image_sizes(image_size)
+    asked = sizes if len(sizes) > 1 else next(iter(sizes), None)  # one size as in the names of earlier conversions
+    options = {"revision": revision, "precision": precision, "image_size": asked, "context": context}
     if is_regular_file(folder / MANIFEST_NAME):
         if given := [name for name, value in options.items() if value is not None]:
             what = f"{folder} is a model directory, which is already converted: {', '.join(given)} would change nothing"
@@ -88,7 +91,7 @@ def converted(
             source,
             place,
             precision=precision,
-            image_size=image_size,
+            image_size=asked,
             context=context,
             revision=commit,
             progress=progress,

@@ -1,7 +1,8 @@
 """The vision graph: FastViTHD and projector as standard ONNX operators, pixel_values -> image_features.
 
-The image size is fixed at conversion, the batch size is dynamic. Where the plan changes the type between two stages, there is a Cast. In a
-narrow float type, the dense products of stage 4 have a Cast to FP32 before and a Cast back after them, which asks for sums in FP32.
+The image size is fixed at conversion, and each size has a graph of its own. The batch size is dynamic. Where the plan changes the type
+between two stages, there is a Cast. In a narrow float type, the dense products of stage 4 have a Cast to FP32 before and a Cast back after
+them, which asks for sums in FP32.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ def load_ort_cuda(
     they disagree, now or at an earlier load.
     """
     progress = progress or SilentProgress()
-    names = [graph_name(part, manifest, True) for part in ("vision", "decoder")] + ["vision.weights", "decoder.weights"]
+    parts = ("decoder", *map(manifest.vision.part, manifest.vision.sizes))
+    names = [graph_name(part, manifest, True) for part in parts] + ["vision.weights", "decoder.weights"]
     hashes = {name: manifest.files[name].sha256 for name in names if name in manifest.files}
     now = Verdict(*describe_device(probe or Probe()), ort.__version__, hashes)
     known = read_verdict(directory)

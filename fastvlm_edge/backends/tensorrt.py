@@ -93,7 +93,7 @@ class _Graph:
 
 
 class _Vision:
-    """`vision.engine`: pixel_values [1, 3, S, S] -> image_features [1, tokens, hidden], each in its own buffer."""
+    """The engine for pictures of one size: pixel_values [1, 3, S, S] -> image_features [1, tokens, hidden], each in its own buffer."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class _Vision:
         scratch: Buffer,
         note: Callable[[str], None],
     ) -> None:
-        self._cuda, self._stream = cuda, stream
+        self._cuda, self._stream, self.engine, self.tokens = cuda, stream, engine, spec.tokens
         shape = (1, 3, spec.image_size, spec.image_size)
         self._nbytes = 4 * 3 * spec.image_size**2
         self.feature_bytes = spec.tokens * spec.hidden * storage(dtype).itemsize
@@ -403,7 +403,7 @@ class TensorRTBackend:
         self._memory = HeldMemory(cuda)
         arena.own(self._memory)
         self._store = FeatureStore(cuda, self._memory, spec, stream, self._lock)
-        self._vision_engine = vision = files.load("vision")
+        vision = files.load("vision")
         undo.callback(vision.close)
         progress.advance()
         contexts: Contexts
@@ -422,9 +422,30 @@ class TensorRTBackend:
         capture = not vision.captures_itself
         self._decoder = _Decoder(cuda, arena, stream, contexts, spec, progress.note, slots=self.slots, capture=capture)
         undo.callback(self._decoder.release)
-        self._vision = _Vision(cuda, arena, stream, vision, manifest.vision, spec.dtype, scratch, progress.note)
-        undo.callback(self._vision.release)
+        self._scratch, self._note = scratch, progress.note
+        default = _Vision(cuda, arena, stream, vision, manifest.vision, spec.dtype, scratch, self._note)
+        undo.callback(default.release)
+        self._visions = {manifest.vision.image_size: default}
+        self._others = undo.enter_context(contextlib.ExitStack())
         progress.advance()
+
+    def _vision(self, size: int) -> _Vision:
+        """The encoder for pictures of a size. Those of `other_sizes` are loaded when they are first used, all or nothing of each."""
+        if size not in self._visions:
+            cuda, stream, manifest = self._cuda, self._stream, self._manifest
+            spec = manifest.vision
+            with contextlib.ExitStack() as undo:
+                arena = Arena(cuda)
+                undo.callback(arena.free)
+                undo.callback(cuda.synchronize, stream)
+                engine = self._files.load(spec.part(size))
+                undo.callback(engine.close)
+                scratch = self._scratch if engine.scratch_bytes <= self._scratch.nbytes else arena.buffer(engine.scratch_bytes)
+                vision = _Vision(cuda, arena, stream, engine, spec.at(size), manifest.decoder.dtype, scratch, self._note)
+                undo.callback(vision.release)
+                self._others.push(undo.pop_all())
+            self._visions[size] = vision
+        return self._visions[size]
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -433,16 +454,18 @@ class TensorRTBackend:
 
     def save_kernels(self) -> None:
         """Save the kernels that TensorRT for RTX has compiled for this GPU. TensorRT itself compiles at build time and has none."""
-        for part, engine in {"vision": self._vision_engine, **self._contexts.engines()}.items():
+        visions = {self._manifest.vision.part(size): vision.engine for size, vision in self._visions.items()}
+        for part, engine in {**visions, **self._contexts.engines()}.items():
             self._files.save_kernels(part, engine)
 
     def encode(self, pixel_values: NDArray[np.float32]) -> DeviceFeatures:
         """pixel_values [1, 3, S, S] -> features [tokens, hidden], which stay on the device."""
-        check_pixels(pixel_values, self._manifest.vision)
+        size = check_pixels(pixel_values, self._manifest.vision)
         with self._working():
-            features = self._store.new(self._manifest.vision.tokens)
-            self._vision.enqueue(pixel_values)
-            self._cuda.copy(features.address, self._vision.features.address, self._vision.feature_bytes, self._stream)
+            vision = self._vision(size)
+            features = self._store.new(vision.tokens)
+            vision.enqueue(pixel_values)
+            self._cuda.copy(features.address, vision.features.address, vision.feature_bytes, self._stream)
             self._cuda.synchronize(self._stream)
             return features
 
@@ -533,9 +556,11 @@ class TensorRTBackend:
             return self._decoder.cache.read(length, first)
 
     def shrink(self) -> None:
-        """Forget all positions, and take the first capacity."""
+        """Forget all positions, take the first capacity, and release the encoders for other sizes than the default."""
         with self._working():
             self._decoder.shrink()
+            self._visions = {self._manifest.vision.image_size: self._visions[self._manifest.vision.image_size]}
+            self._others.pop_all().close()
 
     def close(self) -> None:
         """Save the kernels compiled since the load, and release engines and memory. May be called twice."""

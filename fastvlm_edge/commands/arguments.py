@@ -6,7 +6,8 @@ import argparse
 import math
 from pathlib import Path
 
-from fastvlm_edge.model_dir.manifest import STRIDE
+from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.model_dir import limits
 
 
 def given(text: str) -> str:
@@ -59,9 +60,9 @@ def at_least_zero(text: str) -> float:
     return value
 
 
-def multiple_of_64(text: str) -> int:
-    """A multiple of 64, for `--image-size`. Which of them are possible depends on the checkpoint."""
-    value = integer(text)
-    if value < 1 or value % STRIDE:
-        raise argparse.ArgumentTypeError(f"{value} is not one of 256, 320, ... 1536")
-    return value
+def image_sizes(text: str) -> list[int]:
+    """Image sizes, separated by commas. Which of them are possible depends on the checkpoint."""
+    try:
+        return limits.image_sizes(text)
+    except FastVLMError as error:
+        raise argparse.ArgumentTypeError(f"{error.what}; {error.mend}") from None

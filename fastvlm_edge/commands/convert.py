@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from fastvlm_edge.commands.arguments import given, given_path, multiple_of_64, positive
+from fastvlm_edge.commands.arguments import given, given_path, image_sizes, positive
 from fastvlm_edge.doctor.facts import has_gpu
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.machine.cache_dir import cache_dir
 from fastvlm_edge.machine.probe import Probe
+from fastvlm_edge.model_dir.limits import SIZES_IN_WORDS
 from fastvlm_edge.model_dir.manifest import PRECISIONS, Manifest
 from fastvlm_edge.progress import stderr_progress
 
@@ -57,9 +58,10 @@ def convert_as_asked(options: argparse.Namespace) -> int:
     )
     size = sum(record.bytes for record in manifest.files.values()) / 1e6
     vision = manifest.vision
+    others = "".join(f"{each} px ({vision.at(each).tokens} tokens), " for each in vision.other_sizes)
     print(
         f"{options.output}: {manifest.name}, {manifest.precision}, {vision.image_size} px ({vision.tokens} tokens, {vision.geometry}), "
-        f"context {manifest.decoder.context}, {size:.1f} MB"
+        f"{others}context {manifest.decoder.context}, {size:.1f} MB"
     )
     for note in manifest.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -112,7 +114,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="types of weights and activations (default: int8, and fp16, bf16 or fp32 if the comparison with PyTorch refuses it)",
     )
     parser.add_argument(
-        "--image-size", metavar="PX", type=multiple_of_64, help="256 to 1536 in steps of 64 (default: the size the model was trained at)"
+        "--image-size",
+        metavar="PX[,PX]",
+        type=image_sizes,
+        help=f"{SIZES_IN_WORDS} (default: the size the model was trained at); of several sizes, the first is the default one",
     )
     parser.add_argument("--geometry", choices=("pad", "crop"), help="how a picture is made square (default: as the checkpoint says)")
     parser.add_argument(

@@ -221,7 +221,7 @@ class FastVLM:
         *,
         revision: str | None = None,
         precision: str | None = None,
-        image_size: int | None = None,
+        image_size: int | str | Sequence[int] | None = None,
         context: int | None = None,
         progress: Progress | None = None,
         **options: Any,

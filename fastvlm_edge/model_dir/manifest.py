@@ -73,7 +73,11 @@ class VisionSpec:
 
     def part(self, size: int) -> str:
         """What the names of the files for a size begin with: `vision`, or `vision.512` for one of `other_sizes`."""
-        return "vision" if size == self.image_size else f"vision.{size}"
+        return f"vision{self.suffix(size)}"
+
+    def suffix(self, size: int) -> str:
+        """What tells the files and figures for one of `other_sizes` from those for the default size, which have none: `.512`."""
+        return "" if size == self.image_size else f".{size}"
 
 
 def visual_tokens(size: int) -> int:

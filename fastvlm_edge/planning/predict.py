@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastvlm_edge.machine.boards.rates import Board, Mode
-from fastvlm_edge.model_dir.manifest import STRIDE
+from fastvlm_edge.model_dir.manifest import visual_tokens
 from fastvlm_edge.planning.workload import (
     FP16,
     FP32,
@@ -104,13 +105,24 @@ class Prediction:
         return self.build_bytes <= self.available_bytes
 
 
-def predict(shape: Shape, board: Board, mode: Mode, precision: str, image_size: int, context: int, build_peak: float) -> Prediction:
-    """`build_peak`: bytes of the process while it builds the larger engine, as predicted by engines/memory.py."""
+def predict(
+    shape: Shape,
+    board: Board,
+    mode: Mode,
+    precision: str,
+    image_size: int,
+    context: int,
+    build_peak: float,
+    other_sizes: Sequence[int] = (),
+) -> Prediction:
+    """`build_peak`: bytes of the process while it builds the larger engine, as predicted by engines/memory.py.
+
+    Times are those of pictures of `image_size`. Memory is that of all sizes: each has an engine of the encoder, which holds its weights.
+    """
     weights, text = PRECISIONS[precision], shape.text
     vision = vision_work(shape.vision, text.hidden, image_size)
     rate = board.fp16_rate(mode)
-    tokens = (-(-image_size // STRIDE)) ** 2
-    positions = tokens + TEXT_TOKENS
+    positions = visual_tokens(image_size) + TEXT_TOKENS
     # Convolutions with one channel per group are bound by memory, dense products by the compute rate.
     moving = DECODE.slope * FP16 * vision.moved / mode.bandwidth * 1e3
     vision_ms = VISION.milliseconds(2 * (vision.dense + vision.grouped) / rate * 1e3) + moving
@@ -118,8 +130,9 @@ def predict(shape: Shape, board: Board, mode: Mode, precision: str, image_size: 
     prefill_ms = prefill.milliseconds(2 * prefill_macs(text, positions) / rate * 1e3)
     decode_ms = DECODE.milliseconds(decode_bytes(text, weights.body, weights.head, positions + REPLY) / mode.bandwidth * 1e3)
     as_fp16_ms = DECODE.milliseconds(decode_bytes(text, FP16, FP16, positions + REPLY) / mode.bandwidth * 1e3)
-    stored = sum(weight_bytes(shape, weights, image_size).values())
-    run = stored + text.cache_bytes(context) + activation_bytes(shape, image_size, context) + RUNTIME_BYTES
+    graphs = weight_bytes(shape, weights, image_size)
+    stored = sum(graphs.values()) + len(other_sizes) * graphs["vision"]
+    run = stored + text.cache_bytes(context) + activation_bytes(shape, max((image_size, *other_sizes)), context) + RUNTIME_BYTES
     return Prediction(
         precision,
         image_size,

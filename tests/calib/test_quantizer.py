@@ -32,7 +32,7 @@ from fastvlm_edge.convert.precision import PrecisionRefused, precision_plan
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
 from fastvlm_edge.evaluation.data import Example
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
-from fastvlm_edge.model_dir.engine_record import VISION_GRAPHS
+from fastvlm_edge.model_dir.engine_record import vision_graphs
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
 from tests.support.checkpoints import write_checkpoint
 from tests.support.parser_of_tensorrt_10_3 import check_graph
@@ -91,7 +91,7 @@ def test_the_encoder_for_a_gpu_computes_most_products_in_int8(model: Path) -> No
 def test_the_other_graphs_of_the_encoder_compute_the_same(model: Path) -> None:
     """They share vision.weights and are for a TensorRT that refuses the first. onnxruntime runs all of them."""
     manifest = read_manifest(model)
-    assert set(VISION_GRAPHS) <= set(manifest.files)
+    assert set(vision_graphs()) <= set(manifest.files)
     size = manifest.vision.image_size
     pixels = np.random.default_rng(0).random((1, 3, size, size), np.float32)
 
@@ -99,7 +99,7 @@ def test_the_other_graphs_of_the_encoder_compute_the_same(model: Path) -> None:
         session = onnxruntime.InferenceSession(model / name, providers=["CPUExecutionProvider"])
         return np.asarray(session.run(None, {"pixel_values": pixels})[0], np.float32)
 
-    preferred, fp32_scales, float_inputs = map(features, VISION_GRAPHS)
+    preferred, fp32_scales, float_inputs = map(features, vision_graphs())
     assert compare(fp32_scales, preferred).cosine > 0.999
     assert compare(float_inputs, features("vision.cpu.onnx")).cosine > 0.99, "a CPU computes some blocks in INT8"
     graph = onnx.load(model / "vision.fp32-scales.onnx", load_external_data=False).graph

@@ -174,7 +174,7 @@ def test_both_public_layouts_give_the_same_model(checkpoint: Path, tmp_path: Pat
     ("arguments", "message"),
     [
         ({"precision": "fp8"}, "unknown precision 'fp8'; choose one of fp32, fp16"),
-        ({"image_size": 300}, "image size 300 is not supported; choose 256 to 1536 in steps of 64"),
+        ({"image_size": 300}, "image size 300 is not supported; choose 128 to 1536 in steps of 64"),
         ({"image_size": 1600}, "image size 1600 is not supported"),
         ({"geometry": "stretch"}, "unknown geometry 'stretch'; choose pad or crop"),
         ({"context": 20}, "a context of 20 is too short for a picture of 16 tokens"),

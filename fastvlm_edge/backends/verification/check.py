@@ -67,7 +67,7 @@ class Fault:
     """One figure outside its bound."""
 
     part: str
-    """`vision` or `decoder`"""
+    """`decoder`, or a part that `VisionSpec.part` names"""
     text: str
     """Case, row, figure and bound, as a sentence."""
 
@@ -143,20 +143,24 @@ def check(
 
 
 def _check_vision(backend: Checked, reference: Reference, manifest: Manifest, bounds: Bounds, findings: Findings) -> None:
-    pixels = stored_pictures(manifest.vision.image_size, manifest.vision.geometry)
-    found = np.stack([backend.encode(picture).numpy() for picture in pixels])
-    findings.arrays["features"] = found
-    figures = findings.figures["image_features"] = {}
-    for name, ours, theirs in zip(PICTURES, found, reference.features, strict=True):
-        similar = cosines(ours, theirs)
-        worst, median = int(similar.argmin()), float(np.median(similar))
-        figures[name] = {"worst": float(similar[worst]), "token": worst, "median": median}
-        if not similar[worst] >= bounds.token:
-            text = f"visual token {worst} of {name} has a cosine of {similar[worst]:.5f}, at least {bounds.token} is required"
-            findings.faults.append(Fault("vision", text))
-        elif not median >= bounds.median:
-            text = f"the median cosine of the visual tokens of {name} is {median:.5f}, at least {bounds.median} is required"
-            findings.faults.append(Fault("vision", text))
+    vision = manifest.vision
+    for size in (vision.image_size, *vision.other_sizes):
+        pixels, suffix = stored_pictures(size, vision.geometry), vision.suffix(size)
+        found = np.stack([backend.encode(picture).numpy() for picture in pixels])
+        findings.arrays[f"features{suffix}"] = found
+        figures = findings.figures[f"image_features{suffix}"] = {}
+        expected = reference.features_at(size, vision.image_size)
+        at = f" at {size} px" if vision.other_sizes else ""
+        for name, ours, theirs in zip(PICTURES, found, expected, strict=True):
+            similar = cosines(ours, theirs)
+            worst, median = int(similar.argmin()), float(np.median(similar))
+            figures[name] = {"worst": float(similar[worst]), "token": worst, "median": median}
+            if not similar[worst] >= bounds.token:
+                text = f"visual token {worst} of {name}{at} has a cosine of {similar[worst]:.5f}, at least {bounds.token} is required"
+                findings.faults.append(Fault(vision.part(size), text))
+            elif not median >= bounds.median:
+                text = f"the median cosine of the visual tokens of {name}{at} is {median:.5f}, at least {bounds.median} is required"
+                findings.faults.append(Fault(vision.part(size), text))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,12 +38,19 @@ class Reference:
     """[pictures, tokens, hidden]"""
     rows: Rows
     """One row for each of `passage.positions`, computed with `features`."""
+    other_sizes: dict[int, Float32] = field(default_factory=dict)
+    """Further sizes of pictures -> their features, as `features`."""
     noisy: bool = False
     """Whether the reference itself rounds more than FP32: `compute_reference` does with integer weights."""
 
     def write(self, directory: Path) -> None:
         """Write `reference.npz`. Features are stored in FP16 with one scale per visual token."""
-        largest = np.maximum(np.abs(self.features).max(axis=-1, keepdims=True), 1e-30)
+        features = {"": self.features, **{f".{size}": each for size, each in self.other_sizes.items()}}
+        arrays: dict[str, NDArray[Any]] = {}
+        for ending, each in features.items():
+            largest = np.maximum(np.abs(each).max(axis=-1, keepdims=True), 1e-30)
+            arrays[f"features{ending}"] = (each / largest).astype(np.float16)
+            arrays[f"feature_scales{ending}"] = largest.astype(np.float32)
         np.savez_compressed(
             directory / REFERENCE_NAME,
             format=np.int32(FORMAT),
@@ -49,12 +58,21 @@ class Reference:
             ids=np.array(self.passage.ids, np.int32),
             turn=np.int32(self.passage.turn),
             positions=np.array(self.passage.positions, np.int32),
-            features=(self.features / largest).astype(np.float16),
-            feature_scales=largest.astype(np.float32),
             top_ids=self.rows.ids,
             top_values=self.rows.values,
             log_normalizer=self.rows.normalizer,
+            **arrays,
         )
+
+    def features_at(self, size: int, default: int) -> Float32:
+        """The features of pictures of `size` pixels, where `default` is the size of `features`. Raises FastVLMError if it has none."""
+        if size == default:
+            return self.features
+        if size not in self.other_sizes:
+            raise FastVLMError(
+                f"{REFERENCE_NAME} has no image features of {size} px, which the manifest names", "convert the checkpoint again"
+            )
+        return self.other_sizes[size]
 
 
 def read_reference(directory: Path) -> Reference:
@@ -67,15 +85,22 @@ def read_reference(directory: Path) -> Reference:
             if int(stored["format"]) != FORMAT:
                 what = f"{path} has format {int(stored['format'])}, but this toolkit reads format {FORMAT}"
                 raise FastVLMError(what, "convert the checkpoint again")
+            names = [name.partition(".") for name in stored.files]
             return Reference(
                 program=str(stored["program"]),
                 passage=Passage(stored["ids"].tolist(), int(stored["turn"]), stored["positions"].tolist()),
-                features=stored["features"].astype(np.float32) * stored["feature_scales"],
+                features=_features(stored, ""),
                 rows=Rows(stored["top_ids"], stored["top_values"], stored["log_normalizer"]),
+                other_sizes={int(size): _features(stored, f".{size}") for kind, _, size in names if kind == "features" and size},
             )
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         what = f"{path} is damaged ({type(error).__name__}: {error})"
         raise FastVLMError(what, "copy the model directory again, or convert the checkpoint again") from None
+
+
+def _features(stored: Mapping[str, NDArray[Any]], ending: str) -> Float32:
+    features: Float32 = stored[f"features{ending}"].astype(np.float32) * stored[f"feature_scales{ending}"]
+    return features
 
 
 def compute_reference(directory: Path, manifest: Manifest, progress: Progress, threads: int | None = None) -> Reference:
@@ -94,8 +119,13 @@ def compute_reference(directory: Path, manifest: Manifest, progress: Progress, t
                 rows.append(top_rows(output.logits))
             progress.advance(len(ids))
         joined = Rows(*(np.concatenate([getattr(part, name) for part in rows]) for name in ("ids", "values", "normalizer")))
+        others = {
+            size: np.stack([backend.encode(pixels).numpy() for pixels in stored_pictures(size, manifest.vision.geometry)])
+            for size in manifest.vision.other_sizes
+        }
         noisy = any("int" in stage for stage in manifest.plan.values())
-        return Reference(backend.description, passage, np.stack([picture.numpy() for picture in pictures]), joined, noisy)
+        features = np.stack([picture.numpy() for picture in pictures])
+        return Reference(backend.description, passage, features, joined, others, noisy)
     finally:
         backend.close()
         progress.done()

@@ -36,7 +36,7 @@ from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.engine_record import RECORD_NAME, EngineRecord, find_records, read_record
 from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.nvidia.cuda import CudaError, OutOfDeviceMemory
-from fastvlm_edge.progress import stderr_progress
+from fastvlm_edge.progress import SilentProgress, stderr_progress
 from tests.support import fake_engine
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_engine import CHUNK, POSITIONS, FakeContext, build_engines, fake_gpu
@@ -415,6 +415,100 @@ def test_pixels_of_another_size_are_refused(backend: TensorRTBackend) -> None:
         backend.encode(np.zeros((1, 3, 8, 8), np.float32))
 
 
+# Sizes of pictures --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sizes(tmp_path: Path) -> Path:
+    """A model directory for pictures of three sizes."""
+    return build_model(tmp_path / "sizes", other_sizes=[128, 512])
+
+
+def picture(size: int) -> Any:
+    return np.random.default_rng(size).random((1, 3, size, size), np.float32)
+
+
+def test_each_size_has_its_engine_which_is_loaded_when_it_is_first_used(sizes: Path, cuda: FakeCuda) -> None:
+    build_engines(sizes, weights=1 << 20)
+    backend, ort = load(sizes, cuda), OrtBackend(sizes, read_manifest(sizes), threads=1)
+    assert sorted(backend._visions) == [256]
+    for size in (512, 256, 128):
+        for _ in range(3):  # the first runs, the second is captured, the third is launched
+            found, expected = backend.encode(picture(size)), ort.encode(picture(size))
+            assert found.rows == (size // 64) ** 2
+            assert np.array_equal(found.numpy(), expected.numpy())
+        step = backend.step([VOCAB, VOCAB + found.rows - 1, 3], (found,), want_logits=True)
+        assert step.logits is not None
+        assert np.allclose(step.logits, ort.step([VOCAB, VOCAB + found.rows - 1, 3], (expected,), want_logits=True).logits, atol=ROUNDING)
+        for each in (backend, ort):
+            each.reset()
+    assert sorted(backend._visions) == [128, 256, 512]
+    backend.close()
+    del found
+    gc.collect()
+    assert not any(cuda.live().values()), cuda.live()
+
+
+def test_an_engine_that_needs_more_scratch_memory_gets_its_own(sizes: Path, cuda: FakeCuda) -> None:
+    """The fake engines write into all of their scratch memory, and FakeCuda refuses to write beyond an allocation."""
+    build_engines(sizes, scratch={"vision.512": 1 << 20})
+    backend = load(sizes, cuda)
+    for size in (128, 256, 512, 256, 512):
+        backend.encode(picture(size))
+    addresses = {size: vision.engine.contexts[0].scratch for size, vision in backend._visions.items()}  # type: ignore[attr-defined]
+    assert addresses[128] == addresses[256] != addresses[512]
+    backend.close()
+
+
+def test_a_size_that_does_not_fit_leaves_the_others_usable(sizes: Path) -> None:
+    build_engines(sizes, weights=1 << 20)
+    roomy = FakeCuda()
+    backend = load(sizes, roomy)
+    for _ in range(2):
+        backend.encode(picture(256))
+    needed = roomy.peak_bytes
+    backend.close()
+    tight = FakeCuda(memory_limit=needed + (1 << 20))
+    backend = load(sizes, tight)
+    before = backend.encode(picture(256))
+    kept = tight.live()
+    for _ in range(2):
+        with pytest.raises(FastVLMError, match="MiB of GPU memory are needed"):
+            backend.encode(picture(512))
+        assert tight.live() == kept
+    assert np.array_equal(backend.encode(picture(256)).numpy(), before.numpy())
+    backend.close()
+
+
+@pytest.mark.parametrize("size", [128, 512])
+def test_the_engine_of_every_size_is_verified(sizes: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(sizes)
+    reference_module.compute_reference(sizes, manifest, SilentProgress()).write(sizes)
+    build_engines(sizes, verified=False)
+    with monkeypatch.context() as patch:
+        spoil_output(patch, f"vision.{size}", "image_features", HIDDEN, lambda found: np.roll(found, 1))
+        error = fault_in(sizes)
+    assert f"vision.{size}.engine disagrees with onnxruntime" in error and f"visual token 0 of astronaut.jpg at {size} px" in error
+    shutil.rmtree(sizes / "engines")
+    build_engines(sizes, verified=False)
+    cuda = FakeCuda()
+    backend = load(sizes, cuda)
+    record = read_record(sizes / "engines" / "sm87")
+    assert record.verified
+    assert {"image_features", "image_features.128", "image_features.512"} <= record.parity.keys()
+    assert sorted(backend._visions) == [256], "those of the check are released"
+    backend.close()
+
+
+def test_kernels_of_every_size_that_was_used_are_kept(sizes: Path, cuda: FakeCuda) -> None:
+    folder = build_engines(sizes, kernels=True)
+    backend = load(sizes, cuda)
+    backend.encode(picture(512))
+    backend.close()
+    assert (folder / "vision.512.sm87.kernels").read_bytes() == b"kernels of vision.512.onnx"
+    assert not (folder / "vision.128.sm87.kernels").exists()
+
+
 # Memory and interruptions -------------------------------------------------------------------------------------------------------
 
 
@@ -641,7 +735,7 @@ def test_kernels_that_were_compiled_are_kept_for_the_next_start(directory: Path,
     first.close()
     second = load(directory, FakeCuda())
     kept = (folder / "vision.sm87.kernels").read_bytes()
-    assert second._vision_engine.restored == kept == b"kernels of vision.onnx"  # type: ignore[attr-defined]
+    assert second._visions[IMAGE_SIZE].engine.restored == kept == b"kernels of vision.onnx"  # type: ignore[attr-defined]
     monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     (folder / "decoder.sm87.kernels").unlink()
     second.close()

@@ -171,8 +171,8 @@ def test_a_smaller_context_is_tried_where_the_model_s_own_does_not_fit(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["7b", "--target", "thor", "--image-size", "64"], "image size 64 is not supported; choose 256 to 1536"),
-        (["7b", "--target", "thor", "--image-size", "2048"], "image size 2048 is not supported; choose 256 to 1536"),
+        (["7b", "--target", "thor", "--image-size", "64"], "image size 64 is not supported; choose 128 to 1536"),
+        (["7b", "--target", "thor", "--image-size", "2048"], "image size 2048 is not supported; choose 128 to 1536"),
         (["7b", "--target", "thor", "--context", "65536"], "a context of 65536 is longer than the 32768 positions 7b was trained for"),
         (["7b", "--target", "thor", "--context", "300"], "too short for a picture of 256 tokens and a conversation; give at least 320"),
         (["13b", "--target", "thor"], "nor a released size; give a model directory, or one of: 0.5b, 1.5b, 7b"),
