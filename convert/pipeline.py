@@ -118,12 +118,12 @@ def convert(
     """Convert a checkpoint (a directory or a hub id) into the model directory `output`, and return its manifest.
 
     `image_size` in pixels and `geometry` default to the checkpoint's own. Of several sizes (a list, or "1024,512") the first is the
-    default one, and each has its own graph of the encoder over the same weights. `context` in positions defaults to 4096 or to what the LLM
-    was trained for if that is less, and `name` to that of the hub repository or directory (`checkpoint.model_name`). `revision` is a branch,
-    tag or commit of the hub repository. `adapter`, another directory or hub id, is a fine-tune of the checkpoint, which is merged into it
-    first (`checkpoint.adapter`). `calibrate`, such as `calib.quantizer.Quantizer(...).calibrate`, chooses the integers of `int8` and `int4`;
-    without it they are rounded to nearest. `output` must not exist, unless `force` replaces a model directory. If anything fails, nothing
-    is left behind.
+    default one, and each has its own graph of the encoder over the same weights. `context` in positions defaults to 4096 or to what the
+    LLM was trained for if that is less, and `name` to that of the hub repository or directory (`checkpoint.model_name`). `revision` is a
+    branch, tag or commit of the hub repository. `adapter`, another directory or hub id, is a fine-tune of the checkpoint, which is merged
+    into it first (`checkpoint.adapter`). `calibrate`, such as `calib.quantizer.Quantizer(...).calibrate`, chooses the integers of `int8`
+    and `int4`; without it they are rounded to nearest. `output` must not exist, unless `force` replaces a model directory. If anything
+    fails, nothing is left behind.
 
     `precision` None tries DEFAULT_PRECISIONS in turn; the notes of the manifest say which were refused and why. With `calibrate` it means
     `int8` alone. Raises PrecisionRefused if the model cannot be held in the precision, or in any that was tried, and FastVLMError for

@@ -48,7 +48,7 @@ def gpu_of(device: DeviceInfo) -> Gpu:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """The engines in `engines/<target>/` of a model directory: the decoder's, `vision.engine`, and `vision.512.engine` for further sizes."""
+    """The engines in `engines/<target>/` of a model directory: the decoder's, `vision.engine`, and `vision.512.engine` for other sizes."""
 
     target: str
     library: str

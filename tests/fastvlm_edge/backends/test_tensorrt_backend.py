@@ -411,7 +411,7 @@ def test_features_of_another_backend_are_refused(backend: TensorRTBackend, ort: 
 
 
 def test_pixels_of_another_size_are_refused(backend: TensorRTBackend) -> None:
-    with pytest.raises(FastVLMError, match=r"pixel_values have shape \[1, 3, 8, 8\], but this model takes \[1, 3, 256, 256\]"):
+    with pytest.raises(FastVLMError, match=r"pixel_values have shape \[1, 3, 8, 8\], but this model takes \[1, 3, S, S\] with S = 256"):
         backend.encode(np.zeros((1, 3, 8, 8), np.float32))
 
 
@@ -851,7 +851,7 @@ def test_tensorrt_for_rtx_is_verified_with_the_kernels_that_it_uses_later(direct
     backend.step(IDS[:20])
     backend.step([5])
     assert waited == [False] * 3
-    assert backend._vision_engine.restored == (folder / "vision.sm87.kernels").read_bytes()  # type: ignore[attr-defined]
+    assert backend._visions[IMAGE_SIZE].engine.restored == (folder / "vision.sm87.kernels").read_bytes()  # type: ignore[attr-defined]
     backend.close()
 
 

@@ -8,15 +8,29 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastvlm_edge.cli import main
 from fastvlm_edge.commands.plan import predict_one
 from fastvlm_edge.machine.boards.rates import BOARDS
+from fastvlm_edge.model_dir.manifest import read_manifest
 from fastvlm_edge.planning.predict import activation_bytes
 from fastvlm_edge.planning.recommend import recommend
-from fastvlm_edge.planning.workload import FP16, INT4, INT8, PRECISIONS, SIZES, VisionShape, decode_bytes, prefill_macs, vision_work
+from fastvlm_edge.planning.workload import (
+    FP16,
+    INT4,
+    INT8,
+    PRECISIONS,
+    SIZES,
+    VisionShape,
+    decode_bytes,
+    prefill_macs,
+    vision_work,
+    weight_bytes,
+)
+from tests.support.fake_model import build_model
 
 # Work ---------------------------------------------------------------------------------------------------------------------------
 
@@ -145,6 +159,38 @@ def test_the_command_prints_a_table_or_one_object(capsys: pytest.CaptureFixture[
     low, high = document["rows"][0]["ttft_range_ms"]
     assert low < document["rows"][0]["ttft_ms"] < high
     assert document["rows"][0]["ttft_ms"] == pytest.approx(document["rows"][0]["vision_ms"] + document["rows"][0]["prefill_ms"], abs=0.01)
+
+
+def test_several_sizes_have_a_row_each_and_share_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    nano, shape = BOARDS["orin-nano"], SIZES["0.5b"]
+
+    def document(sizes: str) -> dict[str, Any]:
+        assert main(["plan", "0.5b", "--target", "orin-nano", "--precision", "int4", "--json", "--image-size", sizes]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    one, several, reverse = document("1024"), document("1024,512,256"), document("256,1024,512")
+    encoder = weight_bytes(shape, PRECISIONS["int4"], 1024)["vision"]
+    assert several["rows"][0]["run_bytes"] - one["rows"][0]["run_bytes"] == pytest.approx(2 * encoder, abs=1)
+    assert reverse["rows"][0]["run_bytes"] == pytest.approx(several["rows"][0]["run_bytes"])
+    assert several["rows"][0]["ttft_ms"] == one["rows"][0]["ttft_ms"] > reverse["rows"][0]["ttft_ms"]
+    assert [(row["image_size"], row["visual_tokens"]) for row in several["image_sizes"]] == [(1024, 256), (512, 64), (256, 16)]
+    alone = [predict_one(shape, nano, nano.mode(None), "int4", size, 4096).ttft_ms for size in (1024, 512, 256)]
+    assert [row["ttft_ms"] for row in several["image_sizes"]] == pytest.approx(alone, abs=0.001)
+    assert one["image_sizes"] == several["image_sizes"][:1]
+
+    assert main(["plan", "0.5b", "--target", "orin-nano", "--image-size", "1024,512"]) == 0
+    table = capsys.readouterr().out
+    assert "Memory is that of all image sizes; the times are those of the first:" in table
+    assert [line.split()[:2] for line in table.splitlines() if line.split()[0] in ("1024", "512")] == [["1024", "256"], ["512", "64"]]
+
+
+def test_a_model_directory_with_several_sizes_is_planned_with_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = read_manifest(build_model(tmp_path / "model", other_sizes=[512, 128]))
+    decoder = replace(manifest.decoder, heads=4, intermediate=64)
+    vision = replace(manifest.vision, dims=[16, 32, 64, 128, 256], depths=[1, 2, 2, 1, 1], out_dim=512, se_dim=32)
+    replace(manifest, decoder=decoder, vision=vision).write(tmp_path / "model")
+    assert main(["plan", str(tmp_path / "model"), "--target", "thor", "--json"]) == 0
+    assert [row["image_size"] for row in json.loads(capsys.readouterr().out)["image_sizes"]] == [256, 512, 128]
 
 
 def test_a_model_that_fits_nowhere_ends_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
