@@ -52,7 +52,8 @@ def converted(
     `revision` is a branch, tag or commit of the hub repository; the others are the options of `convert`. The result is in `models` in the
     cache, with a record beside it. Of a directory it has names, sizes, times and inodes of the files, so that a change leads to a new
     conversion; of a hub repository the commit, which stays the same until the result is removed. Only a conversion uses the network. Two
-    processes never convert at the same time. If a conversion fails, nothing is left behind.
+    processes never convert at the same time. If a conversion fails, nothing is left behind. The `image_size` of a model directory is not
+    looked at: loading it does that.
 
     `progress` None tells on stderr that a conversion takes place, and nothing otherwise. Raises FastVLMError as `convert` does, if the
     packages of its extra are missing, or if the cache cannot be written.
@@ -63,6 +64,8 @@ def converted(
     asked = sizes if len(sizes) > 1 else next(iter(sizes), None)  # one size as in the names of earlier conversions
     options = {"revision": revision, "precision": precision, "image_size": asked, "context": context}
     if is_regular_file(folder / MANIFEST_NAME):
+        if isinstance(image_size, int):
+            del options["image_size"]  # `load` judges it
         if given := [name for name, value in options.items() if value is not None]:
             what = f"{folder} is a model directory, which is already converted: {', '.join(given)} would change nothing"
             raise FastVLMError(what, "leave that out, or give the checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,12 +55,14 @@ class Answer(Work):
         chunk: int,
         piecewise: bool,
         speculate: bool,
+        least: float = 0.0,
         sink: Callable[[Piece | None], None] | None = None,
     ) -> None:
         """`ids` is the whole conversation up to where the reply begins, and must leave room in the context (`check_room`).
 
-        `grammar` is that of `params.format`. Without `piecewise`, the text is one piece, at the end. `sink` takes what else goes to
-        `events`, in the engine's thread: it must not wait. If it raises RuntimeError, nobody listens any more, and the answer is cancelled.
+        `grammar` is that of `params.format`. Without `piecewise`, the text is one piece, at the end. The first token whose probability is
+        below `least` ends it. `sink` takes what else goes to `events`, in the engine's thread: it must not wait. If it raises RuntimeError,
+        nobody listens any more, and the answer is cancelled.
         """
         context = manifest.decoder.context
         super().__init__(ids, images, positions=min(len(ids) + params.max_new_tokens, context), most_kept=len(ids) - 1 if reuse else 0)
@@ -76,7 +79,7 @@ class Answer(Work):
         """Text that is not given out yet, because the reply is not read piecewise."""
         self.events: SimpleQueue[Piece | None] = SimpleQueue()
         """Pieces of the text, and None at the end; then `error` says whether it failed."""
-        self._sink = sink or self.events.put
+        self._sink, self._least = sink or self.events.put, least
         self.log_probabilities: list[float] = []
         """Natural logarithm of the model's probability of each of them."""
         self._most_likely: list[list[tuple[int, float]]] = []
@@ -96,6 +99,11 @@ class Answer(Work):
     def prefill_seconds(self) -> float:
         """From then to the first sampled token; 0 if there is none yet."""
         return self._first - self._began if self._first else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """From its submission to its last token."""
+        return self._last - self.submitted if self._last else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -136,7 +144,11 @@ class Answer(Work):
         self._say(self._stops.push(self._detokenizer.push(token_id)))
         if self._state is not None:
             self._state.accept(token_id)
-        if self._stops.found is not None or (self._state is not None and self._state.ended):
+        if (
+            self._stops.found is not None
+            or (self._state is not None and self._state.ended)
+            or (self._least and math.exp(self.log_probabilities[-1]) < self._least)
+        ):
             self.stop_reason = "stop"
         elif len(self.token_ids) >= self._params.max_new_tokens:
             self.stop_reason = "length"

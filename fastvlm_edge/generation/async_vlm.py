@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from fastvlm_edge.generation.answer import Piece
+from fastvlm_edge.generation.cascade import ImageSize
 from fastvlm_edge.generation.chat import Chat
 from fastvlm_edge.generation.chat_file import Turn
 from fastvlm_edge.generation.images import EncodedImage, Images
@@ -62,19 +64,24 @@ class AsyncReplyStream:
             return self.reply
 
     async def _next(self, *, piecewise: bool) -> str:
-        try:
+        while True:
+            try:
+                if self._events is None:
+                    self._events = await self._start(piecewise=piecewise)
+                event = None if self._events is None else await self._events.get()
+            except BaseException:  # also a cancelled task
+                self._stream.close()
+                raise
             if self._events is None:
-                self._events = await self._start(piecewise=piecewise)
-            event = None if self._events is None else await self._events.get()
-        except BaseException:  # also a cancelled task
-            self._stream.close()
-            raise
-        if self._events is None:
-            raise StopAsyncIteration
-        try:
-            return self._stream._take(event)
-        except StopIteration:
-            raise StopAsyncIteration from None
+                raise StopAsyncIteration
+            try:
+                text = self._stream._take(event)
+            except StopIteration:
+                raise StopAsyncIteration from None
+            if text is not None:
+                return text
+            if event is None:  # of an answer that does not stand
+                self._events = None
 
     async def _start(self, *, piecewise: bool) -> asyncio.Queue[Piece | None] | None:
         """Hand the question to the engine. None if the stream is closed."""
@@ -181,9 +188,10 @@ class AsyncFastVLM:
         chat = await asyncio.get_running_loop().run_in_executor(self._pictures, self.vlm.load_chat, path, images)
         return AsyncChat(chat, self._pictures)
 
-    async def encode_image(self, image: ImageInput) -> EncodedImage:
-        """Run only the vision encoder. Raises FastVLMError if the image cannot be read."""
-        return await asyncio.get_running_loop().run_in_executor(self._pictures, self.vlm.encode_image, image)
+    async def encode_image(self, image: ImageInput, *, image_size: ImageSize = None) -> EncodedImage:
+        """Run only the vision encoder. Options and errors as in `FastVLM.encode_image`."""
+        encode = partial(self.vlm.encode_image, image, image_size=image_size)
+        return await asyncio.get_running_loop().run_in_executor(self._pictures, encode)
 
     async def close(self) -> None:
         """Release the memory of the model. Open replies end with an error. May be called twice."""

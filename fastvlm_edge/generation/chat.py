@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.answer import Answer
 from fastvlm_edge.generation.answer_format import answer_format
+from fastvlm_edge.generation.cascade import ImageSize
 from fastvlm_edge.generation.chat_file import CONTEXTS, Model, Turn, conversation_ids, text_of, write_chat
-from fastvlm_edge.generation.images import EncodedImage, Images, rows_of
+from fastvlm_edge.generation.images import EncodedImage, Images
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.sampling import SamplingParams, stop_strings
 from fastvlm_edge.generation.signature import parameters_of
@@ -38,6 +39,7 @@ class Asks(Protocol):
         image: Images,
         params: SamplingParams,
         *,
+        image_size: ImageSize,
         reuse: bool,
         leave: Callable[[Answer | None, str, bool], None],
         pixels: list[NDArray[np.uint8] | None],
@@ -53,11 +55,22 @@ class Chat:
     conversation as it was. A reply that was cut short stays in it as far as it was read.
     """
 
-    def __init__(self, ask: Asks, model: Model, *, system: str | None, context: str, turns: Sequence[Turn] = ()) -> None:
+    def __init__(
+        self,
+        ask: Asks,
+        model: Model,
+        most_rows: Callable[[Images, ImageSize], list[int]],
+        *,
+        system: str | None,
+        context: str,
+        turns: Sequence[Turn] = (),
+    ) -> None:
+        """`most_rows` says how many visual tokens each image of a question takes, at the largest size that may be tried."""
         if context not in CONTEXTS:
             raise FastVLMError(f"context is {context!r}", f"use one of: {', '.join(CONTEXTS)}")
         self._ask = ask
         self._model = model
+        self._most_rows = most_rows
         self._opening = model.template.opening(system)
         self._system = model.manifest.text.system_prompt if system is None else system
         self._context = context
@@ -100,6 +113,7 @@ class Chat:
         choices: Sequence[str] | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        image_size: ImageSize = None,
     ) -> ReplyStream:
         """Like `ask`, piece by piece. The turn is over when the stream is read to its end, closed, or no longer referred to."""
         params = SamplingParams(
@@ -118,7 +132,7 @@ class Chat:
             if self._turn is not None:
                 what = "the reply before this question is still open in this conversation"
                 raise FastVLMError(what, "read its stream to the end or close it, or call cancel() of the chat")
-            turns = self._turns if self._context == "error" else self._turns_with_room(prompt, image, params)
+            turns = self._turns if self._context == "error" else self._turns_with_room(prompt, self._most_rows(image, image_size), params)
             dropped = len(self._turns) - len(turns)
             ids = self._ids_of(turns) if dropped else self._ids
             pixels: list[NDArray[np.uint8] | None] = []
@@ -129,6 +143,7 @@ class Chat:
                 prompt,
                 image,
                 params,
+                image_size=image_size,
                 reuse=True,
                 leave=partial(self._leave, turn, turns, prompt, pixels, params.special_tokens),
                 pixels=pixels,
@@ -140,7 +155,10 @@ class Chat:
 
     @parameters_of(stream)
     def ask(self, *prompt: Any, **options: Any) -> Reply:
-        """Ask the next question, with or without a new image. Options and errors as in `FastVLM.generate`."""
+        """Ask the next question, with or without a new image. Options and errors as in `FastVLM.generate`.
+
+        `image_size` is that of new images; those of earlier questions keep the size that they were answered at.
+        """
         return self.stream(*prompt, **options).wait()
 
     def cancel(self) -> None:
@@ -164,15 +182,7 @@ class Chat:
         The pictures are in it as the model saw them, square and reduced; with `pictures="hash"` only their sha256 is. Raises FastVLMError
         if the file cannot be written, or exists and is not a saved conversation.
         """
-        write_chat(
-            path,
-            self._turns,
-            system=self._system,
-            context=self._context,
-            pictures=pictures,
-            name=self._model.manifest.name,
-            digest=self._model.digest,
-        )
+        write_chat(path, self._turns, self._model, system=self._system, context=self._context, pictures=pictures)
 
     def __repr__(self) -> str:
         return f"<Chat of {self.token_count} positions with {self._model.manifest.name}>"
@@ -211,11 +221,10 @@ class Chat:
         pieces = [(turn.prompt, [image.rows for image in turn.images], turn.special_tokens, turn.reply_ids) for turn in turns]
         return conversation_ids(self._model.template, self._opening, pieces)
 
-    def _turns_with_room(self, prompt: str, image: Images, params: SamplingParams) -> tuple[Turn, ...]:
+    def _turns_with_room(self, prompt: str, rows: list[int], params: SamplingParams) -> tuple[Turn, ...]:
         """The last turns that fit into the context with a question and room for its reply, which is at most a quarter of the context."""
-        manifest = self._model.manifest
-        context = manifest.decoder.context
-        needed = len(self._model.template.turn(prompt, rows_of(image, manifest), special_tokens=params.special_tokens))
+        context = self._model.manifest.decoder.context
+        needed = len(self._model.template.turn(prompt, rows, special_tokens=params.special_tokens))
         needed += len(self._model.template.closing()) + min(params.max_new_tokens, context // 4)
         turns, taken = self._turns, len(self._ids)
         while turns and taken + needed > context:

@@ -7,8 +7,8 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.generation.images import EncodedImage, image_key
+from fastvlm_edge.generation.images import AnyImage, EncodedImage, SizedImage, image_key
 from fastvlm_edge.inputs.detokenize import Detokenizer
-from fastvlm_edge.inputs.image_input import load_rgb
+from fastvlm_edge.inputs.image_input import ImageInput, load_rgb, rewound
 from fastvlm_edge.inputs.preprocess import to_pixel_values
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
@@ -69,6 +69,8 @@ class Model:
     """`images.model_digest`."""
     tokenizer: TextTokenizer
     template: ChatTemplate
+    preprocess: Callable[[ImageInput, int], NDArray[np.float32]]
+    """An image as pixel_values of a size."""
     encode: Callable[[NDArray[np.float32]], EncodedImage]
     """Runs the vision encoder on pixel_values."""
 
@@ -86,7 +88,10 @@ class SavedTurn:
 
 @dataclass(frozen=True)
 class SavedChat:
-    """The whole file. `pictures` maps the sha256 of a picture to a PNG file in base64, or to null if it is not embedded."""
+    """The whole file. `pictures` maps the sha256 of a picture to a PNG file in base64, or to null if it is not embedded.
+
+    `image_sizes` maps it to its size, if that is not the default one of the model. Older files lack this field.
+    """
 
     format: str
     version: int
@@ -96,28 +101,29 @@ class SavedChat:
     context: str
     turns: list[SavedTurn]
     pictures: dict[str, str | None]
+    image_sizes: dict[str, int] = field(default_factory=dict)
 
 
-def write_chat(
-    path: str | os.PathLike[str], turns: Sequence[Turn], *, system: str, context: str, pictures: str, name: str, digest: bytes
-) -> None:
+def write_chat(path: str | os.PathLike[str], turns: Sequence[Turn], model: Model, *, system: str, context: str, pictures: str) -> None:
     """Write a file that appears complete or not at all. Raises FastVLMError as `Chat.save` does."""
     if pictures not in PICTURES:
         raise FastVLMError(f"pictures is {pictures!r}", f"use one of: {', '.join(PICTURES)}")
     target = _path(path)
-    embedded = {image.key.hex(): _png(image) if pictures == "embed" else None for turn in turns for image in turn.images}
+    images = [image for turn in turns for image in turn.images]
+    default = model.manifest.vision.image_size
     saved = SavedChat(
         format=FORMAT,
         version=VERSION,
-        model=name,
-        model_sha256=digest.hex(),
+        model=model.manifest.name,
+        model_sha256=model.digest.hex(),
         system=system,
         context=context,
         turns=[
             SavedTurn(turn.prompt, [image.key.hex() for image in turn.images], turn.special_tokens, turn.reply, list(turn.reply_ids))
             for turn in turns
         ],
-        pictures=embedded,
+        pictures={image.key.hex(): _png(image) if pictures == "embed" else None for image in images},
+        image_sizes={image.key.hex(): image.image_size for image in images if image.image_size != default},
     )
     try:
         if target.is_file() and not _is_chat(target):
@@ -129,8 +135,8 @@ def write_chat(
         raise FastVLMError(f"the conversation cannot be written to {target} ({reason})", "choose another place") from None
 
 
-def read_chat(path: str | os.PathLike[str], model: Model, given: Mapping[bytes, EncodedImage]) -> tuple[SavedChat, list[Turn]]:
-    """The file, and its turns with encoded pictures; those that are not embedded are found in `given`, by key.
+def read_chat(path: str | os.PathLike[str], model: Model, images: Sequence[AnyImage]) -> tuple[SavedChat, list[Turn]]:
+    """The file, and its turns with encoded pictures; those that are not embedded are found among `images`, by key.
 
     Raises FastVLMError as `FastVLM.load_chat` does.
     """
@@ -142,21 +148,16 @@ def read_chat(path: str | os.PathLike[str], model: Model, given: Mapping[bytes, 
         raise FastVLMError(f"{what}, and {here}", "load the model that it was saved with")
     try:
         _check(saved, model)
-        lacking = [key for key, png in saved.pictures.items() if png is None and bytes.fromhex(key) not in given]
     except FastVLMError as error:
         raise _damaged(source, error.what) from None
     except ValueError as error:
         raise _damaged(source, error) from None
-    strange = [number for number, key in enumerate(given, 1) if key.hex() not in saved.pictures]
-    if strange:
-        raise FastVLMError(
-            f"image {strange[0]} is not a picture of the conversation in {source}: its sha256 after preprocessing differs",
-            "give the original picture, and load the model with the same geometry and background",
-        )
+    given = _find(source, saved, model, images)
+    lacking = [key for key, png in saved.pictures.items() if png is None and key not in given]
     if lacking:
         raise FastVLMError(f"{source} has only the sha256 of {len(lacking)} of its pictures", "give them to load_chat, as images=[...]")
     try:
-        known = {key: given[bytes.fromhex(key)] if png is None else _decode(key, png, model) for key, png in saved.pictures.items()}
+        known = {key: given[key] if png is None else _decode(key, png, saved, model) for key, png in saved.pictures.items()}
     except ValueError as error:
         raise _damaged(source, error) from None
     turns = [
@@ -273,7 +274,10 @@ def _check(saved: SavedChat, model: Model) -> None:
     used = [key for turn in saved.turns for key in turn.pictures]
     if set(used) != set(saved.pictures):
         raise ValueError("pictures are not those of the turns")
-    pieces = [(turn.prompt, [manifest.vision.tokens] * len(turn.pictures), turn.special_tokens, turn.reply_ids) for turn in saved.turns]
+    if not set(saved.image_sizes) <= set(used):
+        raise ValueError("image_sizes has a picture that is not one of the turns")
+    rows = {bytes.fromhex(key).hex(): manifest.vision.at(size).tokens for key, size in _sizes(saved, model).items()}
+    pieces = [(turn.prompt, [rows[key] for key in turn.pictures], turn.special_tokens, turn.reply_ids) for turn in saved.turns]
     if len(conversation_ids(model.template, model.template.opening(saved.system), pieces)) > manifest.decoder.context:
         raise ValueError(f"it is longer than the context of {manifest.decoder.context}")
     for number, turn in enumerate(saved.turns, 1):
@@ -283,9 +287,38 @@ def _check(saved: SavedChat, model: Model) -> None:
             raise ValueError(f"the reply of turn {number} is not the text of its reply_ids")
 
 
-def _decode(key: str, png: str, model: Model) -> EncodedImage:
+def _sizes(saved: SavedChat, model: Model) -> dict[str, int]:
+    """The size of each picture."""
+    return {key: saved.image_sizes.get(key, model.manifest.vision.image_size) for key in saved.pictures}
+
+
+def _find(source: Path, saved: SavedChat, model: Model, images: Sequence[AnyImage]) -> dict[str, EncodedImage]:
+    """Which pictures these images are, at the sizes that the conversation has. Raises FastVLMError for one that is none of them."""
+    found: dict[str, EncodedImage] = {}
+    sizes = sorted(set(_sizes(saved, model).values()))
+    for number, image in enumerate(images, 1):
+        mine: dict[str, EncodedImage] = {}
+        if isinstance(image, EncodedImage):
+            mine = {image.key.hex(): image}
+        else:
+            assert not isinstance(image, SizedImage)  # only the server has these
+            for size in sizes:
+                image = rewound(image)
+                pixel_values = model.preprocess(image, size)
+                if (key := image_key(pixel_values, model.digest).hex()) in saved.pictures:
+                    mine[key] = model.encode(pixel_values)
+        if not mine or not set(mine) <= set(saved.pictures):
+            raise FastVLMError(
+                f"image {number} is not a picture of the conversation in {source}: its sha256 after preprocessing differs",
+                "give the original picture, and load the model with the same geometry and background",
+            )
+        found |= mine
+    return found
+
+
+def _decode(key: str, png: str, saved: SavedChat, model: Model) -> EncodedImage:
     """An embedded picture. Raises ValueError if it is not the one with this key."""
-    size = model.manifest.vision.image_size
+    size = _sizes(saved, model)[key]
     try:
         pixels = np.asarray(load_rgb(base64.b64decode(png, validate=True)))
     except FastVLMError as error:

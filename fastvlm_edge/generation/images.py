@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.backends.protocol import ImageFeatures
 from fastvlm_edge.inputs.image_input import ImageInput
-from fastvlm_edge.model_dir.manifest import Manifest
+from fastvlm_edge.model_dir.manifest import STRIDE, Manifest, visual_tokens
 
 
 class EncodedImage:
@@ -44,28 +46,41 @@ class EncodedImage:
         """Number of visual tokens."""
         return self.image_features.rows
 
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the picture that the encoder saw."""
+        return math.isqrt(self.rows) * STRIDE
+
     def numpy(self) -> NDArray[np.float32]:
         """A copy of the visual tokens: float32 [tokens, hidden]."""
         return self.image_features.numpy()
 
     def __repr__(self) -> str:
-        return f"<EncodedImage of {self.rows} visual tokens>"
+        return f"<EncodedImage of {self.image_size} px, {self.rows} visual tokens>"
 
 
-Images: TypeAlias = "ImageInput | EncodedImage | Sequence[ImageInput | EncodedImage] | None"
+@dataclass(frozen=True, eq=False)
+class SizedImage:
+    """An image of a caller who encodes it itself, when it is known at which size. The server has these."""
+
+    at: Callable[[int], EncodedImage]
+
+
+AnyImage: TypeAlias = "ImageInput | EncodedImage | SizedImage"
+Images: TypeAlias = "AnyImage | Sequence[AnyImage] | None"
 """No image, one, or a list or tuple of images."""
 
 
-def as_list(images: Images) -> list[ImageInput | EncodedImage]:
+def as_list(images: Images) -> list[AnyImage]:
     """The images one by one."""
     if images is None:
         return []
-    return list(images) if isinstance(images, (list, tuple)) else [cast("ImageInput | EncodedImage", images)]
+    return list(images) if isinstance(images, (list, tuple)) else [cast("AnyImage", images)]
 
 
-def rows_of(images: Images, manifest: Manifest) -> list[int]:
-    """Number of visual tokens of each image."""
-    return [image.rows if isinstance(image, EncodedImage) else manifest.vision.tokens for image in as_list(images)]
+def rows_of(images: Images, size: int) -> list[int]:
+    """Number of visual tokens of each image, if those that are not encoded yet will have this size."""
+    return [image.rows if isinstance(image, EncodedImage) else visual_tokens(size) for image in as_list(images)]
 
 
 def model_digest(manifest: Manifest) -> bytes:

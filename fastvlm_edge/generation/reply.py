@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastvlm_edge.generation.answer import StopReason
@@ -25,7 +25,8 @@ class Timings:
     prefill_ms: float
     """From then to the first sampled token, the steps of other conversations in between included."""
     ttft_ms: float
-    """Time to first token: the four above plus the tokenizer."""
+    """Time to first token: the four above plus the tokenizer. With `Reply.tried_sizes`, the time until the first text is shown, that of all
+    sizes included; all other figures are those of the last one."""
     decode_tokens_per_second: float
     """Speed of all tokens after the first; 0 if there was only one."""
     prompt_tokens: int
@@ -78,6 +79,11 @@ class Reply:
     timings: Timings
     dropped_turns: int = 0
     """How many turns left a chat with `context="slide"` so that this one had room."""
+    image_size: int | None = None
+    """Pixels of a side of the newest picture in the conversation, as the model saw it; None without a picture."""
+    tried_sizes: list[int] = field(default_factory=list)
+    """The sizes at which the question was asked with `image_size="auto"`, in order; the answer is that at the last one. Empty if no cascade
+    decided."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object. The times in it are rounded to 3 decimals."""

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.answer import Answer, Piece, StopReason
+from fastvlm_edge.generation.cascade import Attempts
 from fastvlm_edge.generation.logprobs import TokenLogProb
 from fastvlm_edge.generation.reply import Reply, Timings, confidence
 
@@ -43,6 +44,7 @@ class ReplyStream:
         start: Starts,
         backend: str,
         precision: str,
+        attempts: Attempts,
         leave: Callable[[Answer | None, str, bool], None] | None = None,
         dropped_turns: int = 0,
         *,
@@ -51,9 +53,10 @@ class ReplyStream:
         """`start` reads the images, if there are any (`reads_images`), and hands the question to the engine.
 
         It is told whether the text is read in pieces and who takes them, and asks whether the answer is still wanted: None if not.
+        It is called again for the next size of `attempts`, where an answer does not stand.
         `leave` is called once, at the end: with the answer if there is one, the text that was read, and whether that is all of it.
         """
-        self._start, self._backend, self._precision, self._leave = start, backend, precision, leave
+        self._start, self._backend, self._precision, self._attempts, self._leave = start, backend, precision, attempts, leave
         self._dropped_turns = dropped_turns
         self._lock = threading.Lock()
         self._started: Started | None = None
@@ -99,17 +102,20 @@ class ReplyStream:
             raise
 
     def _next(self, *, piecewise: bool) -> str:
-        if self._closed:
-            raise StopIteration
-        try:
-            if self._started is None and not self._begin(piecewise=piecewise):
+        while True:
+            if self._closed:
                 raise StopIteration
-            assert self._started is not None
-            event = self._started.answer.events.get()
-        except BaseException:
-            self.close()
-            raise
-        return self._take(event)
+            try:
+                if self._started is None and not self._begin(piecewise=piecewise):
+                    raise StopIteration
+                assert self._started is not None
+                event = self._started.answer.events.get()
+            except BaseException:
+                self.close()
+                raise
+            text = self._take(event)
+            if text is not None:
+                return text
 
     def _begin(self, *, piecewise: bool, sink: Callable[[Piece | None], None] | None = None) -> bool:
         """Read the images and hand the question to the engine, which calls `sink`. False if the stream was closed meanwhile."""
@@ -121,14 +127,27 @@ class ReplyStream:
             started.answer.cancel()
         return not closed
 
-    def _take(self, event: Piece | None) -> str:
-        """The text of an event of the answer. Raises StopIteration at the end, and the error of an answer that failed."""
-        assert self._started is not None
+    def _take(self, event: Piece | None) -> str | None:
+        """The text of an event of the answer. Raises StopIteration at the end, and the error of an answer that failed.
+
+        None if the answer does not stand: after its last event, `_begin` asks at the next size.
+        """
+        started = self._started
+        assert started is not None
+        failed = started.answer.error is not None or started.answer.cancelled
+        if not self._closed and not self._attempts.last and (failed or not self._attempts.stands(started.answer)):
+            if event is not None:
+                return None
+            if not failed:
+                with self._lock:
+                    self._started = None
+                self._attempts.next(started.before_seconds + started.answer.seconds)
+                return None
         if event is not None and not self._closed:
             self._pieces.append(event)
             return event.text
-        error = self._started.answer.error
-        self._end(whole=error is None and not self._started.answer.cancelled)
+        error = started.answer.error
+        self._end(whole=error is None and not started.answer.cancelled)
         if error is not None:
             raise error
         raise StopIteration
@@ -138,13 +157,13 @@ class ReplyStream:
             if self._closed:
                 return
             self._closed = True
-        answer = None if self._started is None else self._started.answer
+            started = self._started
+        answer = None if started is None else started.answer
         if answer is not None and not whole:
             answer.cancel()
         text = "".join(piece.text for piece in self._pieces)
-        if answer is not None and (whole or self._pieces):
-            assert self._started is not None
-            self._reply = self._make_reply(self._started, text, whole)
+        if started is not None and (whole or self._pieces):
+            self._reply = self._make_reply(started, text, whole)
         if self._leave is not None:
             self._leave(answer, text, whole)
 
@@ -152,12 +171,13 @@ class ReplyStream:
         answer = started.answer
         tokens = len(answer.token_ids) if whole else self._pieces[-1].tokens
         reason: StopReason = answer.stop_reason if whole else "cancelled"
+        shown = answer.queue_seconds + answer.prefill_seconds if self._attempts.last else answer.seconds
         timings = Timings(
             preprocess_ms=started.preprocess_seconds * 1e3,
             vision_ms=started.vision_seconds * 1e3,
             queue_ms=answer.queue_seconds * 1e3,
             prefill_ms=answer.prefill_seconds * 1e3,
-            ttft_ms=(started.before_seconds + answer.queue_seconds + answer.prefill_seconds) * 1e3,
+            ttft_ms=(self._attempts.seconds + started.before_seconds + shown) * 1e3,
             decode_tokens_per_second=answer.tokens_per_second,
             prompt_tokens=len(answer.ids),
             cached_tokens=answer.kept,
@@ -176,6 +196,8 @@ class ReplyStream:
             precision=self._precision,
             timings=timings,
             dropped_turns=self._dropped_turns,
+            image_size=answer.images[-1].image_size if answer.images else None,
+            tried_sizes=self._attempts.tried,
         )
 
     def __del__(self) -> None:

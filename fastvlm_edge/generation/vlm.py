@@ -19,24 +19,25 @@ from numpy.typing import NDArray
 from fastvlm_edge.backends.protocol import LOGIT_POSITIONS, PREFILL_CHUNK, Backend
 from fastvlm_edge.backends.select import select
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.generation.answer import Answer, Piece, Score, check_room
+from fastvlm_edge.generation.answer import Answer, ContextFull, Piece, Score, check_room
 from fastvlm_edge.generation.answer_format import answer_format
+from fastvlm_edge.generation.cascade import Attempts, ImageSize, check_image_size, sizes_to_try
 from fastvlm_edge.generation.chat import Chat
 from fastvlm_edge.generation.chat_file import ChatTurn, Model, Turn, read_chat, turns_of
 from fastvlm_edge.generation.engine import Counters, Engine
 from fastvlm_edge.generation.grammar import Grammar, compile_grammar
-from fastvlm_edge.generation.images import EncodedImage, ImageCache, Images, as_list, image_key, model_digest, rows_of
+from fastvlm_edge.generation.images import AnyImage, EncodedImage, ImageCache, Images, SizedImage, as_list, image_key, model_digest, rows_of
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.generation.sampling import SamplingParams, check_integer, stop_strings
 from fastvlm_edge.generation.signature import parameters_of
 from fastvlm_edge.generation.stream import ReplyStream, Started
-from fastvlm_edge.inputs.image_input import ImageInput
-from fastvlm_edge.inputs.preprocess import GEOMETRIES, preprocess, to_pixels
+from fastvlm_edge.inputs.image_input import ImageInput, rewound
+from fastvlm_edge.inputs.preprocess import GEOMETRIES, preprocess_in_turn, to_pixels
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.rgb import Colour, to_colour
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.engine_record import EngineRecord
-from fastvlm_edge.model_dir.manifest import Manifest, check_sha256, read_manifest, verify_files
+from fastvlm_edge.model_dir.manifest import Cascade, Manifest, check_sha256, read_manifest, verify_files, visual_tokens
 from fastvlm_edge.model_dir.verified import changed
 from fastvlm_edge.model_dir.verified import verify as verify_model
 from fastvlm_edge.pretrained import converted
@@ -68,6 +69,7 @@ def load_parts(
     *,
     threads: int | None = None,
     slots: int = 1,
+    image_size: ImageSize = None,
     verify: bool = False,
     tune_process: bool = False,
     progress: Progress | None = None,
@@ -75,7 +77,7 @@ def load_parts(
 ) -> tuple[Manifest, TextTokenizer, Backend]:
     """Load the parts of a model, for code that measures or verifies the backend itself. Options and errors as in `FastVLM.load`.
 
-    `check` is called before anything that takes long, and may raise an error.
+    `image_size` decides which encoder is loaded at once. `check` is called before anything that takes long, and may raise an error.
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise FastVLMError(f"the model directory is of type {type(path).__name__}", "give its path as a str or a pathlib.Path")
@@ -84,6 +86,7 @@ def load_parts(
         check_integer("threads", threads, least=1)
     check_integer("slots", slots, least=1)
     manifest = read_manifest(directory)
+    check_image_size(image_size, manifest)
     verify_files(directory, manifest)
     if verify or "tokenizer.json" in changed(directory, manifest):  # it is read before the others are compared
         check_sha256(directory / "tokenizer.json", manifest.files["tokenizer.json"])
@@ -91,29 +94,47 @@ def load_parts(
     if check is not None:
         check(manifest, tokenizer)
     verify_model(directory, manifest, again=verify, progress=progress)
-    loaded = select(backend, directory, manifest, threads=threads, slots=slots, tune_process=tune_process, progress=progress)
+    loaded = select(
+        backend,
+        directory,
+        manifest,
+        threads=threads,
+        slots=slots,
+        image_size=sizes_to_try(image_size, manifest)[0],
+        tune_process=tune_process,
+        progress=progress,
+    )
     return manifest, tokenizer, loaded
 
 
 def check_question(
-    manifest: Manifest, tokenizer: TextTokenizer, prompt: str, images: int, *, system: str | None = None, special_tokens: bool = False
+    manifest: Manifest,
+    tokenizer: TextTokenizer,
+    prompt: str,
+    images: int,
+    *,
+    image_size: ImageSize = None,
+    system: str | None = None,
+    special_tokens: bool = False,
 ) -> None:
-    """Raise FastVLMError for a prompt that is not text, or that leaves no room for a reply beside this number of images."""
+    """Raise FastVLMError for a prompt that is not text, or that leaves no room for a reply beside this number of images.
+
+    With a cascade, the first size has to leave room.
+    """
     template = ChatTemplate(tokenizer, manifest)
-    check_room(
-        [*template.opening(system), *template.turn(prompt, [manifest.vision.tokens] * images, special_tokens=special_tokens)], manifest
-    )
+    rows = [visual_tokens(sizes_to_try(image_size, manifest)[0])] * images
+    check_room([*template.opening(system), *template.turn(prompt, rows, special_tokens=special_tokens)], manifest)
 
 
 @dataclass(frozen=True)
 class _Question:
     """A question that was checked, and the conversation that it continues."""
 
-    ids: list[int]
-    """The whole conversation, up to where the reply begins."""
+    ids: dict[int, list[int]]
+    """The whole conversation, up to where the reply begins, for each size of its pictures."""
     earlier: tuple[EncodedImage, ...]
     """The images of earlier questions."""
-    images: list[ImageInput | EncodedImage]
+    images: list[AnyImage]
     """The images of this question."""
     params: SamplingParams
     grammar: Grammar | None
@@ -134,6 +155,7 @@ class FastVLM:
         tokenizer: TextTokenizer,
         engine: Engine,
         *,
+        image_size: ImageSize = None,
         geometry: str | None = None,
         background: Colour = "white",
         prefill_chunk: int = PREFILL_CHUNK,
@@ -142,7 +164,10 @@ class FastVLM:
         speculate: bool = True,
     ) -> None:
         """Use `FastVLM.load`."""
+        check_image_size(image_size, manifest)
         self.manifest = manifest
+        self.image_size = manifest.vision.image_size if image_size is None else image_size
+        """The size of pictures for questions that do not say it: pixels of a side, or `auto`."""
         self.geometry = geometry or manifest.vision.geometry
         self.background = background
         _check_options(self.geometry, background, prefill_chunk, image_cache, prefix_cache=prefix_cache, speculate=speculate)
@@ -166,6 +191,7 @@ class FastVLM:
         *,
         threads: int | None = None,
         verify: bool = False,
+        image_size: ImageSize = None,
         geometry: str | None = None,
         background: Colour = "white",
         prefill_chunk: int = PREFILL_CHUNK,
@@ -180,8 +206,10 @@ class FastVLM:
         """Load a model directory.
 
         `threads` is the number of CPU threads; None means all that this process may use. `verify` compares the sha256 of every file with
-        the manifest. `geometry` (`pad` or `crop`) overrides that of the manifest. Transparent pictures are drawn over `background`, a name,
-        `#rrggbb` or (red, green, blue). `prefill_chunk` is the number of tokens per prefill call; with a smaller one, running
+        the manifest. `image_size` is how large pictures are for the model, in pixels of a side: one of the sizes that it was converted
+        with. None is the first of them, and "auto" answers at a small size first (docs/image_size.md). Each question may say another one.
+        `geometry` (`pad` or `crop`) overrides that of the manifest. Transparent pictures are drawn over `background`, a name, `#rrggbb` or
+        (red, green, blue). `prefill_chunk` is the number of tokens per prefill call; with a smaller one, running
         answers wait less for new questions.
 
         `slots` is how many questions are answered at a time, where the backend has slots; memory is only taken for those in use.
@@ -200,12 +228,20 @@ class FastVLM:
         if cache_memory is not None:
             check_integer("cache_memory", cache_memory, least=1)
         manifest, tokenizer, loaded = load_parts(
-            path, backend, threads=threads, slots=slots, verify=verify, tune_process=tune_process, progress=progress
+            path,
+            backend,
+            threads=threads,
+            slots=slots,
+            image_size=image_size,
+            verify=verify,
+            tune_process=tune_process,
+            progress=progress,
         )
         return cls(
             manifest,
             tokenizer,
             Engine(loaded, manifest.decoder, cache_memory=cache_memory),
+            image_size=image_size,
             geometry=geometry,
             background=background,
             prefill_chunk=prefill_chunk,
@@ -228,13 +264,16 @@ class FastVLM:
     ) -> FastVLM:
         """Load a checkpoint, a directory or a hub id, which is converted at its first use and kept in the cache (`pretrained.converted`).
 
-        `revision` is a branch, tag or commit of the hub repository; `precision`, `image_size` and `context` are those of
-        `fastvlm-edge convert`, with the same defaults. `options` are those of `load`. With `progress` None, only a conversion is shown on
+        `revision` is a branch, tag or commit of the hub repository; `precision` and `context` are those of `fastvlm-edge convert`, with the
+        same defaults. So is `image_size`: with several sizes, the first is the default. "auto", and a size of a model directory, are for
+        `load` alone. `options` are the others of `load`. With `progress` None, only a conversion is shown on
         stderr. Raises FastVLMError as `convert` and `load` do. Converting needs the packages of the extra `convert`, loading does not.
         """
         inspect.signature(cls.load).bind(checkpoint, **options)  # a wrong name is a TypeError before anything is converted
-        place = converted(checkpoint, revision=revision, precision=precision, image_size=image_size, context=context, progress=progress)
-        return cls.load(place, progress=progress, **options)
+        to_convert = None if image_size == "auto" else image_size
+        place = converted(checkpoint, revision=revision, precision=precision, image_size=to_convert, context=context, progress=progress)
+        to_load: ImageSize = "auto" if image_size == "auto" else image_size if isinstance(image_size, int) else None
+        return cls.load(place, image_size=to_load, progress=progress, **options)
 
     @property
     def backend(self) -> BackendInfo:
@@ -276,6 +315,7 @@ class FastVLM:
         regex: str | None = None,
         grammar: str | None = None,
         system: str | None = None,
+        image_size: ImageSize = None,
     ) -> ReplyStream:
         """Like `generate`, piece by piece. The question is checked now; images are read when the first piece is requested."""
         params = SamplingParams(
@@ -290,7 +330,7 @@ class FastVLM:
             logprobs=logprobs,
             format=answer_format(response_format=response_format, json_schema=json_schema, choices=choices, regex=regex, grammar=grammar),
         )
-        return self._ask(self._template.opening(system), (), prompt, image, params)
+        return self._ask(self._template.opening(system), (), prompt, image, params, image_size=image_size)
 
     @parameters_of(stream)
     def generate(self, *prompt: Any, **options: Any) -> Reply:
@@ -299,7 +339,8 @@ class FastVLM:
         The options are described in `SamplingParams`; `stop` is one string, several, or None. At most one of these five holds the reply
         to a format: `response_format` (that of the OpenAI API), `json_schema`, `choices`, `regex`, or `grammar` in llguidance's Lark
         syntax. A reply that `max_new_tokens` or the context cut off may not match it. `system` is the system prompt: "" is none, None
-        that of the model.
+        that of the model. `image_size` is how large the pictures are for the model, as in `load`; None is what `load` was given. An
+        `EncodedImage` keeps the size that it has, and there is no cascade.
 
         Raises FastVLMError if an option is out of range, a format is not supported, an image cannot be read, or the context is full.
         """
@@ -334,27 +375,36 @@ class FastVLM:
         values.
         """
         model = self._known_as()
-        return Chat(self._ask, model, system=system, context=context, turns=turns_of(history, model))
+        return Chat(self._ask, model, self._most_rows, system=system, context=context, turns=turns_of(history, model))
 
     def load_chat(self, path: str | os.PathLike[str], images: Images = None) -> Chat:
         """Continue a conversation that `Chat.save` wrote, exactly where it was. `images` are those of which it has only the sha256.
 
         Raises FastVLMError if the file is damaged or of another model, or the images are not those of the conversation.
         """
-        encoded = [image if isinstance(image, EncodedImage) else self.encode_image(image) for image in as_list(images)]
         model = self._known_as()
-        saved, turns = read_chat(path, model, {image.key: image for image in encoded})
-        return Chat(self._ask, model, system=saved.system, context=saved.context, turns=turns)
+        saved, turns = read_chat(path, model, as_list(images))
+        return Chat(self._ask, model, self._most_rows, system=saved.system, context=saved.context, turns=turns)
 
-    def encode_image(self, image: ImageInput) -> EncodedImage:
-        """Run only the vision encoder. Raises FastVLMError if the image cannot be read."""
+    def encode_image(self, image: ImageInput, *, image_size: ImageSize = None) -> EncodedImage:
+        """Run only the vision encoder. `image_size` is as in `generate`, but "auto" is the default size: there is no answer to judge.
+
+        Raises FastVLMError if the image cannot be read, or the model does not have the size.
+        """
         self._engine.check_open()
+        size = self.fixed_size(image_size)
         began = time.perf_counter()
-        pixel_values = self._preprocess(image)
+        pixel_values = self._preprocess(image, size)
         middle = time.perf_counter()
         encoded = self._encode_to_keep(pixel_values)
         encoded.preprocess_ms, encoded.vision_ms = (middle - began) * 1e3, (time.perf_counter() - middle) * 1e3
         return encoded
+
+    def fixed_size(self, image_size: ImageSize = None) -> int:
+        """The size of a picture that is encoded once, as by `encode_image`. Raises FastVLMError if the model does not have it."""
+        check_image_size(image_size, self.manifest)
+        chosen = (size for size in (image_size, self.image_size) if isinstance(size, int))
+        return next(chosen, self.manifest.vision.image_size)
 
     def recall_image(self, key: bytes) -> EncodedImage | None:
         """The picture with this `EncodedImage.key`, if it was encoded before and is still kept. It takes no work, and has no pixels."""
@@ -444,6 +494,7 @@ class FastVLM:
         image: Images,
         params: SamplingParams,
         *,
+        image_size: ImageSize = None,
         reuse: bool = False,
         leave: Callable[[Answer | None, str, bool], None] | None = None,
         pixels: list[NDArray[np.uint8] | None] | None = None,
@@ -457,34 +508,73 @@ class FastVLM:
         """
         self._engine.check_open()
         began = time.perf_counter()
-        rows = rows_of(image, self.manifest)
+        images = as_list(image)
+        sizes, cascade = self._sizes(images, image_size)
         first_row = sum(each.rows for each in earlier)
-        ids = [*history, *self._template.turn(prompt, rows, first_row=first_row, special_tokens=params.special_tokens)]
-        check_room(ids, self.manifest, or_else=or_else)  # before the vision encoder runs in vain
+        ids: dict[int, list[int]] = {}
+        for size in sizes:
+            turn = self._template.turn(prompt, rows_of(images, size), first_row=first_row, special_tokens=params.special_tokens)
+            try:
+                check_room([*history, *turn], self.manifest, or_else=or_else)  # before the vision encoder runs in vain
+            except ContextFull:
+                if not ids:
+                    raise
+                break
+            ids[size] = [*history, *turn]
         grammar = None if params.format is None else self._grammar(params.format)
-        images, seconds = as_list(image), time.perf_counter() - began
+        attempts, seconds = Attempts(list(ids), cascade), time.perf_counter() - began
         question = _Question(ids, earlier, images, params, grammar, pixels, reuse or self._prefix_cache, seconds)
-        start, reads_images = partial(self._start, question), any(not isinstance(each, EncodedImage) for each in images)
-        return ReplyStream(start, self.backend.name, self.manifest.precision, leave, dropped_turns, reads_images=reads_images)
+        reads_images = any(not isinstance(each, EncodedImage) for each in images)
+        return ReplyStream(
+            partial(self._start, question, attempts),
+            self.backend.name,
+            self.manifest.precision,
+            attempts,
+            leave,
+            dropped_turns,
+            reads_images=reads_images,
+        )
+
+    def _sizes(self, images: Sequence[AnyImage], image_size: ImageSize) -> tuple[list[int], Cascade | None]:
+        """The sizes at which to ask about these images, and the cascade if it decides. Raises FastVLMError for one that there is not."""
+        size, cascade = self.fixed_size(image_size), self.manifest.cascade
+        auto = (self.image_size if image_size is None else image_size) == "auto"
+        if not auto or cascade is None or not images or any(isinstance(each, EncodedImage) for each in images):
+            return [size], None
+        return cascade.sizes, cascade
+
+    def _most_rows(self, image: Images, image_size: ImageSize) -> list[int]:
+        return rows_of(image, self._sizes(as_list(image), image_size)[0][-1])
 
     def _start(
-        self, question: _Question, piecewise: bool, sink: Callable[[Piece | None], None] | None, wanted: Callable[[], bool]
+        self,
+        question: _Question,
+        attempts: Attempts,
+        piecewise: bool,
+        sink: Callable[[Piece | None], None] | None,
+        wanted: Callable[[], bool],
     ) -> Started | None:
         """Encode the images, and hand the question to the engine. None if the answer is no longer wanted."""
         began = time.perf_counter()
+        if question.pixels is not None:
+            question.pixels.clear()  # those of the size before
+        if attempts.tried:
+            question.images[:] = [each if isinstance(each, (EncodedImage, SizedImage)) else rewound(each) for each in question.images]
         encoded: list[EncodedImage] = []
         preprocess_seconds = vision_seconds = 0.0
         cached = 0
         for image in question.images:
+            if not isinstance(image, EncodedImage) and not wanted():
+                return None
+            if isinstance(image, SizedImage):
+                image = image.at(attempts.size)
             if isinstance(image, EncodedImage):
                 encoded.append(EncodedImage(image.image_features, image.key))
                 if question.pixels is not None:
                     question.pixels.append(image.pixels)
                 continue
-            if not wanted():
-                return None
             start = time.perf_counter()
-            pixel_values = self._preprocess(image)
+            pixel_values = self._preprocess(image, attempts.size)
             middle = time.perf_counter()
             if not wanted():
                 return None
@@ -503,21 +593,22 @@ class FastVLM:
         answer = Answer(
             self._tokenizer,
             self.manifest,
-            question.ids,
+            question.ids[attempts.size],
             (*question.earlier, *encoded),
             question.params,
             question.grammar,
             reuse=question.reuse,
             chunk=self._chunk,
-            piecewise=piecewise,
+            piecewise=piecewise and attempts.last,
             speculate=self._speculate,
+            least=attempts.least,
             sink=sink,
         )
         started = Started(
             answer,
             preprocess_seconds=preprocess_seconds,
             vision_seconds=vision_seconds,
-            before_seconds=question.seconds + time.perf_counter() - began,
+            before_seconds=time.perf_counter() - began + (0 if attempts.seconds else question.seconds),
             cached_images=cached,
         )
         self._engine.submit(answer)
@@ -542,7 +633,7 @@ class FastVLM:
             return image, False
 
     def _known_as(self) -> Model:
-        return Model(self.manifest, self._digest, self._tokenizer, self._template, self._encode_to_keep)
+        return Model(self.manifest, self._digest, self._tokenizer, self._template, self._preprocess, self._encode_to_keep)
 
     def _encode_to_keep(self, pixel_values: NDArray[np.float32]) -> EncodedImage:
         encoding = self._encode(pixel_values)
@@ -550,8 +641,8 @@ class FastVLM:
         image = encoding[0]
         return EncodedImage(image.image_features, image.key, to_pixels(pixel_values))
 
-    def _preprocess(self, image: ImageInput) -> NDArray[np.float32]:
-        return preprocess(image, self.manifest.vision.image_size, self.geometry, self.background)
+    def _preprocess(self, image: ImageInput, size: int) -> NDArray[np.float32]:
+        return preprocess_in_turn(image, size, self.geometry, self.background)
 
 
 def _check_ids(input_ids: Sequence[int], start: int) -> None:

@@ -135,13 +135,29 @@ def _about_address(path: str) -> PictureError:
 
 
 def _from_file_object(file: IO[bytes], background: RGB) -> Image.Image:
-    name = getattr(file, "name", None)
-    name = name if isinstance(name, str) else "the image"
+    return _from_stream(_seekable(file), _name(file), background)
+
+
+def rewound(image: ImageInput) -> ImageInput:
+    """An image that `load_rgb` can read again: a file object at its beginning, and what a pipe or socket gives."""
+    if isinstance(image, (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, np.ndarray)) or not hasattr(image, "read"):
+        return image
+    file = _seekable(image)
+    file.seek(0)
+    return file
+
+
+def _seekable(file: IO[bytes]) -> IO[bytes]:
     try:
         seekable = file.seekable()
     except AttributeError:
         seekable = False
-    return _from_stream(file if seekable else read_all(file, name), name, background)
+    return file if seekable else read_all(file, _name(file))
+
+
+def _name(file: IO[bytes]) -> str:
+    name = getattr(file, "name", None)
+    return name if isinstance(name, str) else "the image"
 
 
 def read_all(file: IO[bytes], name: str) -> io.BytesIO:

@@ -7,16 +7,37 @@ resize the short side, then cut out the centre square.
 
 from __future__ import annotations
 
+import threading
+from contextlib import ExitStack
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.errors import FastVLMError, PictureError
 from fastvlm_edge.inputs.image_input import ImageInput, load_rgb
 from fastvlm_edge.inputs.rgb import Colour
 
 GEOMETRIES = ("pad", "crop")
 _BAND_PIXELS = 1 << 22
+DECODED = 2
+"""Pictures that a process decodes at a time. The memory that each needs is compared with what is free when it begins."""
+_turns = threading.BoundedSemaphore(DECODED)
+_alone = threading.Lock()
+
+
+def preprocess_in_turn(image: ImageInput, image_size: int, geometry: str, background: Colour = "white") -> NDArray[np.float32]:
+    """`preprocess`, for at most DECODED threads at a time. An image for which the memory is too small is tried again alone."""
+    try:
+        with _turns:
+            return preprocess(image, image_size, geometry, background)
+    except PictureError as error:
+        if error.kind != "memory" or hasattr(image, "read"):  # a pipe is empty now
+            raise
+    with _alone, ExitStack() as turns:
+        for _ in range(DECODED):
+            turns.enter_context(_turns)
+        return preprocess(image, image_size, geometry, background)
 
 
 def preprocess(image: ImageInput, image_size: int, geometry: str, background: Colour = "white") -> NDArray[np.float32]:

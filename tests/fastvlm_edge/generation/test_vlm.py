@@ -638,7 +638,7 @@ def test_backends_and_options_that_are_refused(model_dir: Path, vlm: FastVLM) ->
         FastVLM.load(model_dir, geometry="stretch")
     with pytest.raises(FastVLMError, match="prefill_chunk is 0"):
         FastVLM.load(model_dir, prefill_chunk=0)
-    with pytest.raises(FastVLMError, match=r"shape \[1, 3, 8, 8\], but this model takes \[1, 3, 256, 256\]"):
+    with pytest.raises(FastVLMError, match=r"shape \[1, 3, 8, 8\], but this model takes \[1, 3, S, S\] with S = 256"):
         vlm._engine.backend.encode(np.zeros((1, 3, 8, 8), np.float32))
 
 
