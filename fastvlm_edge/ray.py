@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from fastvlm_edge.batch.answering import RowAnswerer
-from fastvlm_edge.batch.job import Job
+from fastvlm_edge.batch.job import Job, cascade_of
 from fastvlm_edge.batch.rows import Row
 from fastvlm_edge.errors import FastVLMError, one_line
 from fastvlm_edge.evaluation.data import ArchivedPicture
@@ -55,13 +55,19 @@ class Describe:
         Raises FastVLMError, which names the node, if it cannot be loaded or is not the model of `job`.
         """
         try:
-            found = model_digest(read_manifest(Path(model))).hex()
+            manifest = read_manifest(Path(model))
+            found = model_digest(manifest).hex()
             if found != job.model_sha256:
                 what = f"{model} is another model than that of the job: its sha256 is {found[:12]}..., not {job.model_sha256[:12]}..."
                 raise FastVLMError(what, "copy the model directory of the driver to this node")
+            if job.image_size == "auto" and job.cascade != cascade_of(manifest):
+                what = f"{model} has another cascade than that of the job, {job.cascade}"
+                raise FastVLMError(what, "copy fastvlm.json of the driver to this node")
             red, green, blue = job.background
             background = (red, green, blue)
-            self._vlm = FastVLM.load(model, geometry=job.geometry, background=background, tune_process=True, **options)
+            self._vlm = FastVLM.load(
+                model, image_size=job.image_size, geometry=job.geometry, background=background, tune_process=True, **options
+            )
         except FastVLMError as error:
             raise FastVLMError(f"on {socket.gethostname()}: {error.what}", error.mend) from None
         self._job = job
@@ -82,7 +88,7 @@ class Describe:
         """Answer a batch of Ray Data, whose columns are `image` and perhaps `prompt` and others.
 
         An image is a path, encoded bytes, or {bytes, path} as in Hugging Face's datasets. The result has all columns but `image`, and
-        `text`, `stop_reason`, `confidence` and `error`, each of them None where it does not apply. No row raises an error.
+        `text`, `stop_reason`, `confidence`, `image_size` and `error`, each of them None where it does not apply. No row raises an error.
         """
         count = len(batch["image"])
         prompts = batch.get("prompt", [None] * count)
@@ -97,6 +103,7 @@ class Describe:
             "text": [answer.get("text") for answer in answers],
             "stop_reason": [answer.get("stop_reason") for answer in answers],
             "confidence": [each and each["mean"] for each in confidences],
+            "image_size": [answer.get("image_size") for answer in answers],
             "error": [each and f"{each['kind']}: {each['message']}" for each in errors],
         }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.cascade import ImageSize, check_image_size
 from fastvlm_edge.generation.images import model_digest
 from fastvlm_edge.generation.sampling import SamplingParams
 from fastvlm_edge.inputs.rgb import to_colour
@@ -39,6 +40,10 @@ class Job:
     """Red, green and blue, 0 to 255."""
     sampling: dict[str, Any]
     """Options of `FastVLM.generate`, defaults included."""
+    image_size: Any = None
+    """Pixels of a side, or `auto`; None is the model's default."""
+    cascade: dict[str, Any] | None = None
+    """What decides with `auto`, if it was fitted."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -57,8 +62,13 @@ def job_for(
     system: str | None = None,
     geometry: str | None = None,
     background: str = "white",
+    image_size: ImageSize = None,
 ) -> Job:
-    """The job of a model. `sampling` has options of `FastVLM.generate`; the others are those of `FastVLM.load` and `open_rows`."""
+    """The job of a model. `sampling` has options of `FastVLM.generate`; the others are those of `FastVLM.load` and `open_rows`.
+
+    Raises FastVLMError if the model does not have the `image_size`.
+    """
+    check_image_size(image_size, manifest)
     defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams) if field.name != "format"}
     options = json.loads(json.dumps({**defaults, **sampling}))  # tuples become lists, as they are read again
     return Job(
@@ -69,7 +79,15 @@ def job_for(
         geometry=geometry or manifest.vision.geometry,
         background=list(to_colour(background)),
         sampling=options,
+        image_size=None if image_size == manifest.vision.image_size else image_size,
+        cascade=cascade_of(manifest) if image_size == "auto" else None,
     )
+
+
+def cascade_of(manifest: Manifest) -> dict[str, Any] | None:
+    """What decides an answer with `auto`."""
+    cascade = manifest.cascade
+    return None if cascade is None else {name: getattr(cascade, name) for name in ("sizes", "threshold", "confidence")}
 
 
 def sidecar(results: Path) -> Path:

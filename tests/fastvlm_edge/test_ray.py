@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from fastvlm_edge.commands import batch
 from fastvlm_edge.commands.demo import MODEL
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.evaluation.data import ArchivedPicture
-from fastvlm_edge.model_dir.manifest import read_manifest
+from fastvlm_edge.model_dir.manifest import Cascade, read_manifest
 from fastvlm_edge.ray import BYTES, Describe, Share, _calls, share_of
+from tests.support.cascade import LARGE, MIDDLE, SIZES, SMALL, build_sizes
 
 COFFEE = Path(fastvlm_edge.__file__).parent / "pictures" / "coffee.jpg"
 BOARD = {"CPU": 6.0, "GPU": 1.0}
@@ -87,13 +89,25 @@ def test_a_batch_of_ray_data(model_dir: Path, job: Job) -> None:
     found = describe({"label": list("abcdef"), "image": images, "prompt": prompts})
     with FastVLM.load(model_dir, "ort", threads=1) as vlm:
         expected = [vlm.generate(question, COFFEE, max_new_tokens=4).text for question in ("What is it?", "Why?", "What is it?")]
-    assert set(found) == {"label", "prompt", "text", "stop_reason", "confidence", "error"}
+    assert set(found) == {"label", "prompt", "text", "stop_reason", "confidence", "image_size", "error"}
+    assert found["image_size"] == [256, 256, 256, None, None, None]
     assert found["label"] == list("abcdef")
     assert found["text"] == [*expected, None, None, None]
     assert found["error"][:3] == [None] * 3
     assert found["error"][3].startswith("missing: /missing.jpg does not exist")
     assert found["error"][4:] == ["input: no picture", "input: its image is of type int, not a path or bytes"]
     assert all(0 < each <= 1 for each in found["confidence"][:3]) and found["confidence"][3:] == [None] * 3
+
+
+def test_the_pictures_have_the_size_of_the_job(tmp_path: Path) -> None:
+    directory = build_sizes(tmp_path / "model", cascade=Cascade(SIZES, 0.0, "mean"))
+    manifest = read_manifest(directory)
+    for asked, size in ((MIDDLE, MIDDLE), ("auto", SMALL), (None, LARGE)):
+        sized = job_for(manifest, {"max_new_tokens": 4}, prompt="What is it?", image_size=asked)  # type: ignore[arg-type]
+        assert Describe(str(directory), sized, backend="ort", threads=1)({"image": [str(COFFEE)]})["image_size"] == [size]
+    other = replace(manifest, cascade=None)
+    with pytest.raises(FastVLMError, match="another cascade than that of the job"):
+        Describe(str(directory), job_for(other, {}, image_size="auto"), backend="ort", threads=1)
 
 
 def test_another_model_on_a_node(model_dir: Path, job: Job, tmp_path: Path) -> None:

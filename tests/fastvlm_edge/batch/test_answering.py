@@ -19,13 +19,14 @@ from PIL import Image
 
 from fastvlm_edge import FastVLM
 from fastvlm_edge.backends.protocol import Backend
-from fastvlm_edge.batch import answering as module
 from fastvlm_edge.batch.answering import RowAnswerer
 from fastvlm_edge.batch.job import Job, job_for
 from fastvlm_edge.batch.rows import Row
 from fastvlm_edge.errors import FastVLMError, PictureError
 from fastvlm_edge.evaluation.data import ArchivedPicture
+from fastvlm_edge.inputs import preprocess as module
 from fastvlm_edge.inputs.preprocess import preprocess as prepared
+from tests.support.cascade import LARGE, SIZES, SMALL, build_sizes, with_cascade
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_every_row_has_the_answer_of_generate(model: FastVLM) -> None:
             assert found[id][name] == expected[name]
         assert found[id]["confidence"] == pytest.approx(expected["confidence"], rel=1e-4)  # other sums
         assert found[id]["timings"].keys() == expected["timings"].keys()
-        assert list(found[id]) == ["id", "text", "confidence", "stop_reason", "timings"]
+        assert list(found[id]) == ["id", "text", "confidence", "stop_reason", "image_size", "tried_sizes", "timings"]
 
 
 def test_what_cannot_be_answered_is_an_error_of_its_kind(model: FastVLM, tmp_path: Path) -> None:
@@ -279,6 +280,17 @@ def test_two_pictures_are_decoded_at_a_time_and_one_without_memory_again_alone(m
     assert max(counts) == 2 and alone == [1]
     assert [id for id, row in found.items() if "error" in row] == ["812"]
     assert found["812"]["error"]["kind"] == "memory" and "2 MiB" in found["812"]["error"]["message"]
+
+
+def test_rows_are_answered_at_the_size_of_the_job(tmp_path: Path) -> None:
+    with FastVLM.load(build_sizes(tmp_path / "model"), "ort", threads=1, slots=3) as sized:
+        auto = with_cascade(sized, 1.0)
+        for vlm, asked, size, tried in ((sized, SMALL, SMALL, []), (sized, "auto", LARGE, []), (auto, "auto", LARGE, SIZES)):
+            rows = [Row(str(number), picture(number), "x") for number in range(6)]
+            chosen = job_for(vlm.manifest, {"max_new_tokens": 6}, image_size=asked)  # type: ignore[arg-type]
+            for row in RowAnswerer(vlm, chosen).answer(rows):
+                assert row["text"] == sized.generate("x", picture(int(row["id"])), image_size=size, max_new_tokens=6).text
+                assert (row["image_size"], row["tried_sizes"]) == (size, tried)
 
 
 def test_an_error_about_a_picture_keeps_its_kind_in_another_process() -> None:

@@ -93,6 +93,8 @@ def test_a_damaged_line_between_rows_is_named_and_nothing_is_changed(path: Path)
         ({"prompt": None}, 'the prompt "What?", but now it is null'),
         ({"system": ""}, 'the system null, but now it is ""'),
         ({"geometry": "crop"}, 'the geometry "pad", but now it is "crop"'),
+        ({"image_size": 512}, "the image size null, but now it is 512"),
+        ({"image_size": "auto", "cascade": {"sizes": [256, 512]}}, 'the image size null, but now it is "auto"'),
         ({"background": [0, 0, 0]}, "the background [255, 255, 255], but now it is [0, 0, 0]"),
         ({"sampling": {"max_new_tokens": 9, "stop": []}}, "the max new tokens 8, but now it is 9"),
         ({"sampling": {"max_new_tokens": 8, "stop": [], "regex": "[0-9]+"}}, 'the regex null, but now it is "[0-9]+"'),
@@ -105,6 +107,14 @@ def test_another_job_does_not_go_on_in_the_file(path: Path, changed: dict[str, A
     assert says in str(error.value) and str(path) in str(error.value)
     assert path.read_bytes() == before
     assert replace(JOB, **changed).digest() != JOB.digest()
+
+
+def test_a_file_from_before_there_were_sizes_goes_on(path: Path) -> None:
+    job = json.loads(sidecar(path).read_text(encoding="utf-8"))
+    del job["image_size"], job["cascade"]
+    sidecar(path).write_text(json.dumps(job), encoding="utf-8")
+    with Results(path, JOB) as results:
+        assert results.rows == 3
 
 
 def test_a_model_under_another_name_is_the_same(path: Path) -> None:
