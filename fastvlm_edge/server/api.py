@@ -38,13 +38,19 @@ class TextPart(Taken, tag_field="type", tag="text"):
     text: str
 
 
+_DETAIL = (
+    "The size at which the model sees it: `low` is its smallest, `high` and `original` are its largest. `auto`, the default, is what the "
+    "server was started with: a small size first and a larger one if the answer is not sure, where that was fitted, else the default size."
+)
+Detail: TypeAlias = Annotated[Literal["auto", "low", "high", "original"], Meta(description=_DETAIL)]
+
+
 class ImageUrl(Taken):
     """Where a picture is."""
 
     url: str
     """`data:image/jpeg;base64,...`; https: and file: only where the server allows them."""
-    detail: Literal["auto", "low", "high", "original"] | None = None
-    """Has no effect: the model always sees the picture at its own size."""
+    detail: Detail | None = None
 
 
 class ImagePart(Taken, tag_field="type", tag="image_url"):
@@ -58,6 +64,8 @@ class VideoUrl(Taken):
 
     url: str
     """As of a picture."""
+    detail: Detail | None = None
+    """Of all its frames."""
 
 
 class VideoPart(Taken, tag_field="type", tag="video_url"):
@@ -359,6 +367,10 @@ class Timings(Given):
     """Running the vision encoder; 0 for pictures that were sent before."""
     queue_ms: float
     """Waiting for a place."""
+    image_size: int | None
+    """Pixels per side of the last picture as the model saw it; null without a picture."""
+    tried_sizes: list[int]
+    """The sizes of the cascade at which the question was asked, in order. The answer is that at the last one; empty without a cascade."""
 
 
 class TokenAlternative(Given):

@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from fastvlm_edge.generation.async_vlm import AsyncFastVLM
+from fastvlm_edge.generation.cascade import sizes_to_try
 from fastvlm_edge.server import completions, metrics, openapi, page, responses, status, tokens
 from fastvlm_edge.server.access_log import AccessLog
 from fastvlm_edge.server.admission import Admission
@@ -74,8 +75,8 @@ def make_app(vlm: AsyncFastVLM, settings: Settings) -> Starlette:
 async def _warm(state: ServerState) -> None:
     """Run vision and decoder once, with every number of replies at a time, so that no request meets a first run."""
     try:
-        size = state.vlm.vlm.manifest.vision.image_size
-        picture = await state.vlm.encode_image(np.full((size, size, 3), 127, np.uint8))
+        for size in sizes_to_try(state.settings.image_size, state.vlm.vlm.manifest):
+            picture = await state.vlm.encode_image(np.full((size, size, 3), 127, np.uint8), image_size=size)
         lengths = [_WARM_TOKENS * number for number in range(1, state.settings.slots + 1)]
         await asyncio.gather(*(state.vlm.generate("What is this?", picture, max_new_tokens=length) for length in lengths))
     except Exception as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fastvlm_edge.model_dir.manifest import Manifest
-from fastvlm_edge.server.api import DeveloperMessage, Message, SystemMessage, TextPart, UserMessage, VideoPart
+from fastvlm_edge.generation.cascade import ImageSize, sizes_to_try
+from fastvlm_edge.model_dir.manifest import Manifest, visual_tokens
+from fastvlm_edge.server.api import Detail, DeveloperMessage, Message, SystemMessage, TextPart, UserMessage, VideoPart
 from fastvlm_edge.server.errors import RequestError
 from fastvlm_edge.server.pictures import Picture
 from fastvlm_edge.server.settings import FRAMES, Settings
@@ -56,7 +57,7 @@ def read_messages(messages: Sequence[Message], settings: Settings, manifest: Man
                 raise RequestError(400, "system messages stand before all others", param=place)
             system.append(_text(message.content))
         elif isinstance(message, UserMessage):
-            asked.append(_question(message, place, frames))
+            asked.append(_question(message, place, frames, {**_sizes(manifest), None: settings.image_size, "auto": settings.image_size}))
         elif not asked:
             raise RequestError(400, "an assistant message follows a user message", param=place)
         else:
@@ -72,19 +73,32 @@ def read_messages(messages: Sequence[Message], settings: Settings, manifest: Man
 def check(conversation: Conversation, settings: Settings, manifest: Manifest) -> None:
     """Raise RequestError for more pictures than are allowed, and for more text than fits in any case."""
     questions = [conversation.question, *(question for question, _ in conversation.history)]
-    pictures = sum(picture.most for question in questions for picture in question.pictures)
+    rows = [tokens for question in questions for tokens in least_rows(question, manifest)]
+    pictures, most = len(rows), max(rows, default=0)
     if pictures > settings.max_images:
         message = f"the conversation has {pictures} pictures, and at most {settings.max_images} are allowed{_fewer_frames(questions)}"
         raise RequestError(400, message, param="messages", code="too_many_images")
     characters, context = conversation.characters, manifest.decoder.context
-    if pictures * manifest.vision.tokens >= context:
-        most = (context - 1) // manifest.vision.tokens
-        message = f"{pictures} pictures take {pictures * manifest.vision.tokens} tokens; the context of {context} has room for {most}"
+    if sum(rows) >= context:
+        message = f"{pictures} pictures take {sum(rows)} tokens; the context of {context} has room for {(context - 1) // most}"
         message += _fewer_frames(questions)
+        if (low := manifest.vision.at(manifest.vision.sizes[0]).tokens) < most:
+            message += f"; a picture of detail low takes {low} of them"
         raise RequestError(400, message, param="messages", code="context_length_exceeded")
     if characters > _LONGEST_TOKEN * context:
         message = f"the conversation has {characters} characters, which do not fit into the context of {context} tokens"
         raise RequestError(400, message, param="messages", code="context_length_exceeded")
+
+
+def least_rows(question: Question, manifest: Manifest) -> list[int]:
+    """Visual tokens of each picture that the model may see of a question: of a cascade, at the first size."""
+    return [visual_tokens(sizes_to_try(picture.image_size, manifest)[0]) for picture in question.pictures for _ in range(picture.most)]
+
+
+def _sizes(manifest: Manifest) -> dict[Detail | None, ImageSize]:
+    """What the values of `detail` stand for."""
+    sizes = manifest.vision.sizes
+    return {"low": sizes[0], "high": sizes[-1], "original": sizes[-1]}
 
 
 def _fewer_frames(questions: Sequence[Question]) -> str:
@@ -93,7 +107,7 @@ def _fewer_frames(questions: Sequence[Question]) -> str:
     return f"; each clip is {clips[0]} of them, which media_io_kwargs.video.num_frames changes" if clips else ""
 
 
-def _question(message: UserMessage, place: str, frames: int) -> Question:
+def _question(message: UserMessage, place: str, frames: int, sizes: Mapping[Detail | None, ImageSize]) -> Question:
     if isinstance(message.content, str):
         return Question(message.content)
     texts, pictures = [], []
@@ -101,9 +115,10 @@ def _question(message: UserMessage, place: str, frames: int) -> Question:
         if isinstance(part, TextPart):
             texts.append(part.text)
         elif isinstance(part, VideoPart):
-            pictures.append(Picture(part.video_url.url, f"{place}.content[{index}].video_url.url", frames))
+            size = sizes[part.video_url.detail]
+            pictures.append(Picture(part.video_url.url, f"{place}.content[{index}].video_url.url", size, frames))
         else:
-            pictures.append(Picture(part.image_url.url, f"{place}.content[{index}].image_url.url"))
+            pictures.append(Picture(part.image_url.url, f"{place}.content[{index}].image_url.url", sizes[part.image_url.detail]))
     return Question(_lines(texts), tuple(pictures))
 
 

@@ -70,6 +70,8 @@ class Metrics:
         """By reason."""
         self.refused = Counter[int]()
         """By HTTP status."""
+        self.sizes = Counter[int]()
+        """Replies about pictures, by the size of those."""
         self._first = Counters()
         """Those of the model before the first request."""
         self._machine = _Machine(sensor, probe or Probe(), card=vlm.vlm.backend.name != "ort")
@@ -99,6 +101,9 @@ class Metrics:
         self._queue.observe(queue_seconds)
         if reply is None:
             return
+        if reply.image_size is not None:
+            with self._lock:
+                self.sizes[reply.image_size] += 1
         timings = reply.timings
         self._whole.observe(seconds)
         self._prompt.observe(timings.prompt_tokens)
@@ -143,6 +148,7 @@ class Metrics:
         counters = self._vlm.counters().since(self._first)
         with self._lock:
             waiting, running, ended, refused = self.waiting, self.running, dict(self.ended), dict(self.refused)
+            sizes = dict.fromkeys(self._vlm.manifest.vision.sizes, 0) | self.sizes
         finished = dict.fromkeys(FINISHED.values(), 0)
         for reason, number in ended.items():
             finished[FINISHED.get(reason, "error")] += number
@@ -160,6 +166,7 @@ class Metrics:
         yield count("spec_decode_num_draft_tokens", "Tokens that were guessed and verified.", counters.drafted_tokens)
         yield count("spec_decode_num_accepted_tokens", "How many of them were right.", counters.accepted_tokens)
         yield self._by("request_success", "Requests that ended, by how.", "finished_reason", finished)
+        yield self._by("replies_by_image_size", "Replies about pictures, by the size at which the model saw them.", "image_size", sizes)
         yield self._by("requests_rejected", "Requests that were refused, by HTTP status.", "status", refused)
         watts, joules, throttled = self._machine.power()
         if watts is not None:

@@ -15,13 +15,14 @@ from starlette.types import Receive
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.async_vlm import AsyncReplyStream
+from fastvlm_edge.generation.cascade import ImageSize
 from fastvlm_edge.generation.chat_file import ChatTurn
 from fastvlm_edge.generation.logprobs import TokenLogProb
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.server import api
-from fastvlm_edge.server.conversation import Conversation, Question
+from fastvlm_edge.server.conversation import Conversation
 from fastvlm_edge.server.errors import ClientGone, RequestError, failed, invalid_format, refused
-from fastvlm_edge.server.pictures import Encoded, encode
+from fastvlm_edge.server.pictures import Encoded, encode, encode_question
 from fastvlm_edge.server.state import ServerState
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ class Replies:
     """One or more replies that are being generated. `replies_to` makes it."""
 
     def __init__(self, state: ServerState, deadline: _Deadline, began: float, queue_seconds: float, encoded: Encoded) -> None:
-        self._metrics, self._deadline, self._began = state.metrics, deadline, began
+        self._metrics, self._known, self._deadline, self._began = state.metrics, state.pictures, deadline, began
         self._queue_seconds, self._encoded = queue_seconds, encoded
         self.done: dict[int, Reply] = {}
         """Index -> reply, of those that are complete."""
@@ -116,6 +117,7 @@ class Replies:
     @property
     def timings(self) -> api.Timings:
         """Those of the first reply; the tokens of several are added up, and the slowest counts."""
+        reply = self.done[min(self.done)]
         first, *others = [self.done[index].timings for index in sorted(self.done)]
         new = first.new_tokens + sum(timings.new_tokens for timings in others)
         rates = [(each.new_tokens, each.decode_tokens_per_second) for each in (first, *others) if each.decode_tokens_per_second]
@@ -133,6 +135,8 @@ class Replies:
             preprocess_ms=round(self._encoded.preprocess_ms, 3),
             vision_ms=round(self._encoded.vision_ms, 3),
             queue_ms=round(1e3 * self._queue_seconds + first.queue_ms, 3),
+            image_size=reply.image_size,
+            tried_sizes=reply.tried_sizes,
         )
 
     async def _read(self, index: int, stream: AsyncReplyStream) -> None:
@@ -150,6 +154,9 @@ class Replies:
                 said += len(logprobs)
                 self._give(Piece(index, text, logprobs))
             reply = stream.reply
+            if reply.image_size is not None:
+                for name in self._encoded.undecided:
+                    self._known.sizes.put(name, reply.image_size)
             self._finished(index, finish_reason(reply), reply)
             self._give(End(index, reply, (reply.logprobs or [])[said:]))
         except Exception as error:
@@ -224,18 +231,11 @@ async def replies_to(state: ServerState, conversation: Conversation, options: Ma
 
 async def _read_pictures(state: ServerState, conversation: Conversation) -> tuple[Encoded, list[ChatTurn]]:
     """Those of the question and, in turns, those of what was said before; the times are those of all."""
-    history, special = [], state.settings.special_tokens
+    history, special, more = [], state.settings.special_tokens, (state.vlm, state.settings, state.pictures)
     total = Encoded()
-
-    async def read(question: Question) -> Encoded:
-        encoded = await encode(question.pictures, state.vlm, state.settings, state.pictures)
-        total.preprocess_ms += encoded.preprocess_ms
-        total.vision_ms += encoded.vision_ms
-        return encoded
-
     for question, reply in conversation.history:
-        history.append(ChatTurn(question.prompt, reply, (await read(question)).images, special_tokens=special))
-    total.images = (await read(conversation.question)).images
+        history.append(ChatTurn(question.prompt, reply, await encode(question.pictures, total, *more), special_tokens=special))
+    await encode_question(conversation.question.pictures, total, *more)
     return total, history
 
 
@@ -244,6 +244,7 @@ def _ask(
 ) -> list[AsyncReplyStream]:
     """The streams, of which none has begun. It takes long if a long text is tokenized, or the format of a reply is compiled."""
     seed, streams = options.get("seed"), []
+    size: ImageSize = "auto" if encoded.undecided else None
     try:
         state.vlm.vlm.prepare_format(**{name: options[name] for name in FORMATS if name in options})
     except FastVLMError as error:
@@ -253,7 +254,9 @@ def _ask(
             chat = state.vlm.chat(system=conversation.system, history=history)
             more = {} if seed is None else {"seed": seed + index}
             special = state.settings.special_tokens
-            streams.append(chat.stream(conversation.question.prompt, encoded.images, **{**options, **more}, special_tokens=special))
+            streams.append(
+                chat.stream(conversation.question.prompt, encoded.images, **{**options, **more}, special_tokens=special, image_size=size)
+            )
     except FastVLMError as error:
         raise refused(error, "messages") from None
     return streams

@@ -107,7 +107,7 @@ def _texts(parts: Sequence[types.Content], place: str) -> list[api.TextPart]:
 
 def _part(part: types.Content) -> api.TextPart | api.ImagePart:
     if isinstance(part, types.InputImage):
-        return api.ImagePart(image_url=api.ImageUrl(url=part.image_url))
+        return api.ImagePart(image_url=api.ImageUrl(url=part.image_url, detail=part.detail))
     return api.TextPart(text=part.text)
 
 

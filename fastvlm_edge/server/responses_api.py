@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from msgspec import Meta, field
 
 from fastvlm_edge.generation.sampling import MAX_LOGPROBS
-from fastvlm_edge.server.api import Given, JsonObjectFormat, Taken, TextFormat
+from fastvlm_edge.server.api import Detail, Given, JsonObjectFormat, Taken, TextFormat
 
 # The request --------------------------------------------------------------------------------------------------------------------
 
@@ -26,8 +26,7 @@ class InputImage(Taken, tag_field="type", tag="input_image"):
 
     image_url: str
     """`data:image/jpeg;base64,...`; https: and file: only where the server allows them."""
-    detail: Literal["auto", "low", "high", "original"] | None = None
-    """Has no effect: the model always sees the picture at its own size."""
+    detail: Detail | None = None
     file_id: None = None
     """There are no stored files."""
 

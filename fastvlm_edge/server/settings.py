@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
+from fastvlm_edge.generation.cascade import ImageSize
 from fastvlm_edge.generation.vlm import SLOTS
 
 QUEUE = 4
@@ -36,6 +37,8 @@ class Settings:
     """Replies that are generated at a time."""
     queue: int = QUEUE * SLOTS
     """Requests that wait at a time; others get status 429."""
+    image_size: ImageSize = "auto"
+    """Of pictures whose `detail` does not say it. `auto` is the cascade, or the model's default size if it was never fitted."""
     max_tokens: int = 256
     """The longest reply, for requests that do not say."""
     timeout_seconds: float | None = None

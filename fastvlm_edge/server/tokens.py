@@ -12,13 +12,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fastvlm_edge.errors import FastVLMError
+from fastvlm_edge.generation.cascade import sizes_to_try
 from fastvlm_edge.generation.chat_file import conversation_ids, text_of
 from fastvlm_edge.generation.images import model_digest
 from fastvlm_edge.generation.vlm import FastVLM
 from fastvlm_edge.inputs.prompt import ChatTemplate
+from fastvlm_edge.model_dir.manifest import visual_tokens
 from fastvlm_edge.server.api import NEUTRAL as NEUTRAL_IN_CHATS
 from fastvlm_edge.server.api import Given, Message, Taken, read
-from fastvlm_edge.server.conversation import Question, read_messages
+from fastvlm_edge.server.conversation import Question, least_rows, read_messages
 from fastvlm_edge.server.errors import RequestError, refused
 from fastvlm_edge.server.settings import Settings
 from fastvlm_edge.server.state import ServerState
@@ -43,7 +45,7 @@ class TokenizeRequest(Taken):
     prompt: str | None = None
     """A text, as vLLM takes it."""
     messages: list[Message] | None = None
-    """A conversation as for `/v1/chat/completions`. Its pictures are counted, but not opened."""
+    """A conversation as for `/v1/chat/completions`. Its pictures are counted, but not opened; of a cascade, at the first size."""
     model: str | None = None
     parse_special: bool | None = None
     """Read special tokens in a text as tokens; the default is what the server does with prompts."""
@@ -120,6 +122,16 @@ class Modalities(Given):
     audio: bool = False
 
 
+class Cascade(Given):
+    """How `auto` answers: at the first size, and at the next one while the answer is not confident enough."""
+
+    sizes: list[int]
+    threshold: float
+    """The least probability with which an answer stands."""
+    confidence: str
+    """Whose: the geometric `mean` of its tokens, or that of the `least` likely one."""
+
+
 class Props(Given):
     """The answer of `GET /props`."""
 
@@ -133,11 +145,15 @@ class Props(Given):
     context: int
     """Tokens of a conversation, pictures and reply included."""
     image_size: int
-    """Pixels per side of a picture as the model sees it."""
+    """Pixels per side of a picture as the model sees it, for requests that do not say `detail`; of a cascade, the first size."""
+    image_sizes: list[int]
+    """All sizes of the model."""
     geometry: str
     """`pad` or `crop`."""
     visual_tokens: int
-    """Of each picture."""
+    """Of a picture of `image_size`."""
+    cascade: Cascade | None
+    """What decides without `detail`; null if it was never fitted, or the server was started with one size."""
     modalities: Modalities
     version: str
     system_fingerprint: str
@@ -190,6 +206,8 @@ def props(state: ServerState) -> Props:
     """What runs."""
     vlm = state.vlm.vlm
     manifest, record = vlm.manifest, vlm.backend.engines
+    cascade = manifest.cascade if state.settings.image_size == "auto" else None
+    size = sizes_to_try(state.settings.image_size, manifest)[0]
     return Props(
         model=state.model_name,
         precision=manifest.precision,
@@ -197,9 +215,11 @@ def props(state: ServerState) -> Props:
         engines=None if record is None else Engines(**{name: getattr(record, name) for name in Engines.__struct_fields__}),
         total_slots=state.settings.slots,
         context=manifest.decoder.context,
-        image_size=manifest.vision.image_size,
+        image_size=size,
+        image_sizes=manifest.vision.sizes,
         geometry=vlm.geometry,
-        visual_tokens=manifest.vision.tokens,
+        visual_tokens=visual_tokens(size),
+        cascade=None if cascade is None else Cascade(**{name: getattr(cascade, name) for name in Cascade.__struct_fields__}),
         modalities=Modalities(),
         version=__version__,
         system_fingerprint=state.fingerprint,
@@ -238,7 +258,7 @@ def _conversation(messages: list[Message], vlm: FastVLM, settings: Settings) -> 
     template, special = ChatTemplate(vlm.tokenizer, vlm.manifest), settings.special_tokens
 
     def rows(question: Question) -> list[int]:
-        return [vlm.manifest.vision.tokens] * sum(picture.most for picture in question.pictures)
+        return least_rows(question, vlm.manifest)
 
     turns = [
         (question.prompt, rows(question), special, vlm.tokenizer.encode(reply, special_tokens=special)) for question, reply in said.history
