@@ -46,6 +46,8 @@ class Settings:
     depths: tuple[int, ...] | None = None
     """Positions before a reply at which decoding is timed, besides those of the question itself. None means those of DEPTHS that fit."""
     image: str | None = None
+    image_size: int | None = None
+    """One of the sizes of the model, in pixels of a side. None is its default."""
     slots: tuple[int, ...] = ()
     """Numbers of conversations at once with which to measure, in ascending order."""
 
@@ -62,8 +64,9 @@ class Plan:
 
 def plan_for(manifest: Manifest, tokenizer: TextTokenizer, settings: Settings) -> Plan:
     """Length of the question, and the depths at which decoding is timed. Raises FastVLMError if the context is too small for them."""
-    length = length_of(manifest, tokenizer)
-    prompt = length(question_near(length, manifest.vision.tokens + settings.text_tokens))
+    vision = manifest.vision.at(settings.image_size or manifest.vision.image_size)
+    length = length_of(manifest, tokenizer, vision.tokens)
+    prompt = length(question_near(length, vision.tokens + settings.text_tokens))
     room = manifest.decoder.context - settings.new_tokens
     if prompt > room:
         raise FastVLMError(
@@ -83,10 +86,10 @@ def plan_for(manifest: Manifest, tokenizer: TextTokenizer, settings: Settings) -
     return Plan(prompt, tuple(sorted({prompt, *settings.depths})))
 
 
-def length_of(manifest: Manifest, tokenizer: TextTokenizer) -> Callable[[str], int]:
-    """A function that returns the number of positions of a question with one picture."""
+def length_of(manifest: Manifest, tokenizer: TextTokenizer, rows: int) -> Callable[[str], int]:
+    """A function that returns the number of positions of a question with one picture of so many visual tokens."""
     template = ChatTemplate(tokenizer, manifest)
-    return lambda prompt: len(template.opening()) + len(template.turn(prompt, (manifest.vision.tokens,)))
+    return lambda prompt: len(template.opening()) + len(template.turn(prompt, (rows,)))
 
 
 def measure(directory: Path, settings: Settings) -> Iterator[Line]:
@@ -94,7 +97,12 @@ def measure(directory: Path, settings: Settings) -> Iterator[Line]:
     memory = _device_memory(settings.backend)
     began = time.perf_counter()
     manifest, tokenizer, backend = load_parts(
-        directory, settings.backend, threads=settings.threads, slots=max(settings.slots, default=1), tune_process=True
+        directory,
+        settings.backend,
+        threads=settings.threads,
+        slots=max(settings.slots, default=1),
+        image_size=settings.image_size,
+        tune_process=True,
     )
     yield _figure("load_ms", (time.perf_counter() - began) * 1e3)
     with closing(backend):
@@ -144,11 +152,12 @@ class Subject:
         whole = next_capacity(manifest.decoder.context) * backend.position_bytes
         engine = Engine(self._timed, manifest.decoder, cache_memory=backend.slots * whole)  # so that no conversation waits for memory
         # Every figure is that of plain work; but a chat still goes on where it was.
-        self._vlm = FastVLM(endless, tokenizer, engine, prefix_cache=False, image_cache=0, speculate=False)
-        self._remembering = FastVLM(endless, tokenizer, engine, speculate=False)
+        size = settings.image_size
+        self._vlm = FastVLM(endless, tokenizer, engine, image_size=size, prefix_cache=False, image_cache=0, speculate=False)
+        self._remembering = FastVLM(endless, tokenizer, engine, image_size=size, speculate=False)
         """The same model, as `FastVLM.load` gives it, but for guesses."""
         self._room = manifest.decoder.context - plan.prompt_tokens
-        self._length = length_of(manifest, tokenizer)
+        self._length = length_of(manifest, tokenizer, self._vlm.manifest.vision.at(self._vlm.fixed_size()).tokens)
         self._pictures = Pictures(None if settings.image is None else Path(settings.image))
         self._new_tokens = settings.new_tokens
         self._plan = plan

@@ -62,14 +62,16 @@ class Measurement:
     def document(self) -> dict[str, Any]:
         """The record so far."""
         manifest, settings = self.manifest, self.settings
+        vision = manifest.vision.at(settings.image_size or manifest.vision.image_size)
         temperatures = [value for state in self._states if (value := hottest(state)) is not None]
         facts: dict[str, Any] = {
             "model": {
                 "directory": str(self.directory),
                 "name": manifest.name,
                 "precision": manifest.precision,
-                "image_size": manifest.vision.image_size,
-                "visual_tokens": manifest.vision.tokens,
+                "image_size": vision.image_size,
+                "visual_tokens": vision.tokens,
+                "image_sizes": manifest.vision.sizes,
                 "context": manifest.decoder.context,
                 "toolkit_version": manifest.toolkit_version,
                 "source": manifest.source.files,

@@ -18,7 +18,7 @@ from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.inputs.prompt import ChatTemplate
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.limits import IMAGE_SIZES, MIN_ANSWER
-from fastvlm_edge.model_dir.manifest import STRIDE, Manifest
+from fastvlm_edge.model_dir.manifest import Manifest, visual_tokens
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -157,11 +157,19 @@ def _key_before(timeline: _Timeline, at: int) -> int:
 
 
 def check_frames(
-    manifest: Manifest, tokenizer: TextTokenizer, prompt: str, frames: int, *, system: str | None = None, special_tokens: bool = False
+    manifest: Manifest,
+    tokenizer: TextTokenizer,
+    prompt: str,
+    frames: int,
+    *,
+    image_size: int | None = None,
+    system: str | None = None,
+    special_tokens: bool = False,
 ) -> None:
     """Raise FastVLMError if so many frames and the question leave no room for a reply, with the number or the size that would fit."""
     template = ChatTemplate(tokenizer, manifest)
-    tokens, context = manifest.vision.tokens, manifest.decoder.context
+    vision = manifest.vision if image_size is None else manifest.vision.at(image_size)
+    tokens, context = vision.tokens, manifest.decoder.context
     one, two = (len(template.opening(system)) + len(template.turn(prompt, [tokens] * n, special_tokens=special_tokens)) for n in (1, 2))
     between = two - one - tokens
     """Tokens that stand between two frames."""
@@ -171,9 +179,10 @@ def check_frames(
         return
     room = context - text - MIN_ANSWER
     advice = ["convert with a larger --context"]
-    size = next((size for size in reversed(IMAGE_SIZES) if frames * ((size // STRIDE) ** 2 + between) <= room), None)
-    if size is not None:
-        advice.insert(0, f"convert with --image-size {size}, which has room for {frames}")
+    fitting = [size for size in IMAGE_SIZES if frames * (visual_tokens(size) + between) <= room]
+    if fitting:
+        known = [size for size in fitting if size in manifest.vision.sizes]
+        advice.insert(0, f"{'give' if known else 'convert with'} --image-size {(known or fitting)[-1]}, which has room for {frames}")
     most = room // (tokens + between)
     advice.insert(0, f"take at most {most} frame{'s' * (most != 1)}" if most > 0 else "shorten the question")
     raise FastVLMError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Literal
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir import limits
@@ -58,6 +59,11 @@ def at_least_zero(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
     return value
+
+
+def image_size(text: str) -> int | Literal["auto"]:
+    """One of the sizes of a model, which is judged when it is loaded, or `auto`."""
+    return "auto" if text == "auto" else positive(text)
 
 
 def image_sizes(text: str) -> list[int]:

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     source = os.path.abspath(options.input) if options.engine == "ray" else options.input
     rows = open_rows(source, prompt=options.prompt, images=options.images).shard(*options.shard).first(options.limit)
     _check_distinct(options, rows)
-    options.model = Path(model_directory(options.model, SilentProgress() if options.quiet else stderr_progress()))
+    options.model = Path(model_directory(options.model, SilentProgress() if options.quiet else stderr_progress(), options.image_size))
     job = job_for(
         read_manifest(options.model),
         sampling,
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         system=options.system,
         geometry=options.geometry,
         background=options.background,
+        image_size=options.image_size,
     )
     summary = Summary()
     with Results(options.output, job, retry_errors=options.retry_errors) as results:

@@ -63,6 +63,7 @@ def _work(options: argparse.Namespace) -> list[Work]:
         new_tokens=options.new_tokens,
         depths=options.depths,
         image=options.image,
+        image_size=options.image_size,
         slots=tuple(sorted(set(options.slots))),
     )
     work: list[Work] = []
@@ -202,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--processes", metavar="N", type=positive, default=5, help="each process reloads the model (default: %(default)s)")
     group.add_argument("--runs", metavar="N", type=positive, default=3, help="runs per process, after a warm-up (default: %(default)s)")
     group.add_argument("--image", metavar="FILE", help="photograph (default: one of 512 x 341 pixels)")
+    group.add_argument("--image-size", metavar="PX", type=positive, help="one of the sizes of the model (default: the first of them)")
     group.add_argument(
         "--text-tokens", metavar="N", type=positive, default=TEXT_TOKENS, help="text tokens of the prompt (default: %(default)s)"
     )

@@ -20,9 +20,10 @@ from fastvlm_edge.backends.ort_session import share_arena
 from fastvlm_edge.backends.protocol import PREFILL_CHUNK
 from fastvlm_edge.backends.select import BACKENDS
 from fastvlm_edge.camera.clip import FRAMES, check_frames, frames_of_clip
-from fastvlm_edge.commands.arguments import given, given_path, positive
+from fastvlm_edge.commands.arguments import given, given_path, image_size, positive
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.generation.answer_format import answer_format, read_schema, schema_text
+from fastvlm_edge.generation.cascade import ImageSize, sizes_to_try
 from fastvlm_edge.generation.engine import Engine
 from fastvlm_edge.generation.grammar import compile_grammar
 from fastvlm_edge.generation.reply import Reply
@@ -91,7 +92,9 @@ def main(arguments: Sequence[str]) -> int:
 def check_reply(manifest: Manifest, tokenizer: TextTokenizer, options: argparse.Namespace, sampling: dict[str, Any], images: int) -> None:
     """Raise FastVLMError if the model cannot be asked this, or cannot answer in this format. `sampling` is that of `sampling_options`."""
     special = sampling.get("special_tokens", False)
-    check_question(manifest, tokenizer, options.prompt, images, system=options.system, special_tokens=special)
+    check_question(
+        manifest, tokenizer, options.prompt, images, image_size=options.image_size, system=options.system, special_tokens=special
+    )
     check_format(manifest, tokenizer, sampling)
 
 
@@ -184,7 +187,10 @@ def _images(options: argparse.Namespace) -> list[ImageInput]:
 
 def _frames(options: argparse.Namespace, manifest: Manifest, tokenizer: TextTokenizer, *, special_tokens: bool) -> list[ImageInput]:
     """The frames of the clip. Raises FastVLMError before they are decoded if they do not fit into the context."""
-    check = partial(check_frames, manifest, tokenizer, options.prompt, system=options.system, special_tokens=special_tokens)
+    size = sizes_to_try(options.image_size, manifest)[0]
+    check = partial(
+        check_frames, manifest, tokenizer, options.prompt, image_size=size, system=options.system, special_tokens=special_tokens
+    )
     return list(frames_of_clip(options.video, FRAMES if options.frames is None else options.frames, check=check))
 
 
@@ -196,7 +202,8 @@ def _summary(reply: Reply, power: PowerFigures | NoSensor) -> str:
     timings = reply.timings
     speed = f", then {timings.decode_tokens_per_second:.1f} tokens/s" if timings.new_tokens > 1 else ""
     tokens = f"{timings.new_tokens} token{'s' * (timings.new_tokens != 1)}{ENDS.get(reply.stop_reason, '')}"
-    return f"[{tokens}, first after {timings.ttft_ms:.0f} ms{speed}; {reply.backend}, {reply.precision}{_power(power)}]"
+    size = f"; {', then '.join(map(str, reply.tried_sizes))} px" if reply.tried_sizes else ""
+    return f"[{tokens}, first after {timings.ttft_ms:.0f} ms{speed}{size}; {reply.backend}, {reply.precision}{_power(power)}]"
 
 
 def _power(figures: PowerFigures | NoSensor) -> str:
@@ -305,39 +312,55 @@ def add_reply_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def model_directory(model: str | Path, progress: Progress) -> str | Path:
-    """The model directory that a MODEL of the command line stands for: itself, or a hub id after its conversion."""
+def model_directory(model: str | Path, progress: Progress, image_size: ImageSize = None) -> str | Path:
+    """The model directory that a MODEL of the command line stands for: itself, or a hub id after its conversion, for one size if given."""
     if not is_hub_id(os.fspath(model)):
         return model
     share_arena()  # for the comparison with PyTorch, too
-    return converted(model, progress=progress)
+    return converted(model, image_size=image_size if isinstance(image_size, int) else None, progress=progress)
 
 
 def load(
-    options: argparse.Namespace, progress: Progress, check: Callable[[Manifest, TextTokenizer], None] | None = None, *, slots: int = 1
+    options: argparse.Namespace,
+    progress: Progress,
+    check: Callable[[Manifest, TextTokenizer], None] | None = None,
+    *,
+    slots: int = 1,
+    default_size: ImageSize = None,
 ) -> FastVLM:
     """The model, loaded with the options of `add_loading_options`. `check` and errors as in `load_parts`.
 
-    A hub id is converted at its first use.
+    A hub id is converted at its first use. `default_size` is the size of pictures without `--image-size`.
     """
+    size = options.image_size or default_size
     manifest, tokenizer, backend = load_parts(
-        model_directory(options.model, progress),
+        model_directory(options.model, progress, options.image_size),
         options.backend,
         threads=options.threads,
         slots=slots,
+        image_size=size,
         verify=options.verify,
         tune_process=True,
         progress=progress,
         check=check,
     )
+    if options.image_size == "auto" and manifest.cascade is None:
+        progress.note(f"warning: {never_fitted(manifest, options.model)}")
     return FastVLM(
         manifest,
         tokenizer,
         Engine(backend, manifest.decoder),
+        image_size=size,
         geometry=options.geometry,
         background=options.background,
         prefill_chunk=options.prefill_chunk,
     )
+
+
+def never_fitted(manifest: Manifest, model: str | Path) -> str:
+    """What `--image-size auto` means for a model without a cascade."""
+    fit = f"fastvlm-edge eval {shlex.quote(os.fspath(model))} --data FILE --image-size auto --accuracy-drop 0.5"
+    return f"--image-size auto of this model was never fitted, so pictures have {manifest.vision.image_size} px; run: {fit}"
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -347,6 +370,13 @@ def add_loading_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
         "--backend", choices=BACKENDS, default="auto", help="what runs the model; auto takes the best that can (default: %(default)s)"
     )
     group.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: all that this process may use)")
+    group.add_argument(
+        "--image-size",
+        metavar="PX|auto",
+        type=image_size,
+        help="size of the pictures, one that the model was converted with (default: the first of them); auto answers at a small one first, "
+        "and at a larger one when it is not sure (docs/image_size.md)",
+    )
     group.add_argument("--geometry", choices=GEOMETRIES, help="how the image becomes a square (default: as converted)")
     group.add_argument(
         "--background",

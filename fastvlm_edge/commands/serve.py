@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         certificate = None if certify is None else certify()
         _warn_if_open(_address(listening, certificate), listening, settings)
         progress = SilentProgress() if options.quiet else stderr_progress()
-        with load(options, progress, slots=settings.slots) as vlm:
+        with load(options, progress, slots=settings.slots, default_size=settings.image_size) as vlm:
             asyncio.run(_serve(vlm, settings, listening, certificate, certify, quiet=options.quiet))
     return 0
 
@@ -209,6 +209,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         model_name=options.model_name,
         slots=options.slots,
         queue=QUEUE * options.slots if options.queue is None else options.queue,
+        image_size=options.image_size or "auto",
         max_tokens=options.max_tokens,
         timeout_seconds=options.timeout,
         drain_seconds=options.drain,

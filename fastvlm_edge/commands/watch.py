@@ -127,6 +127,8 @@ class Watch:
                 "file": frame.file,
                 "text": reply.text,
                 "stop_reason": reply.stop_reason,
+                "image_size": reply.image_size,
+                "tried_sizes": reply.tried_sizes,
                 "confidence": None if reply.confidence is None else dataclasses.asdict(reply.confidence),
                 "latency_ms": round((time.monotonic() - frame.arrived) * 1e3, 1),
                 "dropped": self._frames.dropped,

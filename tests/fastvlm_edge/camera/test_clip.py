@@ -271,7 +271,7 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
         return len(template.opening()) + len(template.turn("What happens?", [tokens] * frames)) + MIN_ANSWER
 
     assert fits(most) is None and positions(most) <= context < positions(most + 1)
-    assert "--image-size" not in says, "the demo already has the smallest"
+    assert "or convert with --image-size 128, which has room for" in says
     alone = fits(8, system="word " * 3000)
     assert (
         alone is not None and "take at most" not in alone and alone.endswith("; shorten the question, or convert with a larger --context")
