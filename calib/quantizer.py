@@ -58,9 +58,11 @@ MINIMUM = 8
 """Fewest pictures from which ranges mean anything."""
 VISION_PIXELS = 8 << 20
 """Pixels that are enough for ranges and second moments of the encoder: 32 pictures of 512 px, or MINIMUM pictures of 1024 px. More pictures
-add little, because each has thousands of positions, and take minutes each."""
+add little, because each has thousands of positions, and take minutes each. Of several image sizes, every picture is used at each."""
 POSITIONS = 40_000
 """Positions of conversations that are enough for the decoder."""
+MEASURED = 2
+"""Pictures at each size on which the damage to the image features is measured."""
 DAMAGE = 0.001
 """Largest accepted 1 - cosine of the image features if no accuracy drop is given."""
 DAMAGES = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005, 0.0002, 0.0001, 0.0)
@@ -113,21 +115,22 @@ class Quantizer:
         began = time.perf_counter()
         source, plan, manifest, progress = conversion.source, conversion.plan, conversion.manifest, conversion.progress
         folder = Path(conversion.cleanup.enter_context(tempfile.TemporaryDirectory(dir=conversion.directory, prefix=".calibration-")))
-        questions, pictures = self._read(manifest, conversion.tokenizer, folder, progress)
+        questions, pictures, other_sizes = self._read(manifest, conversion.tokenizer, folder, progress)
         used = self._count(len(questions))
         features = _encode(encoder, projector, pictures, self._feature_cache(source), progress)
 
         search = VisionSearch(encoder, projector, plan, folder=folder, progress=progress)
-        seen = pictures[: min(used, max(MINIMUM, VISION_PIXELS // manifest.vision.image_size**2))]
+        most = max(MINIMUM, VISION_PIXELS // sum(size**2 for size in manifest.vision.sizes))
+        seen = _alternating([*other_sizes, pictures], min(used, most))
         search.observe(seen, cache=self._cache(source, seen, search.key()))
-        search.measure(seen[:2])
+        search.measure(seen[: MEASURED * len(manifest.vision.sizes)])
         conversations = _enough(itertools.islice(zip(questions, features, strict=True), used))
         decoder = calibrate_decoder(source, conversations, plan, progress=progress, directory=conversion.directory)
         conversion.cleanup.callback(decoder.close)
         accuracy: dict[str, float] = {}
         certify: Callable[[Path, Manifest], None] | None = None
         if self.options.accuracy_drop is None:
-            vision = search.choose(seen, bound=DAMAGE)
+            vision = search.choose(seen, bound=DAMAGE, measured=MEASURED * len(manifest.vision.sizes))
         else:
             held_out = _HeldOut(questions[used:], features[used:], pictures[used:])
             vision, before, accuracy = self._keep_accuracy(conversion, search, seen, decoder, held_out, self.options.accuracy_drop)
@@ -141,22 +144,28 @@ class Quantizer:
         """How many of `total` examples calibrate: all except those that are held out, or three quarters if there are few."""
         return total if self.options.accuracy_drop is None else max(min(self.options.limit, total * 3 // 4), MINIMUM)
 
-    def _read(self, manifest: Manifest, tokenizer: TextTokenizer, folder: Path, progress: Progress) -> tuple[list[Question], _Pictures]:
+    def _read(
+        self, manifest: Manifest, tokenizer: TextTokenizer, folder: Path, progress: Progress
+    ) -> tuple[list[Question], _Pictures, list[_Pictures]]:
+        """The questions, their pictures at the default size, and their pictures at each of the other sizes."""
         progress.stage(f"read {self.data.source}", len(self.data))
-        pictures, questions = _Pictures(folder), []
+        vision = manifest.vision
+        pictures, others, questions = _Pictures(folder), {size: _Pictures(folder) for size in vision.other_sizes}, []
         for example, image in self.data.read(minimum=self.minimum):
             try:
                 question = _question(example, manifest, tokenizer, special_tokens=self.options.special_tokens)
                 check_room(question.ids, manifest)
-                pictures.add(preprocess(image, manifest.vision.image_size, manifest.vision.geometry))
+                pictures.add(preprocess(image, vision.image_size, vision.geometry))
             except FastVLMError as error:
                 self.data.skip(example.id, str(error), minimum=self.minimum)
                 continue
+            for size, smaller in others.items():
+                smaller.add(preprocess(image, size, vision.geometry))
             questions.append(question)
             progress.advance()
         for item in self.data.skipped:
             progress.note(f"skipped {item.id}: {item.reason}")
-        return questions, pictures
+        return questions, pictures, list(others.values())
 
     def _cache(self, source: Checkpoint, seen: _Pictures, recipe: str) -> ObservationCache | None:
         if self.options.cache is None:
@@ -190,7 +199,7 @@ class Quantizer:
         quantized, arithmetic = QuantizedDecoder(source, decoder, plan), Arithmetic.of(plan)
         lost = 0.0
         for damage in DAMAGES:
-            vision = search.choose(seen, bound=damage)
+            vision = search.choose(seen, bound=damage, measured=MEASURED * len(conversion.manifest.vision.sizes))
             search.apply(vision)
             progress.stage(f"measure with damage up to {damage:g}", layers + len(held_out.pictures))
             features = []
@@ -255,7 +264,7 @@ class _Findings:
 
     def write_report(self, directory: Path, manifest: Manifest) -> None:
         """Write `quantization.json` and `quantization.html` into the model directory, whose graphs and parity figures are complete."""
-        placements = {part: check_placement(directory / f"{part}.onnx") for part in PARTS}
+        placements = {part: check_placement(directory / f"{part}.onnx", {"size": manifest.vision.image_size}) for part in PARTS}
         features, groups = manifest.parity["image_features_w8a8"], _groups(self.vision)
         write_report(
             directory,
@@ -283,23 +292,28 @@ class _Findings:
         )
 
 
+def _alternating(sizes: Sequence[_Pictures], count: int) -> _Pictures:
+    """The first `count` pictures at every size: all sizes of the first picture, then those of the second."""
+    return _Pictures(Path(), [name for names in zip(*(pictures.names[:count] for pictures in sizes), strict=True) for name in names])
+
+
 class _Pictures(Sequence[Float32]):
     """pixel_values [1, 3, size, size], kept in files: 128 pictures of 1024 px would need 1.6 GB of memory."""
 
     def __init__(self, folder: Path, names: Sequence[Path] = ()) -> None:
-        self._folder, self._names = folder, list(names)
+        self._folder, self.names = folder, list(names)
 
     def add(self, pixel_values: Float32) -> None:
-        path = self._folder / f"picture-{len(self._names)}.npy"
+        path = self._folder / f"picture-{len(self.names)}-{pixel_values.shape[-1]}.npy"
         np.save(path, np.rint(pixel_values * 255).astype(np.uint8))
-        self._names.append(path)
+        self.names.append(path)
 
     def digest(self, index: int) -> str:
         """sha256 of a picture's shape and pixels."""
-        return hashlib.sha256(self._names[index].read_bytes()).hexdigest()
+        return hashlib.sha256(self.names[index].read_bytes()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     @overload
     def __getitem__(self, index: int) -> Float32: ...
@@ -307,8 +321,8 @@ class _Pictures(Sequence[Float32]):
     def __getitem__(self, index: slice) -> _Pictures: ...
     def __getitem__(self, index: int | slice) -> Float32 | _Pictures:
         if isinstance(index, slice):
-            return _Pictures(self._folder, self._names[index])
-        pixels: Float32 = np.load(self._names[index]).astype(np.float32) / np.float32(255)
+            return _Pictures(self._folder, self.names[index])
+        pixels: Float32 = np.load(self.names[index]).astype(np.float32) / np.float32(255)
         return pixels
 
 

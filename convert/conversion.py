@@ -38,8 +38,8 @@ class Conversion:
     directory: Path
     """The unfinished model directory. Everything that is left in it when the conversion ends is part of the model."""
     tokenizer: TextTokenizer
-    pictures: dict[int, list[Float32]]
-    """Size, the default first -> pixel_values [1, 3, size, size] of the stored pictures that the probe and the final check use."""
+    pictures: list[Float32]
+    """pixel_values [1, 3, size, size] of the stored pictures that the probe and the final check use, at the default size first."""
     progress: Progress
     cleanup: ExitStack
     """Closed when the conversion ends, even if it fails. Calibration registers its temporary files here."""

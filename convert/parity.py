@@ -262,8 +262,8 @@ def _fault(errors: RowErrors, divergence: float, steps: float) -> str | None:
 def check_parity(
     directory: Path,
     manifest: Manifest,
-    pictures: Mapping[int, Sequence[Float32]],
-    expected: Mapping[int, Sequence[Float32]],
+    pictures: Sequence[Float32],
+    expected: Sequence[Float32],
     conversation: Conversation,
     advance: Callable[[], None],
     *,
@@ -273,8 +273,6 @@ def check_parity(
 ) -> dict[str, Any]:
     """Run the graphs of `directory` and compare the image features of each picture, then the logits of the stored conversation.
 
-    `pictures` and `expected` are size -> pixel_values and image features of every picture.
-
     The decoder gets PyTorch's image features, so that each graph is tested alone, and its prompt in two chunks, so that the cache is tested
     too. `stored` is what PyTorch computes with the integers in the directory; None if the plan stores floats. With `activations`, the
     encoder's graph for a GPU is run as well, because only that one has quantised activations. `advance` is called for each picture and at
@@ -283,14 +281,11 @@ def check_parity(
     """
     bounds = BOUNDS[manifest.precision]
     setup = on_device(directory, manifest)
-    without = replace(manifest, files={name: record for name, record in manifest.files.items() if not name.endswith(".cpu.onnx")})
-    features: dict[str, Difference] = {}
-    for size, wanted in expected.items():
-        suffix = manifest.vision.suffix(size)
-        features[f"image_features{suffix}"] = _run_vision(OrtVision(setup, size), pictures[size], wanted, advance)
-        if activations:
-            vision = OrtVision(on_device(directory, without), size)
-            features[f"image_features_w8a8{suffix}"] = _run_vision(vision, pictures[size], wanted, lambda: None)
+    features = _by_size("image_features", manifest, _run_vision(OrtVision(setup), pictures, expected, advance))
+    if activations:
+        without = replace(manifest, files={name: record for name, record in manifest.files.items() if not name.endswith(".cpu.onnx")})
+        quantized = _run_vision(OrtVision(on_device(directory, without)), pictures, expected, lambda: None)
+        features |= _by_size("image_features_w8a8", manifest, quantized)
     decoder, dtype = OrtDecoder(setup), setup.manifest.decoder.dtype
     logits = _run_decoder(decoder, conversation, conversation.features, dtype)
     repeated = None if stored is None else _run_decoder(decoder, conversation, stored.features, dtype)
@@ -310,8 +305,8 @@ def check_parity(
     ]
     if stored is not None:
         assert bounds.stored is not None
-        cosine = figures["logits_stored_weights"]["cosine"]
-        checks.append(("decoder", "the cosine to the logits of the stored weights", cosine, bounds.stored))
+        found = figures["logits_stored_weights"]["cosine"]
+        checks.append(("decoder", "the cosine to the logits of the stored weights", found, bounds.stored))
     for part, what, value, bound in checks:
         if not value >= bound:
             text = f"the {manifest.precision} graphs do not agree with PyTorch: {what} is {value:.5f}, but must be at least {bound}"
@@ -332,19 +327,29 @@ def files_under_way(directory: Path) -> dict[str, FileRecord]:
     return {path.name: FileRecord("", path.stat().st_size) for path in directory.iterdir() if path.is_file()}
 
 
-def encode(directory: Path, manifest: Manifest, size: int, pictures: Sequence[Float32]) -> list[Float32]:
-    """The image features [tokens, hidden] of pictures of one size, by the encoder for a CPU of an unfinished model directory."""
-    vision = OrtVision(on_device(directory, replace(manifest, files=files_under_way(directory))), size)
+def encode(directory: Path, manifest: Manifest, pictures: Sequence[Float32]) -> list[Float32]:
+    """The image features [tokens, hidden] of each picture, computed on the CPU by the encoder of an unfinished model directory."""
+    vision = OrtVision(on_device(directory, replace(manifest, files=files_under_way(directory))))
     return [vision.encode(picture).numpy() for picture in pictures]
 
 
-def _run_vision(vision: OrtVision, pictures: Sequence[Float32], expected: Sequence[Float32], advance: Callable[[], None]) -> Difference:
-    """The largest difference among all pictures."""
+def _by_size(name: str, manifest: Manifest, found: Sequence[tuple[int, Difference]]) -> dict[str, Difference]:
+    """The largest difference of each size of pictures: `name` for the default size, and `name.512` for another."""
+    return {
+        f"{name}{manifest.vision.suffix(size)}": min((each for at, each in found if at == size), key=lambda difference: difference.cosine)
+        for size in dict.fromkeys(at for at, _ in found)
+    }
+
+
+def _run_vision(
+    vision: OrtVision, pictures: Sequence[Float32], expected: Sequence[Float32], advance: Callable[[], None]
+) -> list[tuple[int, Difference]]:
+    """Size and difference of every picture."""
     differences = []
     for picture, want in zip(pictures, expected, strict=True):
-        differences.append(compare(vision.encode(picture).numpy()[None], want))
+        differences.append((picture.shape[-1], compare(vision.encode(picture).numpy()[None], want)))
         advance()
-    return min(differences, key=lambda difference: difference.cosine)
+    return differences
 
 
 def _run_decoder(decoder: OrtDecoder, conversation: Conversation, features: Float32, dtype: str) -> Float32:

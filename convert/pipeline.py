@@ -27,7 +27,7 @@ from fastvlm_edge.convert.checkpoint.hashes import BackgroundHashes
 from fastvlm_edge.convert.checkpoint.model_name import check_name
 from fastvlm_edge.convert.checkpoint.text import TextAssets, read_text
 from fastvlm_edge.convert.conversion import Calibrate, Calibration, Conversion
-from fastvlm_edge.convert.cpu_int8 import TRIES, IntegerInputs, Noise, choose_blocks, watch_blocks
+from fastvlm_edge.convert.cpu_int8 import TRIES, Noise, choose_blocks, watch_blocks
 from fastvlm_edge.convert.fastvithd import FastViTHD
 from fastvlm_edge.convert.fine_inputs import UNUSUAL, NoiseWatch, Trial, choose_fine_inputs
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, WeightsFile
@@ -48,16 +48,7 @@ from fastvlm_edge.convert.parity import (
     probe_activations,
     run_passage,
 )
-from fastvlm_edge.convert.precision import (
-    NUMPY_NAMES,
-    VISION_STAGES,
-    Magnitudes,
-    PrecisionPlan,
-    PrecisionRefused,
-    fit,
-    on_cpu,
-    precision_plan,
-)
+from fastvlm_edge.convert.precision import NUMPY_NAMES, Magnitudes, PrecisionPlan, PrecisionRefused, fit, on_cpu, precision_plan
 from fastvlm_edge.convert.reference.decoder import Watch
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder, StoredMatrices
 from fastvlm_edge.convert.request import GEOMETRIES, check_output, check_space, choose_context, choose_image_sizes
@@ -67,7 +58,7 @@ from fastvlm_edge.convert.weights.vision import write_vision_weights
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
 from fastvlm_edge.model_dir.atomic import written_beside
-from fastvlm_edge.model_dir.engine_record import vision_graphs
+from fastvlm_edge.model_dir.engine_record import VISION_GRAPHS
 from fastvlm_edge.model_dir.manifest import (
     MANIFEST_NAME,
     DecoderSpec,
@@ -93,11 +84,11 @@ DEFAULT_PRECISIONS = ("int8", "fp16", "bf16", "fp32")
 class Reference:
     """What PyTorch computes with the checkpoint's own weights in FP32: the graphs are compared with it."""
 
-    features: dict[int, list[Float32]]
-    """Size -> image features [1, tokens, hidden] of every stored picture."""
+    features: list[Float32]
+    """Image features [1, tokens, hidden] of every picture of the conversion."""
     conversation: Conversation
-    noises: dict[int, list[Noise]]
-    """Size -> how coarse INT8 inputs would be, for every branch of the encoder's blocks."""
+    noises: list[Noise]
+    """How coarse INT8 inputs would be, for every branch of the encoder's blocks."""
 
 
 def convert(
@@ -118,12 +109,12 @@ def convert(
     """Convert a checkpoint (a directory or a hub id) into the model directory `output`, and return its manifest.
 
     `image_size` in pixels and `geometry` default to the checkpoint's own. Of several sizes (a list, or "1024,512") the first is the
-    default one, and each has its own graph of the encoder over the same weights. `context` in positions defaults to 4096 or to what the
-    LLM was trained for if that is less, and `name` to that of the hub repository or directory (`checkpoint.model_name`). `revision` is a
-    branch, tag or commit of the hub repository. `adapter`, another directory or hub id, is a fine-tune of the checkpoint, which is merged
-    into it first (`checkpoint.adapter`). `calibrate`, such as `calib.quantizer.Quantizer(...).calibrate`, chooses the integers of `int8`
-    and `int4`; without it they are rounded to nearest. `output` must not exist, unless `force` replaces a model directory. If anything
-    fails, nothing is left behind.
+    default one; the encoder then takes pictures of each. `context` in positions defaults to 4096 or to what the LLM was trained for if that
+    is less, and `name` to that of the hub repository or directory (`checkpoint.model_name`). `revision` is a branch, tag or commit of the
+    hub repository. `adapter`, another directory or hub id, is a fine-tune of the checkpoint, which is merged into it first
+    (`checkpoint.adapter`). `calibrate`, such as `calib.quantizer.Quantizer(...).calibrate`, chooses the integers of `int8` and `int4`;
+    without it they are rounded to nearest. `output` must not exist, unless `force` replaces a model directory. If anything fails, nothing
+    is left behind.
 
     `precision` None tries DEFAULT_PRECISIONS in turn; the notes of the manifest say which were refused and why. With `calibrate` it means
     `int8` alone. Raises PrecisionRefused if the model cannot be held in the precision, or in any that was tried, and FastVLMError for
@@ -184,7 +175,7 @@ def _write(
             manifest=manifest,
             directory=directory,
             tokenizer=TextTokenizer(directory / "tokenizer.json"),
-            pictures={size: stored_pictures(size, vision.geometry) for size in (vision.image_size, *vision.other_sizes)},
+            pictures=[picture for size in vision.every_size for picture in stored_pictures(size, vision.geometry)],
             progress=progress,
             cleanup=cleanup,
         )
@@ -267,18 +258,16 @@ def probe(conversion: Conversion, encoder: FastViTHD, projector: nn.Sequential) 
     """
     progress = conversion.progress
     moved: dict[str, list[int]] = {}
-    with watch_encoder(encoder) as channels:
-        probes = _probe_sizes(conversion, encoder, projector)
-    features = {size: each.features for size, each in probes.items()}
+    with watch_blocks(encoder) as noises, watch_encoder(encoder) as channels:
+        largest, features = probe_activations(encoder, projector, conversion.pictures)
     if conversion.plan.vision_weights.bits and (moved := move_in_encoder(encoder, channels)):
-        probes = _probe_sizes(conversion, encoder, projector)
-    largest = {stage: max(each.largest[stage] for each in probes.values()) for stage in VISION_STAGES}
-    picture = features[conversion.manifest.vision.image_size][0][0]
-    conversation = _converse(conversion, picture, seen := ChannelWatch())
+        with watch_blocks(encoder) as noises:
+            largest, _ = probe_activations(encoder, projector, conversion.pictures)
+    conversation = _converse(conversion, features[0][0], seen := ChannelWatch())
     moves = find_moves(seen, conversion.source.text, conversion.plan)
     if moves.factors:
         conversion.source = conversion.source.rescaled(moves.factors)
-        conversation = replace(conversation, magnitudes=_converse(conversion, picture).magnitudes)
+        conversation = replace(conversation, magnitudes=_converse(conversion, features[0][0]).magnitudes)
     moved |= moves.channels
     if moved:
         progress.note(_moved(moved))
@@ -297,27 +286,7 @@ def probe(conversion: Conversion, encoder: FastViTHD, projector: nn.Sequential) 
             "up_shifts": {str(layer): shift for layer, shift in conversion.plan.up_shifts.items()},
         },
     )
-    return Reference(features, conversation, {size: each.noises for size, each in probes.items()})
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """What the encoder computes for pictures of one size, in FP32."""
-
-    largest: dict[str, float]
-    """Stage -> largest magnitude."""
-    features: list[Float32]
-    noises: list[Noise]
-
-
-def _probe_sizes(conversion: Conversion, encoder: FastViTHD, projector: nn.Sequential) -> dict[int, _Probe]:
-    """Size -> what PyTorch computes for the stored pictures of that size."""
-    probes = {}
-    for size, pictures in conversion.pictures.items():
-        with watch_blocks(encoder) as noises:
-            largest, features = probe_activations(encoder, projector, pictures)
-        probes[size] = _Probe(largest, features, noises)
-    return probes
+    return Reference(features, conversation, noises)
 
 
 def _converse(conversion: Conversion, features: Float32, watch: Watch | None = None) -> Conversation:
@@ -354,25 +323,19 @@ def write_vision(conversion: Conversion, encoder: FastViTHD, projector: nn.Seque
     with _weights(conversion.directory / "vision.weights") as weights:
         write_vision_weights(encoder, projector, plan, weights, progress.advance, integers)
     scales = {} if integers is None else integers.activation_scales
-    for size in conversion.pictures:
-        preferred, fp32_scales, float_inputs = vision_graphs(conversion.manifest.vision.part(size))
-        _save_vision(conversion, weights, size, preferred, plan, scales=scales)
-        if scales:
-            _save_vision(conversion, weights, size, fp32_scales, plan, scales=scales, fp32_scales=True)
-            _save_vision(conversion, weights, size, float_inputs, plan)
-        if _needs_cpu_graph("vision", plan):
-            _save_vision(conversion, weights, size, _cpu_graph(conversion, size), on_cpu(plan))
+    preferred, fp32_scales, float_inputs = VISION_GRAPHS
+    _save_vision(conversion, weights, preferred, plan, scales=scales)
+    if scales:
+        _save_vision(conversion, weights, fp32_scales, plan, scales=scales, fp32_scales=True)
+        _save_vision(conversion, weights, float_inputs, plan)
+    if _needs_cpu_graph("vision", plan):
+        _save_vision(conversion, weights, "vision.cpu.onnx", on_cpu(plan))
     return weights
-
-
-def _cpu_graph(conversion: Conversion, size: int) -> str:
-    return f"{conversion.manifest.vision.part(size)}.cpu.onnx"
 
 
 def _save_vision(
     conversion: Conversion,
     weights: WeightsFile,
-    size: int,
     file: str,
     plan: PrecisionPlan,
     *,
@@ -382,6 +345,7 @@ def _save_vision(
 ) -> None:
     graph = GraphBuilder("vision", weights)
     spec = conversion.manifest.vision
+    size = None if spec.other_sizes else spec.image_size
     build_vision(graph, conversion.source.vision, spec.hidden, size, plan, scales, integer_inputs, fp32_scales=fp32_scales)
     graph.save(conversion.directory / file)
 
@@ -414,45 +378,31 @@ def _needs_cpu_graph(part: str, plan: PrecisionPlan) -> bool:
     return on_cpu(plan) != plan or (part == "decoder" and plan.decoder == "fp32")
 
 
-def choose_cpu_int8(
-    conversion: Conversion, reference: Reference, weights: WeightsFile, calibration: Calibration | None
-) -> dict[int, list[Float32]]:
-    """Let the encoder's graphs for a CPU compute as many blocks in INT8 as the image features allow; only if its weights are INT8.
+def choose_cpu_int8(conversion: Conversion, reference: Reference, weights: WeightsFile, calibration: Calibration | None) -> list[Float32]:
+    """Let the encoder's graph for a CPU compute as many blocks in INT8 as the image features allow; only if its weights are INT8.
 
-    Returns size -> the image features [tokens, hidden] of every picture as the graph for a GPU states them, computed in FP32.
+    Returns the image features [tokens, hidden] of every picture as the graph for a GPU states them, computed in FP32.
     """
-    if not conversion.plan.vision_weights.bits:
-        return {size: [each[0] for each in features] for size, features in reference.features.items()}
-    stated, activations = {}, dict(conversion.manifest.activations)
-    for size in conversion.pictures:
-        stated[size], chosen = _choose_cpu_int8_at(conversion, size, reference.noises[size], weights, calibration)
-        activations[f"int8_on_cpu{conversion.manifest.vision.suffix(size)}"] = chosen.describe()
-    conversion.manifest = replace(conversion.manifest, activations=activations)
-    return stated
-
-
-def _choose_cpu_int8_at(
-    conversion: Conversion, size: int, noises: list[Noise], weights: WeightsFile, calibration: Calibration | None
-) -> tuple[list[Float32], IntegerInputs]:
-    """The same for pictures of one size, whose graph is written."""
-    plan, progress, pictures, file = conversion.plan, conversion.progress, conversion.pictures[size], _cpu_graph(conversion, size)
-    progress.stage(f"INT8 on a CPU{_at(conversion, size)}", TRIES + 1)
+    plan, progress = conversion.plan, conversion.progress
+    if not plan.vision_weights.bits:
+        return [features[0] for features in reference.features]
+    progress.stage("INT8 on a CPU", TRIES + 1)
     stated: list[Float32] = []
     if calibration is not None:
-        _save_vision(conversion, weights, size, file, on_cpu(plan), scales=calibration.vision.activation_scales)
-        stated = encode(conversion.directory, conversion.manifest, size, pictures)
-    blocks = noises
+        _save_vision(conversion, weights, "vision.cpu.onnx", on_cpu(plan), scales=calibration.vision.activation_scales)
+        stated = encode(conversion.directory, conversion.manifest, conversion.pictures)
+    blocks = reference.noises
     if calibration is not None:  # layers that calibration left in floats have no integers to multiply
         blocks = [noise for noise in blocks if calibration.vision.activation_scales.keys() >= set(noise.layers)]
 
     def save(layers: frozenset[str]) -> None:
-        _save_vision(conversion, weights, size, file, on_cpu(plan), integer_inputs=layers)
+        _save_vision(conversion, weights, "vision.cpu.onnx", on_cpu(plan), integer_inputs=layers)
 
     def features_with(layers: frozenset[str]) -> list[Float32]:
         nonlocal stated
         save(layers)
         progress.advance()
-        features = encode(conversion.directory, conversion.manifest, size, pictures)
+        features = encode(conversion.directory, conversion.manifest, conversion.pictures)
         if not layers:
             stated = stated or features
         return features
@@ -460,15 +410,12 @@ def _choose_cpu_int8_at(
     chosen = choose_blocks(blocks, features_with)
     save(chosen.layers)
     progress.note(
-        f"on a CPU, {chosen.blocks} of {len(noises)} blocks of the encoder compute in INT8{_at(conversion, size)} "
+        f"on a CPU, {chosen.blocks} of {len(reference.noises)} blocks of the encoder compute in INT8 "
         f"(1 - cosine of the image features: {chosen.loss:.1e})"
     )
-    return stated, chosen
-
-
-def _at(conversion: Conversion, size: int) -> str:
-    """A clause that names the size if there are several, for the user."""
-    return f" at {size} px" if len(conversion.pictures) > 1 else ""
+    activations = {**conversion.manifest.activations, "int8_on_cpu": chosen.describe()}
+    conversion.manifest = replace(conversion.manifest, activations=activations)
+    return stated
 
 
 @dataclass
@@ -483,11 +430,11 @@ class Answers:
     """None in FP32."""
 
 
-def store_reference(conversion: Conversion, reference: Reference, features: dict[int, list[Float32]], weights: WeightsFile) -> Answers:
+def store_reference(conversion: Conversion, reference: Reference, features: list[Float32], weights: WeightsFile) -> Answers:
     """Write `reference.npz`, with which engines are compared: PyTorch in FP32 with the stored integers, so that it shows their error alone.
 
-    `features` are size -> those [tokens, hidden] of every picture; the answers are about pictures of the default size. If the plan stores
-    floats, the reference is the checkpoint itself.
+    `features` [tokens, hidden] are those of every picture; the answers are about those of the default size. If the plan stores floats, the
+    reference is the checkpoint itself.
     """
     source, plan, progress = conversion.source, conversion.plan, conversion.progress
     narrow = plan.decoder != "fp32"
@@ -495,9 +442,10 @@ def store_reference(conversion: Conversion, reference: Reference, features: dict
     decoder = QuantizedDecoder(source, StoredMatrices(weights), plan) if plan.body.bits else source
     passage = stored_passage(conversion.tokenizer, conversion.manifest)
     noise = NoiseWatch(plan) if plan.body.bits else None
-    default = conversion.manifest.vision.image_size
-    rows, stored = answer_passage(decoder, features[default], passage, reference.conversation, progress.advance, noise)
-    rows = replace(rows, other_sizes={size: np.stack(each) for size, each in features.items() if size != default})
+    sizes = [features[first : first + len(PICTURES)] for first in range(0, len(features), len(PICTURES))]
+    rows, stored = answer_passage(decoder, sizes[0], passage, reference.conversation, progress.advance, noise)
+    others = zip(conversion.manifest.vision.other_sizes, map(np.stack, sizes[1:]), strict=True)
+    rows = replace(rows, other_sizes=dict(others))
     rows.write(conversion.directory)
     gpu = errors_of_narrow_type(decoder, rows, plan, progress.advance) if narrow else None
     return Answers(rows, stored, noise, gpu)
@@ -534,7 +482,7 @@ def choose_cpu_inputs(conversion: Conversion, answers: Answers, weights: Weights
 def verify(conversion: Conversion, reference: Reference, answers: Answers, cpu: RowErrors, calibration: Calibration | None) -> None:
     """Compare the written graphs with the reference. Raises PrecisionRefused if they disagree. `cpu` are the errors of rows on this CPU."""
     plan, progress = conversion.plan, conversion.progress
-    progress.stage("verify", sum(len(pictures) for pictures in conversion.pictures.values()) + 1)
+    progress.stage("verify", len(conversion.pictures) + 1)
     conversion.manifest = replace(conversion.manifest, files=files_under_way(conversion.directory))
     noisiest = [] if answers.noise is None else answers.noise.noisiest_inputs()
     check_rows(plan, cpu, answers.gpu, noisiest, reference.conversation.magnitudes)

@@ -1,4 +1,4 @@
-"""Build the engines of a model directory, verify them if their GPU is here, and put them into `engines/<target>/`."""
+"""Build both engines of a model directory, verify them if their GPU is here, and put them into `engines/<target>/`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from fastvlm_edge.backends.engine_files import graph_of, weights_of
 from fastvlm_edge.backends.load_engines import verify_engines
 from fastvlm_edge.backends.malloc import trim
 from fastvlm_edge.backends.tensorrt import Platform
@@ -29,13 +28,13 @@ from fastvlm_edge.model_dir.atomic import written_beside
 from fastvlm_edge.model_dir.engine_record import (
     ENGINES,
     RECORD_NAME,
+    VISION_GRAPHS,
     EngineRecord,
     Gpu,
     gpu_of,
     mismatch,
     onnx_hashes,
     read_record,
-    vision_graphs,
 )
 from fastvlm_edge.model_dir.json_record import parse_json
 from fastvlm_edge.model_dir.manifest import FileRecord, Manifest, read_manifest, sha256
@@ -139,7 +138,7 @@ def build(model: Path, target: str = "auto", options: Options | None = None, *, 
             check_memory(model, manifest, plan.library.name, plan.cuda, decoders=decoders, prefills=prefills)
         _check_disk(model, plan)
         with written_beside(folder, replace=True, elsewhere="move the model directory to another disk") as partial:
-            record = _build_all(_Job(model, manifest, plan, options, partial, progress))
+            record = _build_both(_Job(model, manifest, plan, options, partial, progress))
             record.write(partial)
         progress.done()
         return record
@@ -189,7 +188,7 @@ def _plan(manifest: Manifest, name: str, options: Options) -> _Plan:
             decoder = static_profiles(manifest, static_capacities(manifest.decoder.context, options.capacities))
         else:
             decoder = {"decoder": decoder_profiles(manifest, separate=separate, max_batch=options.max_batch)}
-        profiles = {**vision_profiles(manifest), **decoder}
+        profiles = {"vision": vision_profiles(manifest), **decoder}
         return _Plan(
             target, library, cuda, gpu_of(device) if device else None, [list(numbers) for numbers in capabilities], flags, profiles
         )
@@ -271,8 +270,8 @@ class _Engine:
     """None if it came from the cache."""
 
 
-def _build_all(job: _Job) -> EngineRecord:
-    """Build all engines and verify them if their GPU is here. Returns the record, which is not yet written."""
+def _build_both(job: _Job) -> EngineRecord:
+    """Build both engines and verify them if their GPU is here. Returns the record, which is not yet written."""
     plan, manifest, partial = job.plan, job.manifest, job.partial
     engines = {}
     for part in plan.profiles:
@@ -320,9 +319,9 @@ def _build_part(job: _Job, part: str) -> _Engine:
     """Write `<part>.engine` into the new directory, from the cache if it was built before."""
     plan, options, library = job.plan, job.options, job.plan.library
     cache, path = EngineCache(options.cache), job.partial / f"{part}.engine"
-    graphs = {f"{graph_of(part)}.onnx": ""}
-    if part.startswith("vision"):
-        graphs |= {name: how for name, how in vision_graphs(part).items() if name in job.manifest.files}
+    graphs = [f"{_model_of(part)}.onnx"]
+    if part == "vision":
+        graphs += [name for name in VISION_GRAPHS if name in job.manifest.files and name not in graphs]
     job.progress.stage(f"building {part}.engine with {library.name} {library.version}", 100)
     if not options.report and not options.force:
         # An engine of a later graph is there only if TensorRT refused the earlier ones.
@@ -341,18 +340,18 @@ def _build_part(job: _Job, part: str) -> _Engine:
     )
     timings_key = cache_key(_made_for(plan))
     timings = cache.timings(timings_key)
-    refusals: list[str] = []
-    for name, how in graphs.items():
-        if refusals:
-            job.progress.note(f"warning: {refusals[-1]}; trying the encoder {how}")
-            job.progress.stage(f"building {part}.engine {how}", 100)
+    refused = ""
+    for number, name in enumerate(graphs):
         try:
             built = library.build(job.model / name, settings, timing_cache=timings, monitor=_in_percent(job.progress))
             break
         except GraphRefusedError as error:
-            refusals.append(error.what)
-            if len(refusals) == len(graphs):
+            if number + 1 == len(graphs):
                 raise
+            refused = refused or error.what
+            following = VISION_GRAPHS[graphs[number + 1]]
+            job.progress.note(f"warning: {error.what}; trying the encoder {following}")
+            job.progress.stage(f"building {part}.engine {following}", 100)
     with path.open("wb") as file:
         file.write(memoryview(built.plan))
     cache.keep(_engine_key(job, part, name), path)
@@ -366,14 +365,21 @@ def _build_part(job: _Job, part: str) -> _Engine:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     figures = {"seconds": round(time.perf_counter() - began, 1), "cached": False, "peak_bytes": peak, "graph": name}
     figures |= {"scratch_bytes": built.scratch_bytes} if built.scratch_bytes else {}
-    return _Engine({**figures, "refused": refusals[0]} if refusals else figures, layers)
+    return _Engine({**figures, "refused": refused} if refused else figures, layers)
+
+
+def _model_of(part: str) -> str:
+    """The graph of an engine: static engines are called `decoder.prefill.1024` and alike."""
+    return part.partition(".")[0]
 
 
 def _engine_key(job: _Job, part: str, graph: str) -> str:
     """Key of an engine in the cache: a hash of everything that it depends on."""
     plan = job.plan
-    weights, files = weights_of(part), job.manifest.files
-    sources = {f"{graph_of(part)}.onnx": files[graph].sha256, weights: files[weights].sha256}
+    hashes = onnx_hashes(job.manifest)
+    sources = {name: digest for name, digest in hashes.items() if name.startswith(_model_of(part))}
+    if graph in job.manifest.files:
+        sources[f"{_model_of(part)}.onnx"] = job.manifest.files[graph].sha256
     profiles = _as_lists({part: plan.profiles[part]})
     return cache_key({**_made_for(plan), "onnx": sources, "flags": plan.flags, "profiles": profiles})
 
@@ -447,7 +453,7 @@ def _file_record(path: Path) -> FileRecord:
 
 def _check_disk(model: Path, plan: _Plan) -> None:
     """Raise FastVLMError if the disk is too full. An engine is about as large as its weights, unless TensorRT converts them."""
-    needed = sum((model / weights_of(part)).stat().st_size for part in plan.profiles)
+    needed = sum((model / f"{_model_of(part)}.weights").stat().st_size for part in plan.profiles)
     free = shutil.disk_usage(model).free
     if needed > free:
         what = f"the engines need about {needed / 1e6:,.0f} MB, but the disk of {model} has only {free / 1e6:,.0f} MB free"

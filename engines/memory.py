@@ -62,7 +62,7 @@ def check_memory(model: Path, manifest: Manifest, library: str, cuda: Cuda | Non
     weights = {part: (model / f"{part}.weights").stat().st_size for part in PARTS}
     part = max(PARTS, key=weights.__getitem__)
     if cuda is not None:
-        loaded = len(manifest.vision.sizes) * weights["vision"] + decoders * weights["decoder"]
+        loaded = weights["vision"] + decoders * weights["decoder"]
         _check_gpu(part, weights[part], loaded, predicted_scratch(manifest, prefills), cuda, free)
     if free is None:
         return

@@ -18,11 +18,9 @@ STATIC_IDS = 2
 STATIC_CAPACITY = 1024
 
 
-def vision_profiles(manifest: Manifest) -> dict[str, tuple[Profile, ...]]:
-    """Engines of the encoder, one for each size of pictures, the default first: part -> its only profile, one static shape."""
-    vision = manifest.vision
-    shapes = {vision.part(size): (1, 3, size, size) for size in (vision.image_size, *vision.other_sizes)}
-    return {part: ({"pixel_values": (shape, shape, shape)},) for part, shape in shapes.items()}
+def vision_profiles(manifest: Manifest) -> tuple[Profile, ...]:
+    """The profiles of the vision engine: one static shape for each size of pictures, the default size first."""
+    return tuple({"pixel_values": ((1, 3, size, size),) * 3} for size in manifest.vision.every_size)
 
 
 def decoder_profiles(manifest: Manifest, *, separate: bool, max_batch: int = 1) -> tuple[Profile, ...]:

@@ -179,7 +179,7 @@ class VisionSearch:
 
         def look(layer: Layer, rows: Tensor) -> None:
             assert layer.histogram is not None
-            layer.positions = rows.shape[0]
+            layer.positions = rows.shape[0]  # of the last picture, which has the default size
             moved = rows if layer.factor is None or layer.offset is None else rows * layer.factor + layer.offset
             layer.histogram.add(moved.numpy())
             share = max(SAMPLES // count, 1)
@@ -239,7 +239,7 @@ class VisionSearch:
         measured: int = 2,
         disproportion: float = DISPROPORTION,
     ) -> VisionQuantization:
-        """The cheapest plan with a 1 - cosine of at most `bound` on the first `measured` pictures; tightened until it holds.
+        """The cheapest plan with a 1 - cosine of at most `bound` on each of the first `measured` pictures; tightened until it holds.
 
         Groups above `disproportion` never get INT8 activations. The last of ROUNDS attempts leaves all groups in floats.
         """

@@ -8,7 +8,7 @@ convolution before it if its other branch is quantised too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,13 @@ class Placement:
         return self.macs.get(kind, 0) / total if total else 0.0
 
 
-def check_placement(path: Path) -> Placement:
-    """Analyse the graph at `path`. Dynamic sizes count as 1: one picture, one token, an empty cache."""
-    return _Walk(onnx.load(str(path), load_external_data=False)).run()
+def check_placement(path: Path, sizes: Mapping[str, int] | None = None) -> Placement:
+    """Analyse the graph at `path`. Dynamic sizes without a value in `sizes` count as 1: one picture, one token, an empty cache."""
+    model = onnx.load(str(path), load_external_data=False)
+    for dim in (dim for value in model.graph.input for dim in value.type.tensor_type.shape.dim):
+        if sizes and dim.dim_param in sizes:
+            dim.dim_value = sizes[dim.dim_param]
+    return _Walk(model).run()
 
 
 class _Walk:

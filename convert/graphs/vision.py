@@ -1,6 +1,6 @@
 """The vision graph: FastViTHD and projector as standard ONNX operators, pixel_values -> image_features.
 
-The image size is fixed at conversion, and each size has a graph of its own. The batch size is dynamic. Where the plan changes the type
+For one image size the graph has fixed shapes; for several it takes any size. The batch size is dynamic. Where the plan changes the type
 between two stages, there is a Cast. In a narrow float type, the dense products of stage 4 have a Cast to FP32 before and a Cast back after
 them, which asks for sums in FP32.
 """
@@ -15,14 +15,14 @@ import numpy as np
 from fastvlm_edge.convert.fastvithd import HEAD_DIM, LAYER_NORM_EPS, FastViTHDConfig
 from fastvlm_edge.convert.graphs.builder import GraphBuilder, element_type
 from fastvlm_edge.convert.precision import FLOAT_TYPES, VISION_STAGES, PrecisionPlan, vision_stage
-from fastvlm_edge.model_dir.manifest import STRIDE
+from fastvlm_edge.model_dir.manifest import visual_tokens
 
 
 def build_vision(
     graph: GraphBuilder,
     config: FastViTHDConfig,
     hidden: int,
-    image_size: int,
+    image_size: int | None,
     plan: PrecisionPlan,
     activation_scales: Mapping[str, float] | None = None,
     integer_inputs: Collection[str] = (),
@@ -31,7 +31,7 @@ def build_vision(
 ) -> None:
     """Add encoder and projector to `graph`, whose weights file holds what `write_vision_weights` wrote.
 
-    Input: pixel_values [batch, 3, image_size, image_size], always float32, in 0..1.
+    Input: pixel_values [batch, 3, image_size, image_size], always float32, in 0..1. With `image_size` None, any multiple of 64.
     Output: image_features [batch, (image_size / 64)^2, hidden] in the decoder's float type.
 
     `activation_scales` (layer -> scale) is for GPUs: the inputs of these layers get `QuantizeLinear` and `DequantizeLinear` right before
@@ -64,20 +64,18 @@ class _Vision:
         self.fp32_scales = fp32_scales
         self.dtype: np.dtype[np.generic] = np.dtype(np.float32)
 
-    def build(self, hidden: int, image_size: int) -> None:
+    def build(self, hidden: int, image_size: int | None) -> None:
         graph, config = self.graph, self.config
-        x = graph.input("pixel_values", self.dtype, ["batch", 3, image_size, image_size])
+        x = graph.input("pixel_values", self.dtype, ["batch", 3, image_size or "size", image_size or "size"])
         x = self._enter("stem", x)
         first = config.dims[0]
         x = self._gelu(self._conv(x, "vision.stem.0", "/stem.0", stride=2), "/stem.0")
         x = self._gelu(self._conv(x, "vision.stem.1", "/stem.1", stride=2, groups=first), "/stem.1")
         x = self._gelu(self._conv(x, "vision.stem.2", "/stem.2"), "/stem.2")
-        side = image_size // 4
         for index, depth in enumerate(config.depths):
             x = self._enter(VISION_STAGES[index + 1], x)
             path, name, dim = f"/stages.{index}", f"vision.stages.{index}", config.dims[index]
             if index:
-                side //= 2
                 narrow = config.dims[index - 1]
                 x = self._conv(x, f"{name}.downsample.proj.0", f"{path}/downsample.0", stride=2, groups=narrow)
                 x = self._gelu(x, f"{path}/downsample.0")
@@ -87,6 +85,7 @@ class _Vision:
             for block in range(depth):
                 block_path, block_name = f"{path}/blocks.{block}", f"{name}.blocks.{block}"
                 if index >= 3:
+                    side = image_size // (4 << index) if image_size else None
                     mixed = self._attention(x, block_name, f"{block_path}/attn", dim, side)
                     x = graph.node("Add", [x, mixed], f"{block_path}/attn/residual")
                 else:
@@ -103,7 +102,7 @@ class _Vision:
         x = self._linear(x, "projector.linear_2", "/projector/linear_2")
         dtype = np.dtype(FLOAT_TYPES[self.plan.decoder])
         x = self._cast(x, dtype, "/projector/features")
-        graph.output("image_features", x, dtype, ["batch", (image_size // STRIDE) ** 2, hidden])
+        graph.output("image_features", x, dtype, ["batch", visual_tokens(image_size) if image_size else "tokens", hidden])
 
     # Blocks ---------------------------------------------------------------------------------------------------------------------
 
@@ -121,9 +120,10 @@ class _Vision:
         x = graph.node("Add", [x, self._integer_product(y, f"{name}.fc2", f"{path}/fc2")], f"{path}/residual")
         return graph.node("Transpose", [x], f"{path}/first", perm=[0, 3, 1, 2])
 
-    def _attention(self, x: str, name: str, path: str, dim: int, side: int) -> str:
+    def _attention(self, x: str, name: str, path: str, dim: int, side: int | None) -> str:
         """[batch, dim, side, side] -> [batch, dim, side, side]: norm, attention over all positions with heads of 32, projection."""
         graph, heads = self.graph, dim // HEAD_DIM
+        shape = graph.ints(0, dim, side, side) if side else graph.node("Shape", [x], f"{path}/map")
         x = self._to_positions(x, path, dim)
         x = self._layer_norm(x, f"{name}.norm", f"{path}/norm")
         x = self._product(x, f"{name}.token_mixer.qkv", f"{path}/qkv")
@@ -141,17 +141,17 @@ class _Vision:
         x = graph.node("Transpose", [x], f"{path}/heads", perm=[0, 2, 1, 3])
         x = graph.node("Reshape", [x, graph.ints(0, 0, dim)], f"{path}/heads")
         x = self._linear(x, f"{name}.token_mixer.proj", f"{path}/proj")
-        return self._to_map(x, path, dim, side)
+        return self._to_map(x, path, shape)
 
     def _to_positions(self, x: str, path: str, dim: int) -> str:
         """[batch, dim, height, width] -> [batch, positions, dim]"""
         x = self.graph.node("Reshape", [x, self.graph.ints(0, dim, -1)], f"{path}/positions")
         return self.graph.node("Transpose", [x], f"{path}/positions", perm=[0, 2, 1])
 
-    def _to_map(self, x: str, path: str, dim: int, side: int) -> str:
-        """[batch, positions, dim] -> [batch, dim, side, side]"""
+    def _to_map(self, x: str, path: str, shape: str) -> str:
+        """[batch, positions, dim] -> `shape`, [batch, dim, side, side]"""
         x = self.graph.node("Transpose", [x], f"{path}/map", perm=[0, 2, 1])
-        return self.graph.node("Reshape", [x, self.graph.ints(0, dim, side, side)], f"{path}/map")
+        return self.graph.node("Reshape", [x, shape], f"{path}/map")
 
     def _squeeze_excite(self, x: str) -> str:
         """x times a gate per channel, which is computed from the mean over all positions."""

@@ -24,16 +24,6 @@ def static_part(kind: str, capacity: int) -> str:
     return f"decoder.{kind}.{capacity}"
 
 
-def graph_of(part: str) -> str:
-    """Name of the graph of an engine, without its suffix: `decoder` for static engines, else as the engine's."""
-    return "decoder" if part.startswith("decoder.") else part
-
-
-def weights_of(part: str) -> str:
-    """File name of the weights of an engine: all engines of the encoder have the same."""
-    return f"{part.partition('.')[0]}.weights"
-
-
 class EngineFiles:
     """Loads the engines of a directory."""
 
@@ -65,9 +55,9 @@ class EngineFiles:
     def largest_bytes(self) -> int:
         """Size of the engine files that are loaded at the same time, at most."""
         sizes = {path.name: path.stat().st_size for path in self._directory.glob("*.engine")}
-        vision = sum(size for name, size in sizes.items() if name.startswith("vision."))
+        vision = sizes.pop("vision.engine", 0)
         if not self.capacities:
-            return sum(sizes.values())
+            return vision + sum(sizes.values())
         pairs = [sum(sizes.get(f"{static_part(kind, capacity)}.engine", 0) for kind in (PREFILL, DECODE)) for capacity in self.capacities]
         return vision + max(pairs)
 

@@ -85,26 +85,24 @@ def load_ort_cuda(
     *,
     threads: int | None = None,
     slots: int = 1,
-    image_size: int | None = None,
     progress: Progress | None = None,
     probe: Probe | None = None,
 ) -> OrtBackend:
     """Load both graphs on the GPU. Where they never ran with this GPU, driver, onnxruntime and these files, check them first.
 
-    They are compared with the reference that `convert` stored, the encoder at the default size of pictures. Raises FastVLMError if
-    onnxruntime cannot run the graphs on a GPU, or if they disagree, now or at an earlier load.
+    They are compared with the reference that `convert` stored. Raises FastVLMError if onnxruntime cannot run the graphs on a GPU, or if
+    they disagree, now or at an earlier load.
     """
     progress = progress or SilentProgress()
-    parts = ("decoder", *map(manifest.vision.part, manifest.vision.sizes))
-    names = [graph_name(part, manifest, True) for part in parts] + ["vision.weights", "decoder.weights"]
+    names = [graph_name(part, manifest, True) for part in ("vision", "decoder")] + ["vision.weights", "decoder.weights"]
     hashes = {name: manifest.files[name].sha256 for name in names if name in manifest.files}
     now = Verdict(*describe_device(probe or Probe()), ort.__version__, hashes)
     known = read_verdict(directory)
     if known is not None and known.concerns(now):
         if known.faults:
             raise _disagreement(known, directory, "at an earlier load")
-        return _load(directory, manifest, threads, slots, image_size, progress)
-    backend = _load(directory, manifest, threads, slots, image_size, progress)
+        return _load(directory, manifest, threads, slots, progress)
+    backend = _load(directory, manifest, threads, slots, progress)
     try:
         reference = read_reference(directory)
         findings = check(backend, reference, manifest, progress, "ort-cuda (first load only)")
@@ -122,17 +120,8 @@ def load_ort_cuda(
     return backend
 
 
-def _load(directory: Path, manifest: Manifest, threads: int | None, slots: int, image_size: int | None, progress: Progress) -> OrtBackend:
-    return OrtBackend(
-        directory,
-        manifest,
-        threads=threads,
-        slots=slots,
-        image_size=image_size,
-        progress=progress,
-        cuda=True,
-        load_decoder=DeviceDecoder,
-    )
+def _load(directory: Path, manifest: Manifest, threads: int | None, slots: int, progress: Progress) -> OrtBackend:
+    return OrtBackend(directory, manifest, threads=threads, slots=slots, progress=progress, cuda=True, load_decoder=DeviceDecoder)
 
 
 def _disagreement(verdict: Verdict, directory: Path, when: str) -> FastVLMError:

@@ -6,7 +6,6 @@ Python only does a few small writes and one strided copy in a decode step.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -77,43 +76,30 @@ class _Call:
 
 
 class OrtVision:
-    """`vision.onnx` and its twins for other sizes: pixel_values -> image_features. A graph that was loaded stays."""
+    """`vision.onnx`: pixel_values -> image_features."""
 
-    def __init__(self, setup: Setup, size: int | None = None) -> None:
-        """Load the graph for pictures of `size`, None being the default one.
-
-        Raises FastVLMError if onnxruntime refuses it or it does not match the manifest.
-        """
-        self._setup = setup
-        self._lock = threading.Lock()
-        self._sessions: dict[int, Any] = {}
-        self._session(size or setup.manifest.vision.image_size)
+    def __init__(self, setup: Setup) -> None:
+        """Load the graph. Raises FastVLMError if onnxruntime refuses it or it does not match the manifest."""
+        path, self._session = setup.load("vision")
+        self._manifest = setup.manifest
+        check_tensors(path, self._session.get_inputs(), {"pixel_values": "float32"})
+        check_tensors(path, self._session.get_outputs(), {"image_features": setup.manifest.decoder.dtype})
+        vision = setup.manifest.vision
+        size, tokens = (None, None) if vision.other_sizes else (vision.image_size, vision.tokens)
+        check_shapes(path, self._session.get_inputs(), {"pixel_values": (None, 3, size, size)})
+        check_shapes(path, self._session.get_outputs(), {"image_features": (None, tokens, vision.hidden)})
 
     def encode(self, pixel_values: NDArray[np.float32]) -> HostFeatures:
-        """pixel_values [1, 3, S, S] -> features [tokens, hidden]. The graph for S is loaded at its first use."""
-        manifest = self._setup.manifest
-        size = check_pixels(pixel_values, manifest.vision)
-        session, vision, dtype = self._session(size), manifest.vision.at(size), manifest.decoder.dtype
+        """pixel_values [1, 3, S, S] -> features [tokens, hidden]."""
+        vision, dtype = self._manifest.vision, self._manifest.decoder.dtype
+        vision = vision.at(check_pixels(pixel_values, vision))
         pixels = np.ascontiguousarray(pixel_values, dtype=np.float32)
         features = np.empty((1, vision.tokens, vision.hidden), dtype=storage(dtype))
-        binding = session.io_binding()
+        binding = self._session.io_binding()
         binding.bind_ortvalue_input("pixel_values", ort_value(pixels, "float32"))
         binding.bind_ortvalue_output("image_features", ort_value(features, dtype))
-        run(session, binding, "the vision graph")
+        run(self._session, binding, "the vision graph")
         return HostFeatures(features[0], dtype)
-
-    def _session(self, size: int) -> Any:
-        with self._lock:
-            if size not in self._sessions:
-                manifest = self._setup.manifest
-                vision = manifest.vision.at(size)
-                path, session = self._setup.load(manifest.vision.part(size))
-                check_tensors(path, session.get_inputs(), {"pixel_values": "float32"})
-                check_tensors(path, session.get_outputs(), {"image_features": manifest.decoder.dtype})
-                check_shapes(path, session.get_inputs(), {"pixel_values": (None, 3, size, size)})
-                check_shapes(path, session.get_outputs(), {"image_features": (None, vision.tokens, vision.hidden)})
-                self._sessions[size] = session
-            return self._sessions[size]
 
 
 def check_decoder(path: Path, session: Any, spec: DecoderSpec) -> tuple[bool, dict[str, str]]:
@@ -347,14 +333,10 @@ class OrtBackend:
         threads: int | None = None,
         progress: Progress | None = None,
         slots: int = 1,
-        image_size: int | None = None,
         cuda: bool = False,
         load_decoder: Callable[[Setup], CachingDecoder] = OrtDecoder,
     ) -> None:
-        """Load both graphs in parallel, the encoder for `image_size` (None: the default one). `cuda` needs a decoder on the device.
-
-        Raises FastVLMError if onnxruntime refuses a graph.
-        """
+        """Load both graphs in parallel. `cuda` needs a decoder on the device. Raises FastVLMError if onnxruntime refuses a graph."""
         progress = progress or SilentProgress()
         setup = on_device(directory, manifest, cuda=cuda, threads=threads, slots=slots)
         self.name = "ort-cuda" if cuda else "ort"
@@ -364,7 +346,7 @@ class OrtBackend:
         self.position_bytes = position_bytes(setup.manifest.decoder)
         progress.stage(f"loading {manifest.name} ({manifest.precision})", 2)
         with ThreadPoolExecutor(2) as pool:
-            vision, decoder = pool.submit(OrtVision, setup, image_size), pool.submit(load_decoder, setup)
+            vision, decoder = pool.submit(OrtVision, setup), pool.submit(load_decoder, setup)
             self._vision = vision.result()
             progress.advance()
             self._decoder = decoder.result()

@@ -107,7 +107,7 @@ class Setup:
     """Most conversations in the cache."""
 
     def load(self, part: str) -> tuple[Path, ort.InferenceSession]:
-        """Load `decoder` or a `VisionSpec.part`; returns the path of the graph and its session. Raises FastVLMError if that fails."""
+        """Load `vision` or `decoder`; returns the path of the graph and its session. Raises FastVLMError if onnxruntime refuses it."""
         path = self.directory / graph_name(part, self.manifest, self.cuda)
         return path, load(path, session_options(path, self.threads), providers(self.cuda))
 
@@ -131,13 +131,12 @@ def on_device(directory: Path, manifest: Manifest, *, cuda: bool = False, thread
 
 
 def graph_name(part: str, manifest: Manifest, cuda: bool) -> str:
-    """Name of the graph file for `decoder` or a `VisionSpec.part`: the one made for the provider, if there is one.
+    """Name of the graph file for `vision` or `decoder`: the one made for the provider, if there is one.
 
     The CUDA provider has no INT8 convolutions, so it takes the encoder without quantised activations.
     """
-    for_cuda = CUDA_DECODER if part == "decoder" else f"{part}.float-inputs.onnx"
-    preferred = for_cuda if cuda else part + _CPU_GRAPH
-    return preferred if preferred in manifest.files else f"{part}.onnx"
+    preferred = (CUDA_DECODER, "vision.float-inputs.onnx") if cuda else (part + _CPU_GRAPH,)
+    return next((name for name in preferred if name.startswith(part) and name in manifest.files), f"{part}.onnx")
 
 
 def has_cuda() -> bool:

@@ -24,7 +24,6 @@ def select(
     *,
     threads: int | None = None,
     slots: int = 1,
-    image_size: int | None = None,
     tune_process: bool = False,
     progress: Progress | None = None,
 ) -> Backend:
@@ -34,8 +33,7 @@ def select(
     Engines and `ort-cuda` are checked at their first load on a GPU, and refused if their answers are not those of the conversion.
     `auto` takes the first that runs on this machine: `tensorrt` if there are engines, `ort-cuda` if onnxruntime has the CUDA provider, and
     `ort`; the backend's description then says why not the others.
-    `slots` is how many conversations the cache may hold at a time; a backend may have fewer. `image_size` is the size of pictures whose
-    encoder onnxruntime loads now (None: the default one); it loads others at their first use.
+    `slots` is how many conversations the cache may hold at a time; a backend may have fewer.
     `tune_process` changes two settings of the whole process until it ends: the thresholds of the C heap (`malloc.loading`), and one memory
     arena for all onnxruntime sessions (`ort_session.share_arena`). Both save memory, and results are the same. Without it, the load changes
     neither.
@@ -46,8 +44,8 @@ def select(
         raise FastVLMError(f"backend {name!r} is unknown", f"use one of: {', '.join(BACKENDS)}")
     with package_errors(), _tuned() if tune_process else contextlib.nullcontext():
         if name == "auto":
-            return _first_that_runs(directory, manifest, threads, slots, image_size, progress or SilentProgress())
-        return _load(name, directory, manifest, threads, slots, image_size, progress)
+            return _first_that_runs(directory, manifest, threads, slots, progress or SilentProgress())
+        return _load(name, directory, manifest, threads, slots, progress)
 
 
 @contextlib.contextmanager
@@ -59,9 +57,7 @@ def _tuned() -> Iterator[None]:
         yield
 
 
-def _load(
-    name: str, directory: Path, manifest: Manifest, threads: int | None, slots: int, image_size: int | None, progress: Progress | None
-) -> Backend:
+def _load(name: str, directory: Path, manifest: Manifest, threads: int | None, slots: int, progress: Progress | None) -> Backend:
     if name == "tensorrt":
         from fastvlm_edge.backends.load_engines import load_engines
 
@@ -69,22 +65,20 @@ def _load(
     if name == "ort-cuda":
         from fastvlm_edge.backends.load_ort_cuda import load_ort_cuda
 
-        return load_ort_cuda(directory, manifest, threads=threads, slots=slots, image_size=image_size, progress=progress)
+        return load_ort_cuda(directory, manifest, threads=threads, slots=slots, progress=progress)
     from fastvlm_edge.backends.ort import OrtBackend
 
-    return OrtBackend(directory, manifest, threads=threads, slots=slots, image_size=image_size, progress=progress)
+    return OrtBackend(directory, manifest, threads=threads, slots=slots, progress=progress)
 
 
-def _first_that_runs(
-    directory: Path, manifest: Manifest, threads: int | None, slots: int, image_size: int | None, progress: Progress
-) -> Backend:
+def _first_that_runs(directory: Path, manifest: Manifest, threads: int | None, slots: int, progress: Progress) -> Backend:
     engines = any(not path.name.startswith(".") for path in (directory / ENGINES).glob("*"))
     reasons = [] if engines else ["no TensorRT engines"]
     for name in ("tensorrt", "ort-cuda"):
         if not (engines if name == "tensorrt" else _runs_on_cuda(manifest)):
             continue
         try:
-            backend = _load(name, directory, manifest, threads, slots, image_size, progress)
+            backend = _load(name, directory, manifest, threads, slots, progress)
         except FastVLMError as error:  # the user expects it to run, so say why it does not
             progress.done()
             progress.note(f"not using {name}: {error}")
@@ -92,7 +86,7 @@ def _first_that_runs(
         else:
             break
     else:
-        backend = _load("ort", directory, manifest, threads, slots, image_size, progress)
+        backend = _load("ort", directory, manifest, threads, slots, progress)
     backend.description += f" (auto: {'; '.join(reasons)})" if reasons else " (auto)"
     return backend
 

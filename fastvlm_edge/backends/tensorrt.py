@@ -93,7 +93,7 @@ class _Graph:
 
 
 class _Vision:
-    """The engine for pictures of one size: pixel_values [1, 3, S, S] -> image_features [1, tokens, hidden], each in its own buffer."""
+    """`vision.engine` for one size of pictures: pixel_values [1, 3, S, S] -> image_features [1, tokens, hidden], each in its own buffer."""
 
     def __init__(
         self,
@@ -101,19 +101,20 @@ class _Vision:
         arena: Arena,
         stream: int,
         engine: LoadedEngine,
+        profile: int,
         spec: VisionSpec,
         dtype: str,
         scratch: Buffer,
         note: Callable[[str], None],
     ) -> None:
-        self._cuda, self._stream, self.engine, self.tokens = cuda, stream, engine, spec.tokens
+        self._cuda, self._stream, self.tokens = cuda, stream, spec.tokens
         shape = (1, 3, spec.image_size, spec.image_size)
         self._nbytes = 4 * 3 * spec.image_size**2
         self.feature_bytes = spec.tokens * spec.hidden * storage(dtype).itemsize
         self._pinned = arena.pinned(self._nbytes)
         self._pixels = self._pinned.view(shape, np.float32)
         self._device, self.features = arena.buffer(self._nbytes), arena.buffer(self.feature_bytes)
-        self._context = engine.context(0, scratch.address, scratch.nbytes, stream, captured=True)
+        self._context = engine.context(profile, scratch.address, scratch.nbytes, stream, captured=True)
         self._context.set_shape("pixel_values", shape)
         self._context.set_address("pixel_values", self._device.address)
         self._context.set_address("image_features", self.features.address)
@@ -403,7 +404,7 @@ class TensorRTBackend:
         self._memory = HeldMemory(cuda)
         arena.own(self._memory)
         self._store = FeatureStore(cuda, self._memory, spec, stream, self._lock)
-        vision = files.load("vision")
+        self._vision_engine = vision = files.load("vision")
         undo.callback(vision.close)
         progress.advance()
         contexts: Contexts
@@ -423,27 +424,22 @@ class TensorRTBackend:
         self._decoder = _Decoder(cuda, arena, stream, contexts, spec, progress.note, slots=self.slots, capture=capture)
         undo.callback(self._decoder.release)
         self._scratch, self._note = scratch, progress.note
-        default = _Vision(cuda, arena, stream, vision, manifest.vision, spec.dtype, scratch, self._note)
-        undo.callback(default.release)
-        self._visions = {manifest.vision.image_size: default}
-        self._others = undo.enter_context(contextlib.ExitStack())
+        self._visions: dict[int, _Vision] = {}
+        self._vision(manifest.vision.image_size)
         progress.advance()
 
     def _vision(self, size: int) -> _Vision:
-        """The encoder for pictures of a size. Those of `other_sizes` are loaded when they are first used, all or nothing of each."""
+        """The encoder for pictures of a size. Its context and buffers are made when it is first used, all or nothing."""
         if size not in self._visions:
-            cuda, stream, manifest = self._cuda, self._stream, self._manifest
-            spec = manifest.vision
+            cuda, stream, spec = self._cuda, self._stream, self._manifest.vision
             with contextlib.ExitStack() as undo:
                 arena = Arena(cuda)
                 undo.callback(arena.free)
                 undo.callback(cuda.synchronize, stream)
-                engine = self._files.load(spec.part(size))
-                undo.callback(engine.close)
-                scratch = self._scratch if engine.scratch_bytes <= self._scratch.nbytes else arena.buffer(engine.scratch_bytes)
-                vision = _Vision(cuda, arena, stream, engine, spec.at(size), manifest.decoder.dtype, scratch, self._note)
+                profile, dtype = spec.every_size.index(size), self._manifest.decoder.dtype
+                vision = _Vision(cuda, arena, stream, self._vision_engine, profile, spec.at(size), dtype, self._scratch, self._note)
                 undo.callback(vision.release)
-                self._others.push(undo.pop_all())
+                self._undo.push(undo.pop_all())
             self._visions[size] = vision
         return self._visions[size]
 
@@ -454,8 +450,7 @@ class TensorRTBackend:
 
     def save_kernels(self) -> None:
         """Save the kernels that TensorRT for RTX has compiled for this GPU. TensorRT itself compiles at build time and has none."""
-        visions = {self._manifest.vision.part(size): vision.engine for size, vision in self._visions.items()}
-        for part, engine in {**visions, **self._contexts.engines()}.items():
+        for part, engine in {"vision": self._vision_engine, **self._contexts.engines()}.items():
             self._files.save_kernels(part, engine)
 
     def encode(self, pixel_values: NDArray[np.float32]) -> DeviceFeatures:
@@ -556,11 +551,9 @@ class TensorRTBackend:
             return self._decoder.cache.read(length, first)
 
     def shrink(self) -> None:
-        """Forget all positions, take the first capacity, and release the encoders for other sizes than the default."""
+        """Forget all positions, and take the first capacity."""
         with self._working():
             self._decoder.shrink()
-            self._visions = {self._manifest.vision.image_size: self._visions[self._manifest.vision.image_size]}
-            self._others.pop_all().close()
 
     def close(self) -> None:
         """Save the kernels compiled since the load, and release engines and memory. May be called twice."""

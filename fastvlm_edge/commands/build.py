@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fastvlm_edge.backends.engine_files import graph_of
 from fastvlm_edge.backends.ort_session import share_arena
 from fastvlm_edge.commands.arguments import given_path, positive
 from fastvlm_edge.engines.build import LAYERS_NAME, Options, build, read_layers
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
             for kind, types, count in count_kinds(layers):
                 print(f"  {count:5}  {kind:16} {types}")
     for part, figures in record.build.items():
-        preferred = f"{graph_of(part)}.onnx"
+        preferred = f"{part.partition('.')[0]}.onnx"
         if isinstance(figures, dict) and figures.get("graph", preferred) != preferred:
             reason = figures.get("refused", "this version of TensorRT refused the preferred graph")
             print(f"{part}.engine was built from {figures['graph']}: {reason}")

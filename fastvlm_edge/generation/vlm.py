@@ -77,7 +77,7 @@ def load_parts(
 ) -> tuple[Manifest, TextTokenizer, Backend]:
     """Load the parts of a model, for code that measures or verifies the backend itself. Options and errors as in `FastVLM.load`.
 
-    `image_size` decides which encoder is loaded at once. `check` is called before anything that takes long, and may raise an error.
+    `image_size` is checked first. `check` is called before anything that takes long, and may raise an error.
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise FastVLMError(f"the model directory is of type {type(path).__name__}", "give its path as a str or a pathlib.Path")
@@ -100,7 +100,6 @@ def load_parts(
         manifest,
         threads=threads,
         slots=slots,
-        image_size=sizes_to_try(image_size, manifest)[0],
         tune_process=tune_process,
         progress=progress,
     )

@@ -24,6 +24,13 @@ ENGINES = "engines"
 PARTS = ("vision", "decoder")
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 SCHEMA = 1
+VISION_GRAPHS = {
+    "vision.onnx": "as converted",
+    "vision.fp32-scales.onnx": "with FP32 scales",
+    "vision.float-inputs.onnx": "without INT8 activations",
+}
+"""Graphs that vision.engine can be built from, the preferred one first. A calibrated model directory has all three: TensorRT 10.16 is
+reported to refuse INT8 activations with FP16 scales on Orin (NVIDIA/TensorRT#4832). All of them use vision.weights."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ def gpu_of(device: DeviceInfo) -> Gpu:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """The engines in `engines/<target>/` of a model directory: the decoder's, `vision.engine`, and `vision.512.engine` for other sizes."""
+    """A pair of engines, `vision.engine` and `decoder.engine`, in `engines/<target>/` of a model directory."""
 
     target: str
     library: str
@@ -150,23 +157,9 @@ def find_records(model: Path) -> list[EngineRecord]:
     return records
 
 
-def vision_graphs(part: str = "vision") -> dict[str, str]:
-    """Graphs that the engine of a `VisionSpec.part` can be built from, the preferred one first, and what is special about each.
-
-    A calibrated model directory has all three: TensorRT 10.16 is reported to refuse INT8 activations with FP16 scales on Orin
-    (NVIDIA/TensorRT#4832). All of them use vision.weights.
-    """
-    return {
-        f"{part}.onnx": "as converted",
-        f"{part}.fp32-scales.onnx": "with FP32 scales",
-        f"{part}.float-inputs.onnx": "without INT8 activations",
-    }
-
-
 def onnx_hashes(manifest: Manifest) -> dict[str, str]:
     """File name -> sha256 of the files that engines are built from: the graphs for a GPU, and the weights."""
     names = [f"{part}.{kind}" for part in PARTS for kind in ("onnx", "weights")]
-    names += [f"{manifest.vision.part(size)}.onnx" for size in manifest.vision.other_sizes]
     return {name: manifest.files[name].sha256 for name in names if name in manifest.files}
 
 

@@ -41,7 +41,7 @@ class Source:
 class VisionSpec:
     """`vision.onnx`: pixel_values [batch, 3, image_size, image_size], float32 in 0..1 -> image_features [batch, tokens, hidden].
 
-    image_features have the type `DecoderSpec.dtype`. Each of `other_sizes` has a graph of its own, over the same weights.
+    image_features have the type `DecoderSpec.dtype`. With `other_sizes`, the graph takes pictures of any size.
     """
 
     image_size: int
@@ -71,12 +71,13 @@ class VisionSpec:
             raise FastVLMError(f"this model takes pictures of {had} px, not {size}", f"use one of these, or convert with {size} as well")
         return dataclasses.replace(self, image_size=size, tokens=visual_tokens(size))
 
-    def part(self, size: int) -> str:
-        """What the names of the files for a size begin with: `vision`, or `vision.512` for one of `other_sizes`."""
-        return f"vision{self.suffix(size)}"
+    @property
+    def every_size(self) -> list[int]:
+        """All sizes, the default one first. Engines of TensorRT have their optimization profiles in this order."""
+        return [self.image_size, *self.other_sizes]
 
     def suffix(self, size: int) -> str:
-        """What tells the files and figures for one of `other_sizes` from those for the default size, which have none: `.512`."""
+        """What tells figures for one of `other_sizes` from those for the default size, which have none: `.512`."""
         return "" if size == self.image_size else f".{size}"
 
 
@@ -229,7 +230,7 @@ def _check_values(manifest: Manifest) -> None:
             raise ValueError(f"cascade has the sizes {cascade.sizes}, of {vision.sizes}")
         if not 0 <= cascade.threshold <= 1:
             raise ValueError(f"cascade has the threshold {cascade.threshold}, not a probability")
-    for name in [*NEEDED, *(f"{vision.part(size)}.onnx" for size in vision.other_sizes)]:
+    for name in NEEDED:
         if name not in manifest.files:
             raise ValueError(f"files lacks {name!r}")
     check_file_records(manifest.files)

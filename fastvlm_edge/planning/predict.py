@@ -117,7 +117,7 @@ def predict(
 ) -> Prediction:
     """`build_peak`: bytes of the process while it builds the larger engine, as predicted by engines/memory.py.
 
-    Times are those of pictures of `image_size`. Memory is that of all sizes: each has an engine of the encoder, which holds its weights.
+    Times are those of pictures of `image_size`. All sizes share the weights, and the largest needs the most scratch memory.
     """
     weights, text = PRECISIONS[precision], shape.text
     vision = vision_work(shape.vision, text.hidden, image_size)
@@ -130,8 +130,7 @@ def predict(
     prefill_ms = prefill.milliseconds(2 * prefill_macs(text, positions) / rate * 1e3)
     decode_ms = DECODE.milliseconds(decode_bytes(text, weights.body, weights.head, positions + REPLY) / mode.bandwidth * 1e3)
     as_fp16_ms = DECODE.milliseconds(decode_bytes(text, FP16, FP16, positions + REPLY) / mode.bandwidth * 1e3)
-    graphs = weight_bytes(shape, weights, image_size)
-    stored = sum(graphs.values()) + len(other_sizes) * graphs["vision"]
+    stored = sum(weight_bytes(shape, weights, image_size).values())
     run = stored + text.cache_bytes(context) + activation_bytes(shape, max((image_size, *other_sizes)), context) + RUNTIME_BYTES
     return Prediction(
         precision,

@@ -32,7 +32,7 @@ from fastvlm_edge.convert.precision import PrecisionRefused, precision_plan
 from fastvlm_edge.convert.reference.quantized_decoder import QuantizedDecoder
 from fastvlm_edge.evaluation.data import Example
 from fastvlm_edge.inputs.tokenizer import TextTokenizer
-from fastvlm_edge.model_dir.engine_record import vision_graphs
+from fastvlm_edge.model_dir.engine_record import VISION_GRAPHS
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, verify_files
 from tests.support.checkpoints import write_checkpoint
 from tests.support.parser_of_tensorrt_10_3 import check_graph
@@ -91,7 +91,7 @@ def test_the_encoder_for_a_gpu_computes_most_products_in_int8(model: Path) -> No
 def test_the_other_graphs_of_the_encoder_compute_the_same(model: Path) -> None:
     """They share vision.weights and are for a TensorRT that refuses the first. onnxruntime runs all of them."""
     manifest = read_manifest(model)
-    assert set(vision_graphs()) <= set(manifest.files)
+    assert set(VISION_GRAPHS) <= set(manifest.files)
     size = manifest.vision.image_size
     pixels = np.random.default_rng(0).random((1, 3, size, size), np.float32)
 
@@ -99,7 +99,7 @@ def test_the_other_graphs_of_the_encoder_compute_the_same(model: Path) -> None:
         session = onnxruntime.InferenceSession(model / name, providers=["CPUExecutionProvider"])
         return np.asarray(session.run(None, {"pixel_values": pixels})[0], np.float32)
 
-    preferred, fp32_scales, float_inputs = map(features, vision_graphs())
+    preferred, fp32_scales, float_inputs = map(features, VISION_GRAPHS)
     assert compare(fp32_scales, preferred).cosine > 0.999
     assert compare(float_inputs, features("vision.cpu.onnx")).cosine > 0.99, "a CPU computes some blocks in INT8"
     graph = onnx.load(model / "vision.fp32-scales.onnx", load_external_data=False).graph
@@ -137,6 +137,29 @@ def test_engines_are_built_from_the_calibrated_graphs(model: Path) -> None:
     layers = engines.read_layers(copy / "engines" / record.target)["vision"]
     int8 = [layer for layer in layers if any(tensor.dtype == "Int8" for tensor in layer.inputs) and layer.kind in ("correlation", "gemm")]
     assert len(int8) >= 10
+
+
+def test_the_encoder_is_calibrated_at_every_size(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of one size may be too small or too coarse for another, so each picture is observed at all sizes."""
+    seen: list[list[int]] = []
+    observe = module.VisionSearch.observe
+
+    def spy(self: Any, pictures: Any, **options: Any) -> None:
+        seen.append([picture.shape[-1] for picture in pictures])
+        observe(self, pictures, **options)
+
+    monkeypatch.setattr(module.VisionSearch, "observe", spy)
+    calibrate = Quantizer(Options(data, limit=EXAMPLES)).calibrate
+    manifest = convert(str(DEMO), tmp_path / "model", precision="int8", calibrate=calibrate, image_size="192,128,256")
+    assert seen == [[128, 256, 192] * EXAMPLES]
+    for suffix in ("", ".128", ".256"):
+        assert manifest.parity[f"image_features_w8a8{suffix}"]["cosine"] > 0.99
+    report = json.loads((tmp_path / "model" / "quantization.json").read_text())
+    single = convert(str(DEMO), tmp_path / "single", precision="int8")
+    macs = {name: sum(check_placement(tmp_path / name / "vision.onnx", {"size": 192}).macs.values()) for name in ("model", "single")}
+    assert macs["model"] == macs["single"] == sum(report["placement"]["vision"].values())
+    assert sum(group["macs"] for group in report["vision"]["groups"]) == pytest.approx(macs["single"], rel=0.1)
+    assert manifest.files.keys() >= single.files.keys()
 
 
 def test_accuracy_bounds_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_scenes: Callable[[str, int], Path]) -> None:

@@ -30,7 +30,7 @@ from fastvlm_edge.engines.build import Options, build, read_layers
 from fastvlm_edge.engines.engine_cache import EngineCache
 from fastvlm_edge.engines.layers import count_kinds
 from fastvlm_edge.machine.boards.faults import FAULTS, Fault
-from fastvlm_edge.model_dir.engine_record import PARTS, RECORD_NAME, read_record, vision_graphs
+from fastvlm_edge.model_dir.engine_record import PARTS, RECORD_NAME, VISION_GRAPHS, read_record
 from fastvlm_edge.model_dir.manifest import read_manifest, sha256
 from fastvlm_edge.model_dir.verified import remember
 from fastvlm_edge.nvidia.tensorrt_library import BuildSettings, Built, GraphRefusedError, Library
@@ -116,54 +116,6 @@ def test_engines_of_the_demo_model(demo: Path, target: str) -> None:
     assert {f"/layers.{layer}/mlp/down/MatMul" for layer in range(manifest.decoder.layers)} <= nodes
     stored = {constant.dtype for layer in layers["decoder"] for constant in layer.constants if constant.values > 10_000}
     assert {"fp16": {"Half"}, "int8": {"Int8"}, "int4": {"Int8", "Int4"}}[manifest.precision] <= stored
-
-
-# Several sizes of pictures ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    checkpoint = write_checkpoint(tmp_path_factory.mktemp("source") / "tiny-fastvlm", layout="native")
-    output = tmp_path_factory.mktemp("models") / "several"
-    convert(str(checkpoint), output, precision="int8", context=512, image_size=[256, 128])
-    return output
-
-
-def test_every_size_of_pictures_has_an_engine(several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = shutil.copytree(several, tmp_path / "model")
-    record = build(model, "sm86", Options(report=True))
-    folder = model / "engines" / "sm86"
-    assert left_in(folder) == [RECORD_NAME, "decoder.engine", "layers.json", "vision.128.engine", "vision.engine"]
-    assert [*record.profiles] == ["vision", "vision.128", "decoder"]
-    assert record.profiles["vision.128"] == [{"pixel_values": [[1, 3, 128, 128]] * 3}]
-    assert record.build["vision.128"]["graph"] == "vision.128.onnx"
-    assert {"vision.onnx", "vision.128.onnx", "vision.weights"} <= record.onnx.keys()
-    shapes = {tensor.shape for layer in read_layers(folder)["vision.128"] for tensor in layer.inputs}
-    assert (1, 3, 128, 128) in shapes and (1, 3, 256, 256) not in shapes
-    notes = Notes()
-    assert build(model, "sm86", Options(report=True), progress=notes) == record and "is up to date" in notes.notes[-1]
-    tried = refuse(monkeypatch, "vision.128.onnx")
-    manifest = read_manifest(model)
-    other = {"vision.128.onnx": replace(manifest.files["vision.128.onnx"], sha256="0" * 64)}
-    replace(manifest, files={**manifest.files, **other}).write(model)
-    shutil.rmtree(folder)
-    monkeypatch.setattr("fastvlm_edge.engines.build.verify", lambda *_, **__: None)
-    with pytest.raises(GraphRefusedError):
-        build(model, "sm86")
-    assert tried == ["vision.128.onnx"], "the engine of the default size comes from the cache"
-
-
-def test_each_size_of_a_calibrated_encoder_has_its_own_other_graphs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_scenes: Callable[[str, int], Path]
-) -> None:
-    model = tmp_path / "model"
-    quantizer = Quantizer(QuantizerOptions(str(demo_scenes("calibration", 16)), limit=16))
-    convert(str(DEMO), model, precision="int8", calibrate=quantizer.calibrate, image_size="192,128")
-    tried = refuse(monkeypatch, "vision.128.onnx")
-    record = build(model, "sm86")
-    assert tried == ["vision.onnx", "vision.128.onnx", "vision.128.fp32-scales.onnx", "decoder.onnx"]
-    assert record.build["vision"]["graph"] == "vision.onnx"
-    assert record.build["vision.128"]["graph"] == "vision.128.fp32-scales.onnx"
 
 
 # What is kept and built again ---------------------------------------------------------------------------------------------------
@@ -427,7 +379,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, *graphs: str, reason: str = "No matc
 def test_another_graph_of_the_encoder_is_built_if_the_first_is_refused(
     calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: int
 ) -> None:
-    model, graphs = shutil.copytree(calibrated, tmp_path / "model"), list(vision_graphs())
+    model, graphs = shutil.copytree(calibrated, tmp_path / "model"), list(VISION_GRAPHS)
     tried = refuse(monkeypatch, *graphs[:refused])
     notes = Notes()
     record = build(model, "sm86", Options(report=True), progress=notes)
@@ -458,7 +410,7 @@ def test_a_refused_graph_is_not_tried_again_while_the_cache_has_the_other(
 
 def test_if_every_graph_is_refused_the_last_reason_is_the_error(calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = shutil.copytree(calibrated, tmp_path / "model")
-    refuse(monkeypatch, *vision_graphs())
+    refuse(monkeypatch, *VISION_GRAPHS)
     with pytest.raises(FastVLMError, match=r"could not build vision\.float-inputs\.onnx"):
         build(model, "sm86")
     assert not (model / "engines").exists()

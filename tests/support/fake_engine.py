@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 
 from fastvlm_edge.backends import load_engines
 from fastvlm_edge.backends.dtypes import storage
-from fastvlm_edge.backends.engine_files import graph_of
 from fastvlm_edge.backends.ort_session import DTYPES, ort_value
 from fastvlm_edge.backends.protocol import LOGIT_POSITIONS
 from fastvlm_edge.backends.tensorrt import Platform
 from fastvlm_edge.engines.profiles import static_profiles
 from fastvlm_edge.model_dir.engine_record import ENGINES, EngineRecord, onnx_hashes
-from fastvlm_edge.model_dir.manifest import FileRecord, read_manifest, sha256
+from fastvlm_edge.model_dir.manifest import FileRecord, read_manifest, sha256, visual_tokens
 from fastvlm_edge.nvidia.tensorrt_library import Context, LoadedEngine
 from tests.support.fake_cuda import FakeCuda, Range
 
@@ -181,6 +180,8 @@ class FakeContext(Context):
         known: dict[str, int] = {}
         for tensor in self.engine.session.get_inputs():
             known.update({size: value for size, value in zip(tensor.shape, shapes[tensor.name], strict=True) if isinstance(size, str)})
+        if "size" in known:
+            known["tokens"] = visual_tokens(known["size"])
         return {
             tensor.name: tuple(known[size] if isinstance(size, str) else size for size in tensor.shape)
             for tensor in self.engine.session.get_outputs()
@@ -220,13 +221,12 @@ def build_engines(
     verified: bool = True,
     kernels: bool = False,
     weights: int = 1,
-    scratch: Mapping[str, int] | None = None,
     **changes: Any,
 ) -> Path:
     """Write `engines/<target>/` of fake engines into a model directory and return it.
 
     `static` are the capacities of static engines. `max_batch` is the largest number of conversations in a call; with two profiles, in
-    one of the second. `scratch` is part -> bytes, 4096 for other parts. `changes` are fields of the record.
+    one of the second. `changes` are fields of the record.
     """
     manifest = read_manifest(model)
     decoder, vision = manifest.decoder, manifest.vision
@@ -242,7 +242,7 @@ def build_engines(
             **{f"past_key_values.{n}.{part}": cache for n in range(decoder.layers) for part in ("key", "value")},
         }
 
-    engines: dict[str, list[dict[str, Any]]] = {vision.part(size): [{"pixel_values": [(1, 3, size, size)] * 2}] for size in vision.sizes}
+    engines: dict[str, list[dict[str, Any]]] = {"vision": [{"pixel_values": [(1, 3, size, size)] * 2} for size in vision.every_size]}
     for part, (profile,) in static_profiles(manifest, static).items():
         engines[part] = [{name: [smallest, largest] for name, (smallest, _, largest) in profile.items()}]
     if not static:
@@ -254,8 +254,7 @@ def build_engines(
     files = {}
     for part, ranges in engines.items():
         path = directory / f"{part}.engine"
-        document = {"onnx": f"{graph_of(part)}.onnx", "shapes": ranges, "kernels": kernels, "weights": weights}
-        document["scratch"] = (scratch or {}).get(part, 4096)
+        document = {"onnx": f"{part.partition('.')[0]}.onnx", "shapes": ranges, "scratch": 4096, "kernels": kernels, "weights": weights}
         path.write_text(json.dumps({**document, "rtx": changes.get("library") == "tensorrt_rtx"}))
         files[path.name] = FileRecord(sha256(path), path.stat().st_size)
     record = EngineRecord(

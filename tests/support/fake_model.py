@@ -78,8 +78,10 @@ class _Graph:
         onnx.save(model, path)
 
 
-def build_vision(path: Path, dtype: str, size: int = IMAGE_SIZE) -> None:
-    """The encoder: the mean colour of each patch, times a matrix, which does not depend on the size of the picture."""
+def build_vision(path: Path, dtype: str, *, any_size: bool = False) -> None:
+    """The encoder: the mean colour of each patch, times a matrix."""
+    size: int | str = "size" if any_size else IMAGE_SIZE
+    tokens: int | str = "tokens" if any_size else TOKENS
     g = _Graph(seed=1)
     pooled = g.add("AveragePool", "pixel_values", kernel_shape=[PATCH, PATCH], strides=[PATCH, PATCH])  # [batch, 3, h, w]
     flat = g.add("Reshape", pooled, g.ints(0, 3, -1))
@@ -88,7 +90,7 @@ def build_vision(path: Path, dtype: str, size: int = IMAGE_SIZE) -> None:
     g.save(
         path,
         [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, size, size])],
-        [helper.make_tensor_value_info("image_features", _TYPES[dtype], ["batch", (size // PATCH) ** 2, HIDDEN])],
+        [helper.make_tensor_value_info("image_features", _TYPES[dtype], ["batch", tokens, HIDDEN])],
     )
 
 
@@ -169,10 +171,8 @@ def build_model(
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
-    build_vision(directory / "vision.onnx", dtype)
+    build_vision(directory / "vision.onnx", dtype, any_size=bool(other_sizes))
     vision = VisionSpec(image_size=IMAGE_SIZE, geometry="pad", tokens=TOKENS, hidden=HIDDEN, other_sizes=list(other_sizes))
-    for size in other_sizes:
-        build_vision(directory / f"{vision.part(size)}.onnx", dtype, size)
     build_decoder(directory / "decoder.onnx", dtype)
     build_decoder(directory / "decoder.cuda.onnx", dtype, appends=True)
     names = ["tokenizer.json", *(path.name for path in sorted(directory.glob("*.onnx")))]

@@ -67,7 +67,7 @@ class Fault:
     """One figure outside its bound."""
 
     part: str
-    """`decoder`, or a part that `VisionSpec.part` names"""
+    """`vision` or `decoder`"""
     text: str
     """Case, row, figure and bound, as a sentence."""
 
@@ -144,7 +144,7 @@ def check(
 
 def _check_vision(backend: Checked, reference: Reference, manifest: Manifest, bounds: Bounds, findings: Findings) -> None:
     vision = manifest.vision
-    for size in (vision.image_size, *vision.other_sizes):
+    for size in vision.every_size:
         pixels, suffix = stored_pictures(size, vision.geometry), vision.suffix(size)
         found = np.stack([backend.encode(picture).numpy() for picture in pixels])
         findings.arrays[f"features{suffix}"] = found
@@ -157,10 +157,10 @@ def _check_vision(backend: Checked, reference: Reference, manifest: Manifest, bo
             figures[name] = {"worst": float(similar[worst]), "token": worst, "median": median}
             if not similar[worst] >= bounds.token:
                 text = f"visual token {worst} of {name}{at} has a cosine of {similar[worst]:.5f}, at least {bounds.token} is required"
-                findings.faults.append(Fault(vision.part(size), text))
+                findings.faults.append(Fault("vision", text))
             elif not median >= bounds.median:
                 text = f"the median cosine of the visual tokens of {name}{at} is {median:.5f}, at least {bounds.median} is required"
-                findings.faults.append(Fault(vision.part(size), text))
+                findings.faults.append(Fault("vision", text))
 
 
 @dataclass(frozen=True)

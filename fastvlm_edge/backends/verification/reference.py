@@ -46,7 +46,7 @@ class Reference:
     def write(self, directory: Path) -> None:
         """Write `reference.npz`. Features are stored in FP16 with one scale per visual token."""
         features = {"": self.features, **{f".{size}": each for size, each in self.other_sizes.items()}}
-        arrays: dict[str, NDArray[Any]] = {}
+        arrays: dict[str, Any] = {}
         for ending, each in features.items():
             largest = np.maximum(np.abs(each).max(axis=-1, keepdims=True), 1e-30)
             arrays[f"features{ending}"] = (each / largest).astype(np.float16)

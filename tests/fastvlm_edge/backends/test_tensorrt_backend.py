@@ -428,47 +428,37 @@ def picture(size: int) -> Any:
     return np.random.default_rng(size).random((1, 3, size, size), np.float32)
 
 
-def test_each_size_has_its_engine_which_is_loaded_when_it_is_first_used(sizes: Path, cuda: FakeCuda) -> None:
-    build_engines(sizes, weights=1 << 20)
+def test_each_size_has_its_profile_and_its_graph(sizes: Path, cuda: FakeCuda) -> None:
+    build_engines(sizes)
     backend, ort = load(sizes, cuda), OrtBackend(sizes, read_manifest(sizes), threads=1)
-    assert sorted(backend._visions) == [256]
+    contexts = backend._vision_engine.contexts  # type: ignore[attr-defined]
+    assert [context.profile for context in contexts] == [0], "the others are made when they are first used"
     for size in (512, 256, 128):
         for _ in range(3):  # the first runs, the second is captured, the third is launched
             found, expected = backend.encode(picture(size)), ort.encode(picture(size))
             assert found.rows == (size // 64) ** 2
             assert np.array_equal(found.numpy(), expected.numpy())
-        step = backend.step([VOCAB, VOCAB + found.rows - 1, 3], (found,), want_logits=True)
-        assert step.logits is not None
-        assert np.allclose(step.logits, ort.step([VOCAB, VOCAB + found.rows - 1, 3], (expected,), want_logits=True).logits, atol=ROUNDING)
+        ids = [VOCAB, VOCAB + found.rows - 1, 3]
+        assert np.allclose(logits(backend, ids, (found,)), logits(ort, ids, (expected,)), atol=ROUNDING)
         for each in (backend, ort):
             each.reset()
-    assert sorted(backend._visions) == [128, 256, 512]
+    assert [context.profile for context in contexts] == [0, 2, 1]
+    assert cuda.live()["graphs"] == 3
     backend.close()
     del found
     gc.collect()
     assert not any(cuda.live().values()), cuda.live()
 
 
-def test_an_engine_that_needs_more_scratch_memory_gets_its_own(sizes: Path, cuda: FakeCuda) -> None:
-    """The fake engines write into all of their scratch memory, and FakeCuda refuses to write beyond an allocation."""
-    build_engines(sizes, scratch={"vision.512": 1 << 20})
-    backend = load(sizes, cuda)
-    for size in (128, 256, 512, 256, 512):
-        backend.encode(picture(size))
-    addresses = {size: vision.engine.contexts[0].scratch for size, vision in backend._visions.items()}  # type: ignore[attr-defined]
-    assert addresses[128] == addresses[256] != addresses[512]
-    backend.close()
-
-
 def test_a_size_that_does_not_fit_leaves_the_others_usable(sizes: Path) -> None:
-    build_engines(sizes, weights=1 << 20)
+    build_engines(sizes)
     roomy = FakeCuda()
     backend = load(sizes, roomy)
     for _ in range(2):
         backend.encode(picture(256))
     needed = roomy.peak_bytes
     backend.close()
-    tight = FakeCuda(memory_limit=needed + (1 << 20))
+    tight = FakeCuda(memory_limit=needed + 4 * 3 * 512**2 // 2)
     backend = load(sizes, tight)
     before = backend.encode(picture(256))
     kept = tight.live()
@@ -477,36 +467,26 @@ def test_a_size_that_does_not_fit_leaves_the_others_usable(sizes: Path) -> None:
             backend.encode(picture(512))
         assert tight.live() == kept
     assert np.array_equal(backend.encode(picture(256)).numpy(), before.numpy())
+    assert backend.encode(picture(128)).rows == 4
     backend.close()
 
 
 @pytest.mark.parametrize("size", [128, 512])
-def test_the_engine_of_every_size_is_verified(sizes: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_is_verified_at_every_size(sizes: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(sizes)
     reference_module.compute_reference(sizes, manifest, SilentProgress()).write(sizes)
-    build_engines(sizes, verified=False)
+    folder = build_engines(sizes, verified=False)
+    profile = manifest.vision.every_size.index(size)
     with monkeypatch.context() as patch:
-        spoil_output(patch, f"vision.{size}", "image_features", HIDDEN, lambda found: np.roll(found, 1))
+        spoil_output(patch, "vision", "image_features", HIDDEN, lambda found: np.roll(found, 1), profile=profile)
         error = fault_in(sizes)
-    assert f"vision.{size}.engine disagrees with onnxruntime" in error and f"visual token 0 of astronaut.jpg at {size} px" in error
-    shutil.rmtree(sizes / "engines")
+    assert "vision.engine disagrees with onnxruntime" in error and f"visual token 0 of astronaut.jpg at {size} px" in error
+    shutil.rmtree(folder)
     build_engines(sizes, verified=False)
-    cuda = FakeCuda()
-    backend = load(sizes, cuda)
-    record = read_record(sizes / "engines" / "sm87")
+    load(sizes, FakeCuda()).close()
+    record = read_record(folder)
     assert record.verified
     assert {"image_features", "image_features.128", "image_features.512"} <= record.parity.keys()
-    assert sorted(backend._visions) == [256], "those of the check are released"
-    backend.close()
-
-
-def test_kernels_of_every_size_that_was_used_are_kept(sizes: Path, cuda: FakeCuda) -> None:
-    folder = build_engines(sizes, kernels=True)
-    backend = load(sizes, cuda)
-    backend.encode(picture(512))
-    backend.close()
-    assert (folder / "vision.512.sm87.kernels").read_bytes() == b"kernels of vision.512.onnx"
-    assert not (folder / "vision.128.sm87.kernels").exists()
 
 
 # Memory and interruptions -------------------------------------------------------------------------------------------------------
@@ -735,7 +715,7 @@ def test_kernels_that_were_compiled_are_kept_for_the_next_start(directory: Path,
     first.close()
     second = load(directory, FakeCuda())
     kept = (folder / "vision.sm87.kernels").read_bytes()
-    assert second._visions[IMAGE_SIZE].engine.restored == kept == b"kernels of vision.onnx"  # type: ignore[attr-defined]
+    assert second._vision_engine.restored == kept == b"kernels of vision.onnx"  # type: ignore[attr-defined]
     monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     (folder / "decoder.sm87.kernels").unlink()
     second.close()
@@ -851,7 +831,7 @@ def test_tensorrt_for_rtx_is_verified_with_the_kernels_that_it_uses_later(direct
     backend.step(IDS[:20])
     backend.step([5])
     assert waited == [False] * 3
-    assert backend._visions[IMAGE_SIZE].engine.restored == (folder / "vision.sm87.kernels").read_bytes()  # type: ignore[attr-defined]
+    assert backend._vision_engine.restored == (folder / "vision.sm87.kernels").read_bytes()  # type: ignore[attr-defined]
     backend.close()
 
 
@@ -899,13 +879,13 @@ def test_an_engine_that_computes_something_else_is_refused_and_the_evidence_kept
         assert divergence(evidence["first_faulty_logits"], reference.rows[row]) > 0.1
 
 
-def spoil_output(monkeypatch: pytest.MonkeyPatch, part: str, name: str, values: int, change: Any) -> None:
-    """Every run of an engine changes the first `values` numbers of an output."""
+def spoil_output(monkeypatch: pytest.MonkeyPatch, part: str, name: str, values: int, change: Any, profile: int | None = None) -> None:
+    """Every run of an engine, or of one of its profiles, changes the first `values` numbers of an output."""
     enqueue = FakeContext.enqueue
 
     def spoiled(self: FakeContext, stream: int) -> None:
         enqueue(self, stream)
-        if self.engine.path.stem == part:
+        if self.engine.path.stem == part and profile in (None, self.profile):
             address, cuda = self.addresses[name], self.engine.cuda
 
             def spoil() -> None:

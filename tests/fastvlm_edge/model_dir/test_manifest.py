@@ -113,7 +113,8 @@ def test_a_model_with_pictures_of_several_sizes(directory: Path) -> None:
     assert several.vision.sizes == [128, 256, 512]
     assert several.vision.at(256) is several.vision
     assert [several.vision.at(size).tokens for size in several.vision.sizes] == [4, 16, 64]
-    assert [several.vision.part(size) for size in several.vision.sizes] == ["vision.128", "vision", "vision.512"]
+    assert several.vision.every_size == [several.vision.image_size, *several.vision.other_sizes]
+    assert [several.vision.suffix(size) for size in several.vision.sizes] == [".128", "", ".512"]
     with pytest.raises(FastVLMError, match="this model takes pictures of 128, 256, 512 px, not 320; use one of these, or convert with 320"):
         several.vision.at(320)
 
