@@ -27,7 +27,8 @@ from fastvlm_edge import FastVLMError
 from fastvlm_edge.bench.record import digits, write_json
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.evaluation.data import open_data
-from fastvlm_edge.evaluation.evaluate import Evaluation, Subject
+from fastvlm_edge.evaluation.evaluate import Evaluation
+from fastvlm_edge.evaluation.subject import Subject
 from fastvlm_edge.model_dir.manifest import Manifest, sha256
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,7 +27,8 @@ from fastvlm_edge import FastVLM
 from fastvlm_edge.calib.quantizer import Options, Quantizer
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.evaluation.data import open_data
-from fastvlm_edge.evaluation.evaluate import Evaluation, Subject
+from fastvlm_edge.evaluation.evaluate import Evaluation
+from fastvlm_edge.evaluation.subject import Subject
 from fastvlm_edge.model_dir.manifest import Manifest, read_manifest, sha256
 from fastvlm_edge.progress import stderr_progress
 

@@ -71,6 +71,9 @@ def _with_model(bundle: Bundle, command: str, arguments: list[str]) -> list[str]
     if named is None and command in _OPTIONAL:
         return arguments
     model = unpack_model(bundle, hashes=False)
+    if command == "eval" and _fits_cascade(arguments):
+        mend = f"fit it before the model is bundled, or copy {model} and give the copy"
+        raise BundleError("the bundled model is not changed, so --accuracy-drop cannot write a cascade into it", mend)
     if command in _ENGINES and not _names_onnxruntime(arguments):
         build_missing_engines(bundle, model)
     return [str(model), *arguments]
@@ -83,6 +86,13 @@ def _is_question(arguments: list[str]) -> bool:
     options = parser().parse_intermixed_args(arguments)  # without the check that there is a question
     behind_image = any(len(group) > 1 for group in options.image or [])
     return not (options.question or options.prompt is not None or behind_image or os.path.isdir(options.model))
+
+
+def _fits_cascade(arguments: list[str]) -> bool:
+    """Whether `eval` would change the manifest."""
+    from fastvlm_edge.commands.eval import parser
+
+    return parser().parse_args([MODEL, *arguments]).accuracy_drop is not None
 
 
 def _names_onnxruntime(arguments: list[str]) -> bool:

@@ -45,17 +45,18 @@ def draw(prefix: Path, records: Sequence[dict[str, Any]], evaluations: Sequence[
 
     Raises FastVLMError if matplotlib is missing, the disk is full, or an evaluation belongs to none of the measured models.
     """
-    check_matplotlib()
     written: list[Path] = []
     if any("ttft_cold_ms" in record for record in records):
-        written += _save(prefix, "ttft", lambda figure: draw_ttft(figure, [record for record in records if "ttft_cold_ms" in record]))
+        written += save_figure(prefix, "ttft", lambda figure: draw_ttft(figure, [record for record in records if "ttft_cold_ms" in record]))
     if any("decode_by_depth" in record for record in records):
-        written += _save(prefix, "decode", lambda figure: draw_decode(figure, [each for each in records if "decode_by_depth" in each]))
+        written += save_figure(
+            prefix, "decode", lambda figure: draw_decode(figure, [each for each in records if "decode_by_depth" in each])
+        )
     if any("by_slots" in record for record in records):
-        written += _save(prefix, "slots", lambda figure: draw_slots(figure, [each for each in records if "by_slots" in each]))
+        written += save_figure(prefix, "slots", lambda figure: draw_slots(figure, [each for each in records if "by_slots" in each]))
     if evaluations:
         points = accuracy_points(records, evaluations)
-        written += _save(prefix, "accuracy", lambda figure: draw_accuracy(figure, points))
+        written += save_figure(prefix, "accuracy", lambda figure: draw_accuracy(figure, points))
     return written
 
 
@@ -185,7 +186,12 @@ def _finish(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     axes.set_title(f"{where}, {threads or machine['cores']} threads, {machine['date']}", fontsize=9)
 
 
-def _save(prefix: Path, name: str, paint: Callable[[Any], None]) -> list[Path]:
+def save_figure(prefix: Path, name: str, paint: Callable[[Any], None]) -> list[Path]:
+    """Write the figure that `paint` draws to PREFIX-name.png and .svg. Returns the paths.
+
+    Raises FastVLMError if matplotlib is missing, or a file cannot be written.
+    """
+    check_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -66,12 +66,12 @@ class Answers:
             return whole
         tokens = self.tokens[:, column]
         place, last = (tokens < cascade.threshold).argmax(axis=1), (tokens <= 1).sum(axis=1) - 1
-        return first + (whole - first) * place / np.maximum(last, 1)
+        return np.asarray(first + (whole - first) * place / np.maximum(last, 1))
 
     def part(self, rows: NDArray[np.bool_]) -> Answers:
         """Those of some questions."""
-        arrays = (self.scores, self.mean, self.tokens, self.first_ms, self.whole_ms)
-        return Answers(self.sizes, *(values[rows] for values in arrays), np.unique(self.pictures[rows], return_inverse=True)[1])
+        scores, mean, tokens, first, whole = (each[rows] for each in (self.scores, self.mean, self.tokens, self.first_ms, self.whole_ms))
+        return Answers(self.sizes, scores, mean, tokens, first, whole, np.unique(self.pictures[rows], return_inverse=True)[1])
 
 
 @dataclass(frozen=True)

@@ -516,6 +516,17 @@ def test_engines_are_built_at_the_first_use_and_kept(tiny: Path, monkeypatch: py
     assert ran == [["run", model, *QUESTION]] * 2
 
 
+def test_no_cascade_is_written_into_the_bundled_model(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the next start it would be unpacked again, without the cascade."""
+    ran: list[list[str]] = []
+    monkeypatch.setattr(cli, "main", lambda words: ran.append(words) or 0)
+    words = ["--data", "questions.jsonl", "--image-size", "auto", "--backend", "ort"]
+    for name in ([], ["model"]):
+        with pytest.raises(BundleError, match="the bundled model is not changed"):
+            bundle_entry.main(_open(tiny), ["eval", *name, *words, "--accuracy-drop", "1"])
+    assert bundle_entry.main(_open(tiny), ["eval", *words]) == 0 and len(ran) == 1
+
+
 @pytest.mark.parametrize("words", [["run", "--backend", "ort"], ["run", "--backend=ort-cuda"], ["doctor", "model"], ["build"]])
 def test_no_engines_are_built_where_none_are_asked(tiny: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     fake = _FakeBuild(monkeypatch)

@@ -21,10 +21,12 @@ from PIL import Image
 
 from fastvlm_edge import FastVLM, FastVLMError
 from fastvlm_edge.cli import main
-from fastvlm_edge.evaluation import evaluate
+from fastvlm_edge.evaluation import asking
+from fastvlm_edge.evaluation.asking import SHORT_ANSWER, Answer, AnswerFile
 from fastvlm_edge.evaluation.data import open_data
-from fastvlm_edge.evaluation.evaluate import SHORT_ANSWER, Answer, AnswerFile, Evaluation, Subject, check_same_vocabulary
+from fastvlm_edge.evaluation.evaluate import Evaluation
 from fastvlm_edge.evaluation.metrics import kl_divergence, log_softmax
+from fastvlm_edge.evaluation.subject import Subject, check_same_vocabulary
 from fastvlm_edge.generation.reply import Reply
 from fastvlm_edge.model_dir.manifest import MANIFEST_NAME, sha256
 from tests.support.fake_model import TOKEN_COUNT
@@ -72,7 +74,7 @@ def one_by_one(subject: Subject, prompt: str, image: Image.Image, answer: list[i
     backend, encoded = subject.vlm._engine.backend, subject.vlm.encode_image(image)
     backend.reset()
     rows = []
-    for part in (subject._prompt_ids(prompt), *[[token] for token in answer[:-1]]):
+    for part in (subject._prompt_ids(prompt, encoded.rows), *[[token] for token in answer[:-1]]):
         logits = backend.step(part, (encoded.image_features,), want_logits=True).logits
         assert logits is not None
         rows.append(np.array(logits[0]))
@@ -148,7 +150,7 @@ def test_agreement_and_divergence_run_along_the_answer_of_the_reference(
 def test_a_picture_asked_about_twice_in_a_row_is_encoded_once(subject: Subject, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     original = subject.vlm.encode_image
-    monkeypatch.setattr(subject.vlm, "encode_image", lambda image: calls.append(image) or original(image))
+    monkeypatch.setattr(subject.vlm, "encode_image", lambda image, **size: calls.append(image) or original(image, **size))
     Evaluation(subject, open_data(str(questions)), max_new_tokens=2).run()
     assert len(calls) == 4
 
@@ -392,7 +394,7 @@ def test_a_file_that_cannot_be_closed_leaves_one_json_object(
                 super().close()
                 raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evaluate, "open", lambda path, *_, **__: Full(path, "x"), raising=False)
+    monkeypatch.setattr(asking, "open", lambda path, *_, **__: Full(path, "x"), raising=False)
     assert main(arguments(model_dir, questions, "--save", str(tmp_path / "answers.jsonl"), "--json")) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["count"] == 5 and "cannot be written (No space left" in report["error"]["message"]
@@ -418,7 +420,7 @@ def test_a_full_disk_leaves_whole_lines(
     whole, saved = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     assert main(arguments(model_dir, questions, "--save", str(whole), "--json")) == 0
     expected = whole.read_bytes().splitlines(keepends=True)[:lines]
-    monkeypatch.setattr(evaluate, "open", lambda path, *_, **__: Disk(path, "x"), raising=False)
+    monkeypatch.setattr(asking, "open", lambda path, *_, **__: Disk(path, "x"), raising=False)
     monkeypatch.setattr(Disk, "room", len(b"".join(expected)) + 20)
     capsys.readouterr()
     assert main(arguments(model_dir, questions, "--save", str(saved), "--json")) == 1
