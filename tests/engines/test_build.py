@@ -118,6 +118,30 @@ def test_engines_of_the_demo_model(demo: Path, target: str) -> None:
     assert {"fp16": {"Half"}, "int8": {"Int8"}, "int4": {"Int8", "Int4"}}[manifest.precision] <= stored
 
 
+# Several sizes of pictures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_one_engine_has_the_weights_once_and_a_profile_for_each_size(tmp_path: Path, precision: str) -> None:
+    """Each profile has as many kernels as the engine for that size alone."""
+    checkpoint = write_checkpoint(tmp_path / "tiny-fastvlm", layout="native")
+    bytes_of, kernels = {}, {}
+    for sizes in ((256,), (128,), (256, 128)):
+        model = tmp_path / "-".join(map(str, sizes))
+        convert(str(checkpoint), model, precision=precision, context=512, image_size=sizes)
+        record = build(model, "sm86", Options(report=True))
+        assert [*record.files] == ["vision.engine", "decoder.engine"]
+        assert record.profiles["vision"] == [{"pixel_values": [[1, 3, size, size]] * 3} for size in sizes]
+        bytes_of[sizes] = record.files["vision.engine"].bytes
+        layers = read_layers(model / "engines" / "sm86")["vision"]
+        kernels[sizes] = sum(layer.kind not in ("shape_call", "signal", "wait") for layer in layers)
+        notes = Notes()
+        assert build(model, "sm86", Options(report=True), progress=notes) == record and "is up to date" in notes.notes[-1]
+    assert kernels[256, 128] == pytest.approx(kernels[256,] + kernels[128,], abs=4)
+    weights = (tmp_path / "256" / "vision.weights").stat().st_size
+    assert bytes_of[256, 128] < bytes_of[256,] + bytes_of[128,] - weights / 2
+
+
 # What is kept and built again ---------------------------------------------------------------------------------------------------
 
 

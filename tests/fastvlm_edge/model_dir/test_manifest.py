@@ -71,7 +71,6 @@ def test_a_manifest_of_an_older_version_lacks_what_came_later(directory: Path) -
         (lambda manifest: manifest["vision"].update(other_sizes=[-64]), "other_sizes is [-64], beside 256"),
         (lambda manifest: manifest["vision"].update(other_sizes=[256]), "other_sizes is [256], beside 256"),
         (lambda manifest: manifest["vision"].update(other_sizes=[128, 128]), "other_sizes is [128, 128], beside 256"),
-        (lambda manifest: manifest["vision"].update(other_sizes=[128]), "files lacks 'vision.128.onnx'"),
         (lambda manifest: manifest.update(cascade=CASCADE | {"sizes": [256, 128]}), "cascade has the sizes [256, 128], of [256]"),
         (lambda manifest: manifest.update(cascade=CASCADE | {"sizes": []}), "cascade has the sizes [], of [256]"),
         (lambda manifest: manifest.update(cascade=CASCADE | {"threshold": 1.5}), "cascade has the threshold 1.5, not a probability"),
@@ -105,7 +104,6 @@ def test_a_model_with_pictures_of_several_sizes(directory: Path) -> None:
     several = dataclasses.replace(
         manifest,
         vision=dataclasses.replace(manifest.vision, other_sizes=[512, 128]),
-        files=manifest.files | dict.fromkeys(("vision.512.onnx", "vision.128.onnx"), manifest.files["vision.onnx"]),
         cascade=Cascade([128, 512], 0.75, "least", {"questions": 3}),
     )
     several.write(directory)
