@@ -186,6 +186,50 @@ def engine_builds() -> str:
     return "\n".join(lines)
 
 
+def image_sizes() -> str:
+    """Engines of `image_sizes.json`, with the sum of those for one size."""
+    rows = [row for row in load("image_sizes")["results"] if "engine" in row]
+    columns = (("engine_bytes", 1e6), ("scratch_bytes", 1e6), ("kernels", 1.0), ("cpu_seconds", 1.0))
+    lines = ["| encoder | engine | MB | scratch MB | kernels | CPU s |", "| --- " * 6 + "|"]
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        each = [row for row in rows if row["precision"] == precision]
+        alone = [row for row in each if len(row["profiles"]) == 1 and len(set(row["profiles"][0])) == 1]
+        whole = {name: (max if name == "scratch_bytes" else sum)(row[name] for row in alone) for name, _ in columns}
+        for row in [*alone, {"engine": f"these {len(alone)} together", **whole}, *(row for row in each if row not in alone)]:
+            cells = " | ".join(f"{row[name] / unit:,.0f}" for name, unit in columns)
+            lines.append(f"| `{precision}` | {row['engine']} | {cells} |")
+    return "\n".join(lines)
+
+
+def image_sizes_on_cpu() -> str:
+    """Memory and times of `image_sizes.json`: a graph for each size beside one dynamic graph."""
+    rows = [row for row in load("image_sizes")["results"] if "on_cpu" in row]
+    times = {row["precision"]: row["median_ms"] for row in rows if "median_ms" in row}
+    sizes = [name.removesuffix(", fixed") for name in next(iter(times.values())) if name.endswith(", fixed")]
+    lines = ["| encoder | | loaded MiB | after a picture of each size | " + " | ".join(f"{size}, ms" for size in sizes) + " |"]
+    lines.append("| --- " * (4 + len(sizes)) + "|")
+    for row in rows:
+        if "loaded_mib" not in row:
+            continue
+        kind = "dynamic" if row["graphs"] == ["dynamic"] else "fixed"
+        cells = " | ".join(f"{times[row['precision']][f'{size}, {kind}']:,}" for size in sizes)
+        lines.append(f"| `{row['precision']}` | {row['on_cpu']} | {row['loaded_mib']:,} | {row['used_mib']:,} | {cells} |")
+    return "\n".join(lines)
+
+
+def calibration_sizes() -> str:
+    """`calibration_sizes.json`: mean and worst loss at each size, by the sizes whose pictures were observed."""
+    rows = load("calibration_sizes")["results"]
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    found = {(tuple(row["observed"]), row["size"]): row for row in rows}
+    lines = ["| observed | " + " | ".join(f"at {size} px, mean (worst)" for size in sizes) + " |", "| --- " * (1 + len(sizes)) + "|"]
+    for observed in dict.fromkeys(tuple(row["observed"]) for row in rows):
+        cells = " | ".join("{mean:.1e} ({worst:.1e})".format(**found[observed, size]) for size in sizes)
+        count = found[observed, sizes[0]]["pictures"]
+        lines.append(f"| {count} pictures at {', '.join(map(str, observed))} px | {cells} |")
+    return "\n".join(lines)
+
+
 def tensorrt_types() -> str:
     """The FP16 cases of `tensorrt_types.json` as a table: one row for layers and weights that come out the same."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -696,6 +740,9 @@ TABLES = {
     "accuracy": accuracy,
     "where": where,
     "engine_builds": engine_builds,
+    "image_sizes": image_sizes,
+    "image_sizes_on_cpu": image_sizes_on_cpu,
+    "calibration_sizes": calibration_sizes,
     "tensorrt_types": tensorrt_types,
     "quantization": quantization,
     "plan_error": plan_error,

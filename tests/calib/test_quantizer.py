@@ -22,6 +22,7 @@ from fastvlm_edge.backends.verification.compare import compare
 from fastvlm_edge.calib import quantizer as module
 from fastvlm_edge.calib.accuracy import Question, Score, points_lost, score
 from fastvlm_edge.calib.decoder import calibrate_decoder
+from fastvlm_edge.calib.encoder.search import VisionSearch
 from fastvlm_edge.calib.quantizer import Options, Quantizer
 from fastvlm_edge.cli import main
 from fastvlm_edge.convert.checkpoint.checkpoint import open_checkpoint
@@ -142,13 +143,13 @@ def test_engines_are_built_from_the_calibrated_graphs(model: Path) -> None:
 def test_the_encoder_is_calibrated_at_every_size(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales of one size may be too small or too coarse for another, so each picture is observed at all sizes."""
     seen: list[list[int]] = []
-    observe = module.VisionSearch.observe
+    observe = VisionSearch.observe
 
     def spy(self: Any, pictures: Any, **options: Any) -> None:
         seen.append([picture.shape[-1] for picture in pictures])
         observe(self, pictures, **options)
 
-    monkeypatch.setattr(module.VisionSearch, "observe", spy)
+    monkeypatch.setattr(VisionSearch, "observe", spy)
     calibrate = Quantizer(Options(data, limit=EXAMPLES)).calibrate
     manifest = convert(str(DEMO), tmp_path / "model", precision="int8", calibrate=calibrate, image_size="192,128,256")
     assert seen == [[128, 256, 192] * EXAMPLES]

@@ -1,4 +1,4 @@
-"""Conversions for several sizes of pictures: one file of weights, a graph for each size, and everything judged at each size."""
+"""Conversions for several sizes of pictures: one graph and one file of weights for all, and everything judged at each size."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import pytest
 import torch
 
 from fastvlm_edge import FastVLMError
-from fastvlm_edge.backends.ort import HostFeatures, OrtBackend
+from fastvlm_edge.backends.ort import HostFeatures, OrtBackend, OrtVision
 from fastvlm_edge.backends.verification.compare import compare
 from fastvlm_edge.backends.verification.conversation import stored_pictures
 from fastvlm_edge.backends.verification.reference import read_reference
 from fastvlm_edge.cli import main
-from fastvlm_edge.convert import parity
 from fastvlm_edge.convert import pipeline as module
 from fastvlm_edge.convert.checkpoint.checkpoint import load_projector, load_vision, open_checkpoint
 from fastvlm_edge.convert.fastvithd import image_tokens
-from fastvlm_edge.convert.parity import BOUNDS
+from fastvlm_edge.convert.parity import BOUNDS, encode, probe_activations
 from fastvlm_edge.convert.pipeline import convert
 from fastvlm_edge.convert.precision import FP16_SAFE
 from fastvlm_edge.model_dir.manifest import PRECISIONS, read_manifest, verify_files
@@ -112,7 +111,7 @@ def test_a_reference_without_a_size_is_an_error_that_names_it(model: Path) -> No
 
 def test_int8_on_a_cpu_is_judged_at_every_size(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph serves all sizes, so a block whose INT8 spoils one of them stays in floats."""
-    real = module.encode
+    real = encode
 
     def spoiled(directory: Path, manifest: Any, pictures: Sequence[Any]) -> list[Any]:
         features = real(directory, manifest, pictures)
@@ -129,7 +128,7 @@ def test_int8_on_a_cpu_is_judged_at_every_size(checkpoint: Path, tmp_path: Path,
 
 def test_one_size_that_overflows_fp16_widens_the_stage(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest value of any size decides: the probe sees the pictures of all sizes."""
-    real, seen = module.probe_activations, []
+    real, seen = probe_activations, list[list[int]]()
 
     def large(encoder: Any, projector: Any, pictures: Sequence[Any]) -> Any:
         largest, features = real(encoder, projector, pictures)
@@ -143,13 +142,13 @@ def test_one_size_that_overflows_fp16_widens_the_stage(checkpoint: Path, tmp_pat
 
 
 def test_a_fault_at_one_size_alone_is_found_and_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = parity.OrtVision.encode
+    real = OrtVision.encode
 
-    def faulty(self: parity.OrtVision, pixel_values: Any) -> HostFeatures:
+    def faulty(self: OrtVision, pixel_values: Any) -> HostFeatures:
         found = real(self, pixel_values)
         return replace(found, data=found.data[::-1]) if pixel_values.shape[-1] == 128 else found
 
-    monkeypatch.setattr(parity.OrtVision, "encode", faulty)
+    monkeypatch.setattr(OrtVision, "encode", faulty)
     with pytest.raises(FastVLMError, match="the cosine of the image features at 128 px is"):
         convert(str(checkpoint), tmp_path / "model", precision="fp32", image_size=[256, 128], context=512)
     assert not any(tmp_path.iterdir())
