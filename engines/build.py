@@ -128,7 +128,7 @@ def build(model: Path, target: str = "auto", options: Options | None = None, *, 
             return found
         if plan.cuda is not None:
             for fault in find_faults(plan.library.name, plan.library.version, plan.cuda.device.compute_capability):
-                if fault.only_dynamic and options.static:
+                if fault.only_dynamic and options.static and not manifest.vision.other_sizes:
                     continue
                 progress.note(f"warning: {plan.library.name} {plan.library.version}: {fault.what}; {fault.mend} ({fault.sources})")
         if options.check_memory:

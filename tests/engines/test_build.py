@@ -372,6 +372,13 @@ def test_known_faults_of_the_library_are_said(model: Path, seen: Seen, monkeypat
         notes = Notes()
         build(model, "sm86", Options(static=static), progress=notes)
         assert any(says.match(note) for note in notes.notes) != static, "fixed shapes are the remedy"
+    several = convert(
+        str(write_checkpoint(model.parent / "ck", layout="native")), model.parent / "several", context=512, image_size=[256, 128]
+    )
+    assert several.vision.other_sizes
+    notes = Notes()
+    build(model.parent / "several", "sm86", Options(static=True), progress=notes)
+    assert any(says.match(note) for note in notes.notes), "an encoder for several sizes has no fixed shapes"
 
 
 # INT8 activations that the builder refuses --------------------------------------------------------------------------------------
