@@ -100,7 +100,7 @@ class Counters:
     new_tokens: int = 0
     """Tokens of replies."""
     images: int = 0
-    """Pictures that were asked about and not encoded by the caller before."""
+    """Pictures that were asked about and not encoded by the caller before, once for each size that was tried."""
     cached_images: int = 0
     """How many of them were in the cache of pictures."""
     drafted_tokens: int = 0

@@ -16,7 +16,7 @@ from tests.support.videos import write_video
 
 RUN = ("README.md", "docs/start.md", "docs/run.md")
 """Pages whose `convert` and `run` commands are run; the first one converts the model of the others."""
-SNIPPETS = ("README.md", "docs/run.md", "docs/python.md", "docs/reference/python.md")
+SNIPPETS = ("README.md", "docs/run.md", "docs/python.md", "docs/image_size.md", "docs/reference/python.md")
 """Pages whose Python snippets are run, all of a page in one process."""
 PICTURES = {"meter.jpg": ("reading", 3), "sign.jpg": ("sign", 1)}
 """Placeholder -> kind and index of the scene that stands for it."""

@@ -35,7 +35,12 @@ def fitted(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_run_answers_at_the_size(model: str, fitted: str, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = ((model, str(SMALL), SMALL, []), (model, "auto", LARGE, []), (fitted, "auto", LARGE, SIZES), (fitted, str(MIDDLE), MIDDLE, []))
+    wanted: list[tuple[str, str, int, list[int]]] = [
+        (model, str(SMALL), SMALL, []),
+        (model, "auto", LARGE, []),
+        (fitted, str(MIDDLE), MIDDLE, []),
+        (fitted, "auto", LARGE, SIZES),
+    ]
     for directory, asked, size, tried in wanted:
         assert main(["run", directory, "--image", METER, QUESTION, "--image-size", asked, "--max-new-tokens", "4", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
