@@ -74,7 +74,8 @@ test-browser: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m browser tests/browser
 
 # The server with programs of others, in an environment of their own, and the examples for Triton, KServe and Ray Serve. That with a page
-# needs Chromium, which test-browser installs. The one with KServe's definitions needs the network; without it that test is skipped.
+# needs Chromium, which test-browser installs. The one with KServe's definitions needs the network; without it that test is skipped. So is that of
+# the Grafana board without Prometheus: `apt-get install prometheus` on Debian and Ubuntu, which also starts it at port 9090 as a service.
 test-clients: $(READY) $(CLIENTS)/.ready
 	$(BIN)/python -m pytest -m clients tests/clients
 

@@ -36,6 +36,8 @@ POWER_SECONDS = 1.0
 """Between two readings of a sensor that has no counter of energy."""
 FINISHED = {"stop": "stop", "length": "length", "context": "length", "cancelled": "abort", "error": "error"}
 """How a request ended -> vLLM's name for it."""
+REFUSALS = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
+"""HTTP statuses of refusals. All are shown from the start: Prometheus does not see the rise of a counter that was not there before."""
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _GAPS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
@@ -147,7 +149,7 @@ class Metrics:
         """What is read when it is asked for."""
         counters = self._vlm.counters().since(self._first)
         with self._lock:
-            waiting, running, ended, refused = self.waiting, self.running, dict(self.ended), dict(self.refused)
+            waiting, running, ended, refused = self.waiting, self.running, dict(self.ended), dict.fromkeys(REFUSALS, 0) | self.refused
             sizes = dict.fromkeys(self._vlm.manifest.vision.sizes, 0) | self.sizes
         finished = dict.fromkeys(FINISHED.values(), 0)
         for reason, number in ended.items():

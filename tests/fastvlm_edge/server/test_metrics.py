@@ -139,6 +139,7 @@ def test_pictures_that_were_encoded(vlm: FastVLM) -> None:
 
 def test_how_requests_end(vlm: FastVLM) -> None:
     metrics = made(vlm)
+    assert values(metrics)["fastvlm_edge:requests_rejected_total{status=429}"] == 0, "there from the start, so that its first rise is seen"
     for reason in ("stop", "context", "cancelled", "error", "unheard of"):
         metrics.finished(reason, None, 1.0, 0.0)
     metrics.rejected(429)
@@ -242,11 +243,11 @@ def test_every_metric_of_the_grafana_board_exists(vlm: FastVLM, tmp_path: Path) 
     measured.rejected(429)
     found = values(measured)
     names = {name.partition("{")[0] for name in found}
-    labels = {label for name in found for label in re.findall(r"(\w+)=", name)} | {"model_name", "job"}
+    labels = {label for name in found for label in re.findall(r"(\w+)=", name)} | {"model_name", "instance"}
     board = json.loads(BOARD.read_text(encoding="utf-8"))
     targets = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     assert len(targets) > 30
-    for expression in [*targets, *(query["definition"] for query in board["templating"]["list"] if "definition" in query)]:
+    for expression in [*targets, *(query["query"]["query"] for query in board["templating"]["list"] if query["type"] == "query")]:
         used = set(re.findall(r"(?:fastvlm_edge:|process_)\w+", expression))
         assert used, expression
         assert used <= names, expression
