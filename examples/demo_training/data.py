@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from examples.demo_training.drawing.picture import COLOURS, SHAPES, Mark, Scene,
 from examples.demo_training.language import Prompter, stack_rows
 from examples.demo_training.model import CHARACTERS, DENSE_STRIDE, GLYPHS, MOST, SLOTS, TINTS, Packed
 from examples.demo_training.scenes import OBJECT_KINDS, make_scene
+from fastvlm_edge.inputs.preprocess import pad_and_resize
 from fastvlm_edge.model_dir.manifest import STRIDE
 
 Ints = npt.NDArray[np.int64]
@@ -38,6 +39,10 @@ TRAINING_WEIGHTS = {
 """Kind -> share in training. Kinds that are learned last have larger shares; held-out pictures follow `scenes.KIND_WEIGHTS`."""
 WARM_UP_PICTURES = 30_000
 """Number of pictures over which distortions grow to their full strength."""
+SMALLEST_SHARE = 2 / 3
+"""How often the smallest of several image sizes is seen, compared with each of the others."""
+DRAWN_WEIGHTS = {0: 0.25, 192: 0.45, 384: 0.3}
+"""Size at which a picture is drawn -> share, in training at several image sizes; 0 stands for the size at which it is seen."""
 
 
 @dataclass
@@ -156,29 +161,61 @@ def collate(scenes: list[Scene], prompter: Prompter) -> Batch:
     )
 
 
+def resize_scene(scene: Scene, size: int) -> Scene:
+    """The square scene as the model sees it at `size`: resized as in the runtime, with its marks."""
+    if scene.image.width == size:
+        return scene
+    scale = size / scene.image.width
+    marks = [
+        replace(mark, x=scale * mark.x, y=scale * mark.y, width=scale * mark.width, height=scale * mark.height) for mark in scene.marks
+    ]
+    return replace(scene, image=pad_and_resize(scene.image, size), marks=marks)
+
+
 def training_kind(seed: int, picture: int) -> str:
     """Kind of a training picture, from a random stream that nothing else uses."""
     return pick_weighted(np.random.default_rng([seed, picture]), TRAINING_WEIGHTS)
 
 
+def seen_size(seed: int, first: int, sizes: Sequence[int]) -> int:
+    """Image size of the batch that begins with picture `first`, from a random stream of its own."""
+    weights = {size: SMALLEST_SHARE if size == min(sizes) else 1.0 for size in sizes}
+    return pick_weighted(np.random.default_rng([seed, first, 1]), weights)
+
+
+def drawn_size(seed: int, picture: int, seen: int) -> int:
+    """Size at which a picture that is seen at another one is drawn, from a random stream of its own."""
+    return pick_weighted(np.random.default_rng([seed, picture, 2]), DRAWN_WEIGHTS) or seen
+
+
 def draw_batches(
-    tokenizer: Tokenizer, *, seed: int, start: int, batch: int, rank: int, ranks: int, image_size: int, visual_tokens: int
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    start: int,
+    batch: int,
+    rank: int,
+    ranks: int,
+    image_sizes: Sequence[int],
+    warm_up: int = WARM_UP_PICTURES,
 ) -> Iterator[Batch]:
-    """This rank's share of the training batches from picture `start` on, endless; the ranks take the pictures of a batch in turn."""
-    prompter = Prompter(tokenizer, visual_tokens)
+    """This rank's share of the training batches from picture `start` on, endless; the ranks take the pictures of a batch in turn.
+
+    A batch has one of `image_sizes`. With a single one, every picture is drawn at it. Distortions grow over the first `warm_up` pictures.
+    """
+    prompters = {size: Prompter(tokenizer, (size // STRIDE) ** 2) for size in image_sizes}
     for first in itertools.count(start, batch):
-        yield collate(
-            [
-                make_scene(
-                    "train",
-                    seed,
-                    picture,
-                    size=image_size,
-                    difficulty=min(1.0, 0.3 + 0.7 * picture / WARM_UP_PICTURES),
-                    kind=training_kind(seed, picture),
-                    questions=QUESTIONS_PER_PICTURE,
-                )
-                for picture in range(first + rank, first + batch, ranks)
-            ],
-            prompter,
-        )
+        size = seen_size(seed, first, image_sizes)
+        scenes = [
+            make_scene(
+                "train",
+                seed,
+                picture,
+                size=drawn_size(seed, picture, size) if len(image_sizes) > 1 else size,
+                difficulty=0.3 + 0.7 * picture / warm_up if picture < warm_up else 1.0,
+                kind=training_kind(seed, picture),
+                questions=QUESTIONS_PER_PICTURE,
+            )
+            for picture in range(first + rank, first + batch, ranks)
+        ]
+        yield collate([resize_scene(scene, size) for scene in scenes], prompters[size])

@@ -116,12 +116,13 @@ class NormedConv(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> nn.Conv2d:
-        """The one convolution with bias that computes the same in eval mode."""
+        """The one convolution with bias that computes the same in eval mode, on the same kernels of training."""
         conv = self.conv
         weight, bias = fold_batch_norm(conv.weight, self.bn)
         if self.skip:
             weight = weight + identity_kernel(conv.out_channels, conv.groups, conv.kernel_size[0]).to(weight)
         merged = like(conv, bias=True)
+        merged.__class__ = type(conv)
         merged.weight.copy_(weight)
         merged.bias.copy_(bias)  # type: ignore[union-attr]
         return merged

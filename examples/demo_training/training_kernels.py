@@ -76,6 +76,7 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         easy = self.kernel_size == (3, 3) and self.stride == (1, 1) and self.out_channels == self.in_channels
-        if self.bias is None and self.kernel_size[0] in (3, 7) and not easy and _in_training(x):
-            return _Depthwise.apply(x, self.weight, self.stride[0])
-        return super().forward(x)
+        if self.kernel_size[0] not in (3, 7) or easy or not _in_training(x):
+            return super().forward(x)
+        out = _Depthwise.apply(x, self.weight, self.stride[0])
+        return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +18,36 @@ pytest.importorskip("matplotlib")
 import torch.nn.functional as F  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from examples.demo_training.checkpoint import export_checkpoint, load_checkpoint, native_tensors  # noqa: E402
-from examples.demo_training.data import cell_targets, collate, count_targets, draw_batches, place_targets, relation_targets, slot_targets  # noqa: E402
+from examples.demo_training.checkpoint import export_checkpoint, load_checkpoint, native_tensors, save_state  # noqa: E402
+from examples.demo_training.data import (  # noqa: E402
+    Batch,
+    cell_targets,
+    collate,
+    count_targets,
+    draw_batches,
+    drawn_size,
+    place_targets,
+    relation_targets,
+    resize_scene,
+    seen_size,
+    slot_targets,
+)
 from examples.demo_training.drawing.picture import COLOURS, DIGITS, LETTERS, Mark, Question  # noqa: E402
 from examples.demo_training.evaluate import answer_scenes, score  # noqa: E402
 from examples.demo_training.language import AFTER_IMAGE, BEFORE_IMAGE, SPECIAL_TOKENS, Prompter, build_tokenizer  # noqa: E402
 from examples.demo_training.model import CHARACTERS, GLYPHS, TINTS, DemoConfig, DemoModel, count_parameters, fold  # noqa: E402
 from examples.demo_training.scenes import make_scene  # noqa: E402
-from examples.demo_training.train import Recipe, learning_rate  # noqa: E402
+from examples.demo_training.train import (  # noqa: E402
+    Recipe,
+    Trainer,
+    learning_rate,
+    open_trainer,
+    parse_sizes,
+    step,
+    train_further,
+)
 from examples.demo_training.training_kernels import DepthwiseConv, gelu, load_kernels  # noqa: E402
+from fastvlm_edge.inputs.preprocess import preprocess, to_pixels  # noqa: E402
 
 SMALL = DemoConfig(depths=(1, 1, 1, 1, 1), dims=(8, 16, 32, 32, 32), hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48)
 
@@ -106,11 +130,50 @@ def test_relations_tell_colour_place_and_shape_of_what_is_there_once() -> None:
 
 def test_processes_share_a_batch_without_overlap(tokenizer: Tokenizer) -> None:
     def first(rank: int, ranks: int) -> np.ndarray:
-        batches = draw_batches(tokenizer, seed=0, start=8, batch=4, rank=rank, ranks=ranks, image_size=64, visual_tokens=1)
+        batches = draw_batches(tokenizer, seed=0, start=8, batch=4, rank=rank, ranks=ranks, image_sizes=(64,))
         return next(batches).pixels.numpy()
 
     whole = first(0, 1)
     assert np.array_equal(whole[0::2], first(0, 2)) and np.array_equal(whole[1::2], first(1, 2))
+
+
+def test_a_batch_has_one_size_that_its_first_picture_decides(tokenizer: Tokenizer) -> None:
+    def batches(start: int, rank: int) -> Iterator[Batch]:
+        return draw_batches(tokenizer, seed=0, start=start, batch=4, rank=rank, ranks=2, image_sizes=(64, 128), warm_up=0)
+
+    whole = list(itertools.islice(batches(0, 0), 6))
+    sizes = [batch.pixels.shape[-1] for batch in whole]
+    assert set(sizes) == {64, 128}
+    for batch, size in zip(whole, sizes, strict=True):
+        assert batch.pixels.shape[1:] == (3, size, size) and batch.glyphs.shape[1:] == (size // 16, size // 16)
+        assert batch.place_shapes.shape[1:] == (size // 64, size // 64)
+        assert {packed.input_ids.min().item() for _, packed in batch.packed} == {-((size // 64) ** 2)}, "one id for each visual token"
+    assert [batch.pixels.shape[-1] for batch in itertools.islice(batches(0, 1), 6)] == sizes, "the other process sees the same sizes"
+    assert torch.equal(next(batches(12, 0)).pixels, whole[3].pixels), "resumed at picture 12"
+
+
+def test_the_smallest_size_is_seen_less_often_and_pictures_are_drawn_at_several() -> None:
+    seen = [seen_size(0, first, (128, 192, 256)) for first in range(4000)]
+    assert [seen.count(size) / 4000 for size in (128, 192, 256)] == pytest.approx([0.25, 0.375, 0.375], abs=0.03)
+    assert {drawn_size(0, picture, 256) for picture in range(100)} == {192, 256, 384}
+
+
+def test_a_resized_scene_is_what_the_runtime_sees_with_its_targets() -> None:
+    scene = make_scene("train", 0, 0, kind="position", size=384)
+    resized = resize_scene(scene, 128)
+    assert np.array_equal(np.asarray(resized.image), to_pixels(preprocess(scene.image, 128, "pad")))
+    assert resized.questions == scene.questions and (relation_targets(resized) == relation_targets(scene)).all()
+    for before, after in zip(scene.marks, resized.marks, strict=True):
+        assert (after.x, after.y, after.width, after.height) == pytest.approx(
+            (before.x / 3, before.y / 3, before.width / 3, before.height / 3)
+        )
+    assert resize_scene(scene, 384) is scene
+
+
+def test_image_sizes_are_multiples_of_the_stride() -> None:
+    assert parse_sizes("256,128,192") == (128, 192, 256)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"200.*multiples of 64"):
+        parse_sizes("128,200")
 
 
 def test_folding_keeps_the_features(model: DemoModel) -> None:
@@ -150,6 +213,54 @@ def test_export_loads_back_and_answers_alike(model: DemoModel, tokenizer: Tokeni
     assert len(answer_scenes(loaded, Prompter(again, 9), [scene])) == 1
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_training_goes_on_from_a_checkpoint_and_after_a_kill(
+    model: DemoModel, tokenizer: Tokenizer, one_thread: None, tmp_path: Path
+) -> None:
+    export_checkpoint(model, tokenizer, tmp_path / "before")
+    recipe = train_further(Recipe(pictures=40, image_sizes=(64, 128), batch=4))
+
+    def steps(trainer: Trainer, count: int) -> None:
+        batches = draw_batches(
+            tokenizer,
+            seed=recipe.seed,
+            start=trainer.seen,
+            batch=4,
+            rank=0,
+            ranks=1,
+            image_sizes=recipe.image_sizes,
+            warm_up=recipe.warm_up,
+        )
+        for batch in itertools.islice(batches, count):
+            step(trainer, recipe, batch)
+
+    whole = open_trainer(tmp_path, recipe, tmp_path / "before")
+    begun = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
+    assert torch.equal(
+        begun["language_model.embed_tokens.weight"], load_checkpoint(tmp_path / "before")[0].language_model.embed_tokens.weight
+    )
+    steps(whole, 2)
+    save_state(tmp_path / "state.pt", whole.state())
+    steps(whole, 2)
+    changed = {name for name, tensor in whole.model.state_dict().items() if not torch.equal(tensor, begun[name])}
+    assert "vision.vision_tower.stem.0.reparam_conv.bias" in changed and not any("running_" in name for name in changed)
+
+    resumed = open_trainer(tmp_path, recipe)
+    assert resumed.seen == 8 and resumed.folded
+    steps(resumed, 2)
+    for name, tensor in whole.averaged.state_dict().items():
+        assert torch.equal(tensor, resumed.averaged.state_dict()[name]), name
+    export_checkpoint(resumed.averaged, resumed.tokenizer, tmp_path / "after")
+    assert load_checkpoint(tmp_path / "after")[0].config == SMALL
+
+
 def test_demo_checkpoint_stays_below_twelve_megabytes() -> None:
     assert 2 * count_parameters() < 11e6
 
@@ -171,14 +282,15 @@ def test_learning_rate_rises_then_falls() -> None:
     ("channels", "multiplier", "kernel", "stride", "size"),
     [(24, 1, 3, 2, 32), (24, 2, 7, 2, 20), (24, 1, 7, 1, 13), (8, 3, 3, 1, 5), (384, 1, 7, 1, 3)],
 )
-def test_depthwise_kernels_agree_with_torch(channels: int, multiplier: int, kernel: int, stride: int, size: int) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_depthwise_kernels_agree_with_torch(channels: int, multiplier: int, kernel: int, stride: int, size: int, bias: bool) -> None:
     if load_kernels() is None:
         pytest.skip("no C++ compiler")
     torch.manual_seed(0)
-    conv = DepthwiseConv(channels, channels * multiplier, kernel, stride, kernel // 2, groups=channels, bias=False)
+    conv = DepthwiseConv(channels, channels * multiplier, kernel, stride, kernel // 2, groups=channels, bias=bias)
     x = torch.randn(2, channels, size, size).bfloat16().requires_grad_()
     wide = x.detach().float().requires_grad_()
-    expected = F.conv2d(wide, conv.weight, None, stride, kernel // 2, 1, channels)
+    expected = F.conv2d(wide, conv.weight, conv.bias, stride, kernel // 2, 1, channels)
     gradient = torch.randn_like(expected).bfloat16()
     expected.backward(gradient.float())
     weight_gradient, conv.weight.grad = conv.weight.grad, None
