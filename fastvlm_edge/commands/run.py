@@ -326,19 +326,17 @@ def load(
     check: Callable[[Manifest, TextTokenizer], None] | None = None,
     *,
     slots: int = 1,
-    default_size: ImageSize = None,
 ) -> FastVLM:
     """The model, loaded with the options of `add_loading_options`. `check` and errors as in `load_parts`.
 
-    A hub id is converted at its first use. `default_size` is the size of pictures without `--image-size`.
+    A hub id is converted at its first use.
     """
-    size = options.image_size or default_size
     manifest, tokenizer, backend = load_parts(
         model_directory(options.model, progress, options.image_size),
         options.backend,
         threads=options.threads,
         slots=slots,
-        image_size=size,
+        image_size=options.image_size,
         verify=options.verify,
         tune_process=True,
         progress=progress,
@@ -350,7 +348,7 @@ def load(
         manifest,
         tokenizer,
         Engine(backend, manifest.decoder),
-        image_size=size,
+        image_size=options.image_size,
         geometry=options.geometry,
         background=options.background,
         prefill_chunk=options.prefill_chunk,

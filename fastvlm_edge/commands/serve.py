@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         certificate = None if certify is None else certify()
         _warn_if_open(_address(listening, certificate), listening, settings)
         progress = SilentProgress() if options.quiet else stderr_progress()
-        with load(options, progress, slots=settings.slots, default_size=settings.image_size) as vlm:
+        with load(options, progress, slots=settings.slots) as vlm:
             asyncio.run(_serve(vlm, settings, listening, certificate, certify, quiet=options.quiet))
     return 0
 

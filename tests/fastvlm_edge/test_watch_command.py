@@ -93,7 +93,8 @@ def test_every_frame_of_a_file(video: Path, capsys: pytest.CaptureFixture[str]) 
     assert [line["position"] for line in found] == pytest.approx([index / 10 for index in range(30)], abs=0.01)
     for line, reply in zip(found, expected, strict=True):
         assert list(line) == [
-            *("time", "frame_time", "position", "file", "text", "stop_reason", "confidence", "latency_ms", "dropped", "skipped"),
+            *("time", "frame_time", "position", "file", "text", "stop_reason", "image_size", "tried_sizes", "confidence", "latency_ms"),
+            *("dropped", "skipped"),
         ]
         assert reply.confidence is not None and line["confidence"]["mean"] == pytest.approx(reply.confidence.mean, rel=1e-3)
         assert (line["file"], line["stop_reason"], line["dropped"], line["skipped"]) == (None, reply.stop_reason, 0, 0)

@@ -170,6 +170,7 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "model_name": ("meter", "meter"),
     "slots": ("3", 3),
     "queue": ("0", 0),
+    "image_size": ("512", 512),
     "max_tokens": ("7", 7),
     "timeout_seconds": ("2.5", 2.5),
     "drain_seconds": ("0", 0),
