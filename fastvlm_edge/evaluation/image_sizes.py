@@ -68,7 +68,7 @@ class SizeComparison:
 
     def run(self, *, on_answer: Callable[[Answer], None] | None = None, progress: Progress | None = None) -> None:
         """Answer all questions; `on_answer` gets each answer at once. Errors as those of `Evaluation.run`."""
-        for size in self.sizes:  # the first picture of a size loads its encoder
+        for size in self.sizes:  # the first picture of a size takes longer
             self._subject.vlm.generate("?", Image.new("RGB", (64, 64)), image_size=size, max_new_tokens=1)
         ask_all(self._dataset, self._check, lambda example, image: self._ask(example, image, on_answer), progress)
         self._finished = True
