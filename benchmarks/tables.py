@@ -615,6 +615,85 @@ def batch() -> str:
     return "\n".join(lines)
 
 
+def resolution() -> str:
+    """`resolution.json`: accuracy and first token of the demo by size and of the cascade, for both kinds of pictures."""
+    document = load("resolution")["demo"]
+    machine, results = document["machine"], document["results"]
+    fitted_to = results[0]["cascade"]["fitted_to"]
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}; {results[0]['count']:,} held-out questions; `auto` was fitted to "
+        f"{fitted_to['questions']:,} others with a bound of {document['bound']:g} points:",
+        "",
+        "| pictures | size | exact match % | first token, mean ms | % of the largest | 95th percentile ms | whole answer, mean ms |",
+        "| --- " * 7 + "|",
+    ]
+    for found in results:
+        ways = {f"{size} px": figures for size, figures in found["sizes"].items()} | {"`auto`": found["cascade"]}
+        largest = list(found["sizes"].values())[-1]["first_token_ms"]["mean"]
+        for title, way in ways.items():
+            first = way["first_token_ms"]
+            cells = [f"{100 * way['accuracy']:.2f}", rounded(first["mean"]), f"{100 * first['mean'] / largest:.0f}"]
+            cells += [rounded(first["p95"]), rounded(way["answer_ms"])]
+            lines.append(f"| {found['drawn']} px | {title} | {' | '.join(cells)} |")
+    return "\n".join([*lines, *(line for found in results for line in ("", about_cascade(found)))])
+
+
+def about_cascade(found: dict[str, Any]) -> str:
+    """What `auto` does for one kind of pictures, in sentences."""
+    cascade, run = found["cascade"], found["run"]
+    lost, (*tries, last) = cascade["lost_points"], cascade["sizes"]
+    rule = f"always {last} px"
+    if tries:
+        under = f"while the {cascade['confidence']} probability is under {cascade['threshold']:.4g}"
+        rule = f"{', then '.join(f'{size} px' for size in tries)} {under}, then {last} px"
+    shares = ", ".join(f"{100 * share:.1f} % at {size} px" for size, share in cascade["answered_at"].items())
+    points, low, high = (f"{-lost[end] + 0.0:+.2f}" for end in ("points", "high", "low"))
+    auto, largest = (rounded(run["first_text_ms"][name]["mean"]) for name in ("auto", "largest"))
+    text = (
+        f"Pictures of {found['drawn']} px, `auto`: {rule}. It answers {shares}. Against the largest size it scores {points} points "
+        f"(95 % interval {low} to {high}). Run in turns with the largest size, its first text took {auto} ms on "
+        f"average, and that of the largest size {largest}: {100 * run['share']:.0f} %."
+    )
+    return text + (f" Nothing was fitted: {cascade['fitted_to']['why_not']}." if "why_not" in cascade["fitted_to"] else "")
+
+
+def resolution_kinds() -> str:
+    """`resolution.json`: exact match by kind of question."""
+    results = load("resolution")["demo"]["results"]
+    titles = [f"{size} px" for size in results[0]["sizes"]] + ["auto"]
+    lines = [f"| pictures drawn with | kind | questions | {' | '.join(titles)} |", "| --- " * (3 + len(titles)) + "|"]
+    for found in results:
+        for kind, of_kind in found["by_kind"].items():
+            ways = [*of_kind["sizes"].values(), of_kind["cascade"]]
+            cells = [f"{100 * way['accuracy']:.1f}" for way in ways]
+            lines.append(f"| {found['drawn']} px | {kind} | {of_kind['count']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def resolution_sizes() -> str:
+    """`resolution.json`: one model directory at each of its sizes, and what the cascade itself costs."""
+    document = load("resolution")["large"]
+    machine, model, overhead = document["machine"], document["model"], document["overhead"]
+    fields = ("ttft_cold_ms", "preprocess_ms", "vision_ms", "prefill_ms", "peak_memory_mib")
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}; {model['name']}, {model['precision']}; "
+        f"{document['rounds']} processes for each size, in turns; medians:",
+        "",
+        "| pixels | first token ms | preprocess | vision | prefill | peak MiB |",
+        "| --- " * 6 + "|",
+    ]
+    for size, found in document["sizes"].items():
+        lines.append(f"| {size} | {' | '.join(rounded(found[field]['median']) for field in fields)} |")
+    auto, alone = (median(overhead[f"{name}_ms"]) for name in ("auto", "smallest"))
+    lines += [
+        "",
+        f"A cascade that accepts every answer of the smallest size, against the smallest size, in turns: whole answers of "
+        f"{overhead['tokens']} tokens took {rounded(auto)} and {rounded(alone)} ms (medians of {len(overhead['auto_ms'])}). "
+        f"Overhead: {100 * overhead['overhead']:+.2f} %.",
+    ]
+    return "\n".join(lines)
+
+
 SCRIPTS = (
     ("peers.run", "How fast is FastVLM-0.5B beside its peers on a CPU? (`make bench-peers`)", "peers", 120),
     ("peers.run", "The same on a processor with AVX-512 and BF16 instructions, an earlier run", "peers-avx512", 90),
@@ -627,6 +706,12 @@ SCRIPTS = (
     ("settings", "What does each setting of the runtime bring on a CPU?", "settings", 20),
     ("onnxruntime_versions", "How fast is each version of onnxruntime on a CPU? (needs a package index)", "onnxruntime_versions", 25),
     ("chunks", "How far are logits apart if a prompt is prefilled in one call, and in chunks?", "chunks", 3),
+    (
+        "resolution DEMO --large MODEL",
+        "What does the size of pictures cost in accuracy, time and memory, and what does the cascade save?",
+        "",
+        60,
+    ),
     ("conversations MODEL", "What do several conversations at once, kept beginnings and pictures, and guesses save?", "conversations", 15),
     ("batch MODEL", "How much faster is `batch` than a loop over the Python API?", "batch", 10),
     ("ray_cluster MODEL", "Does Ray cost throughput, and does the memory of its driver grow? (extra `ray`)", "ray_cluster", 10),
@@ -661,8 +746,8 @@ def benchmarks() -> str:
 def date_of(record: str) -> str:
     """When a record was measured; `any day` for one that is arithmetic and has no machine."""
     document = load(record)
-    parts = [document, *(each for each in document.get("results", ()) if isinstance(each, dict))]
-    return max((part["machine"]["date"] for part in parts if "machine" in part), default="any day")
+    parts = [document, *document.values(), *(each for each in document.get("results", ()) if isinstance(each, dict))]
+    return max((part["machine"]["date"] for part in parts if isinstance(part, dict) and "machine" in part), default="any day")
 
 
 def score_precision() -> str:
