@@ -39,8 +39,6 @@ TRAINING_WEIGHTS = {
 """Kind -> share in training. Kinds that are learned last have larger shares; held-out pictures follow `scenes.KIND_WEIGHTS`."""
 WARM_UP_PICTURES = 30_000
 """Number of pictures over which distortions grow to their full strength."""
-SMALLEST_SHARE = 2 / 3
-"""How often the smallest of several image sizes is seen, compared with each of the others."""
 DRAWN_WEIGHTS = {0: 0.25, 192: 0.45, 384: 0.3}
 """Size at which a picture is drawn -> share, in training at several image sizes; 0 stands for the size at which it is seen."""
 
@@ -178,9 +176,8 @@ def training_kind(seed: int, picture: int) -> str:
 
 
 def seen_size(seed: int, first: int, sizes: Sequence[int]) -> int:
-    """Image size of the batch that begins with picture `first`, from a random stream of its own."""
-    weights = {size: SMALLEST_SHARE if size == min(sizes) else 1.0 for size in sizes}
-    return pick_weighted(np.random.default_rng([seed, first, 1]), weights)
+    """Image size of the batch that begins with picture `first`, the larger the likelier, from a random stream of its own."""
+    return pick_weighted(np.random.default_rng([seed, first, 1]), {size: float(size) for size in sizes})
 
 
 def drawn_size(seed: int, picture: int, seen: int) -> int:
