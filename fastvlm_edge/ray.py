@@ -376,7 +376,7 @@ def _connect(ray: Any, address: str | None) -> None:
     ours = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, TimeoutError) as error:
+    except (ConnectionError, ValueError, TimeoutError, ray.exceptions.RayError) as error:  # the last: without the token of the cluster
         raise _no_cluster(address, error) from None
     finally:
         with contextlib.suppress(ValueError):  # only the main thread has handlers
@@ -384,5 +384,6 @@ def _connect(ray: Any, address: str | None) -> None:
 
 
 def _no_cluster(address: str | None, error: Exception) -> FastVLMError:
-    what = f"there is no Ray cluster at {address or 'this machine'} ({one_line(error)})"
-    return FastVLMError(what, "start one with: ray start --head; or leave --address out to use this machine alone")
+    what = f"no Ray cluster could be joined at {address or 'this machine'} ({one_line(error)})"
+    token = "if it runs, this machine needs its token and RAY_AUTH_MODE=token"
+    return FastVLMError(what, f"start one with: ray start --head; {token}; or leave --address out to use this machine alone")

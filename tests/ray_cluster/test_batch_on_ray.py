@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fastvlm_edge.commands.demo import MODEL
-from tests.ray_cluster.conftest import ENVIRONMENT, NODES, Batch, LocalCluster, by_id, rows_of, write_rows
+from tests.ray_cluster.conftest import ENVIRONMENT, NODES, PYTHON, Batch, LocalCluster, by_id, rows_of, write_rows
 
 pytestmark = pytest.mark.ray
 
@@ -116,4 +116,14 @@ def test_the_memory_of_the_driver_grows_by_the_ids_alone(ray_python: Path, tmp_p
 def test_no_cluster(ray_python: Path, rows: Path, tmp_path: Path) -> None:
     batch = Batch(rows, tmp_path / "out.jsonl", "--engine", "ray", "--address", "127.0.0.1:1")
     _, said = batch.process.communicate(timeout=120)
-    assert batch.process.returncode == 1 and "there is no Ray cluster at 127.0.0.1:1" in said and "Traceback" not in said
+    assert batch.process.returncode == 1 and "no Ray cluster could be joined at 127.0.0.1:1" in said and "Traceback" not in said
+
+
+def test_without_the_token_of_the_cluster(cluster: LocalCluster, rows: Path, tmp_path: Path) -> None:
+    """No token in the home directory is an error of the user, and the message names what is missing."""
+    command = [PYTHON, "-m", "fastvlm_edge", "batch", MODEL, rows, "-o", tmp_path / "out", "--engine", "ray", "--address", cluster.address]
+    environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
+    assert ended.returncode == 1
+    assert "no Ray cluster could be joined" in ended.stderr and "RAY_AUTH_MODE=token" in ended.stderr and "a bug" not in ended.stderr
