@@ -9,6 +9,7 @@ from typing import Literal
 
 from fastvlm_edge.errors import FastVLMError
 from fastvlm_edge.model_dir import limits
+from fastvlm_edge.model_dir.manifest import STRIDE
 
 
 def given(text: str) -> str:
@@ -67,8 +68,11 @@ def image_size(text: str) -> int | Literal["auto"]:
 
 
 def image_sizes(text: str) -> list[int]:
-    """Image sizes, separated by commas. Which of them are possible depends on the checkpoint."""
+    """Image sizes, separated by commas. Which multiples of 64 are possible depends on the checkpoint."""
     try:
-        return limits.image_sizes(text)
+        sizes = limits.image_sizes(text)
     except FastVLMError as error:
         raise argparse.ArgumentTypeError(f"{error.what}; {error.mend}") from None
+    if wrong := [size for size in sizes if size <= 0 or size % STRIDE]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]} is not a multiple of {STRIDE}; choose {limits.SIZES_IN_WORDS}")
+    return sizes

@@ -179,7 +179,11 @@ def test_wrong_usage_is_status_2_and_prints_nothing_on_stdout(
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [("--image-size 300", "300 is not one of"), ("--context 0", "0 is not a positive"), ("--precision fp8", "invalid choice")],
+    [
+        ("--image-size 512,300", "300 is not a multiple of 64"),
+        ("--context 0", "0 is not a positive"),
+        ("--precision fp8", "invalid choice"),
+    ],
 )
 def test_wrong_values_of_convert(options: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "checkpoint", "-o", "model", *options.split()]) == 2
@@ -250,7 +254,7 @@ def test_convert_passes_everything_on_and_prints_what_to_type_next(
         "checkpoint": "org/name",
         "output": Path("out"),
         "precision": "int4",
-        "image_size": 512,
+        "image_size": [512],
         "geometry": "crop",
         "context": 4096,
         "name": "mine",
