@@ -654,6 +654,10 @@ def about_cascade(found: dict[str, Any]) -> str:
         f"(95 % interval {low} to {high}). Run in turns with the largest size, its first text took {auto} ms on "
         f"average, and that of the largest size {largest}: {100 * run['share']:.0f} %."
     )
+    small, middle, *_, large = found["sizes"].values()
+    right, firsts = small["accuracy"], [size["first_token_ms"]["mean"] for size in (small, middle, large)]
+    perfect = (right * firsts[0] + (1 - right) * (small["answer_ms"] + firsts[1])) / firsts[2]
+    text += f" A confidence that told right from wrong without fault would take {100 * perfect:.0f} %, by asking at the two smaller sizes."
     return text + (f" Nothing was fitted: {cascade['fitted_to']['why_not']}." if "why_not" in cascade["fitted_to"] else "")
 
 
@@ -709,11 +713,13 @@ SCRIPTS = (
     (
         "resolution DEMO --large MODEL",
         "What does the size of pictures cost in accuracy, time and memory, and what does the cascade save?",
-        "",
+        "resolution",
         60,
     ),
     ("conversations MODEL", "What do several conversations at once, kept beginnings and pictures, and guesses save?", "conversations", 15),
+    ("conversations MODEL", "The same on a processor with AVX2 only, an earlier run", "conversations-avx2", 15),
     ("batch MODEL", "How much faster is `batch` than a loop over the Python API?", "batch", 10),
+    ("batch MODEL", "The same on a processor with AVX2 only, an earlier run", "batch-avx2", 10),
     ("ray_cluster MODEL", "Does Ray cost throughput, and does the memory of its driver grow? (extra `ray`)", "ray_cluster", 10),
     (
         "serve_load MODEL",
@@ -822,6 +828,9 @@ TABLES = {
     "versions": versions,
     "headline": headline,
     "resolutions": resolutions,
+    "resolution": resolution,
+    "resolution_kinds": resolution_kinds,
+    "resolution_sizes": resolution_sizes,
     "accuracy": accuracy,
     "where": where,
     "engine_builds": engine_builds,
