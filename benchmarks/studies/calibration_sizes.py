@@ -3,7 +3,7 @@
 Question: Do the scales of INT8 activations that were calibrated at one size of pictures hold at others?
 Verdict: those of 128 px double the loss at 256 px. Pictures at all sizes, half as many of each, have the least loss at every size. The
 product observes every picture at all sizes.
-Ran: 2026-11-29, at commit a9be201 (record: benchmarks/results/calibration_sizes.json).
+Ran: 2026-11-29, at commit a6e7807 (record: benchmarks/results/calibration_sizes.json).
 Command at that commit: python -m benchmarks.studies.calibration_sizes QUESTIONS
 
 QUESTIONS is a file of 40 scenes of the demo's calibration split (`examples.demo_training.scenes.scene_questions`), of which the last TESTED

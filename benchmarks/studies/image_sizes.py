@@ -4,7 +4,7 @@ Question: Should the encoder have a graph for each size of pictures, or one whos
 engine for each size, one engine with a profile for each size, or one engine with one profile?
 Verdict: one dynamic graph. onnxruntime computes the same with it, as fast within 5 %, with the weights in memory once. TensorRT for RTX
 stores the weights once in an engine with a profile for each size, and has the kernels of the engines for one size. The product does that.
-Ran: 2026-11-29, at commit a9be201 (record: benchmarks/results/image_sizes.json).
+Ran: 2026-11-29, at commit a6e7807 (record: benchmarks/results/image_sizes.json).
 Command at that commit: python -m benchmarks.studies.image_sizes --checkpoint FOLDER
 
 FOLDER is a random 0.5B (`examples/checkpoints/random_checkpoint.py`). Every build runs in its own process, for SM 8.6 and without a GPU.
