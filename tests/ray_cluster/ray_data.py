@@ -41,7 +41,7 @@ def main(address: str) -> None:
         )
         found = sorted(described.take_all(), key=lambda row: row["label"])
         assert [row["label"] for row in found] == list(range(31))
-        assert set(found[0]) == {"label", "text", "stop_reason", "confidence", "error"}
+        assert set(found[0]) == {"label", "text", "stop_reason", "confidence", "image_size", "error"}
         for row in found[:30]:
             assert row["text"] == expected[row["label"] % 3] and row["error"] is None and 0 < row["confidence"] <= 1, row
         assert found[30]["text"] is None and found[30]["error"], found[30]
