@@ -161,6 +161,20 @@ def metric_of(dataset: Dataset) -> str:
     return METRICS[dataset.format][0] if dataset.format in METRICS else "exact_match"
 
 
+def asked_of(dataset: Dataset, suffix: str, max_new_tokens: int, *, finished: bool) -> dict[str, Any]:
+    """What a report says of its questions: where they come from, how they were asked, and which were skipped."""
+    return {
+        "data": dataset.source,
+        "format": dataset.format,
+        "metric": metric_of(dataset),
+        "examples": len(dataset),
+        "suffix": suffix,
+        "max_new_tokens": max_new_tokens,
+        "partial": not finished,
+        "skipped_examples": [{"id": item.id, "reason": item.reason} for item in dataset.skipped[:NAMED]],
+    }
+
+
 def scores_of(reply: Reply, example: Example, dataset: Dataset) -> dict[str, float]:
     """Scores of an answer by name, 0 to 1: exact match, ANLS, and that of `metric_of`."""
     scores = {"exact_match": exact_match(reply.text, example.answers), "anls": anls(reply.text, example.answers)}

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from fastvlm_edge.evaluation.asking import MAX_NEW_TOKENS, NAMED, Answer, ask_all, metric_of, scores_of, suffix_of
+from fastvlm_edge.evaluation.asking import MAX_NEW_TOKENS, Answer, ask_all, asked_of, scores_of, suffix_of
 from fastvlm_edge.evaluation.data import Dataset, Example
 from fastvlm_edge.evaluation.metrics import agreeing_tokens, kl_divergence
 from fastvlm_edge.evaluation.subject import Subject, check_same_vocabulary, identity
@@ -81,13 +81,12 @@ class Evaluation:
     def report(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         manifest, backend = self._subject.vlm.manifest, self._subject.vlm.backend
-        skipped = self._dataset.skipped
         means = self._all.means()
         document: dict[str, Any] = {
             "exact_match": means.pop("exact_match", None),
             "by_kind": {kind: {**tally.means(), "count": tally.count} for kind, tally in sorted(self._kinds.items())},
             "count": self.count,
-            "skipped": len(skipped),
+            "skipped": len(self._dataset.skipped),
             **means,
             "perplexity": _perplexity(self._nats, self._answer_tokens),
         }
@@ -104,14 +103,7 @@ class Evaluation:
             "name": manifest.name,
             "runs_on": backend.description,
             "image_size": self._subject.size,
-            "data": self._dataset.source,
-            "format": self._dataset.format,
-            "metric": metric_of(self._dataset),
-            "examples": len(self._dataset),
-            "suffix": self._suffix,
-            "max_new_tokens": self._max_new_tokens,
-            "partial": not self._finished,
-            "skipped_examples": [{"id": item.id, "reason": item.reason} for item in skipped[:NAMED]],
+            **asked_of(self._dataset, self._suffix, self._max_new_tokens, finished=self._finished),
         }
         return document
 

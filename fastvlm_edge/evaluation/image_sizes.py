@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastvlm_edge.errors import FastVLMError
-from fastvlm_edge.evaluation.asking import MAX_NEW_TOKENS, NAMED, Answer, ask_all, metric_of, scores_of, suffix_of
+from fastvlm_edge.evaluation.asking import MAX_NEW_TOKENS, Answer, ask_all, asked_of, metric_of, scores_of, suffix_of
 from fastvlm_edge.evaluation.cascade_fit import Answers, Outcome, fit, follow, held_out, largest_only, lost, questions_needed
 from fastvlm_edge.evaluation.data import Dataset, Example
 from fastvlm_edge.evaluation.metrics import Floats
@@ -120,7 +120,7 @@ class SizeComparison:
 
     def report(self, judged: Judged | None = None) -> dict[str, Any]:
         """The object that `--json` prints."""
-        answers, skipped = self.answers(), self._dataset.skipped
+        answers = self.answers()
         kinds = np.array([each.kind for each in self._asked])
         outcome = None if judged is None else judged.outcome
         by_kind = {str(kind): _figures(answers, outcome, kinds == kind) for kind in sorted(set(kinds) - {""})}
@@ -130,19 +130,12 @@ class SizeComparison:
         return {
             **found,
             "by_kind": by_kind,
-            "skipped": len(skipped),
+            "skipped": len(self._dataset.skipped),
             **identity(self._subject),
             "name": self._subject.vlm.manifest.name,
             "runs_on": self._subject.vlm.backend.description,
             "default_size": self._subject.size,
-            "data": self._dataset.source,
-            "format": self._dataset.format,
-            "metric": metric_of(self._dataset),
-            "examples": len(self._dataset),
-            "suffix": self._suffix,
-            "max_new_tokens": self._max_new_tokens,
-            "partial": not self._finished,
-            "skipped_examples": [{"id": item.id, "reason": item.reason} for item in skipped[:NAMED]],
+            **asked_of(self._dataset, self._suffix, self._max_new_tokens, finished=self._finished),
         }
 
     def cascade(self, judged: Judged) -> Cascade:

@@ -94,15 +94,7 @@ def load_parts(
     if check is not None:
         check(manifest, tokenizer)
     verify_model(directory, manifest, again=verify, progress=progress)
-    loaded = select(
-        backend,
-        directory,
-        manifest,
-        threads=threads,
-        slots=slots,
-        tune_process=tune_process,
-        progress=progress,
-    )
+    loaded = select(backend, directory, manifest, threads=threads, slots=slots, tune_process=tune_process, progress=progress)
     return manifest, tokenizer, loaded
 
 
