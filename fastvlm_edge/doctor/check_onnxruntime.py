@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from fastvlm_edge.doctor.facts import Facts
 from fastvlm_edge.doctor.findings import Finding, ok, warning
+from fastvlm_edge.machine.libraries import too_old
 
 WHEEL = "1.31.1"
 WHEEL_GPUS = {
@@ -14,8 +13,8 @@ WHEEL_GPUS = {
 }
 """Compute capabilities with kernels in the wheels of onnxruntime-gpu 1.31.1 on PyPI, by architecture, read from the headers of the fat
 binaries in libonnxruntime_providers_cuda.so. There is no PTX, which other GPUs could compile."""
-JOINS_PRODUCTS = 25
-"""Version 1.25 is the first that joins DequantizeLinear and MatMul where the floats are FP16 or BF16, seen in its optimised graphs."""
+JOINS_PRODUCTS = (1, 25)
+"""The first version that joins DequantizeLinear and MatMul where the floats are FP16 or BF16, seen in its optimised graphs."""
 INSTALL_GPU = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "onnxruntime-gpu[cuda,cudnn]"'
 INSTALL_CPU = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime"
 
@@ -41,10 +40,11 @@ def check_onnxruntime(facts: Facts) -> list[Finding]:
             "overwritten the other, and often the GPU is gone"
         )
         return [warning("onnxruntime", text, INSTALL_GPU if supported else INSTALL_CPU)]
-    minor = re.match(r"1\.(\d+)\.", gpu or "")
-    if minor and int(minor[1]) < JOINS_PRODUCTS:
+    if too_old(gpu, JOINS_PRODUCTS):
         text = f"onnxruntime-gpu {gpu} makes floats of all INT8 and INT4 weights in every step, so --backend ort-cuda is slow with them"
-        return [warning("onnxruntime", text, f"use TensorRT, an FP16 model, or onnxruntime-gpu 1.{JOINS_PRODUCTS} or newer")]
+        return [
+            warning("onnxruntime", text, f"use TensorRT, an FP16 model, or onnxruntime-gpu {'.'.join(map(str, JOINS_PRODUCTS))} or newer")
+        ]
     if capability is None or supported:
         return [ok("onnxruntime", f"onnxruntime-gpu {gpu}")] if gpu else []
     lacking = f"the wheels of onnxruntime-gpu on PyPI ({WHEEL}) have no kernels for compute capability {'.'.join(map(str, capability))}"

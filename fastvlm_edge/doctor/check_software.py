@@ -8,7 +8,7 @@ from fastvlm_edge.doctor.findings import Finding, ok, problem, warning
 from fastvlm_edge.extras import broken_package, gpu_extra, install_command, place_of_install
 from fastvlm_edge.machine.boards.faults import find_faults
 from fastvlm_edge.machine.boards.targets import RTX_GPUS
-from fastvlm_edge.machine.libraries import PACKAGES, Card
+from fastvlm_edge.machine.libraries import PACKAGES, Card, numbers, too_old
 
 OLDEST_PYTHON = (3, 10)
 OLDEST_RTX = (1, 2)
@@ -97,10 +97,10 @@ def _tensorrt(facts: Facts) -> Finding:
     if facts.jetson is not None:
         return _jetson_tensorrt(facts)
     found, capability = facts.tensorrt, facts.compute_capability
-    if _too_old(found.module, OLDEST_TENSORRT):
+    if too_old(found.module, OLDEST_TENSORRT):
         text = f"{_versions(facts)}; {_dotted(OLDEST_TENSORRT)} or newer is needed"
         return problem("tensorrt", text, "pip install --upgrade tensorrt")
-    if _too_old(found.rtx, OLDEST_RTX):
+    if too_old(found.rtx, OLDEST_RTX):
         text = f"{_versions(facts)}; {_dotted(OLDEST_RTX)} or newer is needed"
         return problem("tensorrt", text, "pip install --upgrade tensorrt-rtx")
     listed = capability is None or capability in RTX_GPUS
@@ -130,17 +130,12 @@ def _place() -> str:
     return f" (install {place})" if place else ""
 
 
-def _too_old(version: str | None, oldest: tuple[int, ...]) -> bool:
-    """Whether a version is known and older than `oldest`."""
-    return version not in (None, "unknown") and _numbers(version or "") < oldest
-
-
 def _jetson_tensorrt(facts: Facts) -> Finding:
     found, python = facts.tensorrt, facts.python
     ours = ".".join(python.version.split(".")[:2])
     if found.module:
         version = found.module if found.module != "unknown" else found.library
-        if version and _numbers(version) < OLDEST_TENSORRT:
+        if version and numbers(version) < OLDEST_TENSORRT:
             return problem("tensorrt", f"tensorrt {version}; {_dotted(OLDEST_TENSORRT)} or newer is needed", FLASH)
         text = f"tensorrt {version}{f', libnvinfer {found.library}' if found.library else ''}"
         return _with_faults(text, version, facts.compute_capability)
@@ -183,10 +178,10 @@ def _cuda(facts: Facts) -> list[Finding]:
     if board is not None and board.jetpack is not None:
         driver = board.jetpack.cuda
     elif cuda.driver:
-        driver = _numbers(cuda.driver)
+        driver = numbers(cuda.driver)
     binding = f"cuda-bindings {cuda.bindings}" if cuda.bindings else f"PyCUDA {cuda.pycuda}"
-    if cuda.bindings and driver and cuda.bindings != "unknown" and _numbers(cuda.bindings)[0] > driver[0]:
-        text = f"{binding} needs CUDA {_numbers(cuda.bindings)[0]}, and the driver supports {_dotted(driver)}"
+    if cuda.bindings and driver and cuda.bindings != "unknown" and numbers(cuda.bindings)[0] > driver[0]:
+        text = f"{binding} needs CUDA {numbers(cuda.bindings)[0]}, and the driver supports {_dotted(driver)}"
         return [problem("cuda", text, f"pip install 'cuda-bindings<{driver[0] + 1}'")]
     supports = f"driver for CUDA {_dotted(driver)}" if driver else "driver version unknown"
     return [ok("cuda", f"{binding}, {supports}, {toolkit}")]
@@ -196,7 +191,7 @@ def _python(facts: Facts) -> list[Finding]:
     python = facts.python
     where = "in a virtual environment" if python.environment else "of the system"
     findings = [ok("python", f"{python.version}, {where}")]
-    if _numbers(python.version) < OLDEST_PYTHON:
+    if numbers(python.version) < OLDEST_PYTHON:
         text = f"{python.version}; {_dotted(OLDEST_PYTHON)} or newer is needed"
         mend = f"{FLASH} brings Python 3.10" if facts.jetson else "sudo apt install python3.10-venv && python3.10 -m venv .venv"
         findings = [problem("python", text, mend)]
@@ -205,22 +200,12 @@ def _python(facts: Facts) -> list[Finding]:
         text = f"{', '.join(missing)} missing: convert, build and run need them{_place()}"
         return [*findings, problem("packages", text, install_command())]
     oldest = dict(PACKAGES.values())
-    old = [f"{name} {version}" for name, version in python.packages.items() if _too_old(version, _numbers(oldest[name]))]
+    old = [f"{name} {version}" for name, version in python.packages.items() if too_old(version, numbers(oldest[name]))]
     if old:
         upgrade = " ".join(f"'{name.split()[0]}>={oldest[name.split()[0]]}'" for name in old)
         return [*findings, problem("packages", f"too old: {', '.join(old)}", f"pip install --upgrade {upgrade}")]
     whole = [f"{name} {python.packages[name]}" for module, (name, _) in PACKAGES.items() if module not in python.broken]
     return [*findings, ok("packages", ", ".join(whole))] if whole else findings
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: `2.1.0rc1` gives (2, 1); (0,) if there are none."""
-    numbers: list[int] = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers) or (0,)
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:

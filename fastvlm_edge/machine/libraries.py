@@ -232,3 +232,18 @@ def _library_version(probe: Probe, name: str) -> str | None:
             if re.fullmatch(r"\d+(\.\d+)+", version):
                 return version
     return None
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: `2.1.0rc1` gives (2, 1); (0,) if there are none."""
+    found: list[int] = []
+    for part in version.split("."):
+        if not part.isdigit():
+            break
+        found.append(int(part))
+    return tuple(found) or (0,)
+
+
+def too_old(version: str | None, oldest: tuple[int, ...]) -> bool:
+    """Whether a version is known and older than `oldest`."""
+    return version not in (None, "unknown") and numbers(version or "") < oldest
